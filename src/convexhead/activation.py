@@ -1,0 +1,155 @@
+"""Activations: what turns a head's pre-activation into mixed tokens.
+
+``LinearActivation``  σ(A) = A: pooling moves inside and each head takes its cheap path.
+``GatedReLU``         σ(A) = D_j ⊙ A with masks ``D_j = 1[pre(X, g_j) ≥ 0]`` decided by fixed gates ``g_j``.
+
+Both are linear in the mixing weights, so the training problem is a convex program with one nuclear norm for each
+*block*: gate-major, then channel group, ``block = gate · n_groups + group``. Atoms carry the block they belong to.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from convexhead.errors import InputError
+from convexhead.heads.base import Data, Head
+
+ACTIVATIONS = ("linear", "gated-relu")
+
+
+@runtime_checkable
+class Activation(Protocol):
+    """Mixes tokens for atoms of given blocks, with its adjoint; linear in the mixing weights."""
+
+    n_blocks: int
+
+    def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool) -> Data:
+        """Per-sample tensors that `mix` and `mix_adjoint` want at hand.
+
+        With ``reuse`` they serve many passes, and work that only then pays is done (Gram matrices).
+        """
+
+    def pack_masks(self, X: Float[Tensor, "b s d"]) -> UInt8[Tensor, "b j m"] | None:
+        """Bit-packed masks of every block, which the data passed to `mix` hold as ``"masks"``; None without gates."""
+
+    def mix(self, data: Data, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "b r k e"]:
+        """Mixed, pooled tokens ``P mix(X, U)`` of every atom."""
+
+    def mix_adjoint(
+        self, data: Data, T: Float[Tensor, "b r k e"], block: Int[Tensor, " k"]
+    ) -> Float[Tensor, "k ..."]:
+        """Adjoint of `mix` in ``U``, summed over the batch."""
+
+    def workspace(self, k: int) -> int:
+        """Numbers held per sample while ``k`` atoms are mixed: sets the batch size of a pass."""
+
+
+class LinearActivation:
+    """``σ(A) = A``."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.n_blocks = head.n_groups
+
+    def prepare(self, X: Tensor, *, reuse: bool) -> Data:
+        return self.head.prepare_linear(X, reuse=reuse)
+
+    def pack_masks(self, X: Tensor) -> None:
+        return None
+
+    def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
+        return self.head.linear_mix(data, U, block)
+
+    def mix_adjoint(self, data: Data, T: Tensor, block: Tensor) -> Tensor:
+        return self.head.linear_mix_adjoint(data, T, block)
+
+    def workspace(self, k: int) -> int:
+        return k * self.head.r * self.head.value_rows
+
+
+class GatedReLU:
+    """``σ(A) = D_j ⊙ A``, ``D_j = 1[pre(X, g_j) ≥ 0]``; masks are kept at one bit an entry.
+
+    Parameters
+    ----------
+    head : Head
+    gates : Tensor (J, *head.gate_shape)
+        The gate vectors ``g_j``; explicit, or from `sample_gates`.
+    """
+
+    def __init__(self, head: Head, gates: Float[Tensor, "J ..."]) -> None:
+        if not head.learns_mixing:
+            raise InputError("the linear head takes activation='linear' only; use head='mlp' for a gated one")
+        if gates.ndim == 0 or tuple(gates.shape[1:]) != head.gate_shape or not len(gates):
+            raise InputError(
+                f"gates have shape {tuple(gates.shape)}, but this head needs (J, "
+                f"{', '.join(map(str, head.gate_shape))}) with J >= 1"
+            )
+        if not torch.isfinite(gates).all():
+            raise InputError("gates contain NaN or infinity")
+        self.head = head
+        self.gates = gates
+        self.n_blocks = len(gates) * head.n_groups
+
+    def prepare(self, X: Tensor, *, reuse: bool) -> Data:
+        return self.head.prepare(X)
+
+    def pack_masks(self, X: Tensor) -> Tensor:
+        # In float64 always: a mask must not depend on the precision of the pass that uses it.
+        exact = self.head.prepare(X.double())
+        gates = self.gates.to(X.device, torch.float64).reshape(self.n_blocks, *self.head.mixing_shape)
+        group = torch.arange(self.n_blocks, device=X.device) % self.head.n_groups
+        few = 8  # gates at a time, so that unpacked masks stay small
+        return torch.cat(
+            [
+                pack_bits(self.head.preactivation(exact, gates[i : i + few], group[i : i + few]).flatten(2) >= 0)
+                for i in range(0, self.n_blocks, few)
+            ],
+            dim=1,
+        )
+
+    def _gate(self, data: Data, A: Tensor, block: Tensor) -> Tensor:
+        """``D ⊙ A`` for ``A (b, k, p, q)``."""
+        masks = unpack_bits(data["masks"][:, block], A.shape[2] * A.shape[3], A.dtype)
+        return A * masks.view(A.shape)
+
+    def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
+        A = self.head.preactivation(data, U, block % self.head.n_groups)
+        return self.head.read(data, self.head.pool_rows(self._gate(data, A, block)))
+
+    def mix_adjoint(self, data: Data, T: Tensor, block: Tensor) -> Tensor:
+        S = self.head.pool_rows_adjoint(self.head.read_adjoint(data, T))
+        return self.head.preactivation_adjoint(data, self._gate(data, S, block), block % self.head.n_groups)
+
+    def workspace(self, k: int) -> int:
+        return k * self.head.p * max(self.head.score_width, self.head.d)
+
+
+def make_activation(name: str, head: Head, gates: Tensor | None) -> Activation:
+    """The activation called ``name`` over ``head``; ``gates`` are needed by the gated ReLU alone."""
+    if name == "linear":
+        return LinearActivation(head)
+    assert gates is not None, "the gated ReLU needs gates"
+    return GatedReLU(head, gates)
+
+
+def sample_gates(head: Head, n_gates: int, generator: torch.Generator) -> Float[Tensor, "J ..."]:
+    """``n_gates`` standard normal gates in float64, ``(J, *head.gate_shape)``: continuous, so ties have probability 0."""
+    return torch.randn(n_gates, *head.gate_shape, generator=generator, dtype=torch.float64)
+
+
+def pack_bits(mask: Bool[Tensor, "... m"]) -> Tensor:
+    """Eight booleans a byte along the last dimension: ``(..., m) -> (..., ceil(m / 8))`` uint8."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, m: int, dtype: torch.dtype) -> Float[Tensor, "... m"]:
+    """Inverse of `pack_bits` as zeros and ones of ``dtype``."""
+    bits = torch.arange(256, device=packed.device).unsqueeze(1) >> torch.arange(8, device=packed.device) & 1
+    return torch.nn.functional.embedding(packed.int(), bits.to(dtype)).flatten(-2)[..., :m]

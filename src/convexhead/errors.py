@@ -1,0 +1,54 @@
+"""The errors that users meet: each message is one line and says what to do."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class ConvexHeadError(Exception):
+    """Base of every error that convexhead raises on purpose."""
+
+
+class InputError(ConvexHeadError, ValueError):
+    """An argument or a data array that cannot be used as given."""
+
+
+class FileFormatError(ConvexHeadError, ValueError):
+    """A file or folder that is foreign, truncated, half-written or of another format version."""
+
+
+class MissingExtraError(ConvexHeadError, ImportError):
+    """An optional package is needed that is not installed."""
+
+
+class HubError(ConvexHeadError, RuntimeError):
+    """Weights or data that live on a remote hub could not be had."""
+
+
+def choose(what: str, name: object, options: Iterable[str]) -> str:
+    """Return ``name`` if it is one of ``options``; else raise `InputError` with the nearest option.
+
+    >>> choose("head", "self-attention", ["self-attention", "mlp"])
+    'self-attention'
+    """
+    options = list(options)
+    if isinstance(name, str) and name in options:
+        return name
+    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(map(repr, options))}{hint}")
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional ``module`` or raise `MissingExtraError` naming the extra that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"this needs the package {module.split('.')[0]!r}: pip install 'convexhead[{extra}]'"
+        ) from error

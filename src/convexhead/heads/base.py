@@ -1,0 +1,155 @@
+"""The contract of a head: heads differ only in how they mix tokens.
+
+Every head is ``f_i = P Σ_k mix(X_i, U_k) V_k`` (theory: Sahiner et al., ICML 2022), where ``mix`` is
+
+    mix(X, U) = read( σ( pre(X, U) ) )
+
+with a pre-activation ``pre`` and a read-out ``read`` that are both linear in their last argument, and ``σ`` an
+elementwise activation. A head states ``pre``, ``read`` and their adjoints, and, because pooling commutes with
+everything when ``σ`` is linear, a cheaper ``linear_mix`` with its adjoint. Nothing else in the library depends on
+which head it is.
+
+Symbols and shapes used throughout (``b`` samples of a batch, ``k`` atoms):
+
+    X      tokens            (b, s, d)
+    U      mixing weights    (k, *mixing_shape)
+    V      value weights     (k, e, c),  e = `value_rows`
+    A      pre-activations   (b, k, p, q): row p is a token that pooling reads, q a score of the head
+    S      pooled scores     (b, k, r, q)
+    M      mixed tokens      (b, r, k, e), already pooled: f = Σ_k M[:, :, k] V_k
+    group  channel group of each atom (k,), all zero unless the head has several (block-FNO)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from convexhead.errors import InputError, choose
+
+Data = dict[str, Tensor]
+"""Per-sample tensors that a head wants at hand; every entry has the samples as its leading dimension."""
+
+POOLS = ("mean", "cls", "none")
+
+
+class Head(ABC):
+    """How tokens are mixed.
+
+    Parameters
+    ----------
+    n_tokens : int
+        ``s``, tokens a sample.
+    n_channels : int
+        ``d``, channels a token.
+    pool : {"mean", "cls", "none"}
+        ``P``: the mean over tokens, token 0 alone, or every token (``r = s`` outputs a sample).
+    grid : (int, int) or None
+        ``(h, w)`` with ``h·w = s``, where tokens lie on a grid. None: square if ``s`` is a square, else ``(s, 1)``.
+    """
+
+    name: ClassVar[str]
+    n_groups: int = 1
+    """Channel groups with mixing weights of their own."""
+    learns_mixing: ClassVar[bool] = True
+    """False for the linear head: nothing to mix, one atom, and a squared Frobenius penalty on V alone."""
+    value_rows: int
+    mixing_shape: tuple[int, ...]
+
+    def __init__(
+        self, n_tokens: int, n_channels: int, *, pool: str = "mean", grid: tuple[int, int] | None = None
+    ) -> None:
+        self.s, self.d = n_tokens, n_channels
+        self.pool = choose("pool", pool, POOLS)
+        self.grid = resolve_grid(n_tokens, grid)
+        self.rows = slice(0, 1) if pool == "cls" else slice(None)
+        self.p = 1 if pool == "cls" else n_tokens
+        self.r = n_tokens if pool == "none" else 1
+
+    @property
+    def mixing_size(self) -> int:
+        """Entries of one mixing weight, the row count of ``Z``."""
+        return math.prod(self.mixing_shape)
+
+    @property
+    def gate_shape(self) -> tuple[int, ...]:
+        """Shape of one gate: `mixing_shape`, behind the number of channel groups where there are several."""
+        return (self.n_groups, *self.mixing_shape) if self.n_groups > 1 else self.mixing_shape
+
+    def output_mask(self, n_outputs: int) -> Bool[Tensor, "g c"] | None:
+        """Which outputs each channel group writes; None where all write all."""
+        return None
+
+    # -- with a linear activation: pooling first ------------------------------------------------------------------
+    @abstractmethod
+    def prepare_linear(self, X: Float[Tensor, "b s d"], *, reuse: bool) -> Data:
+        """What `linear_mix` needs of the tokens; with ``reuse`` it will serve many passes."""
+
+    @abstractmethod
+    def linear_mix(
+        self, data: Data, U: Float[Tensor, "k ..."], group: Int[Tensor, " k"]
+    ) -> Float[Tensor, "b r k e"]:
+        """``M = P mix(X, U)`` for the identity activation."""
+
+    @abstractmethod
+    def linear_mix_adjoint(
+        self, data: Data, T: Float[Tensor, "b r k e"], group: Int[Tensor, " k"]
+    ) -> Float[Tensor, "k ..."]:
+        """Adjoint of `linear_mix` in ``U``, summed over the batch."""
+
+    # -- with any activation ----------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def score_width(self) -> int:
+        """``q``, the columns of a pre-activation."""
+
+    def prepare(self, X: Float[Tensor, "b s d"]) -> Data:
+        """What `preactivation` and `read` need of the tokens."""
+        return {"X": X}
+
+    @abstractmethod
+    def preactivation(
+        self, data: Data, U: Float[Tensor, "k ..."], group: Int[Tensor, " k"]
+    ) -> Float[Tensor, "b k p q"]:
+        """``A = pre(X, U)`` at the tokens that pooling reads."""
+
+    @abstractmethod
+    def preactivation_adjoint(
+        self, data: Data, A: Float[Tensor, "b k p q"], group: Int[Tensor, " k"]
+    ) -> Float[Tensor, "k ..."]:
+        """Adjoint of `preactivation` in ``U``, summed over the batch."""
+
+    def read(self, data: Data, S: Float[Tensor, "b k r q"]) -> Float[Tensor, "b r k e"]:
+        """From activated, pooled scores to mixed tokens; the identity unless the head says otherwise."""
+        return S.transpose(1, 2)
+
+    def read_adjoint(self, data: Data, T: Float[Tensor, "b r k e"]) -> Float[Tensor, "b k r q"]:
+        """Adjoint of `read` in ``S``."""
+        return T.transpose(1, 2)
+
+    def pool_rows(self, A: Float[Tensor, "b k p q"]) -> Float[Tensor, "b k r q"]:
+        """``P`` applied to the token rows of activated scores."""
+        return A.mean(2, keepdim=True) if self.pool == "mean" else A
+
+    def pool_rows_adjoint(self, S: Float[Tensor, "b k r q"]) -> Float[Tensor, "b k p q"]:
+        """Adjoint of `pool_rows`."""
+        return (S / self.s).expand(-1, -1, self.s, -1) if self.pool == "mean" else S
+
+    def pool_tokens(self, X: Float[Tensor, "b s d"]) -> Float[Tensor, "b r d"]:
+        """``P X``."""
+        return X.mean(1, keepdim=True) if self.pool == "mean" else X[:, self.rows]
+
+
+def resolve_grid(n_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """``(h, w)`` with ``h·w = n_tokens``: the given grid, else a square, else ``(n_tokens, 1)``."""
+    if grid is None:
+        side = math.isqrt(n_tokens)
+        return (side, side) if side * side == n_tokens else (n_tokens, 1)
+    if len(grid) != 2 or grid[0] * grid[1] != n_tokens:
+        raise InputError(f"grid {tuple(grid)} does not hold {n_tokens} tokens: give (h, w) with h*w = {n_tokens}")
+    return int(grid[0]), int(grid[1])

@@ -1,0 +1,91 @@
+"""Block-FNO: a Fourier neural operator on each of ``B`` channel groups (the block-diagonal weights of AFNO).
+
+    mix(X, U) = σ(circ(X^(b)) vec(U)),   X^(b) the d/B channels of group b        U (s, d/B)
+
+With ``grouped`` outputs (the published form) group ``b`` writes only output group ``b``, ``v (1, c/B)``; with ``shared``
+outputs every group writes all ``c`` outputs and the groups are summed, ``v (1, c)``. Internally a grouped value is
+held with ``c`` columns that are zero outside its group. Each group has a nuclear norm of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from convexhead.errors import InputError, choose
+from convexhead.heads.base import Data, Head
+from convexhead.heads.fno import FNO
+
+
+class BlockFNO(Head):
+    """``U (s, d/B)``, ``v (1, c)`` or ``(1, c/B)``; scores ``q = 1``."""
+
+    name = "block-fno"
+
+    def __init__(
+        self, n_tokens: int, n_channels: int, *, n_blocks: int = 4, outputs: str = "shared", **options: object
+    ) -> None:
+        super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
+        self.outputs = choose("outputs", outputs, ("shared", "grouped"))
+        if not isinstance(n_blocks, int) or n_blocks < 1 or n_channels % n_blocks:
+            raise InputError(f"n_blocks={n_blocks} must be a positive divisor of the {n_channels} channels")
+        self.n_groups = n_blocks
+        self.width = n_channels // n_blocks
+        self.mixing_shape = (self.s, self.width)
+        self.value_rows = 1
+        self._fno = FNO(n_tokens, self.width, **options)  # type: ignore[arg-type]
+
+    @property
+    def score_width(self) -> int:
+        return 1
+
+    def output_mask(self, n_outputs: int) -> Tensor | None:
+        if self.outputs == "shared":
+            return None
+        if n_outputs % self.n_groups:
+            raise InputError(
+                f"outputs='grouped' needs a number of outputs divisible by n_blocks={self.n_groups}, "
+                f"got {n_outputs}: choose another n_blocks or outputs='shared'"
+            )
+        return torch.eye(self.n_groups).repeat_interleave(n_outputs // self.n_groups, dim=1) > 0
+
+    def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
+        return self._fno.prepare_linear(X, reuse=reuse)
+
+    def prepare(self, X: Tensor) -> Data:
+        return self._fno.prepare(X)
+
+    def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        return self._to_groups(self._fno.linear_mix, data, U, group, atom_dim=2)
+
+    def linear_mix_adjoint(self, data: Data, T: Tensor, group: Tensor) -> Tensor:
+        return self._from_groups(self._fno.linear_mix_adjoint, data, T, group, atom_dim=2)
+
+    def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        return self._to_groups(self._fno.preactivation, data, U, group, atom_dim=1)
+
+    def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
+        return self._from_groups(self._fno.preactivation_adjoint, data, A, group, atom_dim=1)
+
+    def _channels(self, data: Data, g: int) -> Data:
+        """The data of channel group ``g``; an FNO keeps channels last in everything it prepares."""
+        return {key: value[..., g * self.width : (g + 1) * self.width] for key, value in data.items()}
+
+    def _to_groups(
+        self, mix: Callable[..., Tensor], data: Data, U: Tensor, group: Tensor, *, atom_dim: int
+    ) -> Tensor:
+        order, parts = torch.argsort(group, stable=True), []
+        for g in torch.unique(group).tolist():
+            parts.append(mix(self._channels(data, g), U[group == g], group))
+        return torch.cat(parts, atom_dim).index_select(atom_dim, torch.argsort(order))
+
+    def _from_groups(
+        self, adjoint: Callable[..., Tensor], data: Data, T: Tensor, group: Tensor, *, atom_dim: int
+    ) -> Tensor:
+        U = T.new_zeros(len(group), *self.mixing_shape)
+        for g in torch.unique(group).tolist():
+            atoms = (group == g).nonzero().squeeze(1)
+            U[atoms] = adjoint(self._channels(data, g), T.index_select(atom_dim, atoms), group)
+        return U

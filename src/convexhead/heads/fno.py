@@ -1,0 +1,81 @@
+"""Fourier neural operator: tokens are mixed by a circular convolution over the grid, summed over channels.
+
+    mix(X, U) = σ(circ(X) vec(U)),   (circ(X) vec(U))[a] = Σ_t X[(a − t) mod grid] · U[t]        U (s, d),  v (1, c)
+
+The convex program lives on ``Z (s·d, c)``. By the FFT over the grid the convolution is a product at every
+frequency ω: ``Â[ω] = X̂[ω] · Û[ω]``, and its adjoint in ``U`` is ``conj(X̂[ω]) Â[ω]``. With mean pooling and a linear
+activation every shift has the same mean, so the head sees the mean token alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexhead.heads.base import Data, Head
+
+
+class FNO(Head):
+    """``U (s, d)``, ``v (1, c)``; scores ``q = 1``."""
+
+    name = "fno"
+
+    def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
+        super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
+        self.mixing_shape = (self.s, self.d)
+        self.value_rows = 1
+        h, w = self.grid
+        self.fft_grid = (1, h) if w == 1 else (h, w)  # the real FFT halves the last axis
+
+    @property
+    def score_width(self) -> int:
+        return 1
+
+    def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
+        if self.pool == "mean":
+            return {"queries": self.pool_tokens(X)}
+        if self.pool == "cls":
+            return {"shifted": self._reverse(X)}
+        return self.prepare(X)
+
+    def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        if self.pool == "mean":
+            return (data["queries"] @ U.sum(1).T).unsqueeze(-1)
+        if self.pool == "cls":
+            return (data["shifted"].flatten(1) @ U.flatten(1).T)[:, None, :, None]
+        return self.preactivation(data, U, group).transpose(1, 2)
+
+    def linear_mix_adjoint(self, data: Data, T: Tensor, group: Tensor) -> Tensor:
+        if self.pool == "mean":
+            u = torch.einsum("brk,brd->kd", T.squeeze(-1), data["queries"])
+            return u.unsqueeze(1).expand(-1, self.s, -1)
+        if self.pool == "cls":
+            return (T[:, 0, :, 0].T @ data["shifted"].flatten(1)).view(-1, *self.mixing_shape)
+        return self.preactivation_adjoint(data, T.transpose(1, 2), group)
+
+    def prepare(self, X: Tensor) -> Data:
+        return {"spectrum": self._fft(X)}
+
+    def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        product = torch.einsum("bfd,kfd->bkf", data["spectrum"], self._fft(U))
+        return self._inverse_fft(product.unsqueeze(-1))[:, :, self.rows]
+
+    def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
+        if self.pool == "cls":
+            A = torch.cat([A, A.new_zeros(*A.shape[:2], self.s - 1, 1)], dim=2)
+        correlation = torch.einsum("bfd,bkf->kfd", data["spectrum"].conj(), self._fft(A).squeeze(-1))
+        return self._inverse_fft(correlation)
+
+    def _reverse(self, X: Tensor) -> Tensor:
+        """``X[−t mod grid]`` for every shift ``t``: row 0 of ``circ(X)``."""
+        lattice = X.reshape(-1, *self.fft_grid, X.shape[-1])
+        return lattice.flip(1, 2).roll((1, 1), (1, 2)).reshape(X.shape)
+
+    def _fft(self, X: Tensor) -> Tensor:
+        """Real FFT over the grid: ``(..., s, d) -> (..., f, d)`` complex."""
+        lattice = X.reshape(*X.shape[:-2], *self.fft_grid, X.shape[-1])
+        return torch.fft.rfft2(lattice, dim=(-3, -2)).flatten(-3, -2)
+
+    def _inverse_fft(self, spectrum: Tensor) -> Tensor:
+        lattice = spectrum.reshape(*spectrum.shape[:-2], self.fft_grid[0], -1, spectrum.shape[-1])
+        return torch.fft.irfft2(lattice, s=self.fft_grid, dim=(-3, -2)).flatten(-3, -2)

@@ -1,0 +1,54 @@
+"""MLP-Mixer (token mixing): tokens are mixed by learned weights that are the same for every sample.
+
+    mix(X, U) = σ(U X)        U (s, s),  V (d, c)
+
+The convex program lives on ``Z (s², d·c)``. With mean pooling and a linear activation only the mean row of ``U``
+acts: one weight a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexhead.heads.base import Data, Head
+
+
+class MLPMixer(Head):
+    """``U (s, s)``, ``V (d, c)``; scores ``q = d``."""
+
+    name = "mlp-mixer"
+
+    def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
+        super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
+        self.mixing_shape = (self.s, self.s)
+        self.value_rows = self.d
+
+    @property
+    def score_width(self) -> int:
+        return self.d
+
+    def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
+        return self.prepare(X)
+
+    def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        PU = self.pool_tokens(U)  # (k, r, s): pooling the rows of U is pooling the rows of U X
+        M = PU.reshape(-1, self.s) @ data["X"]
+        return M.view(len(M), len(U), self.r, self.d).transpose(1, 2)
+
+    def linear_mix_adjoint(self, data: Data, T: Tensor, group: Tensor) -> Tensor:
+        PU = torch.einsum("brkd,btd->krt", T, data["X"])
+        if self.pool == "mean":
+            return (PU / self.s).expand(-1, self.s, -1)
+        U = PU.new_zeros(len(PU), self.s, self.s)
+        U[:, self.rows] = PU
+        return U
+
+    def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        A = U[:, self.rows].reshape(-1, self.s) @ data["X"]
+        return A.view(len(A), len(U), self.p, self.d)
+
+    def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
+        U = A.new_zeros(A.shape[1], self.s, self.s)
+        U[:, self.rows] = torch.einsum("bkpd,btd->kpt", A, data["X"])
+        return U

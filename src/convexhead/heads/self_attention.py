@@ -1,0 +1,72 @@
+"""Self-attention: tokens are mixed by their similarity under a learned bilinear form.
+
+    mix(X, U) = (1/s) σ(X U Xᵀ) X        U (d, d) joins query and key weights,  V (d, c)
+
+The convex program lives on ``Z = Σ_k vec(U_k) vec(V_k)ᵀ``, ``(d², d·c)``, with the nuclear norm: low rank across
+token correlations (left) and across latent feature/class directions (right).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexhead.heads.base import Data, Head
+
+
+class SelfAttention(Head):
+    """``U (d, d)``, ``V (d, c)``; scores ``q = s``."""
+
+    name = "self-attention"
+
+    def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
+        super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
+        self.mixing_shape = (self.d, self.d)
+        self.value_rows = self.d
+
+    @property
+    def score_width(self) -> int:
+        return self.s
+
+    def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
+        # A row of P X U costs d² to take through the Gram matrix XᵀX and 2·s·d through the tokens.
+        keys = {"gram": X.mT @ X / self.s} if reuse and self.d < 2 * self.s else {"X": X}
+        return {"queries": self.pool_tokens(X), **keys}
+
+    def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        Q = data["queries"]
+        b, r, d = Q.shape
+        QU = (Q.reshape(b * r, d) @ U.permute(1, 0, 2).reshape(d, -1)).view(b, r * len(U), d)
+        return self._through_keys(data, QU).view(b, r, len(U), d)
+
+    def linear_mix_adjoint(self, data: Data, T: Tensor, group: Tensor) -> Tensor:
+        Q = data["queries"]
+        b, r, k, d = T.shape
+        TG = self._through_keys(data, T.reshape(b, r * k, d))
+        return (Q.reshape(b * r, d).T @ TG.view(b * r, k * d)).view(d, k, d).transpose(0, 1)
+
+    def _through_keys(self, data: Data, rows: Tensor) -> Tensor:
+        """``rows (b, ·, d) -> rows XᵀX / s``."""
+        if "gram" in data:
+            return rows @ data["gram"]
+        return (rows @ data["X"].mT) @ data["X"] / self.s
+
+    def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
+        X = data["X"]
+        queries = X[:, self.rows]
+        QU = torch.einsum("bpd,kde->bkpe", queries, U).reshape(len(X), -1, self.d)
+        return (QU @ X.mT).view(len(X), len(U), self.p, self.s)
+
+    def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
+        X = data["X"]
+        AX = (A.reshape(len(X), -1, self.s) @ X).view(*A.shape[:3], self.d)
+        return torch.einsum("bpd,bkpe->kde", X[:, self.rows], AX)
+
+    def read(self, data: Data, S: Tensor) -> Tensor:
+        X = data["X"]
+        return (S.transpose(1, 2).reshape(len(X), -1, self.s) @ X / self.s).view(len(X), self.r, -1, self.d)
+
+    def read_adjoint(self, data: Data, T: Tensor) -> Tensor:
+        X = data["X"]
+        S = T.reshape(len(X), -1, self.d) @ X.mT / self.s
+        return S.view(len(X), self.r, -1, self.s).transpose(1, 2)

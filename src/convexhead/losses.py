@@ -1,0 +1,135 @@
+"""Convex losses: value, residual and conjugate, all a batch at a time.
+
+A loss is a function ``ℓ(f, y)`` of one sample's outputs ``f (r, c)`` and targets ``y (r, c)``, convex in ``f``. The
+library needs three things of it, each over a batch:
+
+    value(f, y)      ℓ(f_i, y_i)                      (n, r, c), (n, r, c) -> (n,)
+    residual(f, y)   ∇_f ℓ(f_i, y_i)                  (n, r, c), (n, r, c) -> (n, r, c)
+    conjugate(g, y)  ℓ*(g_i, y_i) = sup_f ⟨g, f⟩ − ℓ   (n, r, c), (n, r, c) -> (n,), +inf outside the domain
+
+and ``scaled_domain(f, y)``: the largest τ for which ``τ ∇ℓ`` surely stays in the domain of the conjugate (1 is always
+right for a loss bounded below). To use a loss of your own, subclass `Loss` and pass an instance as ``loss=``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.errors import InputError, choose
+
+Batch = Float[Tensor, "n r c"]
+
+
+class Loss(ABC):
+    """A convex loss of one sample's outputs; see the module's text for the contract."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def value(self, f: Batch, y: Batch) -> Float[Tensor, " n"]:
+        """``ℓ(f_i, y_i)``."""
+
+    @abstractmethod
+    def residual(self, f: Batch, y: Batch) -> Batch:
+        """``∇_f ℓ(f_i, y_i)``."""
+
+    @abstractmethod
+    def conjugate(self, g: Batch, y: Batch) -> Float[Tensor, " n"]:
+        """``ℓ*(g_i, y_i)``, ``+inf`` outside its domain."""
+
+    def scaled_domain(self, f: Batch, y: Batch) -> float:
+        """The largest known ``τ ≥ 1`` with ``τ ∇ℓ(f_i, y_i)`` in the domain of ``ℓ*`` for every ``i``."""
+        return 1.0
+
+
+class CrossEntropy(Loss):
+    """``ℓ(f, y) = log Σ_k exp f_k − ⟨y, f⟩`` for a probability vector ``y`` (one-hot for class labels).
+
+    ``ℓ*(g) = Σ_k p_k log p_k`` with ``p = y + g``, finite where ``p`` is a probability vector.
+    """
+
+    name = "cross-entropy"
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return (torch.logsumexp(f, -1) - (f * y).sum(-1)).sum(-1)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return torch.softmax(f, -1) - y
+
+    def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
+        p = y + g
+        tiny = 8 * torch.finfo(p.dtype).eps  # rounding may leave a probability this much outside [0, 1]
+        outside = (p < -tiny).any(-1) | ((p.sum(-1) - 1).abs() > tiny * p.shape[-1])
+        return torch.where(outside, torch.inf, torch.xlogy(p.clamp_min(0), p.clamp_min(0)).sum(-1)).sum(-1)
+
+    def scaled_domain(self, f: Tensor, y: Tensor) -> float:
+        # p = y + τ(softmax − y) ≥ 0 wherever softmax < y
+        q = torch.softmax(f, -1)
+        shrink = torch.where(y > q, y / (y - q).clamp_min(torch.finfo(y.dtype).tiny), torch.inf)
+        return max(1.0, float(shrink.min()))
+
+
+class Squared(Loss):
+    """``ℓ(f, y) = ½‖f − y‖²``, ``ℓ*(g) = ½‖g‖² + ⟨g, y⟩``."""
+
+    name = "squared"
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).square().sum((-2, -1)) / 2
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return f - y
+
+    def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
+        return (g.square() / 2 + g * y).sum((-2, -1))
+
+    def scaled_domain(self, f: Tensor, y: Tensor) -> float:
+        return float("inf")
+
+
+class Huber(Loss):
+    """``ℓ(f, y) = Σ h(f − y)``, ``h(t) = t²/2`` for ``|t| ≤ δ`` else ``δ|t| − δ²/2``.
+
+    ``ℓ*(g) = ½‖g‖² + ⟨g, y⟩`` where every ``|g| ≤ δ``.
+
+    Parameters
+    ----------
+    delta : float
+        ``δ > 0``, the residual beyond which the loss grows linearly, in units of the targets.
+    """
+
+    name = "huber"
+
+    def __init__(self, delta: float = 1.0) -> None:
+        if not delta > 0:
+            raise InputError(f"huber's delta must be positive, got {delta}")
+        self.delta = float(delta)
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        t = (f - y).abs()
+        inner = t.clamp_max(self.delta)
+        return (inner * (t - inner / 2)).sum((-2, -1))
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).clamp(-self.delta, self.delta)
+
+    def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
+        inside = (g.abs() <= self.delta * (1 + 8 * torch.finfo(g.dtype).eps)).all(-1).all(-1)
+        return torch.where(inside, (g.square() / 2 + g * y).sum((-2, -1)), torch.inf)
+
+    def scaled_domain(self, f: Tensor, y: Tensor) -> float:
+        largest = float((f - y).abs().max())
+        return max(1.0, self.delta / largest) if largest > 0 else float("inf")
+
+
+LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, Squared, Huber)}
+
+
+def make_loss(loss: str | Loss) -> Loss:
+    """The loss called ``loss``, or the instance itself."""
+    return loss if isinstance(loss, Loss) else LOSSES[choose("loss", loss, LOSSES)]()

@@ -1,0 +1,311 @@
+"""The training problem of a head: objective, factored gradients and products with the gradient matrix.
+
+    min  F + β Ω,   F = (1/n) Σ_i ℓ(f_i, y_i),   f_i = Σ_k P mix(X_i, U_k) V_k + b
+
+with ``Ω = Σ_j ‖Z_j‖_*`` over blocks ``j``, ``Z_j = Σ_{k in j} vec(U_k) vec(V_k)ᵀ``, and its factored form
+``½ Σ_k (‖U_k‖² + ‖V_k‖²) ≥ Ω`` (equal once balanced). The linear head has ``Ω = ½‖V‖²`` instead.
+
+With ``R_i = ∇ℓ(f_i, y_i)/n`` the gradient of ``F`` in ``Z_j`` is the matrix ``𝒜_j*(R)``, never formed here; products with it are
+
+    𝒜_j*(R) V  = mix_adjoint(R Vᵀ)  (*mixing_shape)        𝒜_j*(R)ᵀ U = Σ_i (P mix(X_i, U))ᵀ R_i  (e, c)
+
+Everything is one pass over the samples in batches, a few large matrix products each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexhead.activation import Activation
+from convexhead.heads.base import Data, Head
+from convexhead.losses import Loss
+
+BATCH_NUMBERS = 4_000_000
+"""Numbers of workspace a batch may take; at float32 half of a usual last-level cache."""
+
+
+@dataclass
+class Atoms:
+    """A head's weights in factored form.
+
+    Attributes
+    ----------
+    U : Tensor (k, *mixing_shape)
+        Mixing weights.
+    V : Tensor (k, e, c)
+        Value weights; zero outside the outputs that a grouped block-FNO's group writes.
+    block : Tensor (k,), int64
+        The block of each atom, ``gate · n_groups + group``.
+    intercept : Tensor (c,)
+        ``b``; zero where none is fitted.
+    """
+
+    U: Float[Tensor, "k ..."]
+    V: Float[Tensor, "k e c"]
+    block: Int[Tensor, " k"]
+    intercept: Float[Tensor, " c"]
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Atoms:
+        """The same weights on another device in another precision."""
+        return Atoms(
+            self.U.to(device, dtype),
+            self.V.to(device, dtype),
+            self.block.to(device),
+            self.intercept.to(device, dtype),
+        )
+
+    def select(self, index: Tensor) -> Atoms:
+        """The atoms that ``index`` (a mask or positions) picks."""
+        return replace(self, U=self.U[index], V=self.V[index], block=self.block[index])
+
+    def append(self, other: Atoms) -> Atoms:
+        """These atoms and then ``other``'s, with this intercept."""
+        return replace(
+            self,
+            U=torch.cat([self.U, other.U]),
+            V=torch.cat([self.V, other.V]),
+            block=torch.cat([self.block, other.block]),
+        )
+
+
+class Problem:
+    """Tokens, targets, head, activation and loss, ready for passes over the data.
+
+    Parameters
+    ----------
+    X : Tensor (n, s, d)
+        Tokens, any float dtype.
+    Y : Tensor (n, r, c)
+        Targets; one-hot rows for class labels.
+    head, activation, loss
+        What makes the outputs and how they are judged.
+    fit_intercept : bool
+        Whether an unpenalised ``b`` is added to the outputs.
+    dtype : torch.dtype
+        Precision of the passes.
+    reuse : bool
+        Prepare the tokens once and keep the result (a solver's many passes); else prepare each batch anew.
+    """
+
+    def __init__(
+        self,
+        X: Float[Tensor, "n s d"],
+        Y: Float[Tensor, "n r c"],
+        head: Head,
+        activation: Activation,
+        loss: Loss,
+        *,
+        fit_intercept: bool = False,
+        dtype: torch.dtype = torch.float64,
+        reuse: bool = True,
+        masks: Tensor | None = None,
+    ) -> None:
+        self.X, self.head, self.activation, self.loss = X, head, activation, loss
+        self.Y = Y.to(X.device, dtype)
+        self.fit_intercept, self.dtype, self.device = fit_intercept, dtype, X.device
+        self.n, self.c = len(X), Y.shape[-1]
+        self.n_blocks = activation.n_blocks
+        self.value_shape = (head.value_rows, self.c)
+        output_mask = head.output_mask(self.c)
+        self.output_mask = None if output_mask is None else output_mask.to(X.device, dtype)
+        step = max(1, BATCH_NUMBERS // (head.s * max(head.s, head.d)))
+        slices = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
+        if masks is None:
+            packed = [activation.pack_masks(X[rows]) for rows in slices]
+            masks = None if packed[0] is None else torch.cat(packed)  # type: ignore[arg-type]
+        self.masks = masks
+        self.data: Data | None = None
+        if reuse:
+            parts = [activation.prepare(X[rows].to(dtype), reuse=True) for rows in slices]
+            self.data = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def in_double(self) -> Problem:
+        """The same problem in float64, preparing each batch anew: what the certificate is computed from."""
+        return Problem(
+            self.X, self.Y, self.head, self.activation, self.loss,
+            fit_intercept=self.fit_intercept, dtype=torch.float64, reuse=False, masks=self.masks,
+        )  # fmt: skip
+
+    # -- shapes -------------------------------------------------------------------------------------------------------
+    @property
+    def value_size(self) -> int:
+        """Free entries of one value weight, the column count of each ``Z_j``."""
+        columns = self.c if self.output_mask is None else self.c // self.head.n_groups
+        return self.head.value_rows * columns
+
+    def empty(self) -> Atoms:
+        """The zero model. The linear head has its one atom from the start."""
+        k = 0 if self.head.learns_mixing else 1
+        new = {"device": self.device, "dtype": self.dtype}
+        return Atoms(
+            torch.ones(k, *self.head.mixing_shape, **new),  # type: ignore[arg-type]
+            torch.zeros(k, *self.value_shape, **new),  # type: ignore[arg-type]
+            torch.zeros(k, dtype=torch.int64, device=self.device),
+            torch.zeros(self.c, **new),  # type: ignore[arg-type]
+        )
+
+    def mask_values(self, V: Float[Tensor, "k e c"], block: Int[Tensor, " k"]) -> Float[Tensor, "k e c"]:
+        """``V`` with zeros in the outputs that its block does not write."""
+        if self.output_mask is None:
+            return V
+        return V * self.output_mask[block % self.head.n_groups].unsqueeze(1)
+
+    # -- passes over the data -----------------------------------------------------------------------------------------
+    def batches(self, k: int) -> Iterator[tuple[slice, Data]]:
+        """Slices of samples with their prepared data, sized for ``k`` atoms."""
+        size = max(8, BATCH_NUMBERS // max(1, self.activation.workspace(k)))
+        for start in range(0, self.n, size):
+            rows = slice(start, min(start + size, self.n))
+            if self.data is not None:
+                data = {key: value[rows] for key, value in self.data.items()}
+            else:
+                data = self.activation.prepare(self.X[rows].to(self.dtype), reuse=False)
+            if self.masks is not None:
+                data["masks"] = self.masks[rows]
+            yield rows, data
+
+    def outputs(self, atoms: Atoms) -> Float[Tensor, "n r c"]:
+        """``f`` of every sample."""
+        f = atoms.intercept.expand(self.n, self.head.r, self.c).clone()
+        if len(atoms):
+            V = atoms.V.flatten(0, 1)
+            for rows, data in self.batches(len(atoms)):
+                M = self.activation.mix(data, atoms.U, atoms.block)
+                f[rows] += M.flatten(2) @ V
+        return f
+
+    def data_term(self, f: Float[Tensor, "n r c"]) -> float:
+        """``F = (1/n) Σ_i ℓ(f_i, y_i)``, summed in float64."""
+        return float(self.loss.value(f, self.Y).double().mean())
+
+    def residual(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
+        """``R_i = ∇ℓ(f_i, y_i) / n``."""
+        return self.loss.residual(f, self.Y) / self.n
+
+    def penalty(self, atoms: Atoms) -> float:
+        """``½ Σ_k (‖U_k‖² + ‖V_k‖²)``, or ``½‖V‖²`` where the mixing is not learned."""
+        total = atoms.V.double().square().sum()
+        if self.head.learns_mixing:
+            total = total + atoms.U.double().square().sum()
+        return float(total) / 2
+
+    def value_and_gradient(
+        self, atoms: Atoms, beta: float
+    ) -> tuple[float, Float[Tensor, "k ..."], Float[Tensor, "k e c"], Float[Tensor, " c"]]:
+        """Factored objective and its gradients in ``U``, ``V`` and ``b``; one pass."""
+        V = atoms.V.flatten(0, 1)
+        gU, gV = beta * atoms.U, beta * atoms.V
+        gb, total = torch.zeros_like(atoms.intercept), 0.0
+        for rows, data in self.batches(len(atoms)):
+            M = self.activation.mix(data, atoms.U, atoms.block)
+            flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
+            f = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
+            total += float(self.loss.value(f, self.Y[rows]).double().sum())
+            R = self.loss.residual(f, self.Y[rows]).flatten(0, 1) / self.n
+            gV += (flat.T @ R).view(gV.shape)
+            gb += R.sum(0)
+            if self.head.learns_mixing:
+                gU += self.activation.mix_adjoint(data, (R @ V.T).view(M.shape), atoms.block)
+        if not self.head.learns_mixing:
+            gU = torch.zeros_like(atoms.U)
+        if not self.fit_intercept:
+            gb = torch.zeros_like(gb)
+        return total / self.n + beta * self.penalty(atoms), gU, self.mask_values(gV, atoms.block), gb
+
+    def adjoint_times_values(
+        self, R: Float[Tensor, "n r c"], V: Float[Tensor, "k e c"], block: Int[Tensor, " k"]
+    ) -> Float[Tensor, "k ..."]:
+        """``𝒜_j*(R) V_k`` for each ``V_k`` in its block."""
+        V = self.mask_values(V, block)
+        out = V.new_zeros(len(V), *self.head.mixing_shape)
+        for rows, data in self.batches(len(V)):
+            T = (R[rows] @ V.flatten(0, 1).T).unflatten(-1, V.shape[:2])
+            out += self.activation.mix_adjoint(data, T, block)
+        return out
+
+    def adjoint_times_mixing(
+        self, R: Float[Tensor, "n r c"], U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
+    ) -> Float[Tensor, "k e c"]:
+        """``𝒜_j*(R)ᵀ U_k`` for each ``U_k`` in its block."""
+        out = U.new_zeros(len(U), *self.value_shape)
+        for rows, data in self.batches(len(U)):
+            M = self.activation.mix(data, U, block)
+            out += (M.flatten(2).flatten(0, 1).T @ R[rows].flatten(0, 1)).view(out.shape)
+        return self.mask_values(out, block)
+
+    def features(self) -> Float[Tensor, "j nr pe"]:
+        """Every block's linear map as a dense matrix: row ``(i, row)``, column ``(entry of U, row of V)``."""
+        p, e, r = self.head.mixing_size, self.head.value_rows, self.head.r
+        basis = torch.eye(p, dtype=self.dtype, device=self.device).view(p, *self.head.mixing_shape)
+        out = torch.empty(self.n_blocks, self.n, r, p, e, dtype=self.dtype, device=self.device)
+        for j in range(self.n_blocks):
+            block = torch.full((p,), j, device=self.device)
+            for rows, data in self.batches(p):
+                out[j, rows] = self.activation.mix(data, basis, block)
+        return out.view(self.n_blocks, self.n * r, p * e)
+
+    def gradient_matrix(self, R: Float[Tensor, "n r c"], j: int) -> Float[Tensor, "p q"]:
+        """``𝒜_j*(R)`` formed, ``(mixing_size, value_rows · c)``, by products from its smaller side."""
+        p, q = self.head.mixing_size, self.head.value_rows * self.c
+        if p <= q:
+            basis = torch.eye(p, dtype=self.dtype, device=self.device).view(p, *self.head.mixing_shape)
+            parts = [
+                self.adjoint_times_mixing(R, U, torch.full((len(U),), j, device=self.device))
+                for U in basis.split(64)
+            ]
+            return torch.cat(parts).view(p, q)
+        basis = torch.eye(q, dtype=self.dtype, device=self.device).view(q, *self.value_shape)
+        parts = [
+            self.adjoint_times_values(R, V, torch.full((len(V),), j, device=self.device))
+            for V in basis.split(64)
+        ]
+        return torch.cat(parts).view(q, p).T
+
+
+def balance(atoms: Atoms, *, drop: float) -> tuple[Atoms, list[Tensor]]:
+    """The same ``Z_j`` with orthogonal, balanced atoms sorted by singular value, block by block.
+
+    Parameters
+    ----------
+    drop : float
+        Atoms whose singular value is at most ``drop`` times the largest of all blocks are dropped.
+
+    Returns
+    -------
+    atoms : Atoms
+        ``‖U_k‖ = ‖V_k‖ = √σ_k``, ordered by block, then by falling ``σ_k``.
+    singular_values : list of Tensor
+        One ``(k_j,)`` for each block that has atoms, in the atoms' order.
+    """
+    pieces = []
+    for j in torch.unique(atoms.block).tolist():
+        of_block = atoms.select(atoms.block == j)
+        qu, ru = torch.linalg.qr(of_block.U.flatten(1).T)
+        qv, rv = torch.linalg.qr(of_block.V.flatten(1).T)
+        left, sigma, right = torch.linalg.svd(ru @ rv.T)
+        left, right = qu @ left[:, : len(sigma)], qv @ right[: len(sigma)].T
+        pieces.append((j, left, sigma, right))
+    largest = max((float(sigma[0]) for *_, sigma, _ in pieces if len(sigma)), default=0.0)
+    kept = atoms.select(torch.zeros(0, dtype=torch.int64, device=atoms.block.device))
+    values = []
+    for j, left, sigma, right in pieces:
+        m = int((sigma > drop * largest).sum())
+        root = sigma[:m].sqrt()
+        of_block = Atoms(
+            (left[:, :m] * root).T.reshape(m, *atoms.U.shape[1:]),
+            (right[:, :m] * root).T.reshape(m, *atoms.V.shape[1:]),
+            torch.full((m,), j, device=atoms.block.device),
+            atoms.intercept,
+        )
+        kept = kept.append(of_block)
+        if m:
+            values.append(sigma[:m])
+    return kept, values
