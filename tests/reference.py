@@ -33,7 +33,13 @@ def preactivation(name: str, X: np.ndarray, U: np.ndarray, grid: tuple[int, int]
 
 
 def mix(
-    name: str, X: np.ndarray, U: np.ndarray, *, grid: tuple[int, int], group: int = 0, gate: np.ndarray | None = None
+    name: str,
+    X: np.ndarray,
+    U: np.ndarray,
+    *,
+    grid: tuple[int, int],
+    group: int = 0,
+    gate: np.ndarray | None = None,
 ) -> np.ndarray:
     """``mix(X, U)`` of one sample and one atom, before pooling: ``(s, e)``."""
     if name == "linear":

@@ -36,7 +36,9 @@ class Activation(Protocol):
     def pack_masks(self, X: Float[Tensor, "b s d"]) -> UInt8[Tensor, "b j m"] | None:
         """Bit-packed masks of every block, which the data passed to `mix` hold as ``"masks"``; None without gates."""
 
-    def mix(self, data: Data, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "b r k e"]:
+    def mix(
+        self, data: Data, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
+    ) -> Float[Tensor, "b r k e"]:
         """Mixed, pooled tokens ``P mix(X, U)`` of every atom."""
 
     def mix_adjoint(
@@ -106,7 +108,9 @@ class GatedReLU:
         few = 8  # gates at a time, so that unpacked masks stay small
         return torch.cat(
             [
-                pack_bits(self.head.preactivation(exact, gates[i : i + few], group[i : i + few]).flatten(2) >= 0)
+                pack_bits(
+                    self.head.preactivation(exact, gates[i : i + few], group[i : i + few]).flatten(2) >= 0
+                )
                 for i in range(0, self.n_blocks, few)
             ],
             dim=1,

@@ -109,7 +109,7 @@ class Problem:
         masks: Tensor | None = None,
     ) -> None:
         self.X, self.head, self.activation, self.loss = X, head, activation, loss
-        self.Y = Y.to(X.device, dtype)
+        self.targets, self.Y = Y, Y.to(X.device, dtype)
         self.fit_intercept, self.dtype, self.device = fit_intercept, dtype, X.device
         self.n, self.c = len(X), Y.shape[-1]
         self.n_blocks = activation.n_blocks
@@ -127,12 +127,19 @@ class Problem:
             parts = [activation.prepare(X[rows].to(dtype), reuse=True) for rows in slices]
             self.data = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
-    def in_double(self) -> Problem:
-        """The same problem in float64, preparing each batch anew: what the certificate is computed from."""
+    def in_double(self, *, reuse: bool = False) -> Problem:
+        """The same problem in float64; unless ``reuse``, each batch is prepared anew and little memory is taken."""
         return Problem(
-            self.X, self.Y, self.head, self.activation, self.loss,
-            fit_intercept=self.fit_intercept, dtype=torch.float64, reuse=False, masks=self.masks,
-        )  # fmt: skip
+            self.X,
+            self.targets,
+            self.head,
+            self.activation,
+            self.loss,
+            fit_intercept=self.fit_intercept,
+            dtype=torch.float64,
+            reuse=reuse,
+            masks=self.masks,
+        )
 
     # -- shapes -------------------------------------------------------------------------------------------------------
     @property

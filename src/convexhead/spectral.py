@@ -12,16 +12,15 @@ each of them, so all must fail at once and the bound is raised to the power ``b`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexhead.problem import Problem
+from convexhead.problem import Atoms, Problem
 
-Apply = Callable[[Float[Tensor, "j m b"]], Float[Tensor, "j m b"]]
+Apply = Callable[[Tensor, Tensor], Tensor]
 
 
 class GradientMatrices:
@@ -47,7 +46,9 @@ class GradientMatrices:
         """Whether the Gram operator acts on the value side, the smaller one."""
         self.order = min(self.p, problem.value_size)
 
-    def _product(self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]) -> Tensor:
+    def _product(
+        self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]
+    ) -> Tensor:
         j, _, b = x.shape
         flat = x.transpose(1, 2).reshape(j * b, *shape)
         out = times(self.R, flat, blocks.repeat_interleave(b))
@@ -78,15 +79,6 @@ class GradientMatrices:
         return x.view(len(blocks), b, m).transpose(1, 2)
 
 
-@dataclass
-class Ritz:
-    """What ``steps`` Krylov steps found: ``values (j, m)`` of the Gram operator, falling, and ``vectors (j, N, m)``."""
-
-    steps: int
-    values: Float[Tensor, "j m"]
-    vectors: Float[Tensor, "j big m"]
-
-
 def orthonormalise(x: Float[Tensor, "j big b"], basis: Float[Tensor, "j big m"]) -> Float[Tensor, "j big b"]:
     """An orthonormal basis of the part of ``x`` orthogonal to ``basis``; twice, as once is not enough in rounding."""
     for _ in range(2):
@@ -95,27 +87,130 @@ def orthonormalise(x: Float[Tensor, "j big b"], basis: Float[Tensor, "j big m"])
     return x
 
 
-def block_krylov(gram: Apply, start: Float[Tensor, "j big b"], max_steps: int) -> Iterator[Ritz]:
-    """Rayleigh–Ritz values and vectors of ``gram`` over growing Krylov spaces, one step at a time."""
-    j, big, b = start.shape
-    basis = start.new_empty(j, big, 0)
-    projected = start.new_empty(j, 0, 0)
-    x = torch.linalg.qr(start).Q
-    for step in range(1, max_steps + 1):
-        basis = torch.cat([basis, x], dim=2)
-        image = gram(x)
+class BlockKrylov:
+    """Rayleigh–Ritz approximation of the top of a batch of Gram operators, one Krylov step at a time.
+
+    Parameters
+    ----------
+    gram : callable (x (j, N, b), blocks (j,)) -> (j, N, b)
+        Symmetric positive semidefinite operators, one for each block named.
+    start : Tensor (j, N, b)
+        ``b`` start vectors a block.
+    blocks : Tensor (j,)
+        Which blocks.
+    order : int
+        Dimension of the space that the operators act on, at most ``N``: beyond it there is nothing to find.
+
+    Attributes
+    ----------
+    steps : int
+        Steps taken, ``k`` of the bound.
+    values : Tensor (j, m)
+        Ritz values, rising.
+    """
+
+    def __init__(
+        self, gram: Apply, start: Float[Tensor, "j big b"], blocks: Int[Tensor, " j"], order: int
+    ) -> None:
+        self.gram, self.blocks, self.order, self.steps = gram, blocks, order, 0
+        self.starts = start.shape[2]
+        self._next = torch.linalg.qr(start).Q
+        self._basis = start.new_empty(*start.shape[:2], 0)
+        self._projected = start.new_empty(len(start), 0, 0)
+
+    def step(self) -> None:
+        """Add ``b`` vectors to every Krylov space; not beyond the dimension of the space."""
+        if self.steps:
+            self._next = orthonormalise(self._next, self._basis)
+        basis = torch.cat([self._basis, self._next], dim=2)
+        image = self.gram(self._next, self.blocks)
         column = basis.mT @ image
         m = basis.shape[2]
-        grown = start.new_zeros(j, m, m)
-        grown[:, : m - b, : m - b] = projected
-        grown[:, :, m - b :] = column
-        grown[:, m - b :, :] = column.mT
-        projected = (grown + grown.mT) / 2
-        values, rotation = torch.linalg.eigh(projected)
-        yield Ritz(step, values.flip(1).clamp_min(0), basis @ rotation.flip(2))
-        if m + b > big:
-            return
-        x = orthonormalise(image - basis @ column, basis)
+        old = m - self.starts
+        grown = basis.new_zeros(len(basis), m, m)
+        grown[:, :old, :old] = self._projected
+        grown[:, :, old:] = column
+        grown[:, old:, :] = column.mT
+        self._projected = (grown + grown.mT) / 2
+        values, self._rotation = torch.linalg.eigh(self._projected)
+        self.values = values.clamp_min(0)
+        self._basis, self._next = basis, image - basis @ column
+        self.steps += 1
+
+    def can_step(self) -> bool:
+        """Whether the space has room for another step."""
+        return self._basis.shape[2] + self.starts <= self.order
+
+    def keep(self, mask: Bool[Tensor, " j"]) -> None:
+        """Go on with some of the blocks only."""
+        self.blocks, self._next, self._basis = self.blocks[mask], self._next[mask], self._basis[mask]
+        self._projected, self.values, self._rotation = (
+            self._projected[mask], self.values[mask], self._rotation[mask],
+        )  # fmt: skip
+
+    def vectors(self, count: int) -> Float[Tensor, "j big k"]:
+        """Ritz vectors of the ``count`` largest values, largest first."""
+        return self._basis @ self._rotation[:, :, -count:].flip(2)
+
+
+class Deflated:
+    """``G_j`` with the directions ``A_j, B_j`` of a model's atoms split off, for every block.
+
+        ‖G‖ ≤ ‖ [ ‖AᵀGB‖  ‖AᵀG(I − BBᵀ)‖ ; ‖(I − AAᵀ)GB‖  ‖(I − AAᵀ)G(I − BBᵀ)‖ ] ‖₂
+
+    Three of the norms are computed, `corners (j, 3)`; the fourth is that of the operator whose Gram operator is `gram`.
+    At a stationary model the first is β and the next two vanish, so what is left is what the model lacks.
+
+    Parameters
+    ----------
+    G : GradientMatrices
+    directions : Atoms
+        Balanced atoms: orthogonal on both sides within each block.
+    """
+
+    def __init__(self, G: GradientMatrices, directions: Atoms) -> None:
+        self.G = G
+        problem, j = G.problem, G.problem.n_blocks
+        A, B = (w.flatten(1) / w.flatten(1).norm(dim=1, keepdim=True) for w in (directions.U, directions.V))
+        self.corners = G.R.new_zeros(j, 3)
+        sides = []
+        if len(directions):
+            U, V = A.view(directions.U.shape), B.view(directions.V.shape)
+            GB = problem.adjoint_times_values(G.R, V, directions.block).flatten(1)
+            AtG = problem.adjoint_times_mixing(G.R, U, directions.block).flatten(1)
+            for block in torch.unique(directions.block).tolist():
+                mine = directions.block == block
+                a, b = A[mine], B[mine]
+                core = a @ GB[mine].T
+                parts = (core, AtG[mine] - core @ b, GB[mine] - core.T @ a)
+                self.corners[block] = torch.stack([torch.linalg.matrix_norm(part, 2) for part in parts])
+                sides.append((block, a, b))
+        widest = max((len(a) for _, a, _ in sides), default=0)
+        self.A, self.B = G.R.new_zeros(j, G.p, widest), G.R.new_zeros(j, G.q, widest)
+        for block, a, b in sides:
+            self.A[block, :, : len(a)], self.B[block, :, : len(b)] = a.T, b.T
+
+    def gram(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j m b"]:
+        """Gram operator of ``(I − AAᵀ) G (I − BBᵀ)`` on the smaller side."""
+        y = self.half(x, blocks)
+        x = self.G.transpose_times(y, blocks) if self.G.on_values else self.G.times(y, blocks)
+        return project_out(x, (self.B if self.G.on_values else self.A)[blocks])
+
+    def half(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j other b"]:
+        """The operator itself, from the smaller side to the other."""
+        if self.G.on_values:
+            return project_out(self.G.times(project_out(x, self.B[blocks]), blocks), self.A[blocks])
+        return project_out(self.G.transpose_times(project_out(x, self.A[blocks]), blocks), self.B[blocks])
+
+    def norm(self, rest: Float[Tensor, " j"], blocks: Int[Tensor, " j"]) -> Float[Tensor, " j"]:
+        """The bound above, given the fourth norm of the named blocks."""
+        a, b, c = self.corners[blocks].unbind(-1)
+        return torch.linalg.matrix_norm(torch.stack([a, b, c, rest], -1).unflatten(-1, (2, 2)), 2)
+
+
+def project_out(x: Float[Tensor, "j m b"], basis: Float[Tensor, "j m k"]) -> Float[Tensor, "j m b"]:
+    """``(I − BBᵀ) x`` for orthonormal columns ``B`` (zero columns allowed)."""
+    return x - basis @ (basis.mT @ x)
 
 
 def relative_slack(order: int, steps: int, starts: int, failure_probability: float) -> float:
@@ -125,41 +220,34 @@ def relative_slack(order: int, steps: int, starts: int, failure_probability: flo
 
 
 def top_singular(
-    problem: Problem,
-    R: Float[Tensor, "n r c"],
+    deflated: Deflated,
+    start: Float[Tensor, "j big b"],
     *,
-    count: int,
-    start: Float[Tensor, "j big b"] | None = None,
-    rtol: float = 1e-2,
-    max_steps: int = 30,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "j m"], Float[Tensor, "j p m"], Float[Tensor, "j q m"]]:
-    """About ``count`` leading singular triples of every ``𝒜_j*(R)``: an estimate to find new atoms with.
+    rtol: float,
+    max_steps: int,
+) -> tuple[Float[Tensor, "j b"], Float[Tensor, "j p b"], Float[Tensor, "j q b"], Float[Tensor, "j big b"]]:
+    """Leading singular triples of every deflated block, as many as ``start`` has vectors: an estimate.
 
-    Stops when the largest singular value changes by less than ``rtol`` in a step. ``start`` are vectors on the smaller
-    side to begin from (with random ones where None).
+    Stops when the largest singular value grows by less than ``rtol`` in a step.
 
     Returns
     -------
-    sigma (j, m), left (j, p, m), right (j, q, m)
-        ``m = min(count, order)``; falling within each block.
+    sigma (j, b), left (j, p, b), right (j, q, b), next_start (j, N, b)
+        Falling within each block; the last is what to start from next time.
     """
-    G = GradientMatrices(problem, R)
-    blocks = torch.arange(problem.n_blocks, device=problem.device)
-    count = min(count, G.order)
-    if start is None:
-        start = G.random_start(blocks, min(count, G.order), generator)
-    previous = torch.zeros(())
-    for ritz in block_krylov(lambda x: G.gram(x, blocks), start, max_steps):
-        top = ritz.values[:, 0].max()
-        if ritz.values.shape[1] >= count and top - previous <= rtol * top:
+    blocks = torch.arange(len(start), device=start.device)
+    krylov, previous = BlockKrylov(deflated.gram, start, blocks, deflated.G.order), 0.0
+    for _ in range(max_steps):
+        krylov.step()
+        top = float(krylov.values[:, -1].max().sqrt())
+        if not krylov.can_step() or top - previous <= rtol * top:
             break
         previous = top
-    x = ritz.vectors[:, :, :count]
-    image = G.times(x, blocks) if G.on_values else G.transpose_times(x, blocks)
-    sigma = image.norm(dim=1)
-    image = image / sigma.clamp_min(torch.finfo(sigma.dtype).tiny).unsqueeze(1)
+    x = krylov.vectors(start.shape[2])
+    y = deflated.half(x, blocks)
+    sigma = y.norm(dim=1)
     order = sigma.argsort(dim=1, descending=True).unsqueeze(1)
-    x, image = (torch.take_along_dim(side, order, 2) for side in (x, image))
-    left, right = (image, x) if G.on_values else (x, image)
-    return sigma.sort(dim=1, descending=True).values, left, right
+    y = y / sigma.clamp_min(torch.finfo(sigma.dtype).tiny).unsqueeze(1)
+    x, y = torch.take_along_dim(x, order, 2), torch.take_along_dim(y, order, 2)
+    left, right = (y, x) if deflated.G.on_values else (x, y)
+    return sigma.sort(dim=1, descending=True).values, left, right, x

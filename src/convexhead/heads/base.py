@@ -151,5 +151,7 @@ def resolve_grid(n_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]
         side = math.isqrt(n_tokens)
         return (side, side) if side * side == n_tokens else (n_tokens, 1)
     if len(grid) != 2 or grid[0] * grid[1] != n_tokens:
-        raise InputError(f"grid {tuple(grid)} does not hold {n_tokens} tokens: give (h, w) with h*w = {n_tokens}")
+        raise InputError(
+            f"grid {tuple(grid)} does not hold {n_tokens} tokens: give (h, w) with h*w = {n_tokens}"
+        )
     return int(grid[0]), int(grid[1])

@@ -1,0 +1,261 @@
+"""How far from the optimum a model is, at most: computed in float64 and apart from every solver.
+
+Fenchel duality: for any weights, with ``R_i = ∇ℓ(f_i, y_i)/n`` and ``σ = max_j ‖𝒜_j*(R)‖₂``,
+
+    P* ≥ D(τ) = −(1/n) Σ_i ℓ*(n τ R_i, y_i)      for every  0 ≤ τ ≤ β/σ  that stays in the domain of ℓ*
+
+and ``gap = P − max_τ D(τ)``. Three things must be honest about it.
+
+* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise the model's
+  own singular directions ``A_j, B_j`` are split off,
+
+      ‖G‖ ≤ ‖ [ ‖AᵀGB‖  ‖AᵀG(I − BBᵀ)‖ ; ‖(I − AAᵀ)GB‖  ‖(I − AAᵀ)G(I − BBᵀ)‖ ] ‖₂,
+
+  three of the four norms are exact, and the last is ``σ̂/√(1 − ε)`` from random starts (see `spectral`): true but with
+  `failure_probability`. Splitting pays: what is left lies below β, so a crude ``ε`` will do.
+* An unpenalised intercept needs ``Σ_i R_i = 0``. It is solved for, and what is left is charged for every ``b`` of a box
+  ``|b_k| ≤ INTERCEPT_BOX``.
+* Rounding: ``σ`` is raised and ``D`` lowered by more than float64 can have lost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from convexhead.errors import InputError
+from convexhead.intercept import solve_intercept
+from convexhead.problem import Atoms, Problem, balance
+from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, relative_slack
+
+INTERCEPT_BOX = 1e4
+"""Bound on ``|b_k|``, in units of ``1 + max |y|``, for which the residual mean left by the intercept is charged."""
+ROUNDING = 1e-10
+"""Relative amount by which σ is raised to cover float64 rounding in the gradient matrix."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A proof that a model's objective is within ``gap`` of the global optimum.
+
+    Attributes
+    ----------
+    primal : float
+        ``P``, the objective of the convex program at the model.
+    dual : float
+        ``D ≤ P*``, the best lower bound known.
+    gap : float
+        ``P − D ≥ 0``, slack and rounding included.
+    relative_gap : float
+        ``gap / |primal|``.
+    sigma_slack : float
+        By how much, relatively, the largest singular value found was raised to be a bound; 0 for an exact SVD.
+    failure_probability : float
+        Probability, over the random starts, that the raised value is not a bound; 0 for an exact SVD.
+    scope : str
+        ``"global"`` for a linear activation; ``"sampled-gates"``: optimal for the program with these gates.
+    converged : bool
+        Whether ``relative_gap ≤ tol``.
+    """
+
+    primal: float
+    dual: float
+    gap: float
+    relative_gap: float
+    sigma_slack: float
+    failure_probability: float
+    scope: str
+    converged: bool
+
+    def to_dict(self) -> dict[str, float | str | bool]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        where = {"global": "global optimum", "sampled-gates": "optimum for these gates"}[self.scope]
+        return (
+            f"objective {self.primal:.6g} is within {self.gap:.2g} ({100 * self.relative_gap:.2g}%) of the {where}"
+            + (f", up to probability {self.failure_probability:.0e}" if self.failure_probability else "")
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+def certify_atoms(
+    problem: Problem,
+    atoms: Atoms,
+    beta: float,
+    *,
+    tol: float,
+    known_dual: float = -math.inf,
+    failure_probability: float = 1e-6,
+    generator: torch.Generator | None = None,
+    max_steps: int = 400,
+) -> Certificate:
+    """Certificate of ``atoms`` for the convex program of ``problem`` at weight ``beta``.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of any precision; the certificate is computed from its tokens in float64.
+    tol : float
+        The relative gap asked for: sets how hard σ is bounded, and `Certificate.converged`.
+    known_dual : float
+        A lower bound on the optimum that was certified before; the better one is kept.
+    failure_probability : float
+        Of the bound on σ, over all blocks together.
+    generator : torch.Generator or None
+        Source of the random starts; a fresh, unpredictable one where None.
+    """
+    exact = problem.in_double()
+    atoms = atoms.to(exact.device, torch.float64)
+    if not torch.equal(atoms.V, exact.mask_values(atoms.V, atoms.block)):
+        raise InputError("values are not zero outside the output group of their block")
+    f = exact.outputs(atoms)
+    if problem.head.learns_mixing:
+        directions, sigma = balance(atoms, drop=0.0)
+        penalty = float(sum(values.sum() for values in sigma))
+    else:
+        directions, penalty = atoms, exact.penalty(atoms)
+    data_term = exact.data_term(f)
+    primal = data_term + beta * penalty
+    if problem.fit_intercept:
+        f = f - atoms.intercept
+        f = f + solve_intercept(problem.loss, f, exact.Y)
+    R = exact.residual(f)
+    dual = _Dual(exact, f, R, beta)
+
+    lower, slack, failure = 0.0, 0.0, 0.0
+    if not problem.head.learns_mixing:
+        best = dual.ridge()
+    else:
+        G = GradientMatrices(exact, R)
+        if _worth_forming(exact, G):
+            upper = lower = max(
+                float(torch.linalg.matrix_norm(exact.gradient_matrix(R, j), 2)) for j in range(exact.n_blocks)
+            )
+            best = dual.spectral(upper)
+        else:
+            failure = failure_probability
+            bound = _KrylovBound(G, directions, failure, generator)
+            enough, steps = False, 0
+            while bound.step() and not enough and (steps := steps + 1) < max_steps:
+                if bound.upper < math.inf:
+                    reached = primal - dual.value(dual.largest(bound.upper)) <= tol * abs(primal)
+                    hopeless = primal - dual.value(dual.largest(bound.lower)) > tol * abs(primal)
+                    enough = reached or (hopeless and bound.upper <= 1.02 * bound.lower)
+            best = dual.spectral(bound.upper)
+            slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
+    terms = data_term + abs(best) + exact.n * float((R * exact.Y).abs().sum(2).mean())
+    best = max(best - 1e-13 * terms, known_dual)
+    if best > primal + 1e-9 * terms:
+        raise RuntimeError(f"lower bound {best!r} above the objective {primal!r}: please report this as a bug")
+    gap = max(primal - best, 0.0)
+    relative = gap / abs(primal) if primal else (0.0 if gap == 0 else math.inf)
+    return Certificate(
+        primal=primal,
+        dual=min(best, primal),
+        gap=gap,
+        relative_gap=relative,
+        sigma_slack=slack,
+        failure_probability=failure,
+        scope="global" if problem.masks is None else "sampled-gates",
+        converged=relative <= tol,
+    )
+
+
+class _Dual:
+    """``D(τ)`` at one residual, with the charge for what the intercept left."""
+
+    def __init__(self, problem: Problem, f: Tensor, R: Tensor, beta: float) -> None:
+        self.problem, self.R, self.beta = problem, R, beta
+        self.domain = problem.loss.scaled_domain(f, problem.Y)
+        self.charge = 0.0
+        if problem.fit_intercept:
+            box = INTERCEPT_BOX * (1 + float(problem.Y.abs().max()))
+            self.charge = box * float(R.sum((0, 1)).abs().sum())
+
+    def value(self, tau: float) -> float:
+        conjugate = self.problem.loss.conjugate(tau * self.problem.n * self.R, self.problem.Y)
+        return -float(conjugate.mean()) - tau * self.charge
+
+    def largest(self, sigma: float) -> float:
+        """The largest ``τ ≤ 1`` with ``τ σ ≤ β``."""
+        return min(1.0, self.beta / (sigma * (1 + ROUNDING))) if sigma > 0 else 1.0
+
+    def spectral(self, sigma: float) -> float:
+        """``max_τ D(τ)`` over ``τ σ ≤ β``."""
+        limit = self.beta / (sigma * (1 + ROUNDING)) if sigma > 0 else math.inf
+        return self._best(self.largest(sigma), min(self.domain, limit), lambda tau: 0.0)
+
+    def ridge(self) -> float:
+        """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``."""
+        block = torch.zeros(1, dtype=torch.int64, device=self.R.device)
+        one = torch.ones(1, dtype=self.R.dtype, device=self.R.device)
+        square = float(self.problem.adjoint_times_mixing(self.R, one, block).square().sum())
+        return self._best(1.0, self.domain, lambda tau: tau * tau * square / (2 * self.beta) * (1 + ROUNDING))
+
+    def _best(self, start: float, limit: float, penalty) -> float:  # type: ignore[no-untyped-def]
+        """The best value at ``start`` or at any τ up to ``limit``: each is a valid bound, the search only a choice."""
+        values = [self.value(start) - penalty(start)]
+        found = minimize_scalar(
+            lambda tau: penalty(tau) - self.value(tau),
+            bounds=(0.0, min(limit, 2 * start)),
+            method="bounded",
+            options={"maxiter": 20},
+        )
+        if math.isfinite(found.fun):
+            values.append(-float(found.fun))
+        return max(values)
+
+
+def _worth_forming(problem: Problem, G: GradientMatrices) -> bool:
+    """Forming costs `order` products a block and an SVD; the Krylov bound some hundreds of products."""
+    return G.order <= 512 and G.p * G.q * problem.n_blocks <= 5e7
+
+
+class _KrylovBound:
+    """Ever tighter bounds ``lower ≤ max_j ‖G_j‖₂ ≤ upper``, the upper one with a failure probability.
+
+    Blocks that are known to lie below the largest lower bound are settled and cost nothing more.
+    """
+
+    def __init__(
+        self, G: GradientMatrices, directions: Atoms, failure_probability: float, generator: torch.Generator | None
+    ) -> None:
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        j = G.problem.n_blocks
+        self.order, self.failure = G.order, failure_probability / j
+        self.lower, self.upper, self._settled = 0.0, math.inf, 0.0
+        self.deflated = Deflated(G, directions)
+        # Many starts share one pass over the tokens; with many blocks a pass is full already.
+        starts = min(8 if j == 1 else 2, G.order)
+        blocks = torch.arange(j, device=G.R.device)
+        self.krylov = BlockKrylov(self.deflated.gram, G.random_start(blocks, starts, generator), blocks, G.order)
+
+    def step(self) -> bool:
+        """One Krylov step; False once nothing more can be learned."""
+        krylov = self.krylov
+        if not len(krylov.blocks) or (krylov.steps and not krylov.can_step()):
+            return False
+        krylov.step()
+        found = krylov.values[:, -1].sqrt()
+        inner = self.deflated.corners[krylov.blocks, 0]
+        self.lower = max(self.lower, float(torch.maximum(inner, found).max()))
+        epsilon = relative_slack(self.order, krylov.steps, krylov.starts, self.failure)
+        if epsilon < 1:
+            upper = self.deflated.norm(found / math.sqrt(1 - epsilon), krylov.blocks)
+            self.upper = max(self._settled, float(upper.max()))
+            unsettled = upper > self.lower
+            if not unsettled.all():
+                self._settled = max(self._settled, float(upper[~unsettled].max()))
+                krylov.keep(unsettled)
+        return True

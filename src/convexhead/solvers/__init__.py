@@ -1,0 +1,131 @@
+"""Solve a problem to a certified gap: the method is chosen by cost, the certificate computed apart from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from convexhead.certificate import Certificate, certify_atoms
+from convexhead.intercept import solve_intercept
+from convexhead.problem import Atoms, Problem, balance
+from convexhead.solvers.base import Monitor, Progress, Solution, Stop
+from convexhead.solvers.column_generation import ColumnGeneration
+from convexhead.solvers.fista import Fista
+from convexhead.solvers.ridge import RidgeDescent
+
+DENSE_FEATURES = 5e6
+"""Numbers that the dense features may take."""
+MAX_ATTEMPTS = 20
+"""Certificates asked for before a solve gives up; each asks the solver for half the gap of the one before."""
+DENSE_ORDER = 128
+"""Order of the matrices whose eigendecomposition a proximal step may need."""
+
+
+def is_small(problem: Problem) -> bool:
+    """Whether ``Z`` and the features are small enough for proximal steps on a dense ``Z``."""
+    p, q = problem.head.mixing_size, problem.head.value_rows * problem.c
+    features = problem.n * problem.head.r * problem.n_blocks * p * problem.head.value_rows
+    return features <= DENSE_FEATURES and min(p, q) <= DENSE_ORDER and p * q * problem.n_blocks <= 1e6
+
+
+def solve(
+    problem: Problem,
+    beta: float,
+    *,
+    tol: float,
+    start: Atoms | None = None,
+    known_dual: float = -float("inf"),
+    max_heads: int | None = None,
+    max_time: float | None = None,
+    callback: Callable[[Progress], None] | None = None,
+    generator: torch.Generator,
+) -> Solution:
+    """Minimise the convex program of ``problem`` at weight ``beta`` until a certificate says ``relative_gap ≤ tol``.
+
+    Parameters
+    ----------
+    start : Atoms or None
+        Warm start; the zero model where None.
+    known_dual : float
+        A lower bound on the optimum known beforehand.
+    max_heads : int or None
+        Bound on the atoms of the model.
+    max_time : float or None
+        Seconds after which the best model so far is returned.
+    callback : callable (Progress) or None
+        Called with every new row of the history.
+    generator : torch.Generator
+        Random starts of pricing; the certificate draws its own.
+
+    Returns
+    -------
+    Solution
+        The last model with its certificate, whatever ended the run: the gap, the clock, the bound on heads or Ctrl-C.
+    """
+    monitor = Monitor(max_time, callback)
+    monitor.dual = known_dual
+    method: Fista | ColumnGeneration | RidgeDescent | None = None
+    model, dual, target, stop = start or problem.empty(), known_dual, 0.7 * tol, Stop.STALLED
+    certificate: Certificate | None = None
+    try:
+        for _ in range(MAX_ATTEMPTS):
+            if method is None:
+                method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
+            stop = method.advance(target)
+            model = _finish(problem, method.atoms(), tol, max_heads)
+            certificate = certify_atoms(problem, model, beta, tol=tol, known_dual=dual)
+            dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
+            if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
+                break
+            if stop is Stop.STALLED:
+                if problem.dtype == torch.float64:
+                    break
+                problem, method = problem.in_double(reuse=True), None  # single precision has given what it can
+            else:
+                target /= 2
+    except KeyboardInterrupt:
+        stop = Stop.INTERRUPTED
+        if method is not None:
+            model = _finish(problem, method.atoms(), tol, max_heads)
+        certificate = None
+    if certificate is None:
+        certificate = certify_atoms(problem, model, beta, tol=tol, known_dual=dual)
+    if certificate.converged:
+        stop = Stop.CONVERGED
+    return Solution(model, certificate, monitor.history, stop)
+
+
+def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -> Atoms:
+    """The model that is certified and kept: float64, balanced, no negligible atoms, its intercept solved for.
+
+    Atoms are negligible that together carry 1% of the tolerance in nuclear norm.
+    """
+    atoms = atoms.to(problem.device, torch.float64)
+    if problem.head.learns_mixing:
+        atoms, singular_values = balance(atoms, drop=0.0)
+        atoms.V = problem.mask_values(atoms.V, atoms.block)  # balancing leaves rounding there
+        if len(atoms):
+            sigma = torch.cat(singular_values)
+            order = sigma.argsort()
+            negligible = torch.cumsum(sigma[order], 0) <= 0.01 * min(tol, 1e-2) * sigma.sum()
+            if max_heads is not None:
+                negligible[: max(0, len(sigma) - max_heads)] = True
+            keep = torch.ones_like(negligible)
+            keep[order[negligible]] = False
+            atoms = atoms.select(keep)
+    if problem.fit_intercept:
+        exact = problem.in_double()
+        f = exact.outputs(atoms) - atoms.intercept
+        atoms.intercept = solve_intercept(exact.loss, f, exact.Y)
+    return atoms
+
+
+def _method(
+    problem: Problem, beta: float, start: Atoms, monitor: Monitor, max_heads: int | None, generator: torch.Generator
+) -> Fista | ColumnGeneration | RidgeDescent:
+    if not problem.head.learns_mixing:
+        return RidgeDescent(problem, beta, start, monitor)
+    if is_small(problem) and problem.dtype == torch.float64 and max_heads is None:
+        return Fista(problem, beta, start, monitor)
+    return ColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)

@@ -1,0 +1,93 @@
+"""A small problem as dense matrices: every pass is a product with one feature matrix.
+
+    f = Σ_j Φ_j vec(Z_j) + b        Z_j (w, e·c) for each block j
+
+The mixing side is first rotated onto the ``w ≤ mixing_size`` directions that the data can see. That is an isometry, so
+nuclear norms are unchanged, and heads whose pooling makes them blind (Mixer and FNO under a mean) shrink to what they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.problem import Atoms, Problem
+
+
+class DensePasses:
+    """Feature matrix of a problem, with the passes that solvers need.
+
+    Attributes
+    ----------
+    features : Tensor (n·r, j·w·e)
+        ``Φ``, blocks side by side.
+    rotation : Tensor (p, w)
+        Orthonormal basis of the visible mixing directions.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        e, c = problem.value_shape
+        unfolded = problem.features().unflatten(2, (-1, e))  # (j, n·r, p, e)
+        self.rotation = _visible(unfolded)
+        self.shape = (problem.n_blocks, self.rotation.shape[1], e * c)
+        rotated = torch.einsum("jnpe,pw->njwe", unfolded, self.rotation)
+        self.features = rotated.flatten(1).contiguous()
+        self.mask: Tensor | None = None
+        if problem.output_mask is not None:
+            group = torch.arange(problem.n_blocks, device=problem.device) % problem.head.n_groups
+            self.mask = problem.output_mask[group].repeat(1, e).unsqueeze(1)
+
+    def outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
+        """``f`` at dense weights."""
+        return (self.features @ Z.reshape(-1, self.problem.c) + b).view(self.problem.Y.shape)
+
+    def gradient(self, R: Float[Tensor, "n r c"]) -> Float[Tensor, "j w q"]:
+        """``𝒜_j*(R)`` of every block."""
+        G = (self.features.T @ R.flatten(0, 1)).view(self.shape)
+        return G if self.mask is None else G * self.mask
+
+    def matrices(self, atoms: Atoms) -> Float[Tensor, "j w q"]:
+        """``Z_j = Σ_k u_k v_kᵀ`` for atoms with rotated mixing weights ``(k, w)``."""
+        Z = atoms.U.new_zeros(self.shape)
+        for j in torch.unique(atoms.block).tolist():
+            mine = atoms.block == j
+            Z[j] = atoms.U[mine].T @ atoms.V[mine].flatten(1)
+        return Z
+
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+        """As `Problem.value_and_gradient`, for atoms with rotated mixing weights."""
+        f = self.outputs(self.matrices(atoms), atoms.intercept)
+        R = self.problem.residual(f)
+        G = self.gradient(R)
+        gU, gV = beta * atoms.U, beta * atoms.V
+        for j in torch.unique(atoms.block).tolist():
+            mine = atoms.block == j
+            gU[mine] += atoms.V[mine].flatten(1) @ G[j].T
+            gV[mine] += (atoms.U[mine] @ G[j]).view_as(atoms.V[mine])
+        gb = R.sum((0, 1)) if self.problem.fit_intercept else torch.zeros_like(atoms.intercept)
+        self.last = f, G  # a gap check right after needs both again
+        return self.problem.data_term(f) + beta * self.problem.penalty(atoms), gU, gV, gb
+
+    def rotate(self, atoms: Atoms) -> Atoms:
+        """Atoms with their mixing weights in visible coordinates, ``(k, w)``."""
+        return Atoms(atoms.U.flatten(1) @ self.rotation, atoms.V, atoms.block, atoms.intercept)
+
+    def rotate_back(self, atoms: Atoms) -> Atoms:
+        """Atoms with their mixing weights in the head's own shape."""
+        U = (atoms.U @ self.rotation.T).view(-1, *self.problem.head.mixing_shape)
+        return Atoms(U, atoms.V, atoms.block, atoms.intercept)
+
+
+def _visible(unfolded: Float[Tensor, "j n p e"]) -> Float[Tensor, "p w"]:
+    """Orthonormal basis of the mixing directions on which not all features vanish."""
+    values, Q = torch.linalg.eigh(torch.einsum("jnpe,jnqe->pq", unfolded, unfolded))
+    visible = values > 1e-13 * values[-1]
+    return Q[:, visible] if bool(visible.any()) else Q[:, -1:]
+
+
+def singular_values(Z: Float[Tensor, "j w q"]) -> Float[Tensor, "j m"]:
+    """Through the Gram matrices of the smaller side, rising: for estimates, not for certificates."""
+    gram = Z.mT @ Z if Z.shape[1] >= Z.shape[2] else Z @ Z.mT
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()

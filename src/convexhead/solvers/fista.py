@@ -1,0 +1,147 @@
+"""Accelerated proximal gradient on the dense ``Z``, for problems small enough to form their features.
+
+    minimise  F(Φ Z + b) + β Σ_j ‖Z_j‖_*
+
+FISTA (Beck & Teboulle 2009) with gradient restart (O'Donoghue & Candès 2015) and a step size that follows the local
+curvature. The proximal step is exact: with ``C = ZᵀZ = Q Λ Qᵀ`` on the smaller side, ``prox(Z) = Z Q max(1 − t/√Λ, 0) Qᵀ``,
+an eigendecomposition of a small symmetric matrix instead of an SVD.
+
+Proximal steps find the rank; once it stands still, descent over that many factors finishes, with no decompositions at
+all. Where the rank was wrong the gap says so, and proximal steps go on from there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.problem import Atoms, Problem
+from convexhead.solvers.base import Monitor, Stop, scaled_dual
+from convexhead.solvers.dense import DensePasses, singular_values
+from convexhead.solvers.factored import FactoredDescent
+
+
+class Fista:
+    """See the module's text. State survives between calls of `advance`.
+
+    Parameters
+    ----------
+    problem : Problem
+    beta : float
+    start : Atoms
+        Where to begin.
+    monitor : Monitor
+        Clock and history.
+    """
+
+    max_iterations = 100_000
+    check_every = 10
+    polish_below = 0.05
+    """Relative gap under which factors may take over."""
+
+    def __init__(self, problem: Problem, beta: float, start: Atoms, monitor: Monitor) -> None:
+        self.problem, self.beta, self.monitor = problem, beta, monitor
+        self.dense = DensePasses(problem)
+        self.Z = self.dense.matrices(self.dense.rotate(start))
+        norm = float(torch.linalg.matrix_norm(self.dense.features, 2))
+        # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
+        self.omega = norm / math.sqrt(len(self.dense.features)) or 1.0
+        self.b = start.intercept / self.omega
+        self.L = max(norm**2 / problem.n / 4, torch.finfo(torch.float64).tiny)
+        self.ranks: list[int] = []
+
+    def advance(self, target: float) -> Stop:
+        """Iterate until the estimated relative gap is at most ``target``."""
+        f = self._outputs(self.Z, self.b)
+        Y, yb, fY = self.Z, self.b, f
+        momentum, wait = 1.0, 0
+        for iteration in range(self.max_iterations):
+            FY, R = self.problem.data_term(fY), self.problem.residual(fY)
+            G = self.dense.gradient(R)
+            gb = self.omega * R.sum((0, 1)) if self.problem.fit_intercept else torch.zeros_like(yb)
+            if iteration % self.check_every == 0:
+                gap, rank = self._gap(f, fY, G)
+                if gap <= target:
+                    return Stop.CONVERGED
+                self.ranks = [*self.ranks[-2:], rank]
+                if gap < self.polish_below and wait <= 0 and self.ranks == 3 * [rank] and rank:
+                    if self._polish(target, max(60, iteration)):
+                        return Stop.CONVERGED
+                    wait = max(10, iteration // self.check_every)
+                    f = self._outputs(self.Z, self.b)
+                    Y, yb, fY, momentum = self.Z, self.b, f, 1.0
+                    continue
+                wait -= 1
+            while True:
+                Z, norm = self._prox(Y - G / self.L, self.beta / self.L)
+                b = yb - gb / self.L
+                f_new = self._outputs(Z, b)
+                dZ, db = Z - Y, b - yb
+                square = float(dZ.square().sum() + db.square().sum())
+                decrease = self.problem.data_term(f_new) - FY - float((G * dZ).sum() + gb @ db)
+                if decrease <= self.L / 2 * square + 1e-14 * abs(FY):
+                    break
+                self.L *= 1.5
+            self.L /= 1.02
+            if float((dZ * (Z - self.Z)).sum() + db @ (b - self.b)) < 0:
+                momentum = 1.0
+            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+            weight, momentum = (momentum - 1) / following, following
+            Y, yb, fY = Z + weight * (Z - self.Z), b + weight * (b - self.b), f_new + weight * (f_new - f)
+            self.Z, self.b, f = Z, b, f_new
+            if self.monitor.out_of_time():
+                return Stop.TIME
+        return Stop.STALLED
+
+    def _outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
+        return self.dense.outputs(Z, self.omega * b)
+
+    def _gap(self, f: Tensor, fY: Tensor, G: Tensor) -> tuple[float, int]:
+        """Estimated relative gap of the iterate against the dual point at the extrapolated one, recorded; the rank."""
+        sigma = singular_values(self.Z)
+        objective = self.problem.data_term(f) + self.beta * float(sigma.sum())
+        dual = scaled_dual(self.problem, fY, float(singular_values(G).max()), self.beta)
+        rank = int((sigma > 1e-7 * sigma.max()).sum())
+        return self.monitor.record(objective, dual, rank), rank
+
+    def _prox(self, Z: Float[Tensor, "j w q"], threshold: float) -> tuple[Float[Tensor, "j w q"], float]:
+        """Singular values shrunk by ``threshold``, and the nuclear norm of the result."""
+        tall = Z.shape[1] >= Z.shape[2]
+        values, Q = torch.linalg.eigh(Z.mT @ Z if tall else Z @ Z.mT)
+        sigma = values.clamp_min(0).sqrt()
+        shrink = (1 - threshold / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_min(0)
+        kept = int((shrink > 0).any(0).sum())
+        Q, shrink = Q[:, :, Q.shape[2] - kept :], shrink[:, shrink.shape[1] - kept :]
+        scaled = Q * shrink.unsqueeze(1)
+        shrunk = Z @ scaled @ Q.mT if tall else scaled @ (Q.mT @ Z)
+        return shrunk, float((sigma - threshold).clamp_min(0).sum())
+
+    def _polish(self, target: float, iterations: int) -> bool:
+        """Descend over the factors of the iterate; whether ``target`` was reached."""
+        descent = FactoredDescent(self.dense, self._factors(), self.beta)
+        for iteration in range(1, iterations + 1):
+            moved = descent.step()
+            if iteration % 5 == 0 or not moved:
+                f, G = self.dense.last
+                dual = scaled_dual(self.problem, f, float(singular_values(G).max()), self.beta)
+                gap = self.monitor.record(descent.value, dual, len(descent.atoms))
+                if gap <= target or not moved or self.monitor.out_of_time():
+                    break
+        self.Z, self.b = self.dense.matrices(descent.atoms), descent.atoms.intercept / self.omega
+        return gap <= target
+
+    def _factors(self) -> Atoms:
+        """The iterate as atoms in visible coordinates."""
+        left, sigma, right = torch.linalg.svd(self.Z, full_matrices=False)
+        kept = sigma > 1e-7 * sigma.max()
+        root = sigma.sqrt()
+        block = torch.arange(len(self.Z), device=self.Z.device).unsqueeze(1).expand_as(sigma)
+        U, V = (left * root.unsqueeze(1)).mT[kept], (right * root.unsqueeze(2))[kept]
+        return Atoms(U, V.view(-1, *self.problem.value_shape), block[kept], self.omega * self.b)
+
+    def atoms(self) -> Atoms:
+        """The iterate as atoms of the head."""
+        return self.dense.rotate_back(self._factors())
