@@ -1,0 +1,36 @@
+"""Importing timm beside a torchvision whose compiled operators do not fit the installed torch."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from convexhead.errors import require
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+_declared: list[torch.library.Library] = []
+"""Keeps declarations alive: torch withdraws them together with their library object."""
+
+
+def import_timm() -> ModuleType:
+    """Import timm, whether or not torchvision's compiled operators load.
+
+    On import torchvision describes two of its compiled operators to torch, which fails if they could not be
+    loaded, for example for a CUDA build of torchvision beside a CPU build of torch. Only then are the two
+    declared, without an implementation: timm's models use neither. A matching pair is left as it is.
+
+    Raises:
+        MissingExtraError: timm or torchvision is not installed.
+    """
+    try:
+        require("torchvision", "images")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(operator + _SCHEMA)
+        _declared.append(library)
+    return require("timm", "images")

@@ -1,0 +1,271 @@
+"""Extraction: what is stored, resuming after a kill, refusing to mix runs, and failing disks."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
+
+from convexhead.errors import FileFormatError, InputError
+from convexhead.tokens import (
+    BrokenImageError,
+    StoreWriteError,
+    TokenStore,
+    extract,
+    open_backbone,
+    open_source,
+)
+from convexhead.tokens import manifest as manifest_module
+from convexhead.tokens.backbones import Backbone, TokenBatch
+
+LITE0 = "packaged:efficientnet-lite0"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_stored_tokens_are_the_backbones(photos: Path, tmp_path: Path, dtype: Any) -> None:
+    store = extract(photos, LITE0, tmp_path / "out", layer=4, image_size=64, dtype=dtype, standardize=False)
+    source, backbone = open_source(photos), open_backbone(LITE0, layer=4, image_size=64)
+    with torch.no_grad():
+        images = [backbone.prepare(source.load("test", i)) for i in range(6)]
+        expected = backbone(torch.stack(images)).tokens.numpy()
+    error = np.abs(store["test"].read() - expected).max() / np.abs(expected).max()
+    assert error <= (1e-3 if dtype == "float16" else 1e-5)
+    assert store["test"].grid == (4, 4)
+    assert store["test"].files == source.files("test")
+    np.testing.assert_array_equal(store["test"].labels, source.labels("test"))
+
+
+def test_prefix_tokens_are_kept(photos: Path, tmp_path: Path, weights: Path) -> None:
+    spec = f"timm:vit_small_patch14_dinov2@{weights / 'dinov2_vits14_imgfocus_fp16.safetensors'}"
+    store = extract(photos, spec, tmp_path / "out", image_size=28, channels=96, shard_size=4)
+    assert store["test"].shape == (6, 4, 96)
+    assert store["test"].prefix(3, 6).shape == (3, 1, 96)
+    backbone = open_backbone(spec, image_size=28)
+    image = backbone.prepare(open_source(photos).load("test", 5))
+    with torch.no_grad():
+        batch = backbone(image[None])
+    expected = torch.nn.functional.adaptive_avg_pool1d(batch.prefix, 96).numpy()
+    np.testing.assert_allclose(store["test"].prefix(5, 6), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_data_free_reductions_are_applied_before_writing(photos: Path, tmp_path: Path) -> None:
+    plain = extract(photos, "patches:3", tmp_path / "a", standardize=False, dtype="float32")
+    small = extract(
+        photos, "patches:3", tmp_path / "b", standardize=False, dtype="float32", channels=9, token_pool=2
+    )
+    assert small["train"].raw(0, 3).shape == (3, 4, 9)
+    assert small.grid == (2, 2)
+    x = torch.from_numpy(plain["train"].read())
+    x = x.reshape(22, 2, 2, 2, 2, 27).mean((2, 4)).reshape(22, 4, 27)
+    expected = torch.nn.functional.adaptive_avg_pool1d(x, 9).numpy()
+    np.testing.assert_allclose(small["train"].read(), expected, atol=1e-6)
+
+
+class CountingPatches(Backbone):
+    """Each image as 2 x 2 tokens of its own pixels, counting the forward passes."""
+
+    spec, layer, weights_hash, preprocessing, passes = "counting", None, "", {}, 0
+
+    def prepare(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.resize((4, 4)))).permute(2, 0, 1)
+
+    def forward(self, images: torch.Tensor) -> TokenBatch:
+        type(self).passes += 1
+        tokens = images.float().reshape(len(images), 12, 4).transpose(1, 2)
+        return TokenBatch(tokens, tokens.new_zeros(len(images), 0, 12), (2, 2))
+
+
+def test_refitting_does_not_run_the_backbone(photos: Path, tmp_path: Path) -> None:
+    backbone, out = CountingPatches(), tmp_path / "out"
+    store = extract(photos, backbone, out)
+    passes = CountingPatches.passes
+    assert passes > 0
+    train = store["train"].raw(0, 22).reshape(-1, 12).astype(float)
+
+    store = extract(photos, backbone, out, reduce="pca", channels=3, constant=True)
+    assert store["train"].shape == (22, 4, 4)
+    scaler = StandardScaler().fit(train)
+    pca = PCA(3).fit(scaler.transform(train))
+    expected = pca.transform(scaler.transform(store["test"].raw(0, 6).reshape(-1, 12).astype(float)))
+    got = store["test"].read()[..., :3].reshape(-1, 3)
+    np.testing.assert_allclose(np.abs(got), np.abs(expected), atol=1e-4)
+
+    before = (out / "reduction.safetensors").stat().st_mtime_ns
+    extract(photos, backbone, out, reduce="pca", channels=3, constant=True)
+    assert (out / "reduction.safetensors").stat().st_mtime_ns == before
+    assert CountingPatches.passes == passes
+
+
+def test_other_runs_are_refused(photos: Path, tmp_path: Path, write_images: Any) -> None:
+    out = tmp_path / "out"
+    extract(photos, "patches:3", out)
+    before = contents(out)
+    for options, message in [
+        ({"channels": 5}, "channels was None, now 5"),
+        ({"image_size": 24}, "preprocessing was"),
+        ({"dtype": "float32"}, "dtype was 'float16', now 'float32'"),
+        ({"token_pool": (2, 1)}, "token_pool"),
+    ]:
+        with pytest.raises(FileFormatError, match=message):
+            extract(photos, "patches:3", out, **options)
+    with pytest.raises(FileFormatError, match="backbone was 'patches:3', now 'patches:6'"):
+        extract(photos, "patches:6", out)
+    write_images(photos / "train", {"emu": 1})
+    with pytest.raises(FileFormatError, match=r"source was .*choose another folder"):
+        extract(photos, "patches:3", out)
+    assert contents(out) == before
+
+
+def test_foreign_targets_are_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="no tokens: choose a new"):
+        extract(photos, "patches:3", photos)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileFormatError, match="is a file"):
+        extract(photos, "patches:3", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduce": "PCA"}, "unknown reduction 'PCA'"),
+        ({"reduce": "pca"}, "needs channels"),
+        ({"reduce": "pca", "channels": 99}, "at most the tokens' 27"),
+        ({"channels": 99}, "between 1 and the 27"),
+        ({"channels": 0}, "channels=0"),
+        ({"token_pool": 5}, "token_pool"),
+        ({"dtype": "float61"}, "did you mean 'float16'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"layer": 2}, "no inner layers"),
+    ],
+)
+def test_bad_arguments(photos: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        extract(photos, "patches:3", tmp_path / "out", **options)
+
+
+def test_broken_images(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("train/cat/img1.png", "train/dog/img4.png"):
+        (photos / name).write_bytes(b"\x89PNG but not really")
+    with pytest.raises(BrokenImageError, match=r"cat/img1\.png"):
+        extract(photos, "patches:3", out, shard_size=8, batch_size=4)
+    store = extract(photos, "patches:3", out, shard_size=8, batch_size=4, skip_broken=True)
+    train = store["train"]
+    assert len(train) == len(train.files) == len(train.labels) == 20
+    assert np.bincount(train.labels).tolist() == [10, 10]
+    broken = [name for shard in store.manifest.splits["train"].shards for name in shard.broken]
+    assert broken == ["train/cat/img1.png", "train/dog/img4.png"]
+    source = open_source(photos)
+    last = np.asarray(source.load("train", 21), dtype=np.float32)[-3:, -3:].reshape(-1) / 255
+    np.testing.assert_allclose(train.raw(19, 20)[0, -1], last, atol=1e-3)
+    for path in (photos / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no train image"):
+        extract(photos, "patches:3", tmp_path / "none", skip_broken=True)
+
+
+def test_images_of_unequal_size(photos: Path, tmp_path: Path, write_images: Any) -> None:
+    write_images(photos / "train", {"emu": 1}, size=(15, 12))
+    with pytest.raises(InputError, match="give image_size"):
+        extract(photos, "patches:3", tmp_path / "out")
+    assert extract(photos, "patches:3", tmp_path / "fine", image_size=12)["train"].shape == (23, 16, 27)
+
+
+def test_overflow_of_half_precision(photos: Path, tmp_path: Path) -> None:
+    class Loud(CountingPatches):
+        def forward(self, images: torch.Tensor) -> TokenBatch:
+            tokens, prefix, grid = super().forward(images)
+            return TokenBatch(tokens * 1e4, prefix, grid)
+
+    with pytest.raises(InputError, match="too large for float16: use dtype='float32'"):
+        extract(photos, Loud(), tmp_path / "out")
+
+
+def test_full_disk_keeps_the_good_part(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, fsync = tmp_path / "out", os.fsync
+    calls = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(manifest_module.os, "fsync", full)
+    with pytest.raises(StoreWriteError, match=r"No space left on device.*resume"):
+        extract(photos, "patches:3", out, shard_size=4)
+    monkeypatch.undo()
+    assert not list(out.glob("*.tmp"))
+    written = len(list(out.glob("train-*.safetensors")))
+    assert 0 < written < 6
+    with pytest.raises(FileFormatError, match="not finished"):
+        TokenStore.open(out)
+    extract(photos, "patches:3", out, shard_size=4)
+    assert contents(out) == contents(extract(photos, "patches:3", tmp_path / "calm", shard_size=4).path)
+
+
+def test_target_that_cannot_be_made(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreWriteError, match="cannot make the folder"):
+        extract(photos, "patches:3", tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_target(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(StoreWriteError, match="Permission denied"):
+        extract(photos, "patches:3", tmp_path / "locked" / "out")
+
+
+RUN = """
+import sys, time
+from convexhead.tokens import extract
+extract(
+    sys.argv[1], "packaged:efficientnet-lite0", sys.argv[2],
+    layer=4, image_size=64, shard_size=4, batch_size=2,
+    progress=lambda *_: (print("batch", flush=True), time.sleep(0.05)),
+)
+"""
+
+
+def test_killed_extraction_resumes_bit_for_bit(photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"layer": 4, "image_size": 64, "shard_size": 4, "batch_size": 2}
+    extract(photos, LITE0, tmp_path / "calm", **options)
+    out = tmp_path / "killed"
+    chance = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, str(photos), str(out)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        with pytest.raises(FileFormatError, match="not finished"):
+            TokenStore.open(out)
+    shards = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert shards
+    extract(photos, LITE0, out, **options)
+    # At most the last of them was not yet in the manifest and is written again.
+    assert sum(path.stat().st_mtime_ns != written for path, written in shards.items()) <= 1
+    assert contents(out) == contents(tmp_path / "calm")
