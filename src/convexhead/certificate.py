@@ -31,7 +31,7 @@ from torch import Tensor
 from convexhead.errors import InputError
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem, balance
-from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, relative_slack
+from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, relative_slack, worth_forming
 
 INTERCEPT_BOX = 1e4
 """Bound on ``|b_k|``, in units of ``1 + max |y|``, for which the residual mean left by the intercept is charged."""
@@ -136,7 +136,7 @@ def certify_atoms(
         best = dual.ridge()
     else:
         G = GradientMatrices(exact, R)
-        if _worth_forming(exact, G):
+        if worth_forming(G):
             upper = lower = max(
                 float(torch.linalg.matrix_norm(exact.gradient_matrix(R, j), 2)) for j in range(exact.n_blocks)
             )
@@ -213,11 +213,6 @@ class _Dual:
         if math.isfinite(found.fun):
             values.append(-float(found.fun))
         return max(values)
-
-
-def _worth_forming(problem: Problem, G: GradientMatrices) -> bool:
-    """Forming costs `order` products a block and an SVD; the Krylov bound some hundreds of products."""
-    return G.order <= 512 and G.p * G.q * problem.n_blocks <= 5e7
 
 
 class _KrylovBound:

@@ -251,3 +251,21 @@ def top_singular(
     x, y = torch.take_along_dim(x, order, 2), torch.take_along_dim(y, order, 2)
     left, right = (y, x) if deflated.G.on_values else (x, y)
     return sigma.sort(dim=1, descending=True).values, left, right, x
+
+
+def worth_forming(G: GradientMatrices) -> bool:
+    """Forming takes `order` products a block and an SVD; Krylov iteration some tens to hundreds of products."""
+    return G.order <= 512 and G.p * G.q * G.problem.n_blocks <= 5e7
+
+
+def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator) -> float:
+    """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small."""
+    G = GradientMatrices(problem, R)
+    if worth_forming(G):
+        return max(
+            float(torch.linalg.matrix_norm(problem.gradient_matrix(R, j), 2)) for j in range(problem.n_blocks)
+        )
+    blocks = torch.arange(problem.n_blocks, device=problem.device)
+    start = G.random_start(blocks, min(4, G.order), generator)
+    sigma, *_ = top_singular(Deflated(G, problem.empty()), start, rtol=1e-7, max_steps=100)
+    return float(sigma.max())

@@ -8,7 +8,7 @@ convex program (Haeffele & Vidal 2020), which is what makes descending here wort
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from convexhead.problem import Atoms
 from convexhead.solvers.lbfgs import LBFGS
 
 
+@runtime_checkable
 class Passes(Protocol):
     """Whatever evaluates the factored objective: a `Problem`, or its dense features."""
 

@@ -1,0 +1,626 @@
+"""scikit-learn estimators: heads trained to a certified global optimum.
+
+Both estimators do the same thing for different targets: check the input, build a `Problem`, solve it, and
+keep the weights with their certificate.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import assert_all_finite, check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
+
+from convexhead import inputs
+from convexhead.activation import ACTIVATIONS, make_activation, sample_gates
+from convexhead.certificate import Certificate
+from convexhead.errors import InputError, choose
+from convexhead.heads import Head, make_head
+from convexhead.intercept import solve_intercept
+from convexhead.losses import Loss, make_loss
+from convexhead.modules import HeadModule
+from convexhead.problem import Atoms, Problem
+from convexhead.solvers import Progress, Solution, solve
+from convexhead.spectral import spectral_norm
+
+SMALL_TOKENS = 2e6
+"""Numbers of tokens up to which the solver works in float64 whatever the tolerance."""
+TIGHT = 1e-4
+"""Tolerance under which it always does."""
+
+
+class _ConvexHead(BaseEstimator):
+    """What classifier and regressor share; see `ConvexHeadClassifier` for the parameters."""
+
+    head: str
+    activation: str
+    beta: float | None
+    beta_ratio: float
+    pool: str | None
+    grid: tuple[int, int] | None
+    n_gates: int
+    gates: Any
+    n_blocks: int
+    outputs: str
+    fit_intercept: bool
+    tol: float
+    max_heads: int | None
+    max_time: float | None
+    random_state: Any
+    device: str
+    verbose: int
+
+    # -- from parameters and data to a problem ------------------------------------------------------------------------
+    def _check_parameters(self) -> None:
+        choose("activation", self.activation, ACTIVATIONS)
+        for name in ("beta", "max_time"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+                raise InputError(f"{name} must be a positive number or None, got {value!r}")
+        for name in ("beta_ratio", "tol"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+                raise InputError(f"{name} must be a positive number, got {value!r}")
+        for name, needed in (("n_gates", True), ("n_blocks", True), ("max_heads", False)):
+            value = getattr(self, name)
+            if value is None and not needed:
+                continue
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise InputError(f"{name} must be a positive integer, got {value!r}")
+
+    def _make_head(self, n_tokens: int, n_channels: int) -> Head:
+        return make_head(
+            self.head,
+            n_tokens,
+            n_channels,
+            pool="none" if self.pool is None else self.pool,
+            grid=self.grid or self._store_grid,
+            n_blocks=int(self.n_blocks),
+            outputs=self.outputs,
+        )
+
+    def _make_gates(self, head: Head, generator: torch.Generator) -> torch.Tensor | None:
+        if self.activation == "linear":
+            return None
+        if self.gates is None:
+            return sample_gates(head, int(self.n_gates), generator)
+        try:
+            return torch.as_tensor(np.asarray(self.gates, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"gates cannot be read as an array of numbers: {error}") from error
+
+    def _make_problem(self, X: torch.Tensor, Y: torch.Tensor, loss: Loss, generator: torch.Generator) -> Problem:
+        self._check_parameters()
+        device = inputs.pick_device(self.device)
+        head = self._make_head(X.shape[1], X.shape[2])
+        activation = make_activation(self.activation, head, self._make_gates(head, generator))
+        small = X.numel() <= SMALL_TOKENS or self.tol < TIGHT
+        return Problem(
+            X.to(device),
+            Y,
+            head,
+            activation,
+            loss,
+            fit_intercept=bool(self.fit_intercept),
+            dtype=torch.float64 if small else torch.float32,
+        )
+
+    def _generator(self) -> torch.Generator:
+        seed = check_random_state(self.random_state).randint(2**31 - 1)
+        return torch.Generator().manual_seed(int(seed))
+
+    # -- solving ------------------------------------------------------------------------------------------------------
+    def _solve(
+        self,
+        problem: Problem,
+        generator: torch.Generator,
+        *,
+        beta_max: float | None = None,
+        start: Atoms | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Solution:
+        """Solve at this estimator's β and keep everything that a user may read."""
+        self.beta_max_ = problem_beta_max(problem, generator) if beta_max is None else beta_max
+        self.beta_ = float(self.beta) if self.beta is not None else float(self.beta_ratio) * self.beta_max_
+        # Targets without signal have beta_max 0 and the zero model at any weight.
+        self.beta_ = max(self.beta_, float(np.finfo(np.float64).tiny) ** 0.5)
+        solution = solve(
+            problem,
+            self.beta_,
+            tol=float(self.tol),
+            start=start,
+            max_heads=None if self.max_heads is None else int(self.max_heads),
+            max_time=None if self.max_time is None else float(self.max_time),
+            callback=callback or (_print_progress if self.verbose else None),
+            generator=generator,
+        )
+        self._keep(problem.head, problem.activation, solution.atoms)
+        self.certificate_ = solution.certificate
+        self.history_ = [row.to_dict() for row in solution.history]
+        self.stop_reason_ = solution.stop.value
+        if not solution.certificate.converged:
+            warnings.warn(
+                f"certified relative gap {solution.certificate.relative_gap:.2g} > tol={self.tol:g}: "
+                f"{solution.stop.value}",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return solution
+
+    def _keep(self, head: Head, activation: Any, atoms: Atoms) -> None:
+        """Fitted attributes from atoms."""
+        atoms = atoms.to("cpu", torch.float64)
+        self.n_tokens_, self.n_features_in_ = head.s, head.d
+        self.n_outputs_ = atoms.V.shape[2]
+        self.grid_ = head.grid
+        self.intercept_ = atoms.intercept.numpy()
+        gates = getattr(activation, "gates", None)
+        self.gates_ = None if gates is None else gates.cpu().numpy()
+        self.n_heads_ = len(atoms)
+        if not head.learns_mixing:
+            self.coef_ = atoms.V[0].numpy()
+            self.singular_values_ = [np.linalg.svd(self.coef_, compute_uv=False)]
+            return
+        mask = head.output_mask(self.n_outputs_)
+        self.mixing_, self.values_, self.singular_values_ = [], [], []
+        for j in range(activation.n_blocks):
+            mine = atoms.select(atoms.block == j)
+            V = mine.V if mask is None else mine.V[:, :, mask[j % head.n_groups]]
+            self.mixing_.append(mine.U.numpy())
+            self.values_.append(V.numpy())
+            self.singular_values_.append(mine.U.flatten(1).square().sum(1).numpy())
+
+    def _atoms(self) -> Atoms:
+        """The fitted weights as atoms; inverse of `_keep`."""
+        intercept = torch.from_numpy(self.intercept_)
+        if hasattr(self, "coef_"):
+            return Atoms(
+                torch.ones(1, dtype=torch.float64),
+                torch.from_numpy(self.coef_)[None],
+                torch.zeros(1, dtype=torch.int64),
+                intercept,
+            )
+        return atoms_from_blocks(self._fitted_head(), self.mixing_, self.values_, self.n_outputs_, intercept)
+
+    def _fitted_head(self) -> Head:
+        return make_head(
+            self.head,
+            self.n_tokens_,
+            self.n_features_in_,
+            pool="none" if self.pool is None else self.pool,
+            grid=self.grid_,
+            n_blocks=int(self.n_blocks),
+            outputs=self.outputs,
+        )
+
+    # -- using --------------------------------------------------------------------------------------------------------
+    def _outputs(self, X: Any) -> NDArray[np.float64]:
+        """``f (n, r, c)`` in float64."""
+        check_is_fitted(self, "certificate_")
+        X = self._check_features(X)
+        head, atoms = self._fitted_head(), self._atoms()
+        gates = None if self.gates_ is None else torch.from_numpy(self.gates_)
+        activation = make_activation(self.activation, head, gates)
+        parts = []
+        for chunk in inputs.token_chunks(X, n_channels=self.n_features_in_, n_tokens=self.n_tokens_):
+            no_targets = torch.zeros(len(chunk), head.r, self.n_outputs_)
+            problem = Problem(chunk, no_targets, head, activation, make_loss("squared"), reuse=False)
+            parts.append(problem.outputs(atoms).numpy())
+        return np.concatenate(parts)
+
+    def _check_features(self, X: Any) -> Any:
+        """scikit-learn's checks (names, counts) for 2-D input; others are checked as tokens."""
+        if inputs.is_table(X):
+            return validate_data(self, X, reset=False, dtype=(np.float64, np.float32))
+        return X
+
+    def _fit_tokens(self, X: Any) -> torch.Tensor:
+        if inputs.is_table(X):
+            X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
+        self.reduction_ = getattr(X, "reduction", None) if inputs.is_store(X) else None
+        self._store_grid = X.grid if inputs.is_store(X) else None
+        tokens = inputs.as_tokens(X)
+        inputs.check_informative(tokens)
+        return tokens
+
+    def to_module(self, dtype: torch.dtype = torch.float32, *, raw_tokens: bool = False) -> HeadModule:
+        """The fitted head as an ordinary `torch.nn.Module`: tokens ``(b, s, d)`` -> outputs ``(b, c)``.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of its weights.
+        raw_tokens : bool
+            Put the reduction of the token store that the head was fitted on in front, so that the module takes the
+            backbone's tokens as they were stored.
+
+        Raises
+        ------
+        InputError
+            ``raw_tokens`` for a head that was not fitted on a store with a reduction.
+        """
+        check_is_fitted(self, "certificate_")
+        reduction = getattr(self, "reduction_", None)
+        if raw_tokens and reduction is None:
+            raise InputError("this head was fitted on plain tokens, there is no reduction to put in front of it")
+        gates = None if self.gates_ is None else torch.from_numpy(self.gates_)
+        return HeadModule.from_atoms(
+            self._fitted_head(),
+            self.activation,
+            gates,
+            self._atoms(),
+            reduction=reduction if raw_tokens else None,
+            dtype=dtype,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder ``config.json`` + ``weights.safetensors``; read it back with `convexhead.load`."""
+        from convexhead.persistence import save
+
+        save(self, path)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "certificate_")
+
+
+class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
+    """A token head trained with cross-entropy to a certified global optimum.
+
+    Minimises ``(1/n) Σ_i ℓ(f_i, y_i) + β Σ_j ‖Z_j‖_*`` with ``f_i = P Σ_k mix(X_i, U_k) V_k + b``, the convex program
+    equal to training ``Σ_k mix(X, U_k) V_k`` with weight decay ``(β/2)(‖U_k‖² + ‖V_k‖²)`` (Sahiner et al., ICML 2022).
+
+    Parameters
+    ----------
+    head : {"self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear"}
+        How tokens are mixed.
+    activation : {"linear", "gated-relu"}
+        With ``"gated-relu"`` the program is convex for the given gates, and the certificate is for them.
+    beta : float or None
+        ``β > 0``; where None, ``beta_ratio · beta_max_``.
+    beta_ratio : float
+        ``β/β_max``; at 1 the optimum is the zero model.
+    pool : {"mean", "cls"}
+        Which tokens are read: their mean, or token 0.
+    grid : (int, int) or None
+        ``(h, w)`` of the tokens; None: square if ``s`` is a square, else ``(s, 1)``.
+    n_gates : int
+        Gates sampled for the gated ReLU.
+    gates : array (J, \\*mixing_shape) or None
+        Explicit gates; block-fno: ``(J, n_blocks, s, d/n_blocks)``.
+    n_blocks : int
+        Channel groups of block-fno.
+    outputs : {"shared", "grouped"}
+        Whether every group of block-fno writes all outputs, or each its own share.
+    fit_intercept : bool
+        Add an unpenalised ``b``.
+    tol : float
+        Certified relative gap to reach.
+    max_heads : int or None
+        Bound on the number of heads; the certificate then says what it costs.
+    max_time : float or None
+        Seconds; the best model so far is returned with its honest gap.
+    random_state : int, RandomState or None
+        Of sampled gates and of random starts. The optimum does not depend on it, for given gates.
+    device : str
+        ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    verbose : int
+        Print progress if positive.
+
+    Attributes
+    ----------
+    certificate_ : Certificate
+        How far from the global optimum the model is, at most.
+    beta_, beta_max_ : float
+        The weight used, and the smallest weight at which the optimum is zero.
+    n_heads_ : int
+        Heads found: the rank of the solution over all blocks.
+    singular_values_ : list of ndarray
+        Of each block's ``Z_j``, falling.
+    mixing_, values_ : lists of ndarray
+        For each block ``(k, *mixing_shape)`` and ``(k, e, c)``: ``f = Σ mix(X, U_k) V_k``. The linear head has
+        ``coef_ (d, c)`` instead.
+    intercept_ : ndarray (c,)
+    gates_ : ndarray or None
+    classes_ : ndarray (c,)
+    history_ : list of dict
+        ``seconds``, ``objective``, ``gap`` (the solver's estimate), ``heads``.
+    n_features_in_, n_tokens_ : int
+        ``d`` and ``s``.
+
+    Examples
+    --------
+    >>> import numpy as np, convexhead as ch
+    >>> rng = np.random.default_rng(0)
+    >>> X, y = rng.normal(size=(60, 9, 4)), np.arange(60) % 3
+    >>> clf = ch.ConvexHeadClassifier(beta_ratio=0.3, random_state=0).fit(X, y)
+    >>> clf.certificate_.converged
+    True
+    """
+
+    def __init__(
+        self,
+        head: str = "self-attention",
+        *,
+        activation: str = "linear",
+        beta: float | None = None,
+        beta_ratio: float = 0.05,
+        pool: str = "mean",
+        grid: tuple[int, int] | None = None,
+        n_gates: int = 50,
+        gates: Any = None,
+        n_blocks: int = 4,
+        outputs: str = "shared",
+        fit_intercept: bool = False,
+        tol: float = 1e-3,
+        max_heads: int | None = None,
+        max_time: float | None = None,
+        random_state: Any = None,
+        device: str = "auto",
+        verbose: int = 0,
+    ) -> None:
+        self.head = head
+        self.activation = activation
+        self.beta = beta
+        self.beta_ratio = beta_ratio
+        self.pool = pool
+        self.grid = grid
+        self.n_gates = n_gates
+        self.gates = gates
+        self.n_blocks = n_blocks
+        self.outputs = outputs
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_heads = max_heads
+        self.max_time = max_time
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None, *, callback: Callable[[Progress], None] | None = None) -> ConvexHeadClassifier:
+        """Train to the certified optimum.
+
+        Parameters
+        ----------
+        X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d)
+            Tokens; 2-D input is one token a sample.
+        y : array (n,) or None
+            Class labels; None: the store's own.
+        callback : callable (Progress) or None
+            Called as the solver goes.
+
+        Raises
+        ------
+        ValueError
+            Anything about the input that cannot be used; the message says what to do.
+
+        Warns
+        -----
+        ConvergenceWarning
+            The requested gap was not reached; `certificate_` says how far the model may be from the optimum.
+        """
+        problem, generator = self._prepare(X, y)
+        self._solve(problem, generator, callback=callback)
+        return self
+
+    def _prepare(self, X: Any, y: Any) -> tuple[Problem, torch.Generator]:
+        X = inputs.resolve_store(X)
+        y = _labels_of(X, y)
+        tokens = self._fit_tokens(X)
+        check_classification_targets(y)
+        inputs.check_lengths(tokens, y)
+        self.classes_, indices = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise InputError(f"only one class is present ({self.classes_[0]!r}): a classifier needs at least two classes")
+        if self.pool not in ("mean", "cls"):
+            raise InputError(f"pool must be 'mean' or 'cls' for a classifier, got {self.pool!r}")
+        generator = self._generator()
+        loss = make_loss("cross-entropy")
+        return self._make_problem(tokens, inputs.one_hot(indices, len(self.classes_)), loss, generator), generator
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Logits ``(n, c)``; for two classes their difference ``(n,)``, as scikit-learn has it."""
+        f = self._outputs(X)[:, 0]
+        return f[:, 1] - f[:, 0] if f.shape[1] == 2 else f
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Class probabilities ``(n, c)``."""
+        return torch.softmax(torch.from_numpy(self._outputs(X)[:, 0]), -1).numpy()
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Class labels ``(n,)``."""
+        f = self._outputs(X)[:, 0]
+        return self.classes_[f.argmax(1)]
+
+    def _score_fitted(self, problem: Problem) -> float:
+        """Accuracy on the tokens of ``problem``."""
+        f = problem.outputs(self._atoms().to(problem.device, problem.dtype))
+        return float((f.argmax(-1) == problem.Y.argmax(-1)).double().mean())
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Accuracy; ``y`` may be left out for a split of a store."""
+        X = inputs.resolve_store(X)
+        return super().score(X, _labels_of(X, y), sample_weight)
+
+
+class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
+    """A token head trained with the squared or Huber loss to a certified global optimum.
+
+    The parameters and attributes are those of `ConvexHeadClassifier`, and
+
+    Parameters
+    ----------
+    loss : {"squared", "huber"} or Loss
+        ``½‖f − y‖²`` or its robust relative, or a `convexhead.losses.Loss` of your own.
+    pool : {"mean", "cls"} or None
+        None: an output for every token, targets ``(n, s, c)``.
+    """
+
+    def __init__(
+        self,
+        head: str = "self-attention",
+        *,
+        activation: str = "linear",
+        loss: str | Loss = "squared",
+        beta: float | None = None,
+        beta_ratio: float = 0.05,
+        pool: str | None = "mean",
+        grid: tuple[int, int] | None = None,
+        n_gates: int = 50,
+        gates: Any = None,
+        n_blocks: int = 4,
+        outputs: str = "shared",
+        fit_intercept: bool = False,
+        tol: float = 1e-3,
+        max_heads: int | None = None,
+        max_time: float | None = None,
+        random_state: Any = None,
+        device: str = "auto",
+        verbose: int = 0,
+    ) -> None:
+        self.head = head
+        self.activation = activation
+        self.loss = loss
+        self.beta = beta
+        self.beta_ratio = beta_ratio
+        self.pool = pool
+        self.grid = grid
+        self.n_gates = n_gates
+        self.gates = gates
+        self.n_blocks = n_blocks
+        self.outputs = outputs
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_heads = max_heads
+        self.max_time = max_time
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None, *, callback: Callable[[Progress], None] | None = None) -> ConvexHeadRegressor:
+        """Train to the certified optimum.
+
+        Parameters
+        ----------
+        X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d)
+        y : array (n,), (n, c), or (n, s, c) with ``pool=None``
+            Targets.
+        callback : callable (Progress) or None
+            Called as the solver goes.
+
+        Raises
+        ------
+        ValueError
+            Anything about the input that cannot be used.
+
+        Warns
+        -----
+        ConvergenceWarning
+            The requested gap was not reached.
+        """
+        problem, generator = self._prepare(X, y)
+        self._solve(problem, generator, callback=callback)
+        return self
+
+    def _prepare(self, X: Any, y: Any) -> tuple[Problem, torch.Generator]:
+        if y is None:
+            raise ValueError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
+        X = inputs.resolve_store(X)
+        tokens = self._fit_tokens(X)
+        if isinstance(y, torch.Tensor):
+            y = y.detach().cpu().numpy()
+        y = check_array(y, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="y")
+        inputs.check_lengths(tokens, y)
+        self._target_shape = y.shape[1:]
+        every_token = self.pool is None or self.pool == "none"
+        if every_token and y.ndim == 2 and tokens.shape[1] == 1:
+            y = y[:, None]
+        if y.ndim == 1:
+            y = y[:, None]
+        if every_token and (y.ndim != 3 or y.shape[1] != tokens.shape[1]):
+            raise InputError(
+                f"with pool=None the targets must be (n, s, c) = (n, {tokens.shape[1]}, c), got {y.shape}"
+            )
+        if not every_token:
+            if y.ndim != 2:
+                raise InputError(f"targets must be (n,) or (n, c) with pool={self.pool!r}, got {y.shape}")
+            y = y[:, None]
+        generator = self._generator()
+        return self._make_problem(tokens, torch.from_numpy(y), make_loss(self.loss), generator), generator
+
+    def predict(self, X: Any) -> NDArray[np.float64]:
+        """Outputs in the shape of the targets that the head was fitted on."""
+        f = self._outputs(X)
+        return f.reshape(len(f), *self._target_shape)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _score_fitted(self, problem: Problem) -> float:
+        """R² on the tokens of ``problem``."""
+        from sklearn.metrics import r2_score
+
+        f = problem.outputs(self._atoms().to(problem.device, problem.dtype))
+        return float(r2_score(problem.Y.flatten(1).cpu(), f.flatten(1).cpu()))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """R², averaged over outputs (and tokens)."""
+        from sklearn.metrics import r2_score
+
+        y = np.asarray(y)
+        return float(r2_score(y.reshape(len(y), -1), self.predict(X).reshape(len(y), -1), sample_weight=sample_weight))
+
+
+def _labels_of(X: Any, y: Any) -> NDArray[Any]:
+    if y is None:
+        if not inputs.is_store(X):
+            raise ValueError("This estimator requires y to be passed, but the target y is None")
+        return np.asarray(X.labels)
+    if isinstance(y, torch.Tensor):
+        y = y.detach().cpu().numpy()
+    y = column_or_1d(y, warn=True)
+    assert_all_finite(y, input_name="y")
+    return y
+
+
+def _print_progress(row: Progress) -> None:
+    print(f"{row.seconds:8.2f} s  objective {row.objective:.6g}  gap {row.gap:.2g}  heads {row.heads}", flush=True)
+
+
+def atoms_from_blocks(
+    head: Head, mixing: list[NDArray[Any]], values: list[NDArray[Any]], n_outputs: int, intercept: torch.Tensor
+) -> Atoms:
+    """Atoms from the public form: for each block ``(k, *mixing_shape)`` and ``(k, e, c or c/B)``."""
+    mask = head.output_mask(n_outputs)
+    U, V, block = [], [], []
+    for j, (u, v) in enumerate(zip(mixing, values, strict=True)):
+        u, v = (torch.as_tensor(np.asarray(w), dtype=torch.float64) for w in (u, v))
+        full = v
+        if mask is not None:
+            full = v.new_zeros(len(v), head.value_rows, n_outputs)
+            full[:, :, mask[j % head.n_groups]] = v
+        U.append(u.reshape(-1, *head.mixing_shape))
+        V.append(full)
+        block.append(torch.full((len(u),), j))
+    return Atoms(torch.cat(U), torch.cat(V), torch.cat(block), intercept)
+
+
+def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
+    """``β_max = max_j ‖𝒜_j*(R at Z = 0)‖₂``: the smallest weight at which the optimum is zero."""
+    exact = problem.in_double()
+    f = exact.outputs(exact.empty())
+    if exact.fit_intercept:
+        f = f + solve_intercept(exact.loss, f, exact.Y)
+    return spectral_norm(exact, exact.residual(f), generator)

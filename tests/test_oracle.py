@@ -1,0 +1,266 @@
+"""Whole solves and certificates against programs written out from the formulas (`oracle`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import convexhead.certificate
+import convexhead.solvers
+from convexhead.activation import make_activation, sample_gates
+from convexhead.certificate import Certificate, _KrylovBound, certify_atoms
+from convexhead.heads import HEADS, make_head
+from convexhead.losses import make_loss
+from convexhead.problem import Atoms, Problem, balance
+from convexhead.solvers import solve
+from convexhead.spectral import BlockKrylov, GradientMatrices, relative_slack
+
+CASES = [
+    (name, activation, outputs)
+    for name in HEADS
+    for activation in ("linear", "gated-relu")
+    for outputs in (("shared", "grouped") if name == "block-fno" else ("shared",))
+    if not (name == "linear" and activation == "gated-relu")
+]
+POOLS = ("mean", "cls", "none")
+LOSSES = ("cross-entropy", "squared", "huber")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One random problem, as the library and as the oracle see it."""
+
+    problem: Problem
+    dense: oracle.DenseProgram
+
+    @property
+    def beta(self) -> float:
+        return self.dense.beta
+
+    def point(self, atoms: Atoms) -> oracle.Point:
+        """The model in the oracle's form."""
+        return self.dense.point(*(x.numpy() for x in (atoms.U, atoms.V, atoms.block, atoms.intercept)))
+
+
+def make_instance(
+    name: str,
+    activation: str = "linear",
+    outputs: str = "shared",
+    *,
+    pool: str = "mean",
+    loss: str = "squared",
+    intercept: bool = False,
+    n: int = 60,
+    grid: tuple[int, int] = (2, 3),
+    d: int = 4,
+    c: int = 4,
+    n_gates: int = 2,
+    ratio: float = 0.25,
+    scale: float = 1.0,
+    target_scale: float = 2.0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Instance:
+    """Gaussian tokens times ``scale`` with labels or targets that depend on them, at ``beta = ratio · beta_max``."""
+    rng = np.random.default_rng(seed)
+    s, groups = grid[0] * grid[1], 2 if name == "block-fno" else 1
+    X = rng.normal(size=(n, s, d))
+    r = s if pool == "none" else 1
+    teacher = rng.normal(size=(s, d, r, c))
+    scores = np.einsum("nsd,sdrc->nrc", X, teacher) / np.sqrt(s * d) + rng.normal(size=(n, r, c))
+    if loss == "cross-entropy":
+        label = scores.argmax(-1)
+        label[: min(n, c)] = np.arange(c)[: min(n, c), None]  # every class occurs
+        Y = np.eye(c)[label]
+    else:
+        Y = target_scale * scores
+    head = make_head(name, s, d, pool=pool, grid=grid, n_blocks=groups, outputs=outputs)
+    gates = None
+    if activation == "gated-relu":
+        gates = sample_gates(head, n_gates, torch.Generator().manual_seed(seed))
+    X = torch.as_tensor(scale * X, dtype=dtype)  # the oracle sees the tokens as rounded
+    problem = Problem(
+        X,
+        torch.as_tensor(Y),
+        head,
+        make_activation(activation, head, gates),
+        make_loss(loss),
+        fit_intercept=intercept,
+        dtype=dtype,
+    )
+    dense = oracle.dense_program(
+        name,
+        X.double().numpy(),
+        Y,
+        loss=loss,
+        pool=pool,
+        grid=grid,
+        gates=None if gates is None else gates.numpy(),
+        groups=groups,
+        outputs=outputs,
+        intercept=intercept,
+    )
+    return Instance(problem, replace(dense, beta=ratio * dense.beta_max()))
+
+
+def run(instance: Instance, tol: float, **options: object) -> tuple[Atoms, Certificate]:
+    """The library's model and certificate."""
+    generator = torch.Generator().manual_seed(0)
+    solution = solve(instance.problem, instance.beta, tol=tol, generator=generator, **options)
+    return solution.atoms, solution.certificate
+
+
+def spread(*parts: object) -> int:
+    """A seed of its own for every case, the same in every run."""
+    return sum(ord(letter) * (i + 1) for i, letter in enumerate(repr(parts)))
+
+
+@pytest.fixture(params=["small", "large"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both methods of `solve`: dense proximal steps, and column generation, which small problems never need."""
+    if request.param == "large":
+        monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
+    return request.param
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(("name", "activation", "outputs"), CASES)
+def test_agrees_with_cvxpy_at_tiny_size(name, activation, outputs, pool, route):
+    seed = spread(name, activation, outputs, pool)
+    loss, intercept = LOSSES[seed % 3], bool(seed // 3 % 2)
+    instance = make_instance(
+        name, activation, outputs,
+        pool=pool, loss=loss, intercept=intercept, n=9, grid=(3, 1), d=2, c=2, seed=seed,
+    )  # fmt: skip
+    tight = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
+    truth = instance.dense.solve_cvxpy(**tight)
+    atoms, certificate = run(instance, tol=1e-7)
+    assert certificate.converged
+    assert instance.dense.objective(instance.point(atoms)) == pytest.approx(certificate.primal, rel=1e-11)
+    assert certificate.primal == pytest.approx(truth.upper, rel=1e-6)
+    assert certificate.dual <= truth.upper
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(("name", "activation", "outputs"), CASES)
+def test_agrees_with_the_dense_solver(name, activation, outputs, pool, loss, monkeypatch):
+    seed = spread(name, activation, outputs, pool, loss)
+    instance = make_instance(
+        name, activation, outputs, pool=pool, loss=loss, intercept=bool(seed % 2), seed=seed
+    )
+    truth = instance.dense.solve_fista(accuracy=1e-7)
+    assert truth.accuracy <= 1e-6, "the oracle does not know the optimum well enough"
+    for dense_features in (convexhead.solvers.DENSE_FEATURES, 0):
+        monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", dense_features)
+        atoms, certificate = run(instance, tol=1e-5)
+        assert certificate.converged
+        assert certificate.relative_gap <= 1e-5
+        assert certificate.dual <= truth.upper
+        assert certificate.primal >= truth.lower
+        assert certificate.primal == pytest.approx(truth.upper, rel=2e-5)
+        assert instance.dense.objective(instance.point(atoms)) == pytest.approx(certificate.primal, rel=1e-11)
+        assert certificate.failure_probability == 0
+        assert certificate.scope == ("global" if activation == "linear" else "sampled-gates")
+
+
+@pytest.mark.parametrize("ratio", [1.0 + 1e-6, 1.5])
+@pytest.mark.parametrize(("name", "activation", "outputs"), [case for case in CASES if case[0] != "linear"])
+def test_zero_is_optimal_from_beta_max_on(name, activation, outputs, ratio, route):
+    for loss in LOSSES:
+        for intercept in (False, True):
+            instance = make_instance(
+                name, activation, outputs, loss=loss, intercept=intercept, ratio=ratio, n=15, d=2, c=2, seed=5
+            )  # fmt: skip
+            atoms, certificate = run(instance, tol=1e-7)
+            assert len(atoms) == 0
+            assert certificate.converged
+
+
+def test_just_below_beta_max_zero_is_not_optimal(route):
+    for name, activation, outputs in CASES:
+        if name != "linear":
+            instance = make_instance(name, activation, outputs, ratio=0.98, n=15, d=2, c=2, seed=6)
+            atoms, certificate = run(instance, tol=1e-7)
+            assert len(atoms) == 1
+            assert certificate.converged
+
+
+# -- the bound on the largest singular value --------------------------------------------------------------------------
+def test_the_krylov_bound_is_never_below_the_norm():
+    """At every step, over random problems, models and starts; the failure probability of 1e-6 allows for no failure."""
+    slacks, comparisons = [], 0
+    for seed in range(120):
+        name, activation, outputs = CASES[seed % (len(CASES) - 1)]
+        instance = make_instance(
+            name, activation, outputs, pool=POOLS[seed % 3], n=8, d=4, c=4 + 4 * (seed % 3), seed=seed
+        )
+        problem, rng = instance.problem, torch.Generator().manual_seed(seed)
+        k = seed % 7
+        block = torch.arange(k) % problem.n_blocks
+        V = torch.randn(k, *problem.value_shape, generator=rng, dtype=torch.float64)
+        U = torch.randn(k, *problem.head.mixing_shape, generator=rng, dtype=torch.float64)
+        atoms = replace(problem.empty(), U=U, V=problem.mask_values(V, block), block=block)
+        R = problem.residual(problem.outputs(atoms))
+        exact = instance.dense.norm(R.numpy())
+        directions, _ = balance(atoms, drop=0.0)
+        bound = _KrylovBound(GradientMatrices(problem, R), directions, 1e-6, rng)
+        while bound.step():
+            comparisons += 1
+            assert bound.lower <= exact * (1 + 1e-10)
+            assert bound.upper >= exact * (1 - 1e-12)
+        if bound.upper < np.inf:
+            slacks.append(bound.upper / exact - 1)
+    print(f"{comparisons} comparisons; slack: median {np.median(slacks):.2g}, largest {np.max(slacks):.2g}")
+    assert comparisons > 500
+    assert len(slacks) > 60
+
+
+@pytest.mark.parametrize("starts", [1, 2, 8])
+@pytest.mark.parametrize("order", [20, 300])
+def test_the_slack_covers_hard_spectra(order, starts):
+    """Gram operators whose largest eigenvalue hides behind a cluster: no failure at 1e-6, few where 20% are allowed."""
+    spectra = {
+        "hidden": np.r_[np.linspace(0.0, 0.99, order - 1), 1.0],
+        "isolated": np.r_[np.full(order - 1, 0.9), 1.0],
+        "far": np.r_[np.logspace(-6, -3, order - 1), 1.0],
+        "chebyshev": np.r_[0.95 * (1 - np.cos(np.pi * np.arange(order - 1) / order)) / 2, 1.0],
+    }
+    blocks, trials = torch.arange(100), 0
+    for spectrum in spectra.values():
+        values = torch.as_tensor(spectrum)
+        rng = torch.Generator().manual_seed(order + starts)
+        start = torch.randn(len(blocks), order, starts, generator=rng, dtype=torch.float64)
+        krylov = BlockKrylov(lambda x, _, values=values: values[:, None] * x, start, blocks, order)
+        for steps in range(1, 13):
+            if steps > 1 and not krylov.can_step():
+                break
+            krylov.step()
+            found = krylov.values[:, -1]
+            for probability, allowed in ((1e-6, 0), (0.2, 35)):
+                failed = found < (1 - relative_slack(order, steps, starts, probability)) * (1 - 1e-12)
+                assert int(failed.sum()) <= allowed
+                trials += len(blocks)
+    assert trials >= 1000
+
+
+@pytest.mark.parametrize(("name", "activation", "outputs"), [case for case in CASES if case[0] != "linear"])
+def test_the_krylov_certificate_is_below_the_optimum_and_converges(name, activation, outputs, monkeypatch):
+    """The route that large problems take, on ones small enough to know the truth."""
+    monkeypatch.setattr(convexhead.certificate, "_worth_forming", lambda *_: False)
+    monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
+    instance = make_instance(name, activation, outputs, pool="none", n=25, d=6, c=6, seed=11)
+    truth = instance.dense.solve_fista(accuracy=1e-7)
+    atoms, certificate = run(instance, tol=1e-4)
+    assert certificate.dual <= truth.upper
+    assert certificate.primal >= truth.lower
+    assert certificate.sigma_slack > 0
+    assert 0 < certificate.failure_probability <= 1e-6
+    assert certificate.converged
+    monkeypatch.undo()
+    formed = certify_atoms(instance.problem, atoms, instance.beta, tol=1e-4)
+    assert formed.gap <= certificate.gap + 1e-12 * abs(truth.upper)
