@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import reference
 from scipy.optimize import brentq
 from scipy.special import log_softmax, logsumexp, softmax, xlogy
+
+import reference
 
 INTERCEPT_BOX = 1e5
 """Bound on ``|b_k|`` for which lower bounds are charged where an intercept's residuals do not sum to zero."""
@@ -189,12 +190,16 @@ class DenseProgram:
         cp.Problem(cp.Minimize(data / self.n + self.beta * penalty)).solve(**options)
         return self.bracket(Point([z.value for z in Z], b.value[0] if self.intercept else np.zeros(self.c)))
 
-    def solve_fista(self, *, accuracy: float, start: Point | None = None, max_iterations: int = 50_000) -> Bracket:
+    def solve_fista(
+        self, *, accuracy: float, start: Point | None = None, max_iterations: int = 50_000
+    ) -> Bracket:
         """By accelerated proximal gradient with restarts, until the bracket is as narrow as ``accuracy``."""
         start = start or self.zero()
         every = np.concatenate(self.maps, axis=1)
         norm = float(np.linalg.norm(every, 2)) or 1.0
-        omega = norm / math.sqrt(len(every)) if self.intercept else 0.0  # b = omega · a, so that both count alike
+        omega = (
+            norm / math.sqrt(len(every)) if self.intercept else 0.0
+        )  # b = omega · a, so that both count alike
         step = self.n / (CURVATURE[self.loss] * norm**2 * (2 if self.intercept else 1))
         Z, a = start.Z, start.b / omega if omega else np.zeros(self.c)
         EZ, Ea, momentum = Z, a, 1.0
@@ -226,7 +231,7 @@ class DenseProgram:
         return (left * np.maximum(sigma - step * self.beta, 0)) @ right
 
 
-# -- losses, a row at a time: (n, r, c) -> (n, r) or (n, r, c) ---------------------------------------------------------
+# -- losses, a row at a time: (n, r, c) -> (n, r) or (n, r, c) ---------------------------------------------
 def loss_values(loss: str, f: np.ndarray, y: np.ndarray) -> np.ndarray:
     """``ℓ``, ``(n, r)``."""
     if loss == "cross-entropy":
@@ -290,7 +295,7 @@ def best_intercept(loss: str, f: np.ndarray, y: np.ndarray) -> np.ndarray:
     return b
 
 
-# -- features ----------------------------------------------------------------------------------------------------------
+# -- features ----------------------------------------------------------------------------------------------
 def mixing_shape(head: str, s: int, d: int, groups: int) -> tuple[int, ...]:
     """Shape of one mixing weight."""
     return {

@@ -6,13 +6,13 @@ Fenchel duality: for any weights, with ``R_i = ∇ℓ(f_i, y_i)/n`` and ``σ = m
 
 and ``gap = P − max_τ D(τ)``. Three things must be honest about it.
 
-* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise the model's
-  own singular directions ``A_j, B_j`` are split off,
+* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise approximate
+  leading singular directions ``A_j, B_j`` are split off,
 
       ‖G‖ ≤ ‖ [ ‖AᵀGB‖  ‖AᵀG(I − BBᵀ)‖ ; ‖(I − AAᵀ)GB‖  ‖(I − AAᵀ)G(I − BBᵀ)‖ ] ‖₂,
 
-  three of the four norms are exact, and the last is ``σ̂/√(1 − ε)`` from random starts (see `spectral`): true but with
-  `failure_probability`. Splitting pays: what is left lies below β, so a crude ``ε`` will do.
+  three of the four norms are computed, and the last is at most ``σ̂/√(1 − ε)`` from random starts (see `spectral`),
+  but with `failure_probability`. Splitting pays: what is left lies below β, so a crude ``ε`` will do.
 * An unpenalised intercept needs ``Σ_i R_i = 0``. It is solved for, and what is left is charged for every ``b`` of a box
   ``|b_k| ≤ INTERCEPT_BOX``.
 * Rounding: ``σ`` is raised and ``D`` lowered by more than float64 can have lost.
@@ -31,7 +31,7 @@ from torch import Tensor
 from convexhead.errors import InputError
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem, balance
-from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, relative_slack, worth_forming
+from convexhead.spectral import BlockKrylov, GradientMatrices, relative_slack, split_off_leading, worth_forming
 
 INTERCEPT_BOX = 1e4
 """Bound on ``|b_k|``, in units of ``1 + max |y|``, for which the residual mean left by the intercept is charged."""
@@ -230,7 +230,7 @@ class _KrylovBound:
         j = G.problem.n_blocks
         self.order, self.failure = G.order, failure_probability / j
         self.lower, self.upper, self._settled = 0.0, math.inf, 0.0
-        self.deflated = Deflated(G, directions)
+        self.deflated, _ = split_off_leading(G, directions, extra=4, steps=3, generator=generator)
         # Many starts share one pass over the tokens; with many blocks a pass is full already.
         starts = min(8 if j == 1 else 2, G.order)
         blocks = torch.arange(j, device=G.R.device)

@@ -9,8 +9,7 @@
        `block`      (k,)                 a buffer: the block of each atom, gate · n_groups + channel group
 
 The mathematics is the library's own (`heads`, `activation`) and autograd works through it: a convex solution
-can be fine-tuned, and the same module trained from `reset_parameters` is the non-convex problem that is usually
-solved.
+can be fine-tuned, and the same module trained from `reset_parameters` is the usual, non-convex way to a head.
 """
 
 from __future__ import annotations

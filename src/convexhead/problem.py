@@ -209,12 +209,14 @@ class Problem:
     ) -> tuple[float, Float[Tensor, "k ..."], Float[Tensor, "k e c"], Float[Tensor, " c"]]:
         """Factored objective and its gradients in ``U``, ``V`` and ``b``; one pass."""
         V = atoms.V.flatten(0, 1)
+        self.last_outputs = torch.empty_like(self.Y)  # a gap check right after needs them again
         gU, gV = beta * atoms.U, beta * atoms.V
         gb, total = torch.zeros_like(atoms.intercept), 0.0
         for rows, data in self.batches(len(atoms)):
             M = self.activation.mix(data, atoms.U, atoms.block)
             flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
             f = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
+            self.last_outputs[rows] = f
             total += float(self.loss.value(f, self.Y[rows]).double().sum())
             R = self.loss.residual(f, self.Y[rows]).flatten(0, 1) / self.n
             gV += (flat.T @ R).view(gV.shape)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -154,41 +155,39 @@ class BlockKrylov:
 
 
 class Deflated:
-    """``G_j`` with the directions ``A_j, B_j`` of a model's atoms split off, for every block.
+    """``G_j`` with orthonormal directions ``A_j, B_j`` split off, for every block.
 
         ‖G‖ ≤ ‖ [ ‖AᵀGB‖  ‖AᵀG(I − BBᵀ)‖ ; ‖(I − AAᵀ)GB‖  ‖(I − AAᵀ)G(I − BBᵀ)‖ ] ‖₂
 
-    Three of the norms are computed, `corners (j, 3)`; the fourth is that of the operator whose Gram operator is `gram`.
-    At a stationary model the first is β and the next two vanish, so what is left is what the model lacks.
+    whatever the directions are. Three of the norms are computed, `corners (j, 3)`; the fourth is that of the operator
+    whose Gram operator is `gram`. With the leading singular directions the second and third nearly vanish.
 
     Parameters
     ----------
     G : GradientMatrices
-    directions : Atoms
-        Balanced atoms: orthogonal on both sides within each block.
+    A, B : Tensor (j, p, m), (j, q, m)
+        Orthonormal columns in each block; zero columns where a block has fewer.
     """
 
-    def __init__(self, G: GradientMatrices, directions: Atoms) -> None:
-        self.G = G
-        problem, j = G.problem, G.problem.n_blocks
-        A, B = (w.flatten(1) / w.flatten(1).norm(dim=1, keepdim=True) for w in (directions.U, directions.V))
-        self.corners = G.R.new_zeros(j, 3)
-        sides = []
-        if len(directions):
-            U, V = A.view(directions.U.shape), B.view(directions.V.shape)
-            GB = problem.adjoint_times_values(G.R, V, directions.block).flatten(1)
-            AtG = problem.adjoint_times_mixing(G.R, U, directions.block).flatten(1)
-            for block in torch.unique(directions.block).tolist():
-                mine = directions.block == block
-                a, b = A[mine], B[mine]
-                core = a @ GB[mine].T
-                parts = (core, AtG[mine] - core @ b, GB[mine] - core.T @ a)
-                self.corners[block] = torch.stack([torch.linalg.matrix_norm(part, 2) for part in parts])
-                sides.append((block, a, b))
-        widest = max((len(a) for _, a, _ in sides), default=0)
-        self.A, self.B = G.R.new_zeros(j, G.p, widest), G.R.new_zeros(j, G.q, widest)
-        for block, a, b in sides:
-            self.A[block, :, : len(a)], self.B[block, :, : len(b)] = a.T, b.T
+    def __init__(self, G: GradientMatrices, A: Float[Tensor, "j p m"], B: Float[Tensor, "j q m"]) -> None:
+        self.G, self.A, self.B = G, A, B
+
+    @cached_property
+    def corners(self) -> Float[Tensor, "j 3"]:
+        """``‖AᵀGB‖``, ``‖AᵀG(I − BBᵀ)‖`` and ``‖(I − AAᵀ)GB‖`` of each block."""
+        problem, (j, _, m) = self.G.problem, self.A.shape
+        if m == 0:
+            return self.A.new_zeros(j, 3)
+        AtG, GB = self.A.new_zeros(j, m, self.G.q), self.A.new_zeros(j, m, self.G.p)
+        used = (self.A != 0).any(1)  # (j, m)
+        block = used.nonzero()[:, 0]
+        U = self.A.mT[used].view(-1, *problem.head.mixing_shape)
+        V = self.B.mT[used].view(-1, *problem.value_shape)
+        GB[used] = problem.adjoint_times_values(self.G.R, V, block).flatten(1)
+        AtG[used] = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
+        core = AtG @ self.B
+        parts = core, AtG - core @ self.B.mT, GB.mT - self.A @ core
+        return torch.stack([torch.linalg.matrix_norm(part, 2) for part in parts], dim=-1)
 
     def gram(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j m b"]:
         """Gram operator of ``(I − AAᵀ) G (I − BBᵀ)`` on the smaller side."""
@@ -219,12 +218,46 @@ def relative_slack(order: int, steps: int, starts: int, failure_probability: flo
     return min(1.0, root * root)
 
 
+def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
+    """``G_j`` without the directions of a model's atoms: what the model lacks."""
+    j = G.problem.n_blocks
+    widest = int(torch.bincount(atoms.block, minlength=j).max()) if len(atoms) else 0
+    A, B = G.R.new_zeros(j, G.p, widest), G.R.new_zeros(j, G.q, widest)
+    for block in torch.unique(atoms.block).tolist():
+        mine = atoms.block == block
+        for basis, weights in ((A, atoms.U), (B, atoms.V)):
+            Q = torch.linalg.qr(weights[mine].flatten(1).T.to(G.R.dtype)).Q
+            basis[block, :, : Q.shape[1]] = Q
+    return Deflated(G, A, B)
+
+
+def split_off_leading(
+    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator
+) -> tuple[Deflated, float]:
+    """``G_j`` without its leading singular directions, as far as Krylov ``steps`` from a model's atoms find them.
+
+    For the blocks that have atoms, from those and ``extra`` random vectors. Also returns the largest singular value
+    found, a lower estimate of the norm.
+    """
+    model = split_off_model(G, atoms)
+    active = torch.unique(atoms.block)
+    near = model.B if G.on_values else model.A
+    if not len(active) or near.shape[2] + extra > G.order:
+        return model, float(model.corners[:, 0].max())
+    start = torch.cat([near[active], G.random_start(active, extra, generator)], dim=2)
+    krylov = BlockKrylov(G.gram, start, active, G.order)
+    krylov.step()
+    while krylov.steps < steps and krylov.can_step():
+        krylov.step()
+    x = krylov.vectors(start.shape[2])
+    y = G.times(x, active) if G.on_values else G.transpose_times(x, active)
+    A, B = G.R.new_zeros(len(near), G.p, x.shape[2]), G.R.new_zeros(len(near), G.q, x.shape[2])
+    A[active], B[active] = (torch.linalg.qr(y).Q, x) if G.on_values else (x, torch.linalg.qr(y).Q)
+    return Deflated(G, A, B), float(torch.linalg.matrix_norm(y, 2).max())
+
+
 def top_singular(
-    deflated: Deflated,
-    start: Float[Tensor, "j big b"],
-    *,
-    rtol: float,
-    max_steps: int,
+    deflated: Deflated, start: Float[Tensor, "j big b"], *, rtol: float, max_steps: int
 ) -> tuple[Float[Tensor, "j b"], Float[Tensor, "j p b"], Float[Tensor, "j q b"], Float[Tensor, "j big b"]]:
     """Leading singular triples of every deflated block, as many as ``start`` has vectors: an estimate.
 
@@ -267,5 +300,5 @@ def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.
         )
     blocks = torch.arange(problem.n_blocks, device=problem.device)
     start = G.random_start(blocks, min(4, G.order), generator)
-    sigma, *_ = top_singular(Deflated(G, problem.empty()), start, rtol=1e-7, max_steps=100)
+    sigma, *_ = top_singular(split_off_model(G, problem.empty()), start, rtol=1e-7, max_steps=100)
     return float(sigma.max())

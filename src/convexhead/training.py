@@ -3,9 +3,9 @@
     min_{U,V,b}  Φ = F + (β/2) Σ_k (‖U_k‖² + ‖V_k‖²)                                                 (N)
 
 With the L2 term in the loss, Adam minimises the problem that the convex program is equal to, at the same β:
-its result lies at or above the certified optimum, and the distance says how far training stopped short. AdamW's
-decoupled decay shrinks the weights beside the loss and so minimises something else; it is here because it is
-practised, and a `TrainingResult` says which of the two it was.
+its result lies at or above the certified optimum, and the distance says how far training stopped short. The
+decoupled decay of AdamW shrinks the weights beside the loss and so minimises something else; it is offered
+because many use it, and a `TrainingResult` says which of the two it was.
 
 Steps take the problem's own passes (`Problem.value_and_gradient`) over prepared tokens: nothing is prepared
 twice, and Adam pays for exactly the arithmetic that the convex solver pays for.
@@ -246,11 +246,10 @@ def factored_objective(problem: Problem, atoms: Atoms, beta: float) -> float:
 def objectives(problem: Problem, atoms: Atoms, beta: float) -> tuple[float, float]:
     """``(Φ, convex objective)`` of ``atoms`` on all data in float64; infinite for non-finite weights."""
     exact, atoms = problem.in_double(), atoms.to(problem.device, torch.float64)
-    if not all(t.isfinite().all() for t in (atoms.U, atoms.V, atoms.intercept)):
-        return math.inf, math.inf
     data_term = exact.data_term(exact.outputs(atoms))
-    penalty = exact.penalty(atoms)
-    nuclear = penalty
+    nuclear = penalty = exact.penalty(atoms)
+    if not math.isfinite(data_term + beta * penalty):
+        return math.inf, math.inf
     if problem.head.learns_mixing:
         nuclear = float(sum(sigma.sum() for sigma in balance(atoms, drop=0.0)[1]))
     return data_term + beta * penalty, data_term + beta * min(nuclear, penalty)

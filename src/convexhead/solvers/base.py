@@ -97,5 +97,5 @@ class Solution:
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float:
     """Dual value of the scaled residual at outputs ``f``, given the spectral norm of the gradient there: an estimate."""
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
-    g = tau * problem.loss.residual(f, problem.Y).double()
-    return -float(problem.loss.conjugate(g, problem.Y.double()).mean())
+    Y = problem.Y.double()
+    return -float(problem.loss.conjugate(tau * problem.loss.residual(f.double(), Y), Y).mean())

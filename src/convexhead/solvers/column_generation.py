@@ -2,14 +2,15 @@
 
     repeat
         price:   singular triples (σ, a, b) of the gradient matrices, the model's own directions split off
-        stop     when the scaled dual point says that the gap is small enough
-        grow:    append atoms (−√t a, √t b) for every σ > β, with t from a line search
+        grow:    append atoms (−√t a, √t b) for σ > β, with t from a line search
         descend: L-BFGS over all factors
-        balance, and drop atoms that vanished
+        prune:   drop small atoms that the penalty is shrinking to nothing
+        stop:    when the scaled dual point says that the gap is small enough
 
 Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012). Splitting the model's own directions off
 matters: in the tail the largest singular values exceed β only because those directions are not settled yet, and
-more atoms there would slow the descent down.
+more atoms there would slow the descent down. So does pruning early: an atom on its way out decays slowly, and
+until it is gone its direction spoils the dual point.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem, balance
+from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
-from convexhead.spectral import Deflated, GradientMatrices, top_singular
+from convexhead.spectral import GradientMatrices, split_off_leading, split_off_model, top_singular
 
 
 class ColumnGeneration:
@@ -43,9 +44,11 @@ class ColumnGeneration:
     """
 
     batch = 32
-    """Atoms that a round may add."""
+    """Atoms that the first pricing may add."""
     descent_steps = 20
     """L-BFGS iterations between two pricings."""
+    small, shrinking = 1e-2, 0.98
+    """An atom is dropped when it is this small, relative to the largest, and the gradient along it this far below β."""
     max_rounds = 2000
 
     def __init__(
@@ -60,106 +63,156 @@ class ColumnGeneration:
     ) -> None:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.max_heads, self.generator = max_heads, generator
-        self._atoms = start
+        self._start = start
         self._descent: FactoredDescent | None = None
         self._warm: Tensor | None = None
-        # Singular value, relative to the largest, at which an atom is dropped; lowered when one that was is priced
-        # back in, or small atoms of the optimum would come and go for ever.
-        self._vanished = 3e-4
 
     def atoms(self) -> Atoms:
         """The current model."""
-        return self._atoms if self._descent is None else self._descent.atoms
+        return self._start if self._descent is None else self._descent.atoms
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
         stuck = 0
         for _ in range(self.max_rounds):
-            balanced, _ = balance(self.atoms(), drop=self._vanished)
-            dropped = len(balanced) < len(self.atoms())
-            if dropped:
-                self._atoms, self._descent = balanced, None
-            gap, grown = self._price(balanced)
+            pruned = self._prune()
+            gap, new = self._price()
             if gap <= target:
                 return Stop.CONVERGED
-            if grown is not None:
-                self._atoms, self._descent = grown, None
-                if dropped:
-                    self._vanished /= 10
-            elif len(balanced) == 0:
+            if new is None and not len(self.atoms()):
                 return Stop.STALLED
-            if self._descent is None:
-                self._descent = FactoredDescent(self.problem, self._atoms, self.beta)
+            if new is not None and pruned:
+                self.small /= 2  # what was dropped may just have come back
+            self._grow(new)
             before = self._descent.value
-            for _ in range(self.descent_steps):
-                if self.monitor.out_of_time():
-                    return Stop.TIME
-                if not self._descent.step():
-                    break
+            moved = self._descend(target)
+            if self.monitor.out_of_time():
+                return Stop.TIME
             floor = 4 * torch.finfo(self.problem.dtype).eps * abs(before)
-            stuck = stuck + 1 if before - self._descent.value <= floor and grown is None else 0
+            stuck = stuck + 1 if new is None and (not moved or before - self._descent.value <= floor) else 0
             if stuck == 2:
-                return Stop.HEADS if self._full(self.atoms()) else Stop.STALLED
+                full = self.max_heads is not None and len(self.atoms()) >= self.max_heads
+                return Stop.HEADS if full else Stop.STALLED
         return Stop.STALLED
 
-    def _full(self, atoms: Atoms) -> bool:
-        return self.max_heads is not None and len(atoms) >= self.max_heads
+    def _descend(self, target: float) -> bool:
+        """Up to `descent_steps` iterations, fewer when the gap may have closed; False if nothing moved."""
+        for step in range(self.descent_steps):
+            if self.monitor.out_of_time():
+                return True
+            if not self._descent.step():
+                return step > 0
+            if step % 5 == 4:
+                best_case = scaled_dual(self.problem, self.problem.last_outputs, self._inner_norm(), self.beta)
+                self.monitor.record(self._descent.value, -torch.inf, len(self._descent.atoms))
+                if self._descent.value - best_case <= 0.5 * target * abs(self._descent.value):
+                    return True
+        return True
 
-    def _price(self, atoms: Atoms) -> tuple[float, Atoms | None]:
-        """The estimated relative gap, recorded, and the model with new atoms, None where there are none to add."""
-        f = self.problem.outputs(atoms)
-        R = self.problem.residual(f)
-        G = GradientMatrices(self.problem, R)
-        deflated = Deflated(G, atoms)
-        blocks = torch.arange(self.problem.n_blocks, device=self.problem.device)
-        if self._warm is None:
-            first = min(self.batch if self.problem.n_blocks == 1 else 4, G.order)
-            self._warm = G.random_start(blocks, first, self.generator)
-        sigma, left, right, warm = top_singular(deflated, self._warm, rtol=2e-3, max_steps=30)
-        keep = min(8 if self.problem.n_blocks == 1 else 2, warm.shape[2])
-        self._warm = warm[:, :, :keep]
-        self._warm = self._warm + 1e-3 * self._warm.norm(dim=1, keepdim=True) * G.random_start(
-            blocks, keep, self.generator
-        ) / warm.shape[1] ** 0.5
-        norm = float(deflated.norm(sigma[:, 0], blocks).max())
-        objective = self.problem.data_term(f) + self.beta * self.problem.penalty(atoms)
-        gap = self.monitor.record(objective, scaled_dual(self.problem, f, norm, self.beta), len(atoms))
+    def _alignment(self) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+        """Size ``‖U_k‖‖V_k‖`` of each atom, and ``−⟨u, G v⟩/β`` for its unit directions: 1 at a stationary point."""
+        atoms, gradient = self._descent.atoms, self._descent.gradient
+        U, V = atoms.U.flatten(1), atoms.V.flatten(1)
+        size = (U.norm(dim=1) * V.norm(dim=1)).clamp_min(torch.finfo(U.dtype).tiny)
+        along = ((gradient.U.flatten(1) - self.beta * U) * U).sum(1)
+        return size, -along / (self.beta * size)
+
+    def _inner_norm(self) -> float:
+        """``‖G V (VᵀV)^{-1/2}‖ ≤ ‖G‖``, largest over blocks: all that the gradient of the factors tells about the norm."""
+        atoms, gradient = self._descent.atoms, self._descent.gradient
+        largest = 0.0
+        for block in torch.unique(atoms.block).tolist():
+            mine = atoms.block == block
+            V = atoms.V[mine].flatten(1).double()
+            scale = V.norm(dim=1, keepdim=True).clamp_min(1e-300)
+            GV = (gradient.U[mine].flatten(1) - self.beta * atoms.U[mine].flatten(1)).double() / scale
+            values, Q = torch.linalg.eigh((V / scale) @ (V / scale).T)
+            whitened = (Q / values.clamp_min(1e-10).sqrt()).T @ GV
+            largest = max(largest, float(torch.linalg.eigvalsh(whitened @ whitened.T)[-1].clamp_min(0).sqrt()))
+        return largest
+
+    def _prune(self) -> bool:
+        """Drop small atoms on their way out; whether there were any."""
+        if self._descent is None:
+            return False
+        size, alignment = self._alignment()
+        keep = (size > self.small * size.max()) | (alignment > self.shrinking)
+        keep &= size > 1e-9 * size.max()
+        if bool(keep.all()):
+            return False
+        self._descent.change(keep, None)
+        return True
+
+    def _grow(self, new: Atoms | None) -> None:
+        if self._descent is None:
+            atoms = self._start if new is None else self._start.append(new)
+            self._descent = FactoredDescent(self.problem, atoms, self.beta)
+        elif new is not None:
+            everything = torch.ones(len(self.atoms()), dtype=torch.bool, device=self.problem.device)
+            self._descent.change(everything, new)
+
+    def _price(self) -> tuple[float, Atoms | None]:
+        """The estimated relative gap, recorded, and new atoms, None where there are none to add."""
+        problem, atoms = self.problem, self.atoms()
+        f = problem.outputs(atoms) if self._descent is None else problem.last_outputs
+        G = GradientMatrices(problem, problem.residual(f))
+        lacking = split_off_model(G, atoms)
+        sigma, left, right = self._triples(lacking, G)
+        norm = float(sigma.max())
+        objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
+        if len(atoms):
+            _, inner = split_off_leading(G, atoms, extra=2, steps=2, generator=self.generator)
+            norm = max(norm, inner)
+        gap = self.monitor.record(objective, scaled_dual(problem, f, norm, self.beta), len(atoms))
         room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(atoms))
         picked = (sigma > self.beta * (1 + 1e-6)).nonzero()
         if not len(picked) or room <= 0:
             return gap, None
         strength = sigma[picked[:, 0], picked[:, 1]]
-        picked = picked[strength.argsort(descending=True)[:room]]
-        j, k = picked.unbind(1)
-        return gap, self._append(atoms, f, sigma[j, k], left[j, :, k], right[j, :, k], j)
+        j, k = picked[strength.argsort(descending=True)[:room]].unbind(1)
+        return gap, self._new_atoms(f, sigma[j, k], left[j, :, k], right[j, :, k], j)
 
-    def _append(
+    def _triples(self, lacking, G: GradientMatrices):  # type: ignore[no-untyped-def]
+        """Leading singular triples of what the model lacks; from random vectors first, then from the last ones."""
+        problem = self.problem
+        blocks = torch.arange(problem.n_blocks, device=problem.device)
+        several = problem.n_blocks > 1
+        if self._warm is None:
+            start = G.random_start(blocks, min(4 if several else self.batch, G.order), self.generator)
+        else:
+            noise = G.random_start(blocks, self._warm.shape[2], self.generator) / self._warm.shape[1] ** 0.5
+            start = self._warm + 0.1 * noise
+        sigma, left, right, warm = top_singular(lacking, start, rtol=2e-3, max_steps=30)
+        self._warm = warm[:, :, : min(2 if several else 8, warm.shape[2])]
+        return sigma, left, right
+
+    def _new_atoms(
         self,
-        atoms: Atoms,
         f: Float[Tensor, "n r c"],
         sigma: Float[Tensor, " k"],
         left: Float[Tensor, "k p"],
         right: Float[Tensor, "k q"],
         block: Tensor,
     ) -> Atoms:
-        """New atoms ``−t w_k a_k b_kᵀ``, ``w_k = σ_k − β``, with the best common ``t``: the outputs are linear in it."""
+        """Atoms ``−t w_k a_k b_kᵀ``, ``w_k = σ_k − β``, with the best common ``t``: the outputs are linear in it."""
+        problem = self.problem
         root = (sigma - self.beta).sqrt().unsqueeze(1)
         new = Atoms(
-            (-root * left).view(-1, *self.problem.head.mixing_shape),
-            self.problem.mask_values((root * right).view(-1, *self.problem.value_shape), block),
+            (-root * left).view(-1, *problem.head.mixing_shape),
+            problem.mask_values((root * right).view(-1, *problem.value_shape), block),
             block,
-            torch.zeros_like(atoms.intercept),
+            f.new_zeros(problem.c),
         )
-        change = self.problem.outputs(new)
+        change = problem.outputs(new)
         added = self.beta * float((sigma - self.beta).sum())
         slope = float((sigma - self.beta).square().sum())
-        step = slope / (float(change.double().square().sum()) / self.problem.n)
+        step = slope / (float(change.double().square().sum()) / problem.n)
         best = minimize_scalar(
-            lambda t: self.problem.data_term(f + t * change) + t * added,
+            lambda t: problem.data_term(f + t * change) + t * added,
             bounds=(0.0, 20 * step),
             method="bounded",
             options={"maxiter": 30},
         ).x
         scale = float(best) ** 0.5
         new.U, new.V = scale * new.U, scale * new.V
-        return atoms.append(new)
+        return new

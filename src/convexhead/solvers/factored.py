@@ -1,9 +1,10 @@
-"""Local minimisation over the factors ``U, V`` (and ``b``) at a fixed number of atoms.
+"""Local minimisation over the factors ``U, V`` (and ``b``), by L-BFGS.
 
     Φ(U, V, b) = F + (β/2) Σ_k (‖U_k‖² + ‖V_k‖²)
 
 Any rank-deficient local minimum whose gradient matrices have spectral norms at most β is a global minimum of the
-convex program (Haeffele & Vidal 2020), which is what makes descending here worth while.
+convex program (Haeffele & Vidal 2020), which is what makes descending here worth while. Atoms may come and go
+without the quasi-Newton memory of the others being lost.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexhead.problem import Atoms
@@ -27,24 +28,24 @@ class Passes(Protocol):
 
 
 class FactoredDescent:
-    """L-BFGS over the factors of ``atoms``; `atoms` is the current iterate."""
+    """L-BFGS over the factors of ``atoms``; `atoms` is the current iterate, `gradient` the gradient in its shape."""
 
     def __init__(self, passes: Passes, atoms: Atoms, beta: float) -> None:
-        self.passes, self.beta, self._shape = passes, beta, atoms
-        self.lbfgs = LBFGS(self._function, torch.cat([p.flatten() for p in (atoms.U, atoms.V, atoms.intercept)]))
-
-    def _unpack(self, x: Float[Tensor, " m"]) -> Atoms:
-        like = self._shape
-        U, V, b = x.split([like.U.numel(), like.V.numel(), like.intercept.numel()])
-        return Atoms(U.view(like.U.shape), V.view(like.V.shape), like.block, b)
+        self.passes, self.beta, self._like = passes, beta, atoms
+        self.lbfgs = LBFGS(self._function, _pack(atoms))
 
     def _function(self, x: Tensor) -> tuple[float, Tensor]:
-        value, *gradients = self.passes.value_and_gradient(self._unpack(x), self.beta)
-        return value, torch.cat([g.flatten() for g in gradients])
+        atoms = _unpack(x, self._like)
+        value, gU, gV, gb = self.passes.value_and_gradient(atoms, self.beta)
+        return value, _pack(Atoms(gU, gV, atoms.block, gb))
 
     @property
     def atoms(self) -> Atoms:
-        return self._unpack(self.lbfgs.x)
+        return _unpack(self.lbfgs.x, self._like)
+
+    @property
+    def gradient(self) -> Atoms:
+        return _unpack(self.lbfgs.gradient, self._like)
 
     @property
     def value(self) -> float:
@@ -53,3 +54,26 @@ class FactoredDescent:
     def step(self) -> bool:
         """One iteration; False where no further decrease is possible in this precision."""
         return self.lbfgs.step()
+
+    def change(self, keep: Bool[Tensor, " k"], new: Atoms | None) -> None:
+        """Go on with the atoms of ``keep`` and then ``new`` ones; costs an evaluation."""
+        old = self._like
+
+        def move(x: Float[Tensor, " m"]) -> Float[Tensor, " l"]:
+            kept = _unpack(x, old).select(keep)
+            if new is not None:
+                kept = kept.append(Atoms(torch.zeros_like(new.U), torch.zeros_like(new.V), new.block, new.intercept))
+            return _pack(kept)
+
+        atoms = self.atoms.select(keep)
+        self._like = atoms if new is None else atoms.append(new)
+        self.lbfgs.reshape(_pack(self._like), move)
+
+
+def _pack(atoms: Atoms) -> Float[Tensor, " m"]:
+    return torch.cat([part.flatten() for part in (atoms.U, atoms.V, atoms.intercept)])
+
+
+def _unpack(x: Float[Tensor, " m"], like: Atoms) -> Atoms:
+    U, V, b = x.split([like.U.numel(), like.V.numel(), like.intercept.numel()])
+    return Atoms(U.view(like.U.shape), V.view(like.V.shape), like.block, b)

@@ -47,6 +47,16 @@ class LBFGS:
         self.evaluations = 1
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
 
+    def reshape(self, x: Vector, move: Callable[[Vector], Vector]) -> None:
+        """Go on from ``x`` in another space; ``move`` takes remembered steps and gradient differences there."""
+        pairs = [(move(s), move(y)) for s, y, _ in self.pairs]
+        self.pairs.clear()
+        self.x = x
+        self.value, self.gradient = self.function(x)
+        self.evaluations += 1
+        for s, y in pairs:
+            self._remember(s, y)
+
     def direction(self) -> Vector:
         """Minus the inverse Hessian estimate times the gradient."""
         q = -self.gradient
@@ -96,12 +106,15 @@ class LBFGS:
         return self._accept(x, value, gradient)
 
     def _accept(self, x: Tensor, value: float, gradient: Tensor) -> bool:
-        s, y = x - self.x, gradient - self.gradient
-        sy = float(torch.dot(s, y))
-        if sy > torch.finfo(s.dtype).eps * float(torch.dot(y, y)):
-            self.pairs.append((s, y, 1.0 / sy))
+        self._remember(x - self.x, gradient - self.gradient)
         self.x, self.value, self.gradient = x, value, gradient
         return True
+
+    def _remember(self, s: Tensor, y: Tensor) -> None:
+        """Keep a pair of positive curvature."""
+        sy = float(torch.dot(s, y))
+        if sy > torch.finfo(s.dtype).eps * float(s.norm() * y.norm()):
+            self.pairs.append((s, y, 1.0 / sy))
 
 
 def _between(low: tuple[float, float, float], high: tuple[float, float, float]) -> float:

@@ -1,0 +1,6 @@
+"""Tables, figures and one self-contained HTML page from a plain dictionary of results."""
+
+from convexhead.report.page import render
+from convexhead.report.tables import csv_rows, markdown_table, terminal_table
+
+__all__ = ["csv_rows", "markdown_table", "render", "terminal_table"]
