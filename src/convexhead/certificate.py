@@ -25,6 +25,7 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
+from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -94,6 +95,7 @@ def certify_atoms(
     *,
     tol: float,
     known_dual: float = -math.inf,
+    witness: Float[Tensor, "n r c"] | None = None,
     failure_probability: float = 1e-6,
     generator: torch.Generator | None = None,
     max_steps: int = 400,
@@ -108,6 +110,8 @@ def certify_atoms(
         The relative gap asked for: sets how hard σ is bounded, and `Certificate.converged`.
     known_dual : float
         A lower bound on the optimum that was certified before; the better one is kept.
+    witness : Tensor (n, r, c) or None
+        Outputs at which the dual point is taken, any at all: a solver may know better ones than the model's own.
     failure_probability : float
         Of the bound on σ, over all blocks together.
     generator : torch.Generator or None
@@ -125,8 +129,8 @@ def certify_atoms(
         directions, penalty = atoms, exact.penalty(atoms)
     data_term = exact.data_term(f)
     primal = data_term + beta * penalty
+    f = f if witness is None else witness.to(exact.device, torch.float64)
     if problem.fit_intercept:
-        f = f - atoms.intercept
         f = f + solve_intercept(problem.loss, f, exact.Y)
     R = exact.residual(f)
     dual = _Dual(exact, f, R, beta)

@@ -56,7 +56,7 @@ def solve(
     callback : callable (Progress) or None
         Called with every new row of the history.
     generator : torch.Generator
-        Random starts of pricing; the certificate draws its own.
+        Random starts of pricing and of the bound on the spectral norm.
 
     Returns
     -------
@@ -74,7 +74,9 @@ def solve(
                 method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
             stop = method.advance(target)
             model = _finish(problem, method.atoms(), tol, max_heads)
-            certificate = certify_atoms(problem, model, beta, tol=tol, known_dual=dual)
+            certificate = certify_atoms(
+                problem, model, beta, tol=tol, known_dual=dual, witness=method.witness(), generator=generator
+            )
             dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
             if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
                 break
@@ -90,7 +92,7 @@ def solve(
             model = _finish(problem, method.atoms(), tol, max_heads)
         certificate = None
     if certificate is None:
-        certificate = certify_atoms(problem, model, beta, tol=tol, known_dual=dual)
+        certificate = certify_atoms(problem, model, beta, tol=tol, known_dual=dual, generator=generator)
     if certificate.converged:
         stop = Stop.CONVERGED
     return Solution(model, certificate, monitor.history, stop)

@@ -9,8 +9,10 @@
 
 Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012). Splitting the model's own directions off
 matters: in the tail the largest singular values exceed β only because those directions are not settled yet, and
-more atoms there would slow the descent down. So does pruning early: an atom on its way out decays slowly, and
-until it is gone its direction spoils the dual point.
+more atoms there would slow the descent down. So does pruning early: an atom on its way out decays slowly.
+
+The dual point is not taken at the iterate but at a running average of the iterates' outputs: any outputs give a feasible
+point, and quasi-Newton steps that still swing around the optimum average out. That halves the gap for nothing.
 """
 
 from __future__ import annotations
@@ -47,9 +49,11 @@ class ColumnGeneration:
     """Atoms that the first pricing may add."""
     descent_steps = 20
     """L-BFGS iterations between two pricings."""
-    small, shrinking = 1e-2, 0.98
-    """An atom is dropped when it is this small, relative to the largest, and the gradient along it this far below β."""
+    small = 1e-2
+    """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     max_rounds = 2000
+    memory = 0.85
+    """Weight of the past in the running average of outputs."""
 
     def __init__(
         self,
@@ -66,6 +70,11 @@ class ColumnGeneration:
         self._start = start
         self._descent: FactoredDescent | None = None
         self._warm: Tensor | None = None
+        self._average: Tensor | None = None
+
+    def witness(self) -> Float[Tensor, "n r c"] | None:
+        """Outputs to take the dual point at; None for the model's own."""
+        return self._average
 
     def atoms(self) -> Atoms:
         """The current model."""
@@ -73,9 +82,9 @@ class ColumnGeneration:
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
-        stuck = 0
+        stuck, gap = 0, 1.0
         for _ in range(self.max_rounds):
-            pruned = self._prune()
+            pruned = self._prune(min(0.02, 2 * gap))
             gap, new = self._price()
             if gap <= target:
                 return Stop.CONVERGED
@@ -102,10 +111,12 @@ class ColumnGeneration:
                 return True
             if not self._descent.step():
                 return step > 0
+            latest = self.problem.last_outputs
+            self._average = latest if self._average is None else torch.lerp(latest, self._average, self.memory)
             if step % 5 == 4:
-                best_case = scaled_dual(self.problem, self.problem.last_outputs, self._inner_norm(), self.beta)
-                self.monitor.record(self._descent.value, -torch.inf, len(self._descent.atoms))
-                if self._descent.value - best_case <= 0.5 * target * abs(self._descent.value):
+                gap = self.monitor.record(self._descent.value, -torch.inf, len(self._descent.atoms))
+                best_case = scaled_dual(self.problem, latest, self._inner_norm(), self.beta)
+                if gap > target and self._descent.value - best_case <= 0.5 * target * abs(self._descent.value):
                     return True
         return True
 
@@ -131,12 +142,13 @@ class ColumnGeneration:
             largest = max(largest, float(torch.linalg.eigvalsh(whitened @ whitened.T)[-1].clamp_min(0).sqrt()))
         return largest
 
-    def _prune(self) -> bool:
-        """Drop small atoms on their way out; whether there were any."""
+    def _prune(self, margin: float) -> bool:
+        """Drop small atoms on their way out, the gradient along them below β by ``margin``; whether there were any."""
         if self._descent is None:
             return False
+        self._descent.principal()
         size, alignment = self._alignment()
-        keep = (size > self.small * size.max()) | (alignment > self.shrinking)
+        keep = (size > self.small * size.max()) | (alignment > 1 - margin)
         keep &= size > 1e-9 * size.max()
         if bool(keep.all()):
             return False
@@ -148,6 +160,7 @@ class ColumnGeneration:
             atoms = self._start if new is None else self._start.append(new)
             self._descent = FactoredDescent(self.problem, atoms, self.beta)
         elif new is not None:
+            self._average = None
             everything = torch.ones(len(self.atoms()), dtype=torch.bool, device=self.problem.device)
             self._descent.change(everything, new)
 
@@ -155,7 +168,8 @@ class ColumnGeneration:
         """The estimated relative gap, recorded, and new atoms, None where there are none to add."""
         problem, atoms = self.problem, self.atoms()
         f = problem.outputs(atoms) if self._descent is None else problem.last_outputs
-        G = GradientMatrices(problem, problem.residual(f))
+        point = f if self._average is None else self._average
+        G = GradientMatrices(problem, problem.residual(point))
         lacking = split_off_model(G, atoms)
         sigma, left, right = self._triples(lacking, G)
         norm = float(sigma.max())
@@ -163,7 +177,7 @@ class ColumnGeneration:
         if len(atoms):
             _, inner = split_off_leading(G, atoms, extra=2, steps=2, generator=self.generator)
             norm = max(norm, inner)
-        gap = self.monitor.record(objective, scaled_dual(problem, f, norm, self.beta), len(atoms))
+        gap = self.monitor.record(objective, scaled_dual(problem, point, norm, self.beta), len(atoms))
         room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(atoms))
         picked = (sigma > self.beta * (1 + 1e-6)).nonzero()
         if not len(picked) or room <= 0:

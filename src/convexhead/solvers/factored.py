@@ -55,6 +55,24 @@ class FactoredDescent:
         """One iteration; False where no further decrease is possible in this precision."""
         return self.lbfgs.step()
 
+    def principal(self) -> None:
+        """Rotate the atoms of each block onto the principal axes of ``UUᵀ + VVᵀ``: the same ``Z``, and atoms that
+        only repeat others come out small."""
+        atoms = self.atoms
+        rotation = torch.zeros(len(atoms), len(atoms), dtype=torch.float64, device=atoms.U.device)
+        for block in torch.unique(atoms.block).tolist():
+            mine = (atoms.block == block).nonzero().squeeze(1)
+            U, V = (w[mine].flatten(1).double() for w in (atoms.U, atoms.V))
+            rotation[mine.unsqueeze(1), mine] = torch.linalg.eigh(U @ U.T + V @ V.T).eigenvectors.T
+        rotation = rotation.to(atoms.U.dtype)
+
+        def move(x: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+            old = _unpack(x, self._like)
+            U, V = (torch.tensordot(rotation, w, 1) for w in (old.U, old.V))
+            return _pack(Atoms(U, V, old.block, old.intercept))
+
+        self.lbfgs.rotate(move)
+
     def change(self, keep: Bool[Tensor, " k"], new: Atoms | None) -> None:
         """Go on with the atoms of ``keep`` and then ``new`` ones; costs an evaluation."""
         old = self._like

@@ -41,7 +41,7 @@ class LBFGS:
     max_trials = 12
     decrease, curvature = 1e-4, 0.9
 
-    def __init__(self, function: Callable[[Tensor], tuple[float, Tensor]], x: Vector, memory: int = 20) -> None:
+    def __init__(self, function: Callable[[Tensor], tuple[float, Tensor]], x: Vector, memory: int = 30) -> None:
         self.function, self.x = function, x
         self.value, self.gradient = function(x)
         self.evaluations = 1
@@ -56,6 +56,11 @@ class LBFGS:
         self.evaluations += 1
         for s, y in pairs:
             self._remember(s, y)
+
+    def rotate(self, move: Callable[[Vector], Vector]) -> None:
+        """Change coordinates by an orthogonal map: everything remembered goes along, nothing is evaluated."""
+        self.x, self.gradient = move(self.x), move(self.gradient)
+        self.pairs = deque(((move(s), move(y), rho) for s, y, rho in self.pairs), maxlen=self.pairs.maxlen)
 
     def direction(self) -> Vector:
         """Minus the inverse Hessian estimate times the gradient."""
