@@ -1,10 +1,10 @@
 """The convex programs once more, dense and from the formulas of `reference` alone.
 
-    min  (1/n) Σ_i ℓ(f_i, y_i) + β Σ_j ‖Z_j‖_*,      f = Σ_j Φ_j Z_j + b        (the linear head: β/2 ‖W‖_F² instead)
+    min  (1/n) Σ_i ℓ(f_i, y_i) + β Σ_j ‖Z_j‖_*,   f = Σ_j Φ_j Z_j + b      (the linear head: β/2 ‖W‖_F² instead)
 
-Every ``Φ_j (n·r, p·e)`` is written out column by column from `reference.mix`. Two solvers that share nothing with the
-library: CVXPY at tiny size, and an accelerated proximal gradient with exact SVDs at medium size. Any point's
-`objective` is a true upper bound on the optimum and its `lower_bound` a true lower one, so an oracle knows its accuracy.
+Every ``Φ_j (n·r, p·e)`` is written out column by column from `reference.mix`. Two solvers that share nothing with
+the library: CVXPY at tiny size, and an accelerated proximal gradient with exact SVDs at medium size. Any point's
+`objective` is a true upper bound on the optimum and its `lower_bound` a true lower one: an oracle knows its accuracy.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class DenseProgram:
         return Bracket(point, min(upper, self.lower_bound(self.outputs(point))), upper)
 
     def beta_max(self) -> float:
-        """The weight from which on ``Z = 0`` is optimal (for the linear head the same formula, by convention)."""
+        """The weight from which on ``Z = 0`` is optimal (by convention the same formula for the linear head)."""
         f = np.zeros_like(self.Y)
         if self.intercept:
             f = f + best_intercept(self.loss, f, self.Y)
@@ -190,16 +190,12 @@ class DenseProgram:
         cp.Problem(cp.Minimize(data / self.n + self.beta * penalty)).solve(**options)
         return self.bracket(Point([z.value for z in Z], b.value[0] if self.intercept else np.zeros(self.c)))
 
-    def solve_fista(
-        self, *, accuracy: float, start: Point | None = None, max_iterations: int = 50_000
-    ) -> Bracket:
+    def solve_fista(self, *, accuracy: float, start: Point | None = None, max_iterations: int = 50_000) -> Bracket:
         """By accelerated proximal gradient with restarts, until the bracket is as narrow as ``accuracy``."""
         start = start or self.zero()
         every = np.concatenate(self.maps, axis=1)
         norm = float(np.linalg.norm(every, 2)) or 1.0
-        omega = (
-            norm / math.sqrt(len(every)) if self.intercept else 0.0
-        )  # b = omega · a, so that both count alike
+        omega = norm / math.sqrt(len(every)) if self.intercept else 0.0  # b = omega · a, so that both count alike
         step = self.n / (CURVATURE[self.loss] * norm**2 * (2 if self.intercept else 1))
         Z, a = start.Z, start.b / omega if omega else np.zeros(self.c)
         EZ, Ea, momentum = Z, a, 1.0
@@ -268,13 +264,7 @@ def best_intercept(loss: str, f: np.ndarray, y: np.ndarray) -> np.ndarray:
     if loss == "squared":
         return (y - f).mean(0)
     if loss == "huber":
-        t = f - y
-        return np.array(
-            [
-                brentq(lambda b, k=k: np.clip(t[:, k] + b, -1, 1).sum(), -t[:, k].max() - 1, -t[:, k].min() + 1, xtol=1e-15)
-                for k in range(t.shape[1])
-            ]
-        )  # fmt: skip
+        return np.array([_huber_shift(t) for t in (f - y).T])
     b = np.zeros(f.shape[1])
     for _ in range(100):  # damped Newton
         p = np.exp(log_softmax(f + b, axis=1))
@@ -293,6 +283,11 @@ def best_intercept(loss: str, f: np.ndarray, y: np.ndarray) -> np.ndarray:
             t = 1.0
         b = b - t * step
     return b
+
+
+def _huber_shift(t: np.ndarray) -> float:
+    """The root of the rising, piecewise linear ``b ↦ Σ clip(t + b, −1, 1)``."""
+    return brentq(lambda b: np.clip(t + b, -1, 1).sum(), -t.max() - 1, -t.min() + 1, xtol=1e-15)
 
 
 # -- features ----------------------------------------------------------------------------------------------
@@ -338,10 +333,7 @@ def dense_program(
         for group in range(groups):
             own = gate[group] if gate is not None and head == "block-fno" else gate
             mixed = [
-                [
-                    reference.pool(reference.mix(head, x, U, grid=grid, group=group, gate=own), pool)
-                    for U in basis
-                ]
+                [reference.pool(reference.mix(head, x, U, grid=grid, group=group, gate=own), pool) for U in basis]
                 for x in X
             ]
             phi = np.array(mixed)  # (n, p, r, e)

@@ -1,4 +1,4 @@
-"""The heads once more, from the formulas alone: loops, no FFT, no Gram matrices, no batching. Slow and plain on purpose."""
+"""The heads once more, from the formulas alone: loops, no FFT, no Gram matrices, no batching. Plain on purpose."""
 
 from __future__ import annotations
 

@@ -33,9 +33,7 @@ def build(name, activation, outputs, pool="mean", *, dtype=torch.float64):
     head = make_head(name, S, D, pool=pool, grid=(2, 3), n_blocks=2, outputs=outputs)
     gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
     Y = torch.softmax(torch.randn(N, head.r, C, generator=generator, dtype=torch.float64), -1)
-    problem = Problem(
-        X, Y, head, make_activation(activation, head, gates), CrossEntropy(), fit_intercept=True
-    )
+    problem = Problem(X, Y, head, make_activation(activation, head, gates), CrossEntropy(), fit_intercept=True)
     atoms = problem.empty()
     if head.learns_mixing:  # two atoms a block, but the last gate is left unused
         block = torch.arange(2 * problem.n_blocks) % problem.n_blocks

@@ -122,7 +122,7 @@ def spread(*parts: object) -> int:
 
 @pytest.fixture(params=["small", "large"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both methods of `solve`: dense proximal steps, and column generation, which small problems never need."""
+    """Both methods of `solve`: proximal steps, and column generation, which small problems never need."""
     if request.param == "large":
         monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
     return request.param
@@ -152,9 +152,7 @@ def test_agrees_with_cvxpy_at_tiny_size(name, activation, outputs, pool, route):
 def test_agrees_with_the_dense_solver(case, pool, loss, monkeypatch):
     name, activation, outputs = case
     seed = spread(name, activation, outputs, pool, loss)
-    instance = make_instance(
-        name, activation, outputs, pool=pool, loss=loss, intercept=bool(seed % 2), seed=seed
-    )
+    instance = make_instance(name, activation, outputs, pool=pool, loss=loss, intercept=bool(seed % 2), seed=seed)
     truth = instance.dense.solve_fista(accuracy=1e-7)
     assert truth.accuracy <= 1e-6, "the oracle does not know the optimum well enough"
     for dense_features in (convexhead.solvers.DENSE_FEATURES, 0):
@@ -193,7 +191,7 @@ def test_just_below_beta_max_zero_is_not_optimal(route):
 
 # -- the bound on the largest singular value ---------------------------------------------------------------
 def test_the_krylov_bound_is_never_below_the_norm():
-    """At every step, over random problems, models and starts; a failure probability of 1e-6 allows for none."""
+    """At every step, for random problems, models and starts; a failure probability of 1e-6 allows for none."""
     slacks, comparisons = [], 0
     for seed in range(160):
         name, activation, outputs = CASES[seed % (len(CASES) - 1)]

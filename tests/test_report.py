@@ -44,9 +44,7 @@ def decay(rng, first, last, steps, top_seconds):
     """A history that falls from ``first`` above the bound to ``last``."""
     t = np.linspace(0.05, 1, steps)
     above = first * (last / first) ** (t + 0.05 * rng.standard_normal(steps))
-    return [
-        (float(top_seconds * x**2), float(a)) for x, a in zip(t, np.minimum.accumulate(above), strict=True)
-    ]
+    return [(float(top_seconds * x**2), float(a)) for x, a in zip(t, np.minimum.accumulate(above), strict=True)]
 
 
 def make_row(rng, head, activation):
@@ -271,9 +269,7 @@ def test_relative(value, text):
     assert tables.relative(value) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.42, "0.4 s"), (41.2, "41 s"), (312, "5.2 min"), (7200, "2.0 h")]
-)
+@pytest.mark.parametrize(("value", "text"), [(0.42, "0.4 s"), (41.2, "41 s"), (312, "5.2 min"), (7200, "2.0 h")])
 def test_seconds(value, text):
     assert tables.seconds(value) == text
 
@@ -348,10 +344,7 @@ def test_every_figure_has_words(page):
     assert all(images)
     shown = page.count('role="img"')
     assert shown == 2 + 11 + 5 + 4  # distances twice, progress, spectra, paths
-    assert (
-        len([1 for tag, key, v in attributes if tag == "svg" and key == "aria-label" and len(v) > 20])
-        == shown
-    )
+    assert len([1 for tag, key, v in attributes if tag == "svg" and key == "aria-label" and len(v) > 20]) == shown
 
 
 def test_hostile_strings_stay_text(results):

@@ -84,9 +84,7 @@ def test_seeded(batch_size, reuse):
 def test_prepared_and_streamed_runs_agree():
     for name, activation in (("self-attention", "linear"), ("fno", "gated-relu")):
         runs = [
-            train_adam(
-                build(name, activation, reuse=reuse), 0.02, n_heads=6, lr=0.03, epochs=5, batch_size=16
-            )
+            train_adam(build(name, activation, reuse=reuse), 0.02, n_heads=6, lr=0.03, epochs=5, batch_size=16)
             for reuse in (True, False)
         ]
         assert runs[0].objective == pytest.approx(runs[1].objective, rel=1e-8)
@@ -117,9 +115,7 @@ def test_decoupled_decay_is_labelled_another_objective():
     problem = build("mlp", "linear", loss="squared")
     beta = beta_of(problem)
     options = {"n_heads": 4, "lr": 0.03, "epochs": 400}
-    coupled, decoupled = (
-        train_adam(problem, beta, weight_decay_mode=mode, **options) for mode in ("l2", "decoupled")
-    )
+    coupled, decoupled = (train_adam(problem, beta, weight_decay_mode=mode, **options) for mode in ("l2", "decoupled"))
     assert "different objective" in decoupled.optimizer
     assert "different objective" not in coupled.optimizer
     assert decoupled.objective > coupled.objective
@@ -143,9 +139,7 @@ def test_a_diverged_run_is_worth_nothing():
     problem = build("self-attention", "linear", loss="squared")
     result = train_adam(problem, 0.02, n_heads=3, lr=1e160, epochs=20)
     assert result.objective == result.convex_objective == math.inf
-    tuned = tune_learning_rate(
-        lambda lr: train_adam(problem, 0.02, n_heads=3, lr=lr, epochs=3), [1e160, 1e-3]
-    )
+    tuned = tune_learning_rate(lambda lr: train_adam(problem, 0.02, n_heads=3, lr=lr, epochs=3), [1e160, 1e-3])
     assert tuned.learning_rate == 1e-3
 
 

@@ -36,14 +36,10 @@ class Activation(Protocol):
     def pack_masks(self, X: Float[Tensor, "b s d"]) -> UInt8[Tensor, "b j m"] | None:
         """Bit-packed masks of every block, which the data passed to `mix` hold as ``"masks"``; None without gates."""
 
-    def mix(
-        self, data: Data, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
-    ) -> Float[Tensor, "b r k e"]:
+    def mix(self, data: Data, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "b r k e"]:
         """Mixed, pooled tokens ``P mix(X, U)`` of every atom."""
 
-    def mix_adjoint(
-        self, data: Data, T: Float[Tensor, "b r k e"], block: Int[Tensor, " k"]
-    ) -> Float[Tensor, "k ..."]:
+    def mix_adjoint(self, data: Data, T: Float[Tensor, "b r k e"], block: Int[Tensor, " k"]) -> Float[Tensor, "k ..."]:
         """Adjoint of `mix` in ``U``, summed over the batch."""
 
     def workspace(self, k: int) -> int:
@@ -108,9 +104,7 @@ class GatedReLU:
         few = 8  # gates at a time, so that unpacked masks stay small
         return torch.cat(
             [
-                pack_bits(
-                    self.head.preactivation(exact, gates[i : i + few], group[i : i + few]).flatten(2) >= 0
-                )
+                pack_bits(self.head.preactivation(exact, gates[i : i + few], group[i : i + few]).flatten(2) >= 0)
                 for i in range(0, self.n_blocks, few)
             ],
             dim=1,
@@ -142,7 +136,7 @@ def make_activation(name: str, head: Head, gates: Tensor | None) -> Activation:
 
 
 def sample_gates(head: Head, n_gates: int, generator: torch.Generator) -> Float[Tensor, "J ..."]:
-    """``n_gates`` standard normal gates in float64, ``(J, *head.gate_shape)``: continuous, so ties have probability 0."""
+    """``n_gates`` standard normal gates, float64 ``(J, *head.gate_shape)``: continuous, so ties have probability 0."""
     return torch.randn(n_gates, *head.gate_shape, generator=generator, dtype=torch.float64)
 
 

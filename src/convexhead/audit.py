@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -81,12 +81,22 @@ def certify(
             raise NotFittedError("this estimator is not fitted yet: call fit before certify")
         loss = loss or getattr(weights, "loss", None)
         weights = weights.to_module(torch.float64)
+    module_head: Head
     if isinstance(weights, HeadModule):
-        module_head, activation, atoms = weights.head, weights.activation_name, weights.to_atoms()
+        module_head, activation, atoms = cast(Head, weights.head), weights.activation_name, weights.to_atoms()
         gates = weights.gates
     else:
         module_head, atoms = _from_factors(
-            weights, tokens, head, "none" if pool is None else pool, grid, n_blocks, outputs, gates, activation, intercept
+            weights,
+            tokens,
+            head,
+            "none" if pool is None else pool,
+            grid,
+            n_blocks,
+            outputs,
+            gates,
+            activation,
+            intercept,
         )
     if tokens.shape[1:] != (module_head.s, module_head.d):
         raise InputError(
@@ -94,7 +104,7 @@ def certify(
         )
     chosen = make_loss(loss or "cross-entropy")
     targets = _targets(chosen, X, y, module_head, atoms.V.shape[2])
-    inputs.check_lengths(tokens, targets)
+    inputs.check_lengths(tokens, len(targets))
     where = inputs.pick_device(device)
     gates = None if gates is None else torch.as_tensor(np.asarray(gates), dtype=torch.float64)
     problem = Problem(
@@ -112,7 +122,12 @@ def certify(
     known = lower_bound.dual if isinstance(lower_bound, Certificate) else lower_bound
     generator = None if random_state is None else torch.Generator().manual_seed(random_state)
     return certify_atoms(
-        problem, atoms, float(beta), tol=tol, known_dual=-math.inf if known is None else float(known), generator=generator
+        problem,
+        atoms,
+        float(beta),
+        tol=tol,
+        known_dual=-math.inf if known is None else float(known),
+        generator=generator,
     )
 
 
@@ -128,9 +143,7 @@ def _from_factors(
     activation: str,
     intercept: Any,
 ) -> tuple[Head, Atoms]:
-    head = make_head(
-        name, tokens.shape[1], tokens.shape[2], pool=pool, grid=grid, n_blocks=n_blocks, outputs=outputs
-    )
+    head = make_head(name, tokens.shape[1], tokens.shape[2], pool=pool, grid=grid, n_blocks=n_blocks, outputs=outputs)
     if not isinstance(factors, (tuple, list)) or len(factors) != 2:
         raise InputError("weights must be a HeadModule, a fitted estimator, or a pair (mixing, values)")
     if activation == "gated-relu" and gates is None:
@@ -147,13 +160,16 @@ def _from_factors(
         mixing, values = [mixing], [values]
     mixing, values = ([np.asarray(w, dtype=np.float64) for w in part] for part in (mixing, values))
     if len(mixing) != count or len(values) != count:
-        raise InputError(f"this head has {count} blocks, got {len(mixing)} of mixing and {len(values)} of values weights")
+        raise InputError(
+            f"this head has {count} blocks, got {len(mixing)} of mixing and {len(values)} of values weights"
+        )
     share = head.n_groups if name == "block-fno" and outputs == "grouped" else 1
     columns = {v.shape[2] for v in values if v.ndim == 3}
+    shape = ", ".join(map(str, head.mixing_shape))
     for u, v in zip(mixing, values, strict=True):
         if u.shape[1:] != head.mixing_shape or v.ndim != 3 or v.shape[1] != head.value_rows or len(u) != len(v):
             raise InputError(
-                f"a block has mixing {u.shape} and values {v.shape}, needed are (k, {', '.join(map(str, head.mixing_shape))}) "
+                f"a block has mixing {u.shape} and values {v.shape}, needed are (k, {shape}) "
                 f"and (k, {head.value_rows}, c)"
             )
     if len(columns) != 1:

@@ -6,8 +6,8 @@ Fenchel duality: for any weights, with ``R_i = ∇ℓ(f_i, y_i)/n`` and ``σ = m
 
 and ``gap = P − max_τ D(τ)``. Three things must be honest about it.
 
-* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise approximate
-  leading singular directions ``A_j, B_j`` are split off,
+* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise
+  approximate leading singular directions ``A_j, B_j`` are split off,
 
       ‖G‖ ≤ ‖ [ ‖AᵀGB‖  ‖AᵀG(I − BBᵀ)‖ ; ‖(I − AAᵀ)GB‖  ‖(I − AAᵀ)G(I − BBᵀ)‖ ] ‖₂,
 
@@ -32,7 +32,13 @@ from torch import Tensor
 from convexhead.errors import InputError
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem, balance
-from convexhead.spectral import BlockKrylov, GradientMatrices, relative_slack, split_off_leading, worth_forming
+from convexhead.spectral import (
+    BlockKrylov,
+    GradientMatrices,
+    relative_slack,
+    split_off_leading,
+    worth_forming,
+)
 
 INTERCEPT_BOX = 1e4
 """Bound on ``|b_k|``, in units of ``1 + max |y|``, for which the residual mean left by the intercept is charged."""
@@ -135,15 +141,13 @@ def certify_atoms(
     R = exact.residual(f)
     dual = _Dual(exact, f, R, beta)
 
-    lower, slack, failure = 0.0, 0.0, 0.0
+    slack, failure = 0.0, 0.0
     if not problem.head.learns_mixing:
         best = dual.ridge()
     else:
         G = GradientMatrices(exact, R)
         if worth_forming(G):
-            upper = lower = max(
-                float(torch.linalg.matrix_norm(exact.gradient_matrix(R, j), 2)) for j in range(exact.n_blocks)
-            )
+            upper = max(float(torch.linalg.matrix_norm(exact.gradient_matrix(R, j), 2)) for j in range(exact.n_blocks))
             best = dual.spectral(upper)
         else:
             failure = failure_probability
@@ -226,7 +230,11 @@ class _KrylovBound:
     """
 
     def __init__(
-        self, G: GradientMatrices, directions: Atoms, failure_probability: float, generator: torch.Generator | None
+        self,
+        G: GradientMatrices,
+        directions: Atoms,
+        failure_probability: float,
+        generator: torch.Generator | None,
     ) -> None:
         if generator is None:
             generator = torch.Generator()

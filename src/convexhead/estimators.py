@@ -24,7 +24,6 @@ from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d,
 
 from convexhead import inputs
 from convexhead.activation import ACTIVATIONS, make_activation, sample_gates
-from convexhead.certificate import Certificate
 from convexhead.errors import InputError, choose
 from convexhead.heads import Head, make_head
 from convexhead.intercept import solve_intercept
@@ -66,11 +65,11 @@ class _ConvexHead(BaseEstimator):
         choose("activation", self.activation, ACTIVATIONS)
         for name in ("beta", "max_time"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+            if value is not None and not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
                 raise InputError(f"{name} must be a positive number or None, got {value!r}")
         for name in ("beta_ratio", "tol"):
             value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+            if not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
                 raise InputError(f"{name} must be a positive number, got {value!r}")
         for name, needed in (("n_gates", True), ("n_blocks", True), ("max_heads", False)):
             value = getattr(self, name)
@@ -418,10 +417,12 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         y = _labels_of(X, y)
         tokens = self._fit_tokens(X)
         check_classification_targets(y)
-        inputs.check_lengths(tokens, y)
+        inputs.check_lengths(tokens, len(y))
         self.classes_, indices = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise InputError(f"only one class is present ({self.classes_[0]!r}): a classifier needs at least two classes")
+            raise InputError(
+                f"only one class is present ({self.classes_[0]!r}): a classifier needs at least two classes"
+            )
         if self.pool not in ("mean", "cls"):
             raise InputError(f"pool must be 'mean' or 'cls' for a classifier, got {self.pool!r}")
         generator = self._generator()
@@ -540,7 +541,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         if isinstance(y, torch.Tensor):
             y = y.detach().cpu().numpy()
         y = check_array(y, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="y")
-        inputs.check_lengths(tokens, y)
+        inputs.check_lengths(tokens, len(y))
         self._target_shape = y.shape[1:]
         every_token = self.pool is None or self.pool == "none"
         if every_token and y.ndim == 2 and tokens.shape[1] == 1:
@@ -548,9 +549,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         if y.ndim == 1:
             y = y[:, None]
         if every_token and (y.ndim != 3 or y.shape[1] != tokens.shape[1]):
-            raise InputError(
-                f"with pool=None the targets must be (n, s, c) = (n, {tokens.shape[1]}, c), got {y.shape}"
-            )
+            raise InputError(f"with pool=None the targets must be (n, s, c) = (n, {tokens.shape[1]}, c), got {y.shape}")
         if not every_token:
             if y.ndim != 2:
                 raise InputError(f"targets must be (n,) or (n, c) with pool={self.pool!r}, got {y.shape}")
@@ -596,17 +595,24 @@ def _labels_of(X: Any, y: Any) -> NDArray[Any]:
 
 
 def _print_progress(row: Progress) -> None:
-    print(f"{row.seconds:8.2f} s  objective {row.objective:.6g}  gap {row.gap:.2g}  heads {row.heads}", flush=True)
+    print(
+        f"{row.seconds:8.2f} s  objective {row.objective:.6g}  gap {row.gap:.2g}  heads {row.heads}",
+        flush=True,
+    )
 
 
 def atoms_from_blocks(
-    head: Head, mixing: list[NDArray[Any]], values: list[NDArray[Any]], n_outputs: int, intercept: torch.Tensor
+    head: Head,
+    mixing: list[NDArray[Any]],
+    values: list[NDArray[Any]],
+    n_outputs: int,
+    intercept: torch.Tensor,
 ) -> Atoms:
     """Atoms from the public form: for each block ``(k, *mixing_shape)`` and ``(k, e, c or c/B)``."""
     mask = head.output_mask(n_outputs)
     U, V, block = [], [], []
-    for j, (u, v) in enumerate(zip(mixing, values, strict=True)):
-        u, v = (torch.as_tensor(np.asarray(w), dtype=torch.float64) for w in (u, v))
+    for j, pair in enumerate(zip(mixing, values, strict=True)):
+        u, v = (torch.as_tensor(np.asarray(w), dtype=torch.float64) for w in pair)
         full = v
         if mask is not None:
             full = v.new_zeros(len(v), head.value_rows, n_outputs)

@@ -69,7 +69,9 @@ def as_tokens(X: Any, *, n_channels: int | None = None, n_tokens: int | None = N
     if min(array.shape) == 0:
         raise InputError(f"tokens have shape {array.shape}: there must be at least one token and one channel")
     if n_channels is not None and array.shape[2] != n_channels:
-        raise InputError(f"X has {array.shape[2]} features, but this head was fitted with {n_channels} features a token")
+        raise InputError(
+            f"X has {array.shape[2]} features, but this head was fitted with {n_channels} features a token"
+        )
     if n_tokens is not None and array.shape[1] != n_tokens:
         raise InputError(f"X has {array.shape[1]} tokens a sample, but this head was fitted with {n_tokens}")
     if not array.flags.writeable:
@@ -87,10 +89,12 @@ def token_chunks(X: Any, **expected: int | None) -> Iterator[torch.Tensor]:
         yield as_tokens(X, **expected)
 
 
-def check_lengths(X: torch.Tensor, y: NDArray[Any]) -> None:
+def check_lengths(X: torch.Tensor, targets: int) -> None:
     """Raise unless there is one target a sample."""
-    if len(X) != len(y):
-        raise InputError(f"Found input variables with inconsistent numbers of samples: {len(X)} tokens, {len(y)} targets")
+    if len(X) != targets:
+        raise InputError(
+            f"Found input variables with inconsistent numbers of samples: {len(X)} tokens, {targets} targets"
+        )
 
 
 def check_informative(X: torch.Tensor) -> None:

@@ -247,11 +247,7 @@ class HeadModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadModule:
         """Casting leaves gates and reduction alone: a mask must not depend on the precision of a pass."""
-        exact = {
-            name: buffer
-            for name, buffer in self.named_buffers()
-            if name.split(".")[0] in ("gates", "reduction")
-        }
+        exact = {name: buffer for name, buffer in self.named_buffers() if name.split(".")[0] in ("gates", "reduction")}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             owner = self.get_submodule(name.rpartition(".")[0])

@@ -22,7 +22,16 @@ from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
 
 FORMAT, VERSION = "convexhead-model", 1
 ESTIMATORS = {cls.__name__: cls for cls in (ConvexHeadClassifier, ConvexHeadRegressor)}
-SCALARS = ("beta_", "beta_max_", "n_heads_", "n_tokens_", "n_features_in_", "n_outputs_", "stop_reason_", "history_")
+SCALARS = (
+    "beta_",
+    "beta_max_",
+    "n_heads_",
+    "n_tokens_",
+    "n_features_in_",
+    "n_outputs_",
+    "stop_reason_",
+    "history_",
+)
 
 
 def save(estimator: Any, path: str | Path) -> None:
@@ -125,7 +134,9 @@ def load(path: str | Path) -> ConvexHeadClassifier | ConvexHeadRegressor:
     try:
         tensors = load_file(path / "weights.safetensors")
     except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"{path / 'weights.safetensors'} is missing or damaged ({error}): save the model again") from error
+        raise FileFormatError(
+            f"{path / 'weights.safetensors'} is missing or damaged ({error}): save the model again"
+        ) from error
     try:
         return _restore(config, tensors)
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -169,7 +180,7 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
     if "reduction" in config:
         from convexhead.tokens import Reduction
 
-        parts = {name: tensors.get(f"reduction.{name}") for name in ("mean", "scale", "basis")}
+        parts: dict[str, Any] = {name: tensors.get(f"reduction.{name}") for name in ("mean", "scale", "basis")}
         estimator.reduction_ = Reduction(**parts, **config["reduction"])
     if "coef" in tensors:
         estimator.coef_ = tensors["coef"]

@@ -5,7 +5,7 @@
 with ``Ω = Σ_j ‖Z_j‖_*`` over blocks ``j``, ``Z_j = Σ_{k in j} vec(U_k) vec(V_k)ᵀ``, and its factored form
 ``½ Σ_k (‖U_k‖² + ‖V_k‖²) ≥ Ω`` (equal once balanced). The linear head has ``Ω = ½‖V‖²`` instead.
 
-With ``R_i = ∇ℓ(f_i, y_i)/n`` the gradient of ``F`` in ``Z_j`` is the matrix ``𝒜_j*(R)``, never formed here; products with it are
+With ``R_i = ∇ℓ(f_i, y_i)/n`` the gradient of ``F`` in ``Z_j`` is the matrix ``𝒜_j*(R)``. Products with it are
 
     𝒜_j*(R) V  = mix_adjoint(R Vᵀ)  (*mixing_shape)        𝒜_j*(R)ᵀ U = Σ_i (P mix(X_i, U))ᵀ R_i  (e, c)
 
@@ -151,12 +151,11 @@ class Problem:
     def empty(self) -> Atoms:
         """The zero model. The linear head has its one atom from the start."""
         k = 0 if self.head.learns_mixing else 1
-        new = {"device": self.device, "dtype": self.dtype}
         return Atoms(
-            torch.ones(k, *self.head.mixing_shape, **new),  # type: ignore[arg-type]
-            torch.zeros(k, *self.value_shape, **new),  # type: ignore[arg-type]
+            torch.ones(k, *self.head.mixing_shape, device=self.device, dtype=self.dtype),
+            torch.zeros(k, *self.value_shape, device=self.device, dtype=self.dtype),
             torch.zeros(k, dtype=torch.int64, device=self.device),
-            torch.zeros(self.c, **new),  # type: ignore[arg-type]
+            torch.zeros(self.c, device=self.device, dtype=self.dtype),
         )
 
     def mask_values(self, V: Float[Tensor, "k e c"], block: Int[Tensor, " k"]) -> Float[Tensor, "k e c"]:
@@ -267,15 +266,11 @@ class Problem:
         if p <= q:
             basis = torch.eye(p, dtype=self.dtype, device=self.device).view(p, *self.head.mixing_shape)
             parts = [
-                self.adjoint_times_mixing(R, U, torch.full((len(U),), j, device=self.device))
-                for U in basis.split(64)
+                self.adjoint_times_mixing(R, U, torch.full((len(U),), j, device=self.device)) for U in basis.split(64)
             ]
             return torch.cat(parts).view(p, q)
         basis = torch.eye(q, dtype=self.dtype, device=self.device).view(q, *self.value_shape)
-        parts = [
-            self.adjoint_times_values(R, V, torch.full((len(V),), j, device=self.device))
-            for V in basis.split(64)
-        ]
+        parts = [self.adjoint_times_values(R, V, torch.full((len(V),), j, device=self.device)) for V in basis.split(64)]
         return torch.cat(parts).view(q, p).T
 
 

@@ -1,7 +1,7 @@
 """Singular values of the gradient matrices ``𝒜_j*(R)``, never formed where they are large.
 
 Block Krylov (Lanczos) iteration on the Gram operator of every block at once, from random starts, with full
-reorthogonalisation. It gives a *lower* estimate ``σ̂ ≤ σ``. With ``k`` steps from one start vector uniform on the sphere,
+reorthogonalisation. It gives a *lower* estimate ``σ̂ ≤ σ``. With ``k`` steps from one vector uniform on the sphere,
 
     Pr[ σ̂² < (1 − ε) σ² ] ≤ 1.648 √N exp(−√ε (2k − 1))          (Kuczyński & Woźniakowski 1992)
 
@@ -47,9 +47,7 @@ class GradientMatrices:
         """Whether the Gram operator acts on the value side, the smaller one."""
         self.order = min(self.p, problem.value_size)
 
-    def _product(
-        self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]
-    ) -> Tensor:
+    def _product(self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]) -> Tensor:
         j, _, b = x.shape
         flat = x.transpose(1, 2).reshape(j * b, *shape)
         out = times(self.R, flat, blocks.repeat_interleave(b))
@@ -110,9 +108,7 @@ class BlockKrylov:
         Ritz values, rising.
     """
 
-    def __init__(
-        self, gram: Apply, start: Float[Tensor, "j big b"], blocks: Int[Tensor, " j"], order: int
-    ) -> None:
+    def __init__(self, gram: Apply, start: Float[Tensor, "j big b"], blocks: Int[Tensor, " j"], order: int) -> None:
         self.gram, self.blocks, self.order, self.steps = gram, blocks, order, 0
         self.starts = start.shape[2]
         self._next = torch.linalg.qr(start).Q
@@ -295,9 +291,7 @@ def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.
     """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small."""
     G = GradientMatrices(problem, R)
     if worth_forming(G):
-        return max(
-            float(torch.linalg.matrix_norm(problem.gradient_matrix(R, j), 2)) for j in range(problem.n_blocks)
-        )
+        return max(float(torch.linalg.matrix_norm(problem.gradient_matrix(R, j), 2)) for j in range(problem.n_blocks))
     blocks = torch.arange(problem.n_blocks, device=problem.device)
     start = G.random_start(blocks, min(4, G.order), generator)
     sigma, *_ = top_singular(split_off_model(G, problem.empty()), start, rtol=1e-7, max_steps=100)

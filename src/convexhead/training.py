@@ -133,9 +133,7 @@ def train_adam(
     parameters = list(module.parameters())
     decoupled = weight_decay_mode == "decoupled"
     optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(parameters, lr=lr, weight_decay=beta)
-        if decoupled
-        else torch.optim.Adam(parameters, lr=lr)
+        torch.optim.AdamW(parameters, lr=lr, weight_decay=beta) if decoupled else torch.optim.Adam(parameters, lr=lr)
     )
     total = epochs * math.ceil(problem.n / size)
     decay = torch.optim.lr_scheduler.LambdaLR(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 import torch
 
+import reference
 from convexhead.activation import make_activation, sample_gates
 from convexhead.errors import InputError
 from convexhead.heads import HEADS, make_head
@@ -36,9 +36,7 @@ def build(name, activation, outputs, pool, grid, *, d=D, reuse=True, seed=0):
     block = torch.arange(k) % problem.n_blocks
     atoms = problem.empty()
     atoms.U = torch.randn(k, *head.mixing_shape, generator=generator, dtype=torch.float64)
-    atoms.V = problem.mask_values(
-        torch.randn(k, *problem.value_shape, generator=generator, dtype=torch.float64), block
-    )
+    atoms.V = problem.mask_values(torch.randn(k, *problem.value_shape, generator=generator, dtype=torch.float64), block)
     atoms.block = block
     atoms.intercept = torch.randn(C, generator=generator, dtype=torch.float64)
     return problem, atoms, gates
@@ -65,9 +63,7 @@ def reference_outputs(problem, atoms, gates):
 def test_outputs_are_the_formula(name, activation, outputs, pool, grid, reuse):
     for d in (D, 16):  # attention takes another path where d >= 2 s
         problem, atoms, gates = build(name, activation, outputs, pool, grid, d=d, reuse=reuse)
-        np.testing.assert_allclose(
-            problem.outputs(atoms).numpy(), reference_outputs(problem, atoms, gates), atol=1e-10
-        )
+        np.testing.assert_allclose(problem.outputs(atoms).numpy(), reference_outputs(problem, atoms, gates), atol=1e-10)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -126,9 +122,7 @@ def test_gradient_is_the_derivative_of_the_objective(name, activation, outputs):
         leaf.requires_grad_(False)
     value, *gradient = problem.value_and_gradient(atoms, 0.3)
     assert value == pytest.approx(float(objective.detach()), rel=1e-12)
-    for mine, theirs, learned in zip(
-        gradient, expected, (problem.head.learns_mixing, True, True), strict=True
-    ):
+    for mine, theirs, learned in zip(gradient, expected, (problem.head.learns_mixing, True, True), strict=True):
         if learned:
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
@@ -138,9 +132,7 @@ def test_mean_pooled_linear_fno_is_the_mlp_on_mean_tokens():
     mlp = make_head("mlp", 6, D)
     data = make_activation("linear", mlp, None).prepare(problem.X, reuse=False)
     mixed = mlp.linear_mix(data, atoms.U.sum(1), atoms.block)
-    torch.testing.assert_close(
-        mixed.flatten(2) @ atoms.V.flatten(0, 1) + atoms.intercept, problem.outputs(atoms)
-    )
+    torch.testing.assert_close(mixed.flatten(2) @ atoms.V.flatten(0, 1) + atoms.intercept, problem.outputs(atoms))
 
 
 @pytest.mark.parametrize(

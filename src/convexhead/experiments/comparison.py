@@ -151,7 +151,7 @@ def compare(splits: Splits, settings: Settings, *, title: str, notify: Notify | 
         "detail": f"logistic regression on standardised mean tokens, C={probe['C']:g} chosen on validation",
     }
     n, s, d = splits.train[0].shape
-    results = {
+    results: dict[str, Any] = {
         "title": title,
         "subtitle": f"{len(rows)} heads trained to a certified optimum on frozen tokens",
         "dataset": {
@@ -179,7 +179,7 @@ def compare(splits: Splits, settings: Settings, *, title: str, notify: Notify | 
 
 def _fit_cell(splits: Splits, settings: Settings, head: str, activation: str) -> dict[str, Any]:
     X, y = splits.train
-    parameters = {
+    parameters: dict[str, Any] = {
         "head": head,
         "activation": activation,
         "grid": splits.grid,

@@ -1,4 +1,4 @@
-"""The main job on the embedded default: handwritten digits through a frozen EfficientNet-Lite0, every head, one page."""
+"""The main job on the embedded default: digits through a frozen EfficientNet-Lite0, every head, one page."""
 
 from __future__ import annotations
 

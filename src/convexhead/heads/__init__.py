@@ -11,9 +11,7 @@ from convexhead.heads.mlp import MLP
 from convexhead.heads.mlp_mixer import MLPMixer
 from convexhead.heads.self_attention import SelfAttention
 
-HEADS: dict[str, type[Head]] = {
-    head.name: head for head in (SelfAttention, MLPMixer, FNO, BlockFNO, MLP, Linear)
-}
+HEADS: dict[str, type[Head]] = {head.name: head for head in (SelfAttention, MLPMixer, FNO, BlockFNO, MLP, Linear)}
 
 
 def make_head(

@@ -26,7 +26,6 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -91,9 +90,7 @@ class Head(ABC):
         """What `linear_mix` needs of the tokens; with ``reuse`` it will serve many passes."""
 
     @abstractmethod
-    def linear_mix(
-        self, data: Data, U: Float[Tensor, "k ..."], group: Int[Tensor, " k"]
-    ) -> Float[Tensor, "b r k e"]:
+    def linear_mix(self, data: Data, U: Float[Tensor, "k ..."], group: Int[Tensor, " k"]) -> Float[Tensor, "b r k e"]:
         """``M = P mix(X, U)`` for the identity activation."""
 
     @abstractmethod
@@ -151,7 +148,5 @@ def resolve_grid(n_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]
         side = math.isqrt(n_tokens)
         return (side, side) if side * side == n_tokens else (n_tokens, 1)
     if len(grid) != 2 or grid[0] * grid[1] != n_tokens:
-        raise InputError(
-            f"grid {tuple(grid)} does not hold {n_tokens} tokens: give (h, w) with h*w = {n_tokens}"
-        )
+        raise InputError(f"grid {tuple(grid)} does not hold {n_tokens} tokens: give (h, w) with h*w = {n_tokens}")
     return int(grid[0]), int(grid[1])

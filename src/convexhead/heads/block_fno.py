@@ -2,9 +2,9 @@
 
     mix(X, U) = σ(circ(X^(b)) vec(U)),   X^(b) the d/B channels of group b        U (s, d/B)
 
-With ``grouped`` outputs (the published form) group ``b`` writes only output group ``b``, ``v (1, c/B)``; with ``shared``
-outputs every group writes all ``c`` outputs and the groups are summed, ``v (1, c)``. Internally a grouped value is
-held with ``c`` columns that are zero outside its group. Each group has a nuclear norm of its own.
+With ``grouped`` outputs (the published form) group ``b`` writes only output group ``b``, ``v (1, c/B)``; with
+``shared`` outputs every group writes all ``c`` outputs and the groups are summed, ``v (1, c)``. Internally a grouped
+value is held with ``c`` columns that are zero outside its group. Each group has a nuclear norm of its own.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ class BlockFNO(Head):
         """The data of channel group ``g``; an FNO keeps channels last in everything it prepares."""
         return {key: value[..., g * self.width : (g + 1) * self.width] for key, value in data.items()}
 
-    def _to_groups(
-        self, mix: Callable[..., Tensor], data: Data, U: Tensor, group: Tensor, *, atom_dim: int
-    ) -> Tensor:
+    def _to_groups(self, mix: Callable[..., Tensor], data: Data, U: Tensor, group: Tensor, *, atom_dim: int) -> Tensor:
         order, parts = torch.argsort(group, stable=True), []
         for g in torch.unique(group).tolist():
             parts.append(mix(self._channels(data, g), U[group == g], group))

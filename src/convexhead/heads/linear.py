@@ -40,4 +40,5 @@ class Linear(Head):
     def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         raise InputError("the linear head takes activation='linear' only; use head='mlp' for a gated one")
 
-    preactivation_adjoint = preactivation
+    def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
+        raise InputError("the linear head takes activation='linear' only; use head='mlp' for a gated one")

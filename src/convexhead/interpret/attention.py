@@ -45,9 +45,7 @@ def token_contributions(head: Head, atoms: Atoms, X: Float[Tensor, "n s d"]) -> 
         In the precision of the weights.
     """
     if head.name != "self-attention":
-        raise InputError(
-            f"token contributions are defined for the self-attention head, not for {head.name!r}"
-        )
+        raise InputError(f"token contributions are defined for the self-attention head, not for {head.name!r}")
     if head.pool == "none":
         raise InputError("token contributions need one output a sample: pool='mean' or pool='cls'")
     if X.ndim != 3 or tuple(X.shape[1:]) != (head.s, head.d):

@@ -108,9 +108,7 @@ def draw_spectrum(ax: Axes, rows: Sequence[Row]) -> None:
         color, marker, dash = ACTIVATIONS.get(row["activation"], (CONVEX, "o", ":"))
         sigma = sorted((x for block in row["singular_values"] for x in block if x > 0), reverse=True)
         size = 3 if len(sigma) <= 40 else 1.5
-        ax.plot(
-            range(1, len(sigma) + 1), sigma, dash, color=color, marker=marker, markersize=size, linewidth=1
-        )
+        ax.plot(range(1, len(sigma) + 1), sigma, dash, color=color, marker=marker, markersize=size, linewidth=1)
     ax.set(yscale="log")
     ax.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
     _decades(ax.yaxis)
@@ -232,10 +230,7 @@ def path(results: Results) -> Figure:
         present = dict.fromkeys(row["head"] for row in results["rows"])
         _legend(
             figure,
-            [
-                (head, dict(zip(("color", "marker"), HEADS.get(head, (CONVEX, "X")), strict=True)))
-                for head in present
-            ],
+            [(head, dict(zip(("color", "marker"), HEADS.get(head, (CONVEX, "X")), strict=True))) for head in present],
         )
     return figure
 
@@ -269,9 +264,7 @@ def attention_maps(results: Results, columns: int = 6) -> Figure:
                 extent=extent,
             )
             wrong = item["label"] != item["predicted"]
-            ax.set_title(
-                f"{item['label']} ✗ {item['predicted']}" if wrong else str(item["label"]), fontsize=7
-            )
+            ax.set_title(f"{item['label']} ✗ {item['predicted']}" if wrong else str(item["label"]), fontsize=7)
             ax.set_axis_off()
     return figure
 
@@ -333,9 +326,7 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 
 
 @contextmanager
-def _grid(
-    count: int, *, columns: int, panel: tuple[float, float] = (2.3, 1.8)
-) -> Iterator[tuple[Figure, list[Axes]]]:
+def _grid(count: int, *, columns: int, panel: tuple[float, float] = (2.3, 1.8)) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure with ``count`` axes, row by row."""
     columns = max(1, min(columns, count))
     lines = max(1, -(-count // columns))
@@ -360,9 +351,7 @@ def _plain(x: float, _: object = None) -> str:
     return f"{x:g}"
 
 
-def _decades(
-    axis: Axis, words: Callable[..., str] = _plain, subs: Sequence[float] = (1,), numticks: int = 7
-) -> None:
+def _decades(axis: Axis, words: Callable[..., str] = _plain, subs: Sequence[float] = (1,), numticks: int = 7) -> None:
     """Few ticks of a logarithmic axis, written as plain numbers."""
     ticker = require("matplotlib.ticker", "report")
     axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=numticks))

@@ -61,16 +61,14 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
         return safe(inline_svg(figure, f"f{next(counter)}-", alt))
 
     gaps = "; ".join(
-        f"{figures.name_of(row)}: certified gap {tables.relative(row['certificate']['relative_gap'])}"
-        for row in rows
+        f"{figures.name_of(row)}: certified gap {tables.relative(row['certificate']['relative_gap'])}" for row in rows
     )
     alt = f"Distance from the best possible objective, on a logarithmic scale. {gaps}."
     activations = dict.fromkeys(row["activation"] for row in rows)
     return {
         "excess": [inline(figures.excess(results, width), alt) for width in (WIDE, NARROW)] if rows else [],
         "convergence": [
-            (row, inline(figures.panel(figures.draw_convergence, row), _said_convergence(row)))
-            for row in rows
+            (row, inline(figures.panel(figures.draw_convergence, row), _said_convergence(row))) for row in rows
         ],
         "spectra": [
             (head, inline(figures.panel(figures.draw_spectrum, group), _said_spectrum(head, group)))
@@ -106,9 +104,7 @@ def _said_convergence(row: Row) -> str:
 
 def _said_spectrum(head: str, rows: Sequence[Row]) -> str:
     return (
-        f"Singular values of Z, {head}: "
-        + ", ".join(f"{row['heads']} with {row['activation']}" for row in rows)
-        + "."
+        f"Singular values of Z, {head}: " + ", ".join(f"{row['heads']} with {row['activation']}" for row in rows) + "."
     )
 
 

@@ -83,7 +83,10 @@ def solve(
             if stop is Stop.STALLED:
                 if problem.dtype == torch.float64:
                     break
-                problem, method = problem.in_double(reuse=True), None  # single precision has given what it can
+                problem, method = (
+                    problem.in_double(reuse=True),
+                    None,
+                )  # single precision has given what it can
             else:
                 target /= 2
     except KeyboardInterrupt:
@@ -124,7 +127,12 @@ def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -
 
 
 def _method(
-    problem: Problem, beta: float, start: Atoms, monitor: Monitor, max_heads: int | None, generator: torch.Generator
+    problem: Problem,
+    beta: float,
+    start: Atoms,
+    monitor: Monitor,
+    max_heads: int | None,
+    generator: torch.Generator,
 ) -> Fista | ColumnGeneration | RidgeDescent:
     if not problem.head.learns_mixing:
         return RidgeDescent(problem, beta, start, monitor)

@@ -95,7 +95,7 @@ class Solution:
 
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float:
-    """Dual value of the scaled residual at outputs ``f``, given the spectral norm of the gradient there: an estimate."""
+    """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate."""
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
     Y = problem.Y.double()
     return -float(problem.loss.conjugate(tau * problem.loss.residual(f.double(), Y), Y).mean())

@@ -7,12 +7,12 @@
         prune:   drop small atoms that the penalty is shrinking to nothing
         stop:    when the scaled dual point says that the gap is small enough
 
-Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012). Splitting the model's own directions off
-matters: in the tail the largest singular values exceed β only because those directions are not settled yet, and
+Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012). Splitting the model's own directions
+off matters: in the tail the largest singular values exceed β only because those directions are not settled yet, and
 more atoms there would slow the descent down. So does pruning early: an atom on its way out decays slowly.
 
-The dual point is not taken at the iterate but at a running average of the iterates' outputs: any outputs give a feasible
-point, and quasi-Newton steps that still swing around the optimum average out. That halves the gap for nothing.
+The dual point is not taken at the iterate but at a running average of the iterates' outputs: any outputs give a
+feasible point, and quasi-Newton steps that still swing around the optimum average out. That halves the gap for nothing.
 """
 
 from __future__ import annotations
@@ -68,9 +68,14 @@ class ColumnGeneration:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.max_heads, self.generator = max_heads, generator
         self._start = start
-        self._descent: FactoredDescent | None = None
+        self._running: FactoredDescent | None = None
         self._warm: Tensor | None = None
         self._average: Tensor | None = None
+
+    @property
+    def _descent(self) -> FactoredDescent:
+        assert self._running is not None, "no atoms yet"
+        return self._running
 
     def witness(self) -> Float[Tensor, "n r c"] | None:
         """Outputs to take the dual point at; None for the model's own."""
@@ -78,7 +83,7 @@ class ColumnGeneration:
 
     def atoms(self) -> Atoms:
         """The current model."""
-        return self._start if self._descent is None else self._descent.atoms
+        return self._start if self._running is None else self._descent.atoms
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
@@ -129,7 +134,7 @@ class ColumnGeneration:
         return size, -along / (self.beta * size)
 
     def _inner_norm(self) -> float:
-        """``‖G V (VᵀV)^{-1/2}‖ ≤ ‖G‖``, largest over blocks: all that the gradient of the factors tells about the norm."""
+        """``‖G V (VᵀV)^{-1/2}‖ ≤ ‖G‖``, largest over blocks: all that the gradient of the factors says of the norm."""
         atoms, gradient = self._descent.atoms, self._descent.gradient
         largest = 0.0
         for block in torch.unique(atoms.block).tolist():
@@ -144,7 +149,7 @@ class ColumnGeneration:
 
     def _prune(self, margin: float) -> bool:
         """Drop small atoms on their way out, the gradient along them below β by ``margin``; whether there were any."""
-        if self._descent is None:
+        if self._running is None:
             return False
         self._descent.principal()
         size, alignment = self._alignment()
@@ -156,9 +161,9 @@ class ColumnGeneration:
         return True
 
     def _grow(self, new: Atoms | None) -> None:
-        if self._descent is None:
+        if self._running is None:
             atoms = self._start if new is None else self._start.append(new)
-            self._descent = FactoredDescent(self.problem, atoms, self.beta)
+            self._running = FactoredDescent(self.problem, atoms, self.beta)
         elif new is not None:
             self._average = None
             everything = torch.ones(len(self.atoms()), dtype=torch.bool, device=self.problem.device)
@@ -167,7 +172,7 @@ class ColumnGeneration:
     def _price(self) -> tuple[float, Atoms | None]:
         """The estimated relative gap, recorded, and new atoms, None where there are none to add."""
         problem, atoms = self.problem, self.atoms()
-        f = problem.outputs(atoms) if self._descent is None else problem.last_outputs
+        f = problem.outputs(atoms) if self._running is None else problem.last_outputs
         point = f if self._average is None else self._average
         G = GradientMatrices(problem, problem.residual(point))
         lacking = split_off_model(G, atoms)

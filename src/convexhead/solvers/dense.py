@@ -2,8 +2,9 @@
 
     f = Σ_j Φ_j vec(Z_j) + b        Z_j (w, e·c) for each block j
 
-The mixing side is first rotated onto the ``w ≤ mixing_size`` directions that the data can see. That is an isometry, so
-nuclear norms are unchanged, and heads whose pooling makes them blind (Mixer and FNO under a mean) shrink to what they are.
+The mixing side is first rotated onto the ``w ≤ mixing_size`` directions that the data can see. That is an isometry,
+so nuclear norms are unchanged, and heads whose pooling makes them blind (Mixer and FNO under a mean) shrink to what
+they are.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     minimise  F(Φ Z + b) + β Σ_j ‖Z_j‖_*
 
 FISTA (Beck & Teboulle 2009) with gradient restart (O'Donoghue & Candès 2015) and a step size that follows the local
-curvature. The proximal step is exact: with ``C = ZᵀZ = Q Λ Qᵀ`` on the smaller side, ``prox(Z) = Z Q max(1 − t/√Λ, 0) Qᵀ``,
-an eigendecomposition of a small symmetric matrix instead of an SVD.
+curvature. The proximal step is exact: with ``C = ZᵀZ = Q Λ Qᵀ`` on the smaller side, ``prox(Z) = Z Q max(1 − t/√Λ, 0)
+Qᵀ``, an eigendecomposition of a small symmetric matrix instead of an SVD.
 
 Proximal steps find the rank; once it stands still, descent over that many factors finishes, with no decompositions at
 all. Where the rank was wrong the gap says so, and proximal steps go on from there.
@@ -76,7 +76,7 @@ class Fista:
                     continue
                 wait -= 1
             while True:
-                Z, norm = self._prox(Y - G / self.L, self.beta / self.L)
+                Z = self._prox(Y - G / self.L, self.beta / self.L)
                 b = yb - gb / self.L
                 f_new = self._outputs(Z, b)
                 dZ, db = Z - Y, b - yb
@@ -107,8 +107,8 @@ class Fista:
         rank = int((sigma > 1e-7 * sigma.max()).sum())
         return self.monitor.record(objective, dual, rank), rank
 
-    def _prox(self, Z: Float[Tensor, "j w q"], threshold: float) -> tuple[Float[Tensor, "j w q"], float]:
-        """Singular values shrunk by ``threshold``, and the nuclear norm of the result."""
+    def _prox(self, Z: Float[Tensor, "j w q"], threshold: float) -> Float[Tensor, "j w q"]:
+        """Singular values shrunk by ``threshold``."""
         tall = Z.shape[1] >= Z.shape[2]
         values, Q = torch.linalg.eigh(Z.mT @ Z if tall else Z @ Z.mT)
         sigma = values.clamp_min(0).sqrt()
@@ -116,8 +116,7 @@ class Fista:
         kept = int((shrink > 0).any(0).sum())
         Q, shrink = Q[:, :, Q.shape[2] - kept :], shrink[:, shrink.shape[1] - kept :]
         scaled = Q * shrink.unsqueeze(1)
-        shrunk = Z @ scaled @ Q.mT if tall else scaled @ (Q.mT @ Z)
-        return shrunk, float((sigma - threshold).clamp_min(0).sum())
+        return Z @ scaled @ Q.mT if tall else scaled @ (Q.mT @ Z)
 
     def _polish(self, target: float, iterations: int) -> bool:
         """Descend over the factors of the iterate; whether ``target`` was reached."""

@@ -1,8 +1,8 @@
 """Limited-memory BFGS on a flat vector, one evaluation at a time.
 
 The two-loop recursion (Nocedal & Wright 2006, algorithm 7.4) with a line search for the weak Wolfe conditions by
-bracketing and safeguarded cubic steps. The caller owns the loop: `LBFGS.step` makes one accepted iterate, so clocks, checks and
-interrupts need no hooks in here.
+bracketing and safeguarded cubic steps. The caller owns the loop: `LBFGS.step` makes one accepted iterate, so clocks,
+checks and interrupts need no hooks in here.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Stop
 from convexhead.solvers.factored import FactoredDescent

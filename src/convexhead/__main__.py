@@ -1,0 +1,5 @@
+"""``python -m convexhead``."""
+
+from convexhead.cli import main
+
+main()

@@ -1,0 +1,564 @@
+"""The command line: ``convexhead demo | extract | store | fit | path | evaluate | twin | audit | compare``.
+
+Every command prints a table for people or, with ``--json``, one JSON object for machines. Exit codes: 0 done, 1 failed
+(one line on standard error that says what to do), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from sklearn.exceptions import ConvergenceWarning
+
+from convexhead._version import __version__
+from convexhead.errors import ConvexHeadError, InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train token heads on frozen features to a certified global optimum.",
+)
+store_app = typer.Typer(no_args_is_help=True, help="Look at, check, join and export token stores.")
+app.add_typer(store_app, name="store")
+errors = Console(stderr=True, highlight=False)
+
+StorePath = Annotated[Path, typer.Argument(help="Folder of a token store, made by `convexhead extract`.")]
+RunPath = Annotated[Path, typer.Argument(help="Folder of a trained head, made by `convexhead fit`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Head = Annotated[str, typer.Option(help="self-attention, mlp-mixer, fno, block-fno, mlp or linear.")]
+Activation = Annotated[str, typer.Option(help="linear or gated-relu.")]
+BetaRatio = Annotated[float, typer.Option(help="β as a share of β_max, the weight at which the head vanishes.")]
+Beta = Annotated[Optional[float], typer.Option(help="Absolute β; overrides --beta-ratio.")]
+Pool = Annotated[str, typer.Option(help="mean, or cls for the first token.")]
+Tol = Annotated[float, typer.Option(help="Certified relative gap to reach.")]
+Gates = Annotated[int, typer.Option("--n-gates", help="Gates sampled for gated-relu.")]
+Blocks = Annotated[int, typer.Option("--n-blocks", help="Channel groups of block-fno.")]
+Outputs = Annotated[str, typer.Option(help="shared or grouped outputs of block-fno.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of gates and random starts.")]
+MaxTime = Annotated[Optional[float], typer.Option(help="Seconds after which the best head so far is kept.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+def _emit(result: dict[str, Any], as_json: bool, *lines: Any) -> None:
+    """The result for machines, or ``lines`` (text or tables) for people."""
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(line)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A live line on standard error; silent for ``--json`` and where no person watches."""
+    if quiet or not errors.is_terminal:
+        yield lambda what, done, total: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+
+
+@contextlib.contextmanager
+def _solver_progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
+    """Objective, gap and heads while a head is trained."""
+    if quiet or not errors.is_terminal:
+        yield None
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def show(row: Any) -> None:
+            gap = row.gap / abs(row.objective) if row.objective else 0.0
+            text = f"objective {row.objective:.6g}   estimated gap {gap:.1e}   heads {row.heads}"
+            bar.update(task, description=text)
+
+        yield show
+
+
+def _certificate_line(certificate: Any) -> str:
+    mark = "[green]certified[/]" if certificate.converged else "[yellow]not converged[/]"
+    return f"{mark}: {certificate}"
+
+
+def _open(path: Path, split: str | None = None) -> Any:
+    from convexhead.tokens import TokenStore
+
+    store = TokenStore.open(path)
+    if split is None:
+        return store
+    if split not in store.splits:
+        raise InputError(f"{path} has no split {split!r}, only {', '.join(store.splits)}")
+    return store[split]
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="Adam runs of each head; 0 for none.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """The main job on built-in data: digits through EfficientNet-Lite0, every head, one page."""
+    from convexhead.experiments.comparison import Settings
+    from convexhead.experiments.demo import run_demo
+
+    with _progress(as_json) as notify:
+        results = run_demo(out, settings=Settings(seeds=tuple(range(seeds))), notify=notify)
+    _show_comparison(results, as_json)
+
+
+def _show_comparison(results: dict[str, Any], as_json: bool) -> None:
+    from convexhead.report import terminal_table
+
+    if as_json:
+        print(json.dumps({key: results[key] for key in ("dataset", "rows", "baseline", "page")}))
+        return
+    page = Path(results["page"]).resolve()
+    _emit(results, False, terminal_table(results), f"\nThe page: [bold]{page}[/]  (open it in any browser)")
+
+
+class Reduce(str, Enum):
+    """How channels are reduced."""
+
+    avgpool = "avgpool"
+    pca = "pca"
+
+
+class Dtype(str, Enum):
+    """Precision of stored tokens."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@app.command()
+def extract(
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class folders (train/ and test/ beside each other), or npz:FILE, sklearn:digits, …"
+        ),
+    ],
+    out: Out,
+    backbone: Annotated[
+        str,
+        typer.Option(help="packaged:efficientnet-lite0, timm:NAME[@FILE.safetensors], hf:NAME or patches:K."),
+    ] = "packaged:efficientnet-lite0",
+    layer: Annotated[Optional[int], typer.Option(help="Inner block; default: the last map.")] = None,
+    image_size: Annotated[Optional[int], typer.Option(help="Pixels; default: the backbone's own.")] = None,
+    crop_pct: Annotated[Optional[float], typer.Option(help="Share of the image kept by the centre crop.")] = None,
+    channels: Annotated[Optional[int], typer.Option(help="Channels to keep; default: all.")] = None,
+    reduce: Annotated[Reduce, typer.Option(help="How channels are reduced.")] = Reduce.avgpool,
+    token_pool: Annotated[Optional[int], typer.Option(help="Side of the token grid to average down to.")] = None,
+    standardize: Annotated[bool, typer.Option(help="Standardise channels, fitted on train.")] = True,
+    constant: Annotated[bool, typer.Option(help="Append a channel of ones.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of stored tokens.")] = Dtype.float16,
+    batch_size: Annotated[Optional[int], typer.Option(help="Images a batch; default: chosen for the device.")] = None,
+    skip_broken: Annotated[bool, typer.Option(help="Leave out images that cannot be read.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run a frozen backbone over images and keep the tokens; run it again to resume."""
+    from convexhead.tokens import extract as run
+
+    with _progress(as_json) as notify:
+        store = run(
+            images,
+            backbone,
+            out,
+            layer=layer,
+            image_size=image_size,
+            crop_pct=crop_pct,
+            channels=channels,
+            reduce=reduce.value,  # type: ignore[arg-type]
+            token_pool=token_pool,
+            standardize=standardize,
+            constant=constant,
+            dtype=dtype.value,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            skip_broken=skip_broken,
+            device=device,
+            progress=lambda p: notify(
+                f"{p.split}, {p.images_per_second:.0f} images/s, {p.seconds_left:.0f} s left", p.done, p.total
+            ),
+        )
+    _show_store(store, as_json)
+
+
+def _show_store(store: Any, as_json: bool) -> None:
+    info = store.info()
+    counts = ", ".join(f"{count} {split}" for split, count in info["images"].items())
+    _emit(
+        info,
+        as_json,
+        f"[bold]{info['path']}[/]: {counts} images, {info['classes']} classes, "
+        f"{info['tokens']} tokens x {info['channels']} channels, {info['bytes'] / 1e6:.1f} MB",
+    )
+
+
+@store_app.command("info")
+def store_info(store: StorePath, as_json: Json = False) -> None:
+    """What a store holds and how it was made."""
+    opened = _open(store)
+    table = Table(show_header=False, box=None)
+    for key, value in opened.info().items():
+        table.add_row(key, str(value))
+    _emit(opened.info(), as_json, table)
+
+
+@store_app.command("verify")
+def store_verify(store: StorePath, as_json: Json = False) -> None:
+    """Read every shard and compare it with its checksum."""
+    opened = _open(store)
+    opened.verify()
+    _emit({"path": str(store), "intact": True}, as_json, f"{store}: intact")
+
+
+@store_app.command("merge")
+def store_merge(
+    stores: Annotated[list[Path], typer.Argument(help="Stores of the same backbone and settings.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Join stores of the same backbone and settings into a new one."""
+    from convexhead.tokens import merge_stores
+
+    _show_store(merge_stores(stores, out), as_json)
+
+
+@store_app.command("export")
+def store_export(
+    store: StorePath,
+    out: Annotated[Path, typer.Option("--out", help="Folder (npy, zarr) or file (h5) to write.")],
+    format: Annotated[str, typer.Option(help="npy, h5 or zarr.")] = "npy",
+    raw: Annotated[bool, typer.Option(help="Tokens as stored, before the fitted reduction.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a store as arrays that other programs read."""
+    from convexhead.tokens import export_store
+
+    written = export_store(store, out, format=format, raw=raw)
+    _emit({"path": str(written)}, as_json, f"written: {written}")
+
+
+def _parameters(**given: Any) -> dict[str, Any]:
+    given["random_state"] = given.pop("seed")
+    return given
+
+
+@app.command()
+def fit(
+    store: StorePath,
+    out: Out,
+    head: Head = "self-attention",
+    activation: Activation = "linear",
+    beta_ratio: BetaRatio = 0.05,
+    beta: Beta = None,
+    pool: Pool = "mean",
+    tol: Tol = 1e-3,
+    n_gates: Gates = 50,
+    n_blocks: Blocks = 4,
+    outputs: Outputs = "shared",
+    fit_intercept: Annotated[bool, typer.Option(help="Add an unpenalised intercept.")] = False,
+    max_heads: Annotated[Optional[int], typer.Option(help="Bound on the number of heads.")] = None,
+    max_time: MaxTime = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train one head on the training split to a certified global optimum."""
+    from convexhead.estimators import ConvexHeadClassifier
+
+    train = _open(store, "train")
+    clf = ConvexHeadClassifier(
+        **_parameters(
+            head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol, n_gates=n_gates,
+            n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, max_heads=max_heads, max_time=max_time,
+            seed=seed, device=device,
+        )
+    )  # fmt: skip
+    with _solver_progress(as_json) as callback, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate is printed
+        clf.fit(train, callback=callback)
+    clf.save(out)
+    seconds = clf.history_[-1]["seconds"] if clf.history_ else 0.0
+    result = {
+        "run": str(out),
+        "certificate": clf.certificate_.to_dict(),
+        "beta": clf.beta_,
+        "beta_max": clf.beta_max_,
+        "heads": clf.n_heads_,
+        "seconds": seconds,
+        "stopped": clf.stop_reason_,
+    }
+    _emit(
+        result,
+        as_json,
+        _certificate_line(clf.certificate_),
+        f"{clf.n_heads_} heads, β = {clf.beta_:.4g} (β_max {clf.beta_max_:.4g}), {seconds:.1f} s, "
+        f"saved in [bold]{out}[/]",
+    )
+
+
+@app.command()
+def path(
+    store: StorePath,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder for the best head.")] = None,
+    head: Head = "self-attention",
+    activation: Activation = "linear",
+    beta_ratios: Annotated[
+        str, typer.Option(help="Shares of β_max, separated by commas.")
+    ] = "0.5,0.25,0.12,0.06,0.03,0.015",
+    validation: Annotated[float, typer.Option(help="Share of the training images held out to score by.")] = 0.2,
+    pool: Pool = "mean",
+    tol: Tol = 1e-3,
+    n_gates: Gates = 50,
+    n_blocks: Blocks = 4,
+    outputs: Outputs = "shared",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train along a falling grid of β, warm-started, scored on held-out training images."""
+    from sklearn.model_selection import train_test_split
+
+    from convexhead.path import best, regularization_path
+
+    try:
+        ratios = [float(part) for part in beta_ratios.split(",")]
+    except ValueError as error:
+        raise InputError(f"--beta-ratios must be numbers separated by commas, got {beta_ratios!r}") from error
+    train = _open(store, "train")
+    X, y = train.read(), train.labels
+    kept, held = train_test_split(range(len(y)), test_size=validation, stratify=y, random_state=seed)
+    with _progress(as_json) as notify, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        rows = regularization_path(
+            X[kept], y[kept], beta_ratios=ratios, X_val=X[held], y_val=y[held], grid=train.grid,
+            callback=lambda row: notify(f"β/β_max {row['beta_ratio']:g}", 0, 0),
+            **_parameters(head=head, activation=activation, pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks,
+                          outputs=outputs, seed=seed, device=device),
+        )  # fmt: skip
+    chosen = best(rows)
+    if out is not None:
+        chosen["model"].save(out)
+    table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")
+    for row in rows:
+        mark = "[bold]" if row is chosen else ""
+        table.add_row(
+            f"{mark}{row['beta_ratio']:g}", f"{100 * row['val_score']:.1f}%", f"{100 * row['train_score']:.1f}%",
+            str(row["n_heads"]), f"{row['objective']:.5g}", f"{row['relative_gap']:.1e}", f"{row['seconds']:.1f}",
+        )  # fmt: skip
+    plain = [{key: value for key, value in row.items() if key != "model"} for row in rows]
+    _emit({"rows": plain, "best": chosen["beta_ratio"]}, as_json, table)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    store: StorePath,
+    split: Annotated[str, typer.Option(help="Which images.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Accuracy of a trained head on a split of a store."""
+    import numpy as np
+
+    from convexhead.persistence import load
+
+    clf = load(run)
+    view = _open(store, split)
+    probabilities = clf.predict_proba(view)
+    position = {label: i for i, label in enumerate(clf.classes_.tolist())}
+    truth = np.array([position.get(label, -1) for label in view.labels.tolist()])
+    ranked = np.argsort(-probabilities, axis=1)
+    top = {k: float((ranked[:, :k] == truth[:, None]).any(1).mean()) for k in (1, 5)}
+    result = {"run": str(run), "split": split, "images": len(truth), "top1": top[1], "top5": top[5]}
+    five = f", top-5 {100 * top[5]:.1f}%" if probabilities.shape[1] > 5 else ""
+    _emit(result, as_json, f"{split}: top-1 [bold]{100 * top[1]:.1f}%[/]{five} on {len(truth)} images")
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="A trained head: a folder made by `convexhead fit` or `twin`.")],
+    store: StorePath,
+    beta: Beta = None,
+    reference: Annotated[
+        Optional[Path], typer.Option(help="A certified head of the same problem, whose lower bound is used.")
+    ] = None,
+    tol: Tol = 1e-3,
+    as_json: Json = False,
+) -> None:
+    """How far from the global optimum is a trained head, at most?"""
+    from convexhead.audit import certify
+    from convexhead.persistence import load
+
+    clf = load(run)
+    bound = None if reference is None else load(reference)
+    if bound is not None and abs(bound.beta_ - (beta or clf.beta_)) > 1e-9 * bound.beta_:
+        raise InputError(
+            f"{reference} was trained at β = {bound.beta_:g}, not {beta or clf.beta_:g}: its bound says nothing here"
+        )
+    certificate = certify(
+        clf,
+        _open(store, "train"),
+        beta=beta or clf.beta_,
+        tol=tol,
+        lower_bound=None if bound is None else bound.certificate_,
+    )
+    _emit(
+        {"run": str(run), "beta": beta or clf.beta_, "certificate": certificate.to_dict()},
+        as_json,
+        _certificate_line(certificate),
+    )
+
+
+@app.command()
+def twin(
+    store: StorePath,
+    out: Out,
+    head: Head = "self-attention",
+    activation: Activation = "linear",
+    beta_ratio: BetaRatio = 0.05,
+    beta: Beta = None,
+    n_heads: Annotated[int, typer.Option("--heads", help="Atoms of the network.")] = 20,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.01,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    n_gates: Gates = 50,
+    n_blocks: Blocks = 4,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train the same head the usual, non-convex way, by Adam; `audit` then says how far it stopped."""
+    from convexhead.estimators import ConvexHeadClassifier
+    from convexhead.experiments.twin import fit_twin
+
+    clf = ConvexHeadClassifier(
+        **_parameters(head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, n_gates=n_gates,
+                      n_blocks=n_blocks, seed=seed, device=device)
+    )  # fmt: skip
+    with _progress(as_json) as notify:
+        clf, result = fit_twin(
+            clf, _open(store, "train"), n_heads=n_heads, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed,
+            callback=lambda row: notify(f"objective {row.objective:.6g}", int(row.epoch), epochs),
+        )  # fmt: skip
+    clf.save(out)
+    _emit(
+        {"run": str(out), "objective": result.objective, "seconds": result.seconds, "beta": clf.beta_},
+        as_json,
+        f"objective {result.objective:.6g} after {epochs} epochs, {result.seconds:.1f} s, saved in [bold]{out}[/]",
+        f"next: convexhead audit {out} {store}",
+    )
+
+
+@app.command()
+def compare(
+    store: StorePath,
+    out: Out = Path("comparison"),
+    heads: Annotated[str, typer.Option(help="Heads, separated by commas; default: all.")] = "",
+    activations: Annotated[str, typer.Option(help="Activations, separated by commas.")] = "linear,gated-relu",
+    beta_ratios: Annotated[str, typer.Option(help="Shares of β_max, separated by commas.")] = "0.3,0.1,0.03,0.01,0.003",
+    n_gates: Gates = 8,
+    seeds: Annotated[int, typer.Option(help="Adam runs of each head; 0 for none.")] = 3,
+    tol: Tol = 1e-3,
+    as_json: Json = False,
+) -> None:
+    """The table of all heads on a store, with Adam twins and a linear probe, and a page."""
+    from convexhead.activation import ACTIVATIONS
+    from convexhead.errors import choose, require
+    from convexhead.experiments.comparison import Settings, splits_of_store
+    from convexhead.experiments.comparison import compare as run
+    from convexhead.experiments.demo import write_results
+    from convexhead.heads import HEADS
+
+    require("jinja2", "report")
+    require("matplotlib", "report")
+    try:
+        ratios = tuple(float(part) for part in beta_ratios.split(","))
+    except ValueError as error:
+        raise InputError(f"--beta-ratios must be numbers separated by commas, got {beta_ratios!r}") from error
+    settings = Settings(
+        heads=tuple(choose("head", h, HEADS) for h in heads.split(",")) if heads else tuple(HEADS),
+        activations=tuple(choose("activation", a, ACTIVATIONS) for a in activations.split(",")),
+        beta_ratios=ratios,
+        n_gates=n_gates,
+        seeds=tuple(range(seeds)),
+        tol=tol,
+    )
+    opened = _open(store)
+    with _progress(as_json) as notify:
+        results = run(splits_of_store(opened, settings), settings, title=f"Every head on {store.name}", notify=notify)
+    results["reproduce"] = [f"convexhead compare {store} --out {out}"]
+    write_results(results, out)
+    _show_comparison(results, as_json)
+
+
+def main() -> None:
+    """Entry point: errors are one line, and the exit code says what happened."""
+    try:
+        app(standalone_mode=False)
+    except ConvexHeadError as error:
+        _fail(str(error), 1)
+    except (ValueError, OSError) as error:
+        _fail(str(error).splitlines()[0] if str(error) else type(error).__name__, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted: run the same command again to go on", 130)
+    except SystemExit:
+        raise
+    except Exception as error:
+        if hasattr(error, "exit_code"):  # typer's own: usage errors and Exit
+            if hasattr(error, "format_message"):
+                _fail(error.format_message(), 2)
+            sys.exit(error.exit_code)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    errors.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
