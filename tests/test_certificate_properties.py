@@ -116,7 +116,7 @@ def find_optimum(instance: Instance, start: Atoms) -> oracle.Bracket:
         instance.problem.in_double(reuse=True),
         instance.beta,
         tol=1e-7,
-        max_time=0.5,
+        max_time=0.25,
         start=start,
         generator=torch.Generator().manual_seed(1),
     )
@@ -124,6 +124,7 @@ def find_optimum(instance: Instance, start: Atoms) -> oracle.Bracket:
     if bracket.accuracy > 1e-6:
         better = program.solve_fista(accuracy=1e-7, start=bracket.point, max_iterations=1000)
         bracket = oracle.Bracket(better.point, max(better.lower, bracket.lower), min(better.upper, bracket.upper))
+    assert bracket.accuracy <= 1e-4, "the optimum is not known well enough to tell a lie"
     return bracket
 
 
@@ -143,7 +144,7 @@ def assert_honest(certificate: Certificate, atoms: Atoms, instance: Instance, tr
         assert certificate.primal - best <= tol * abs(certificate.primal) + rounding
 
 
-@settings(random_problems, max_examples=300)
+@settings(random_problems, max_examples=260)
 @given(draws(truncated=False))
 def test_solves_are_honest(drawn):
     check_solve(drawn)

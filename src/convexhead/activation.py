@@ -110,18 +110,18 @@ class GatedReLU:
             dim=1,
         )
 
-    def _gate(self, data: Data, A: Tensor, block: Tensor) -> Tensor:
-        """``D ⊙ A`` for ``A (b, k, p, q)``."""
-        masks = unpack_bits(data["masks"][:, block], A.shape[2] * A.shape[3], A.dtype)
-        return A * masks.view(A.shape)
+    def _masks(self, data: Data, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks ``(b, j, p, q)`` of the blocks that occur, and which of them each atom has."""
+        used, which = torch.unique(block, return_inverse=True)
+        shape = self.head.p, self.head.score_width
+        dtype = next(tensor for key, tensor in data.items() if key != "masks").real.dtype
+        return unpack_bits(data["masks"][:, used], shape[0] * shape[1], dtype).unflatten(-1, shape), which
 
     def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
-        A = self.head.preactivation(data, U, block % self.head.n_groups)
-        return self.head.read(data, self.head.pool_rows(self._gate(data, A, block)))
+        return self.head.gated_mix(data, U, block % self.head.n_groups, *self._masks(data, block))
 
     def mix_adjoint(self, data: Data, T: Tensor, block: Tensor) -> Tensor:
-        S = self.head.pool_rows_adjoint(self.head.read_adjoint(data, T))
-        return self.head.preactivation_adjoint(data, self._gate(data, S, block), block % self.head.n_groups)
+        return self.head.gated_mix_adjoint(data, T, block % self.head.n_groups, *self._masks(data, block))
 
     def workspace(self, k: int) -> int:
         return k * self.head.p * max(self.head.score_width, self.head.d)

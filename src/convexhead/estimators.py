@@ -33,7 +33,7 @@ from convexhead.problem import Atoms, Problem
 from convexhead.solvers import Progress, Solution, solve
 from convexhead.spectral import spectral_norm
 
-SMALL_TOKENS = 2e6
+SMALL_TOKENS = 2e5
 """Numbers of tokens up to which the solver works in float64 whatever the tolerance."""
 TIGHT = 1e-4
 """Tolerance under which it always does."""

@@ -284,7 +284,7 @@ def top_singular(
 
 def worth_forming(G: GradientMatrices) -> bool:
     """Forming takes `order` products a block and an SVD; Krylov iteration some tens to hundreds of products."""
-    return G.order <= 512 and G.p * G.q * G.problem.n_blocks <= 5e7
+    return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= 5e7
 
 
 def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator) -> float:

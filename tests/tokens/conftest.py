@@ -36,9 +36,7 @@ def weights() -> Path:
 def write_images() -> WriteImages:
     """A function that writes random PNG images ``img1.png, img2.png, ...`` into class folders."""
 
-    def write(
-        folder: Path, per_class: dict[str, int], size: tuple[int, int] = (12, 12), seed: int = 0
-    ) -> Path:
+    def write(folder: Path, per_class: dict[str, int], size: tuple[int, int] = (12, 12), seed: int = 0) -> Path:
         rng = np.random.default_rng(seed)
         for name, count in per_class.items():
             (folder / name).mkdir(parents=True)

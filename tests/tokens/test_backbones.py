@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from convexhead.errors import FileFormatError, HubError, InputError
-from convexhead.tokens import open_backbone
+from convexhead.tokens import extract, open_backbone
 from convexhead.tokens.timm_import import import_timm
 
 LITE0 = "packaged:efficientnet-lite0"
@@ -99,30 +100,54 @@ def test_vit_file_runs_with_its_class_token(weights: Path, photo: Image.Image) -
         open_backbone(spec, image_size=112, layer=12)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options", "shape", "grid", "n_prefix"),
-    [
-        ("resnet18", {"image_size": 64}, (1, 4, 512), (2, 2), 0),
-        ("resnet18", {"image_size": 64, "layer": 3}, (1, 16, 256), (4, 4), 0),
-        ("mixer_s32_224", {"layer": 2}, (1, 49, 512), (7, 7), 0),
-        ("gmlp_ti16_224", {}, (1, 196, 128), (14, 14), 0),
-        ("swin_tiny_patch4_window7_224", {}, (1, 49, 768), (7, 7), 0),
-        ("deit_tiny_distilled_patch16_224", {"image_size": 64}, (1, 16, 192), (4, 4), 2),
-    ],
-)
-def test_families(  # noqa: PLR0917
-    tmp_path: Path,
-    architecture: str,
-    options: dict[str, int],
-    shape: tuple[int, ...],
-    grid: tuple[int, int],
-    n_prefix: int,
-) -> None:
-    backbone = open_backbone(random_weights(tmp_path, architecture), **options)
-    batch = backbone(backbone.prepare(Image.new("RGB", (50, 40)))[None])
-    assert batch.tokens.shape == shape
-    assert batch.grid == grid
-    assert batch.prefix.shape[1] == n_prefix
+# Every family with random weights, at small image sizes where the architecture allows: the final tokens, and
+# those of an inner layer with the name under which hooks find the block that gives them.
+FAMILIES = [
+    # architecture, image size, final (s, d, prefix), inner layer, its (s, d), the block
+    ("resnet18", 64, (4, 512, 0), 2, (64, 128), "layer2"),
+    ("convnext_atto", 64, (4, 320, 0), 1, (64, 80), "stages.1"),
+    ("swin_tiny_patch4_window7_224", 224, (49, 768, 0), 2, (196, 384), "layers.2"),
+    ("gmlp_s16_224", 64, (16, 256, 0), 20, (16, 256), "blocks.20"),
+    ("mixer_s16_224", 64, (16, 512, 0), 5, (16, 512), "blocks.5"),
+    ("deit_tiny_distilled_patch16_224", 64, (16, 192, 2), 7, (16, 192), "blocks.7"),
+    ("vit_small_patch14_reg4_dinov2", 56, (16, 384, 5), 3, (16, 384), "blocks.3"),
+    ("tf_efficientnet_lite0", 64, (4, 1280, 0), 4, (16, 112), "blocks.4"),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
+def test_families(tmp_path: Path, photo: Image.Image, family: tuple[Any, ...]) -> None:
+    """Stored half-precision tokens are within 1e-3 of timm's own forward pass in eval mode."""
+    architecture, size, (s, d, n_prefix), layer, inner_shape, block = family
+    timm = import_timm()
+    torch.manual_seed(0)
+    sized = {"img_size": size} if timm.get_pretrained_cfg(architecture).fixed_input_size else {}
+    model = timm.create_model(architecture, **sized).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    spec = f"timm:{architecture}@{tmp_path / 'weights.safetensors'}"
+    seen = {}
+    model.get_submodule(block).register_forward_hook(lambda _m, _i, output: seen.update(inner=output))
+    with torch.no_grad():
+        seen["final"] = model.forward_features(reference_input(model, photo, size))
+
+    folder = tmp_path / "photos" / "class"
+    folder.mkdir(parents=True)
+    photo.save(folder / "photo.png")
+    for name, shape, options in (("final", (s, d), {}), ("inner", inner_shape, {"layer": layer})):
+        store = extract(folder.parent, spec, tmp_path / name, image_size=size, standardize=False, **options)
+        assert store.shape == (1, *shape)
+        assert store.grid[0] == store.grid[1]
+        expected = seen[name]
+        if expected.ndim == 4:
+            channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+            expected = expected.flatten(1, 2) if channels_last else expected.flatten(2).transpose(1, 2)
+        got = torch.from_numpy(store.read())
+        if n_prefix:
+            got = torch.cat([torch.from_numpy(store["train"].prefix(0, 1)).float(), got], dim=1)
+        assert got.shape == expected.shape
+        assert (got - expected).norm() <= 1e-3 * expected.norm()
+    with pytest.raises(InputError, match=r"layer=99: the layers of .* are 0 \.\. "):
+        open_backbone(spec, image_size=size, layer=99)
 
 
 def test_frozen() -> None:

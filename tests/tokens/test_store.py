@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens import SplitView, TokenStore, extract
+from convexhead.tokens.backbones import Backbone, TokenBatch
+from convexhead.tokens.manifest import digest_json
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +121,22 @@ def test_several_splits_need_a_name(finished: Path, tmp_path: Path, write_images
 
 
 def damage_manifest(folder: Path, **changes: Any) -> None:
+    """Change entries, with a checksum that fits."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
+    del manifest["checksum"]
     for key, value in changes.items():
         if value is None:
             del manifest[key]
         else:
             manifest[key] = value
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**manifest, "checksum": digest_json(manifest)}))
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
 
 
 def cut(path: Path, n: int) -> None:
@@ -148,6 +159,11 @@ def cut(path: Path, n: int) -> None:
         (lambda f: cut(f / "train-00003.safetensors", 999), "has 999 bytes instead of"),
         (lambda f: cut(f / "reduction.safetensors", 50), "not a stored reduction"),
         (lambda f: (f / "reduction.safetensors").unlink(), "not a stored reduction"),
+        (lambda f: flip(f / "reduction.safetensors", -3), "reduction.safetensors' has changed"),
+        (
+            lambda f: flip(f / "manifest.json", (f / "manifest.json").read_bytes().index(b"digits")),
+            "has changed",
+        ),
     ],
 )
 def test_damage_is_seen_on_opening(store: Path, damage: Any, message: str) -> None:
@@ -156,12 +172,10 @@ def test_damage_is_seen_on_opening(store: Path, damage: Any, message: str) -> No
         TokenStore.open(store)
 
 
-def test_flipped_bit_is_seen_by_verify(store: Path) -> None:
-    shard = store / "test-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-100] ^= 4
-    shard.write_bytes(content)
-    with pytest.raises(FileFormatError, match=r"test-00001\.safetensors' has changed"):
+@pytest.mark.parametrize("position", [60, -100, -9000])
+def test_flipped_bit_is_seen_by_verify(store: Path, position: int) -> None:
+    flip(store / "test-00001.safetensors", position)
+    with pytest.raises(FileFormatError, match=r"test-00001\.safetensors' "):
         TokenStore.open(store).verify()
 
 
@@ -174,11 +188,67 @@ def test_garbled_header_is_seen_on_reading(store: Path) -> None:
         TokenStore.open(store)["train"][:3]
 
 
-def test_lost_shards_are_restored(store: Path, finished: Path) -> None:
+def test_exchanged_shard_is_seen_on_reading(store: Path) -> None:
+    shutil.copy(store / "train-00001.safetensors", store / "train-00002.safetensors")
+    with pytest.raises(FileFormatError, match=r"not the shard that the manifest lists|instead of"):
+        TokenStore.open(store)["train"][:3]
+
+
+def test_lost_files_are_restored(store: Path, finished: Path) -> None:
     (store / "train-00003.safetensors").unlink()
     cut(store / "test-00000.safetensors", 10)
+    flip(store / "test-00002.safetensors", 60)
+    flip(store / "reduction.safetensors", -3)
     kept = (store / "train-00002.safetensors").stat().st_mtime_ns
-    extract("sklearn:digits", "patches:2", store, shard_size=100, batch_size=100, constant=True)
+    options: dict[str, Any] = {"shard_size": 100, "batch_size": 100, "constant": True}
+    extract("sklearn:digits", "patches:2", store, **options)
     assert (store / "train-00002.safetensors").stat().st_mtime_ns == kept
-    for path in finished.iterdir():
-        assert (store / path.name).read_bytes() == path.read_bytes(), path.name
+    assert contents(store) == contents(finished)
+    (store / "manifest.json").unlink()
+    extract("sklearn:digits", "patches:2", store, **options)
+    assert (store / "train-00002.safetensors").stat().st_mtime_ns == kept
+    assert contents(store) == contents(finished)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_info(finished: Path) -> None:
+    info = json.loads(json.dumps(TokenStore.open(finished).info()))
+    assert info["images"] == {"train": 1257, "test": 540}
+    assert (info["tokens"], info["grid"], info["channels"], info["stored_channels"]) == (16, [4, 4], 13, 12)
+    assert (info["source"], info["backbone"], info["dtype"]) == ("sklearn:digits", "patches:2", "float16")
+    assert info["bytes"] == sum(path.stat().st_size for path in finished.glob("t*.safetensors"))
+
+
+class Prefixed(Backbone):
+    """Four tokens of three channels behind a class and a register token, fixed by the image."""
+
+    spec, layer, weights_hash, preprocessing = "prefixed", None, "", {}
+
+    def prepare(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def forward(self, images: torch.Tensor) -> TokenBatch:
+        x = images.flatten(1)[:, :18].float().reshape(-1, 6, 3)
+        return TokenBatch(x[:, 2:], x[:, :2] + 300, (2, 2))
+
+
+def test_class_token_in_front(tmp_path: Path, photos: Path) -> None:
+    store = extract(photos, Prefixed(), tmp_path / "out", shard_size=5, dtype="float32", constant=True)
+    plain = store["train"]
+    view = plain.with_class_token()
+    assert view.shape == (22, 5, 4)
+    assert view.grid == (5, 1)
+    assert plain.shape == (22, 4, 4)
+    assert plain.n_prefix == 2
+    raw = np.concatenate([plain.prefix(0, 22)[:, :1], plain.raw(0, 22)], axis=1)
+    expected = store.reduction.apply(raw)
+    np.testing.assert_array_equal(view.read(), expected)
+    np.testing.assert_array_equal(np.concatenate(list(view.chunks(4))), expected)
+    np.testing.assert_array_equal(view[7], expected[7])
+    np.testing.assert_array_equal(view[[20, 3]], expected[[20, 3]])
+    # The reduction is that of the other tokens: class tokens, 300 higher, do not move it.
+    assert abs(plain.read()[..., :3].mean()) < 1e-4
+    assert view.read()[:, 0, :3].mean() > 2

@@ -129,6 +129,31 @@ class Head(ABC):
         """Adjoint of `read` in ``S``."""
         return T.transpose(1, 2)
 
+    # -- with fixed masks ---------------------------------------------------------------------------------------------
+    def gated_mix(
+        self,
+        data: Data,
+        U: Float[Tensor, "k ..."],
+        group: Int[Tensor, " k"],
+        masks: Float[Tensor, "b j p q"],
+        which: Int[Tensor, " k"],
+    ) -> Float[Tensor, "b r k e"]:
+        """``P read(D ⊙ pre(X, U))`` with the mask ``D = masks[:, which[k]]`` of each atom."""
+        A = self.preactivation(data, U, group) * masks[:, which]
+        return self.read(data, self.pool_rows(A))
+
+    def gated_mix_adjoint(
+        self,
+        data: Data,
+        T: Float[Tensor, "b r k e"],
+        group: Int[Tensor, " k"],
+        masks: Float[Tensor, "b j p q"],
+        which: Int[Tensor, " k"],
+    ) -> Float[Tensor, "k ..."]:
+        """Adjoint of `gated_mix` in ``U``, summed over the batch."""
+        S = self.pool_rows_adjoint(self.read_adjoint(data, T))
+        return self.preactivation_adjoint(data, S * masks[:, which], group)
+
     def pool_rows(self, A: Float[Tensor, "b k p q"]) -> Float[Tensor, "b k r q"]:
         """``P`` applied to the token rows of activated scores."""
         return A.mean(2, keepdim=True) if self.pool == "mean" else A

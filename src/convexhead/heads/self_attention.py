@@ -8,6 +8,8 @@ token correlations (left) and across latent feature/class directions (right).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,37 @@ class SelfAttention(Head):
         X = data["X"]
         AX = (A.reshape(len(X), -1, self.s) @ X).view(*A.shape[:3], self.d)
         return torch.einsum("bpd,bkpe->kde", X[:, self.rows], AX)
+
+    # With one pooled output, masks and pooling join into gated queries: Σ_p P_p D[p,q] x_pᵀ U x_q = y_qᵀ U x_q with
+    # y_q = Σ_p P_p D[p,q] x_p, which the atoms of a gate share.
+    def gated_mix(self, data: Data, U: Tensor, group: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+        if self.r > 1:
+            return super().gated_mix(data, U, group, masks, which)
+        X = data["X"]
+        S = X.new_empty(len(X), len(U), 1, self.s)
+        for j, Y in enumerate(self._gated_queries(X, masks)):
+            mine = which == j
+            YU = torch.einsum("bqd,kde->bqke", Y, U[mine])
+            S[:, mine, 0] = (YU @ X.unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return self.read(data, S)
+
+    def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+        if self.r > 1:
+            return super().gated_mix_adjoint(data, T, group, masks, which)
+        X = data["X"]
+        S = self.read_adjoint(data, T).squeeze(2)  # (b, k, s)
+        U = X.new_empty(T.shape[2], *self.mixing_shape)
+        for j, Y in enumerate(self._gated_queries(X, masks)):
+            mine = which == j
+            weighted = S[:, mine].transpose(1, 2).unsqueeze(-1) * X.unsqueeze(2)  # (b, s, k_j, d)
+            U[mine] = torch.einsum("bqd,bqke->kde", Y, weighted)
+        return U
+
+    def _gated_queries(self, X: Tensor, masks: Tensor) -> Iterator[Tensor]:
+        """``Y (b, s, d)`` of each mask."""
+        queries = X / self.s if self.pool == "mean" else X[:, self.rows]
+        for D in masks.unbind(1):
+            yield D.mT @ queries
 
     def read(self, data: Data, S: Tensor) -> Tensor:
         X = data["X"]

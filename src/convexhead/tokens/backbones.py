@@ -1,17 +1,21 @@
 """Frozen backbones that turn images into tokens, named by one string.
 
-===============================  ====================================================================
+===============================  =========================================================================
 ``packaged:efficientnet-lite0``  ImageNet EfficientNet-Lite0 out of a package of the Python index
 ``timm:NAME``                    a timm model with published weights, from the hub or its local cache
 ``timm:NAME@FILE.safetensors``   the same architecture with weights from a file
+``hf:NAME_OR_FOLDER``            a vision model of transformers, from its hub, the cache or a folder
 ``patches:K``                    no backbone: the raw K x K patches of the image
-===============================  ====================================================================
+===============================  =========================================================================
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose, require
@@ -19,6 +23,8 @@ from convexhead.errors import InputError, choose, require
 if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Self
+
+State = dict[str, Tensor]
 
 
 class TokenBatch(NamedTuple):
@@ -91,18 +97,38 @@ def open_backbone(
             raise InputError("layer, image_size and crop_pct need the name of a backbone, not an open one")
         return spec
     scheme, _, name = spec.partition(":")
-    choose("backbone", scheme, ["packaged", "timm", "patches"])
+    choose("backbone", scheme, ["packaged", "timm", "hf", "patches"])
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size={image_size} must be a positive number of pixels")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise InputError(f"crop_pct={crop_pct} must be above 0 and at most 1")
-    # Imported here because Pillow and timm are optional, and timm is slow to import.
+    # Imported here because Pillow, timm and transformers are optional and slow to import.
     require("PIL", "images")
+    settings: dict[str, Any] = {"layer": layer, "image_size": image_size, "crop_pct": crop_pct}
     if scheme == "patches":
         from convexhead.tokens.patches import open_patches
 
-        return open_patches(name, layer=layer, image_size=image_size, crop_pct=crop_pct)
-    from convexhead.tokens.timm_backbone import open_packaged, open_timm
+        return open_patches(name, **settings)
+    if scheme == "hf":
+        from convexhead.tokens.hf_backbone import open_hf
 
-    opener = open_timm if scheme == "timm" else open_packaged
-    return opener(name, layer=layer, image_size=image_size, crop_pct=crop_pct)
+        return open_hf(name, **settings)
+    from convexhead.tokens.timm_weights import open_packaged, open_timm
+
+    return open_timm(name, **settings) if scheme == "timm" else open_packaged(name, **settings)
+
+
+def hash_state(state: State) -> str:
+    """Return the SHA-256 over names, types, shapes and values of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sequence_grid(s: int) -> tuple[int, int]:
+    """Return the grid of ``s`` tokens of which nothing is known: a square if they can be one."""
+    side = math.isqrt(s)
+    return (side, side) if side * side == s else (s, 1)

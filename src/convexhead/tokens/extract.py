@@ -1,22 +1,34 @@
-"""From images to a token store: resumable extraction, then the fitted reduction."""
+"""From images to a token store: resumable extraction in one or several processes, then the reduction."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 
-from convexhead.errors import FileFormatError, InputError, choose
+from convexhead.errors import InputError, choose
 from convexhead.tokens.backbones import Backbone, open_backbone
+from convexhead.tokens.batches import BatchExtractor
+from convexhead.tokens.files import make_folder, sha256_file, write_atomic, writer_lock
 from convexhead.tokens.fit_reduction import fit_reduction
-from convexhead.tokens.job import ExtractionJob, Progress
-from convexhead.tokens.manifest import Manifest, write_atomic
+from convexhead.tokens.job import ExtractionJob, Task
+from convexhead.tokens.manifest import DTYPES, MANIFEST, Manifest
+from convexhead.tokens.progress import ProgressCallback, ProgressMeter
+from convexhead.tokens.ranks import join_ranks, local_ranks
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.sources import ImageSource, open_source
 from convexhead.tokens.store import TokenStore
-from convexhead.tokens.view import READ_ROWS, SplitView
+from convexhead.tokens.view import SplitView
+
+
+class Fit(TypedDict):
+    """What is asked of the fitted reduction, see `fit_reduction`."""
+
+    standardize: bool
+    components: int | None
+    constant: bool
 
 
 def extract(
@@ -32,18 +44,21 @@ def extract(
     token_pool: int | tuple[int, int] | None = None,
     standardize: bool = True,
     constant: bool = False,
-    dtype: Literal["float16", "float32"] = "float16",
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     batch_size: int | None = None,
     shard_size: int = 512,
     skip_broken: bool = False,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> TokenStore:
     """Run a frozen backbone over all images of a source and keep the tokens in the folder ``out``.
 
     Given the same arguments again, a run that was stopped at any moment continues at the shard it was in, and
     a finished store is returned as it is. If only the fitted part differs (``standardize``, ``constant``, and
     ``channels`` with ``reduce="pca"``), the reduction alone is fitted again.
+
+    Under torchrun every process calls this with the same arguments and extracts its share of the shards; the
+    store is the same as that of one process.
 
     Args:
         source: see `open_source`.
@@ -61,17 +76,18 @@ def extract(
             cache), else 64.
         shard_size: images a file, and the most that a crash can lose.
         skip_broken: leave out images that cannot be decoded (the manifest names them) instead of stopping.
-        device: a torch device, or ``"auto"`` for a GPU if there is one.
+        device: a torch device, or ``"auto"`` for a GPU if there is one (under torchrun one GPU a process).
         progress: called after every batch.
 
     Raises:
         InputError: an argument or an image that cannot be used.
         FileFormatError: ``out`` holds something else, or the store of another source, backbone or setting.
-        StoreWriteError: the disk is full or ``out`` cannot be written; finished shards are kept.
-        HubError, MissingExtraError: see `open_backbone`.
+        StoreWriteError: the disk is full, ``out`` cannot be written, or another run is writing it; finished
+            shards are kept.
+        HubError, MissingExtraError: see `open_backbone` and `open_source`.
     """
     choose("reduction", reduce, ["avgpool", "pca"])
-    choose("dtype", dtype, ["float16", "float32"])
+    choose("dtype", dtype, DTYPES)
     for name, value in {"channels": channels, "batch_size": batch_size, "shard_size": shard_size}.items():
         if value is not None and value < 1:
             raise InputError(f"{name}={value} must be at least 1")
@@ -81,49 +97,73 @@ def extract(
     place = _device(device)
     source = open_source(source)
     backbone = open_backbone(backbone, layer=layer, image_size=image_size, crop_pct=crop_pct)
-    job = ExtractionJob(
+    extractor = BatchExtractor(
         source=source,
         backbone=backbone.to(place),
-        out=Path(out).expanduser(),
         device=place,
         channels=channels if reduce == "avgpool" else None,
         token_pool=(token_pool, token_pool) if isinstance(token_pool, int) else token_pool,
         dtype=dtype,
-        batch_size=batch_size or (8 if place.type == "cpu" else 64),
-        shard_size=shard_size,
         skip_broken=skip_broken,
     )
-    manifest = job.manifest()
-    if reduce == "pca" and channels is not None and channels > manifest.shape[1]:
-        raise InputError(f"channels={channels} must be at most the tokens' {manifest.shape[1]} channels")
-    if not manifest.complete:
-        job.run(manifest, progress)
-    _update_reduction(job.out, manifest, standardize, channels if reduce == "pca" else None, constant)
-    if not manifest.complete:
-        manifest.complete = True
-        manifest.save(job.out)
+    batch_size = batch_size or (8 if place.type == "cpu" else 64)
+    job = ExtractionJob(extractor, Path(out).expanduser(), batch_size, shard_size)
+    components = channels if reduce == "pca" else None
+    fit: Fit = {"standardize": standardize, "components": components, "constant": constant}
+    ranks = join_ranks()
+    with contextlib.ExitStack() as held:
+
+        def begin() -> tuple[Manifest, list[Task]]:
+            config = job.config()
+            job.check_target(config)
+            if (job.out / MANIFEST).exists():
+                # A store that is as it should be may lie on a read-only disk.
+                manifest = job.manifest(config)
+                if manifest.complete and not job.missing(manifest) and _is_fitted(job.out, manifest, fit):
+                    return manifest, []
+            make_folder(job.out)
+            held.enter_context(writer_lock(job.out))
+            manifest = job.manifest(config)
+            if components is not None and components > manifest.shape[1]:
+                raise InputError(f"channels={components} must be at most the tokens' {manifest.shape[1]} channels")
+            return manifest, job.missing(manifest)
+
+        manifest, missing = ranks.first_does(begin)
+        mine = missing[ranks.rank :: ranks.size]
+        meter = ProgressMeter(progress, sum(len(task.items) for task in mine), ranks.size)
+        job.write(mine, manifest, meter)
+        ranks.first_does(lambda: _finish(job, manifest, bool(missing), fit))
     return TokenStore.open(job.out)
 
 
-def _update_reduction(
-    out: Path, manifest: Manifest, standardize: bool, components: int | None, constant: bool
-) -> None:
-    """Fit the reduction on the stored train tokens, unless the one on disk is what is asked for."""
-    wanted = {"standardize": standardize, "components": components, "constant": constant}
-    if manifest.complete:
-        # A damaged reduction is fitted again.
-        with contextlib.suppress(FileFormatError):
-            if Reduction.load(out / manifest.reduction).options == wanted:
-                return
-    train = SplitView(out, manifest, "train", reduction=None)
-    chunks = (train.raw(start, start + READ_ROWS) for start in range(0, len(train), READ_ROWS))
-    fitted = fit_reduction(chunks, standardize=standardize, components=components, constant=constant)
-    write_atomic(out / manifest.reduction, fitted.to_bytes())
+def _is_fitted(folder: Path, manifest: Manifest, fit: Fit) -> bool:
+    """Return whether the reduction on disk is whole and what is asked for."""
+    path = folder / manifest.reduction
+    return sha256_file(path) == manifest.reduction_sha256 and Reduction.load(path).options == fit
+
+
+def _finish(job: ExtractionJob, manifest: Manifest, new_shards: bool, fit: Fit) -> None:
+    """List new shards, fit the reduction unless the one on disk is what is asked for, and say: complete."""
+    if manifest.complete and not new_shards and _is_fitted(job.out, manifest, fit):
+        return
+    job.list_shards(manifest)
+    fit_stored_reduction(job.out, manifest, fit)
+    manifest.complete = True
+    manifest.save(job.out)
+
+
+def fit_stored_reduction(folder: Path, manifest: Manifest, fit: Fit) -> None:
+    """Fit the reduction with the options ``fit`` on the stored train tokens and write it beside them."""
+    train = SplitView(folder, manifest, "train", reduction=None)
+    content = fit_reduction(train.raw_chunks(), **fit).to_bytes()
+    write_atomic(folder / manifest.reduction, content)
+    manifest.reduction_sha256 = sha256_file(folder / manifest.reduction)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = f"cuda:{local_ranks()[0] % max(torch.cuda.device_count(), 1)}"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

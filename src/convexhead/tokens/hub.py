@@ -1,4 +1,4 @@
-"""Getting weights from the Hugging Face hub, or failing within seconds."""
+"""Getting weights and images from hubs, or failing within seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convexhead.errors import HubError, require
 
-PROBE_SECONDS = 3.0
+PROBE_SECONDS = 2.5
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -18,15 +18,13 @@ def fetch_weights(repository: str) -> Path:
         HubError: not cached, and the hub cannot be reached or does not have the file.
     """
     hub = require("huggingface_hub", "images")
-    cached = hub.try_to_load_from_cache(repository, WEIGHTS_FILE)
-    if isinstance(cached, str):
-        return Path(cached)
-    # The hub's client retries an unreachable host for most of a minute, so its reachability is asked first.
-    if failure := _probe(hub.constants.ENDPOINT):
-        raise HubError(
-            f"the weights of {repository!r} are not in the local cache and {hub.constants.ENDPOINT} cannot "
-            f"be reached ({failure}): connect, or download them elsewhere and use timm:NAME@FILE.safetensors"
-        )
+    if cached := cached_file(repository, WEIGHTS_FILE):
+        return cached
+    check_reachable(
+        hub.constants.ENDPOINT,
+        f"the weights of {repository!r}",
+        "download them elsewhere and use timm:NAME@FILE.safetensors",
+    )
     try:
         return Path(hub.hf_hub_download(repository, WEIGHTS_FILE, etag_timeout=PROBE_SECONDS))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
@@ -34,14 +32,32 @@ def fetch_weights(repository: str) -> Path:
         raise HubError(f"cannot download {WEIGHTS_FILE} of {repository!r}: {reason}") from error
 
 
-def _probe(endpoint: str) -> str | None:
-    """Ask for the endpoint's headers once; return None if it answers, else what went wrong."""
+def cached_file(repository: str, file: str, kind: str = "model") -> Path | None:
+    """Return a file of a hub repository if the local cache has it."""
+    cached = require("huggingface_hub", "images").try_to_load_from_cache(repository, file, repo_type=kind)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def check_reachable(address: str, what: str, instead: str) -> None:
+    """Ask for an address once. The clients of hubs retry an unreachable host for most of a minute.
+
+    Raises:
+        HubError: no answer within seconds; says that ``what`` is not here and what to do ``instead``.
+    """
+    if failure := unreachable(address):
+        raise HubError(
+            f"{what} are not in the local cache and {address} cannot be reached ({failure}): connect, or {instead}"
+        )
+
+
+def unreachable(address: str) -> str | None:
+    """Ask for the headers of an address; return None if it answers, else what went wrong."""
     hub = require("huggingface_hub", "images")
     outcome: list[str | None] = []
 
     def ask() -> None:
         try:
-            hub.get_session().head(endpoint, timeout=PROBE_SECONDS)
+            hub.get_session().head(address, timeout=PROBE_SECONDS)
             outcome.append(None)
         # Every HTTP library has exceptions of its own.
         except Exception as error:
@@ -50,5 +66,5 @@ def _probe(endpoint: str) -> str | None:
     # Name look-up ignores timeouts; a daemon thread can be left behind.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS + 1)
+    thread.join(PROBE_SECONDS + 0.5)
     return outcome[0] if outcome else f"no answer in {PROBE_SECONDS:.0f} s"

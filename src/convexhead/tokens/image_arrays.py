@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convexhead.errors import FileFormatError, InputError, choose
-from convexhead.tokens.image_folder import natural_sort
+from convexhead.tokens.decode import check_class_indices, name_classes
 from convexhead.tokens.sources import SPLITS, check_split
 
 DIGITS_TEST_SHARE = 0.3
@@ -84,9 +84,7 @@ def open_npz(file: str) -> ImageArrays:
     missing = [key for pair in keys.values() for key in pair if key not in arrays]
     if "train" not in keys or missing:
         wanted = missing[0] if missing else "images (or train_images)"
-        raise FileFormatError(
-            f"{file!r} has no array {wanted}: it holds {', '.join(sorted(arrays)) or 'nothing'}"
-        )
+        raise FileFormatError(f"{file!r} has no array {wanted}: it holds {', '.join(sorted(arrays)) or 'nothing'}")
 
     for image_key, label_key in keys.values():
         _check_arrays(file, image_key, arrays[image_key], label_key, arrays[label_key])
@@ -101,14 +99,11 @@ def open_npz(file: str) -> ImageArrays:
     return ImageArrays(f"npz:{file}", splits, class_names)
 
 
-def _check_arrays(
-    file: str, image_key: str, images: NDArray[Any], label_key: str, labels: NDArray[Any]
-) -> None:
+def _check_arrays(file: str, image_key: str, images: NDArray[Any], label_key: str, labels: NDArray[Any]) -> None:
     grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] in (1, 3)
     if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape:
         raise InputError(
-            f"{file!r}: {image_key} must be uint8 of shape (n, h, w) or (n, h, w, 3), "
-            f"not {images.dtype} {images.shape}"
+            f"{file!r}: {image_key} must be uint8 of shape (n, h, w) or (n, h, w, 3), not {images.dtype} {images.shape}"
         )
     if labels.shape not in ((len(images),), (len(images), 1)):
         raise InputError(f"{file!r}: {len(images)} {image_key} but {label_key} has shape {labels.shape}")
@@ -120,19 +115,10 @@ def _encode(
     file: str, columns: dict[str, NDArray[Any]], class_names: list[str] | None
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """Turn label columns into indices of class names."""
-    if class_names is not None:
-        for split, column in columns.items():
-            if column.dtype.kind not in "iu" or column.min() < 0 or column.max() >= len(class_names):
-                raise InputError(
-                    f"{file!r}: {split} labels must be integers below {len(class_names)} (class_names)"
-                )
-        return {split: column.astype(np.int64) for split, column in columns.items()}, class_names
-    named = {split: [str(label) for label in column.tolist()] for split, column in columns.items()}
-    class_names = natural_sort({name for names in named.values() for name in names})
-    index = {name: i for i, name in enumerate(class_names)}
-    return {
-        s: np.asarray([index[name] for name in names], np.int64) for s, names in named.items()
-    }, class_names
+    if class_names is None:
+        return name_classes({s: [str(label) for label in column.tolist()] for s, column in columns.items()})
+    check_class_indices(repr(file), columns, len(class_names))
+    return {split: column.astype(np.int64) for split, column in columns.items()}, class_names
 
 
 def open_sklearn(name: str) -> ImageArrays:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from convexhead.errors import InputError
+from convexhead.tokens.decode import EXTENSIONS, decode_image, natural_sort
 from convexhead.tokens.sources import SPLITS, BrokenImageError, check_split
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 
 class ImageFolder:
@@ -56,9 +53,7 @@ class ImageFolder:
                 if Path(entry.name).suffix.lower() in EXTENSIONS and not entry.name.startswith(".")
             )
             if not images:
-                raise InputError(
-                    f"class folder {str(folder)!r} holds no images ({', '.join(sorted(EXTENSIONS))})"
-                )
+                raise InputError(f"class folder {str(folder)!r} holds no images ({', '.join(sorted(EXTENSIONS))})")
             prefix = folder.relative_to(self.root).as_posix()
             files += [f"{prefix}/{name}" for name in images]
             labels += [self.class_names.index(folder.name)] * len(images)
@@ -74,11 +69,7 @@ class ImageFolder:
     def load(self, split: str, index: int) -> Image.Image:
         """Decode one image as RGB, upright as its EXIF orientation says."""
         path = self.root / self.files(split)[index]
-        try:
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BrokenImageError(f"cannot read the image {str(path)!r}: {error}") from error
+        return decode_image(path, str(path))
 
     def fingerprint(self) -> str:
         """Hash every relative path and every file's bytes.
@@ -101,21 +92,6 @@ class ImageFolder:
             raise BrokenImageError(f"cannot read the image {str(self.root / name)!r}: {error}") from error
 
 
-def natural_sort(names: Iterable[str]) -> list[str]:
-    """Sort names with their numbers compared as numbers.
-
-    >>> natural_sort(["img10", "img2", "a"])
-    ['a', 'img2', 'img10']
-    """
-
-    def key(name: str) -> tuple[list[tuple[int, str]], str]:
-        # Odd parts of the split are digits; the pair keeps numbers and text comparable at any position.
-        parts = re.split(r"([0-9]+)", name)
-        return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
-
-    return sorted(names, key=key)
-
-
 def _subfolders(folder: Path) -> list[Path]:
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     return [folder / name for name in natural_sort(names)]
@@ -129,16 +105,12 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if "train" not in names:
         raise InputError(f"{str(root)!r} has the split folders {sorted(names & set(SPLITS))} but no train/")
     if strangers := sorted(names - set(SPLITS)):
-        raise InputError(
-            f"{str(root)!r} holds {strangers[0]!r} beside train/: splits are named {', '.join(SPLITS)}"
-        )
+        raise InputError(f"{str(root)!r} holds {strangers[0]!r} beside train/: splits are named {', '.join(SPLITS)}")
     return {split: root / split for split in SPLITS if split in names}
 
 
 def _class_folders(split_folder: Path) -> list[Path]:
     folders = _subfolders(split_folder)
     if not folders:
-        raise InputError(
-            f"{str(split_folder)!r} has no class folders: put the images of each class into a folder"
-        )
+        raise InputError(f"{str(split_folder)!r} has no class folders: put the images of each class into a folder")
     return folders

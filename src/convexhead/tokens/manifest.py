@@ -1,63 +1,50 @@
-"""The manifest of a token store, and writes that either happen or do not.
+"""The manifest of a token store.
 
 A store is a folder::
 
     manifest.json              what the tokens are, and which shards there are
-    train-00000.safetensors    tokens (n, s, d), labels (n,) int64, prefix (n, n_prefix, d) if there are any
-    train-files.json           one name an image
+    train-00000.safetensors    one shard, see `convexhead.tokens.shards`
     reduction.safetensors      the fitted map that readers apply
+    writer.lock                only while somebody writes
 
-The manifest is replaced after every shard and lists only shards that are on disk, so that a run that was
-killed continues where it stopped. A store may be read once ``complete`` is true.
+The manifest is written when an extraction begins and again when it is done. In between, the shards that lie
+in the folder are the only record of progress. A store may be read once ``complete`` is true.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convexhead.errors import ConvexHeadError, FileFormatError
+from convexhead.errors import FileFormatError
+from convexhead.tokens.files import write_atomic
+from convexhead.tokens.shards import Shard, damaged
 
 FORMAT = "convexhead-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 REDUCTION = "reduction.safetensors"
-
-
-class StoreWriteError(ConvexHeadError, OSError):
-    """A token store cannot be written: full disk, read-only folder, missing permission."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of tokens: the source's images ``items[0] .. items[1]``, without the broken ones among them.
-
-    ``rows`` is the range that they take in the split.
-    """
-
-    file: str
-    items: tuple[int, int]
-    rows: tuple[int, int]
-    bytes: int
-    sha256: str
-    broken: tuple[str, ...] = ()
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass
 class Split:
     """The shards of one split, in order."""
 
-    files: str
     shards: list[Shard] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """Number of images."""
         return self.shards[-1].rows[1] if self.shards else 0
+
+    @property
+    def broken(self) -> list[str]:
+        """Names of the images that could not be read and were left out."""
+        return [name for shard in self.shards for name in shard.broken]
 
 
 @dataclass
@@ -78,7 +65,13 @@ class Manifest:
     class_names: list[str]
     splits: dict[str, Split]
     reduction: str = REDUCTION
+    reduction_sha256: str = ""
     complete: bool = False
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of ``config``: equal for two stores if and only if they hold the same tokens."""
+        return digest_json(self.config)
 
     def save(self, folder: Path) -> None:
         """Replace the manifest of ``folder``.
@@ -86,9 +79,10 @@ class Manifest:
         Raises:
             StoreWriteError: the folder cannot be written.
         """
-        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        document = {"format": FORMAT, "version": VERSION, "config_hash": self.config_hash, **asdict(self)}
         for name, split in self.splits.items():
             document["splits"][name]["count"] = split.count
+        document["checksum"] = digest_json(document)
         write_atomic(folder / MANIFEST, json.dumps(document, indent=1).encode())
 
     @classmethod
@@ -100,22 +94,20 @@ class Manifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
-            problem = (
-                "is not a token store (it has no manifest.json)" if folder.is_dir() else "does not exist"
-            )
+            problem = "is not a token store (it has no manifest.json)" if folder.is_dir() else "does not exist"
             raise FileFormatError(f"{str(folder)!r} {problem}: make one with `convexhead extract`")
         try:
             document = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise FileFormatError(f"{str(path)!r} is not readable JSON: {error}") from error
-        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-            raise FileFormatError(
-                f"{str(folder)!r} is not a token store: its manifest.json is something else's"
-            )
-        if (version := document.pop("version", None)) != VERSION:
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise FileFormatError(f"{str(folder)!r} is not a token store: its manifest.json is something else's")
+        if (version := document.get("version")) != VERSION:
             raise FileFormatError(
                 f"{str(folder)!r} has store format {version!r}, this convexhead reads {VERSION}: upgrade"
             )
+        if document.pop("checksum", None) != digest_json(document):
+            raise FileFormatError(damaged(path))
         try:
             return cls._parse(document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -123,61 +115,25 @@ class Manifest:
 
     @classmethod
     def _parse(cls, document: dict[str, Any]) -> Manifest:
+        entries = {k: v for k, v in document.items() if k not in ("format", "version", "config_hash")}
         splits = {}
-        for name, split in document.pop("splits").items():
+        for name, split in entries.pop("splits").items():
             shards = [
-                Shard(
-                    file=shard["file"],
-                    items=_pair(shard["items"]),
-                    rows=_pair(shard["rows"]),
-                    bytes=int(shard["bytes"]),
-                    sha256=str(shard["sha256"]),
-                    broken=tuple(shard["broken"]),
-                )
+                Shard(**{**shard, "rows": _pair(shard["rows"]), "broken": tuple(shard["broken"])})
                 for shard in split["shards"]
             ]
-            splits[name] = Split(split["files"], shards)
-        document["shape"], document["grid"] = _pair(document["shape"]), _pair(document["grid"])
-        if document["config"]["dtype"] not in {"float16", "float32"}:
-            raise ValueError(f"dtype {document['config']['dtype']!r}")
-        return cls(splits=splits, **document)
+            splits[name] = Split(shards)
+        entries["shape"], entries["grid"] = _pair(entries["shape"]), _pair(entries["grid"])
+        if entries["config"]["dtype"] not in DTYPES:
+            raise ValueError(f"dtype {entries['config']['dtype']!r}")
+        return cls(splits=splits, **entries)
+
+
+def digest_json(document: dict[str, Any]) -> str:
+    """Hash JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _pair(values: list[int]) -> tuple[int, int]:
     first, second = values
     return int(first), int(second)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it has its old content or all of its new content.
-
-    Raises:
-        StoreWriteError: it cannot be written; the old file, if any, is untouched.
-    """
-    # A fixed name: what a killed run leaves behind, the next run overwrites.
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise StoreWriteError(
-            f"cannot write {str(path)!r}: {reason}; what was finished is kept, run the same again to resume"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the system can open folders."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

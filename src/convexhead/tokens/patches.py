@@ -37,17 +37,14 @@ class RawPatches(Backbone):
         k = self.k
         if height % k or width % k:
             raise InputError(
-                f"patches:{k} do not tile images of {height}x{width} pixels: "
-                f"set image_size to a multiple of {k}"
+                f"patches:{k} do not tile images of {height}x{width} pixels: set image_size to a multiple of {k}"
             )
         tokens = functional.unfold(images.float() / 255, k, stride=k).transpose(1, 2)
         tokens = tokens.unflatten(2, (colours, k * k)).transpose(2, 3).flatten(2)
         return TokenBatch(tokens, tokens.new_zeros(b, 0, tokens.shape[2]), (height // k, width // k))
 
 
-def open_patches(
-    size: str, *, layer: int | None, image_size: int | None, crop_pct: float | None
-) -> RawPatches:
+def open_patches(size: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> RawPatches:
     """Open ``patches:SIZE``."""
     if not size.isdecimal() or int(size) < 1:
         raise InputError(f"'patches:{size}' needs a patch size in pixels, as in 'patches:4'")

@@ -34,9 +34,7 @@ def pool_channels(tokens: torch.Tensor, channels: int) -> torch.Tensor:
         InputError: ``channels`` is not in ``1 .. d``.
     """
     if not 1 <= channels <= tokens.shape[-1]:
-        raise InputError(
-            f"channels={channels} must be between 1 and the {tokens.shape[-1]} channels of the tokens"
-        )
+        raise InputError(f"channels={channels} must be between 1 and the {tokens.shape[-1]} channels of the tokens")
     return functional.adaptive_avg_pool1d(tokens, channels)
 
 
@@ -83,9 +81,7 @@ class Reduction:
             InputError: the tokens do not have ``d`` channels.
         """
         if tokens.shape[-1] != len(self.mean):
-            raise InputError(
-                f"tokens have {tokens.shape[-1]} channels, the reduction was fitted on {len(self.mean)}"
-            )
+            raise InputError(f"tokens have {tokens.shape[-1]} channels, the reduction was fitted on {len(self.mean)}")
         if isinstance(tokens, torch.Tensor):
             return self._apply_torch(tokens)
         reduced = tokens.astype(np.float32)

@@ -1,16 +1,21 @@
 """Image sources: where labelled images come from, named by one string.
 
-==================  ==========================================================================
-``PATH``            a folder of class folders, or of ``train/``, ``val/``, ``test/`` with class folders inside
-``npz:FILE``        arrays ``images`` and ``labels``, or ``train_images``, ``train_labels``, ``test_...``
-``sklearn:digits``  scikit-learn's 1,797 handwritten digits, split 70/30
-==================  ==========================================================================
+===========================  =================================================================================
+``PATH``                     a folder of class folders, or of ``train/``, ``val/``, ``test/`` with those
+``npz:FILE``                 arrays ``images``, ``labels``, or ``train_images``, ``test_labels``, ...
+``hf:NAME_OR_FOLDER``        a data set of the ``datasets`` library, its hub or a folder (parquet, images);
+                             ``hf:NAME?label=COLUMN&image=COLUMN&config=NAME`` where it has several
+``torchvision:NAME[@ROOT]``  ``CIFAR10``, ``CIFAR100``, ``MNIST``, ``FashionMNIST``, ``KMNIST``
+``webdataset:PATTERN``       tar shards of ``KEY.jpg`` (or png, webp) and ``KEY.cls``; those whose name begins
+                             with ``val`` or ``test`` are these splits; ``*`` and ``{000..012}`` work
+``sklearn:digits``           scikit-learn's 1,797 handwritten digits, split 70/30
+===========================  =================================================================================
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -65,23 +70,35 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
     Raises:
         InputError: unknown scheme, missing path, or contents that cannot be used.
         FileFormatError: a file that is not what its scheme says.
+        HubError: a data set that is neither in the local cache nor to be had.
+        MissingExtraError: the library of the scheme is not installed.
     """
     if isinstance(spec, ImageSource):
         return spec
     require("PIL", "images")
-    # Imported here because both modules build on this one, and Pillow is optional.
+    # Imported here because these modules build on this one, and Pillow is optional.
+    from convexhead.tokens.hf_images import open_hf
     from convexhead.tokens.image_arrays import open_npz, open_sklearn
     from convexhead.tokens.image_folder import ImageFolder
+    from convexhead.tokens.tar_images import open_webdataset
+    from convexhead.tokens.torchvision_images import open_torchvision
 
     if Path(spec).expanduser().exists():
         return ImageFolder(spec)
     scheme, separator, rest = str(spec).partition(":")
+    openers: dict[str, Callable[[str], ImageSource]] = {
+        "npz": open_npz,
+        "hf": open_hf,
+        "torchvision": open_torchvision,
+        "webdataset": open_webdataset,
+        "sklearn": open_sklearn,
+    }
     # A single letter before the colon is a Windows drive.
     if not separator or not re.fullmatch(r"[a-z][a-z0-9+-]+", scheme):
         raise InputError(
-            f"there is no folder {str(spec)!r}: give a folder of class folders, npz:FILE or sklearn:digits"
+            f"there is no folder {str(spec)!r}: give a folder of class folders, or a source that begins with "
+            f"{', '.join(f'{name}:' for name in openers)}"
         )
-    openers = {"npz": open_npz, "sklearn": open_sklearn}
     return openers[choose("image source", scheme, openers)](rest)
 
 

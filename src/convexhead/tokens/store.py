@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -11,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError, InputError, choose
-from convexhead.tokens.manifest import Manifest, Shard
+from convexhead.tokens.files import sha256_file
+from convexhead.tokens.manifest import FORMAT, VERSION, Manifest
 from convexhead.tokens.reduce import Reduction
-from convexhead.tokens.view import READ_ROWS, FloatArray, SplitView
+from convexhead.tokens.shards import ShardFile, damaged, shard_problem
+from convexhead.tokens.view import FloatArray, SplitView
 
 
 class TokenStore:
@@ -43,11 +44,11 @@ class TokenStore:
     def open(cls, path: str | Path, split: str) -> SplitView: ...
     @classmethod
     def open(cls, path: str | Path, split: str | None = None) -> TokenStore | SplitView:
-        """Open a store, or one split of it. Nothing but the manifest and the reduction is read.
+        """Open a store, or one split of it. Of the shards only the sizes are looked at: see `verify`.
 
         Raises:
-            FileFormatError: not a token store, not finished, of a newer format, or with missing or truncated
-                files.
+            FileFormatError: not a token store, not finished, of a newer format, or with missing, truncated or
+                foreign files.
             InputError: no such split.
         """
         folder = Path(path).expanduser()
@@ -60,22 +61,52 @@ class TokenStore:
             for shard in each.shards:
                 if problem := shard_problem(folder, shard):
                     raise FileFormatError(f"{problem}: run the same extract again to restore it")
-        store = cls(folder, manifest, Reduction.load(folder / manifest.reduction))
+        reduction = Reduction.load(folder / manifest.reduction)
+        if sha256_file(folder / manifest.reduction) != manifest.reduction_sha256:
+            raise FileFormatError(damaged(folder / manifest.reduction))
+        store = cls(folder, manifest, reduction)
         return store if split is None else store[choose("split", split, store.splits)]
 
     def verify(self) -> None:
-        """Read every shard and compare it with its checksum.
+        """Read every shard and compare it with its checksums.
 
         Raises:
             FileFormatError: names the first shard that differs.
         """
         for split in self.manifest.splits.values():
             for shard in split.shards:
-                if sha256(self.path / shard.file) != shard.sha256:
-                    raise FileFormatError(
-                        f"{str(self.path / shard.file)!r} has changed since it was written: delete it and "
-                        "run the same extract again to restore it"
-                    )
+                layout = ShardFile(self.path / shard.file)
+                if layout.sha256 != shard.sha256:
+                    raise FileFormatError(damaged(layout.path))
+                layout.verify()
+
+    def info(self) -> dict[str, Any]:
+        """Return what the store holds and how it was made, as JSON values."""
+        manifest, config = self.manifest, self.manifest.config
+        files = [shard for split in manifest.splits.values() for shard in split.shards]
+        return {
+            "path": str(self.path),
+            "format": f"{FORMAT} {VERSION}",
+            "source": manifest.source,
+            "backbone": manifest.backbone,
+            "layer": config["layer"],
+            "preprocessing": config["preprocessing"],
+            "dtype": config["dtype"],
+            "images": {name: split.count for name, split in manifest.splits.items()},
+            "broken": {name: split.broken for name, split in manifest.splits.items()},
+            "classes": len(manifest.class_names),
+            "grid": list(manifest.grid),
+            "tokens": manifest.shape[0],
+            "prefix_tokens": manifest.n_prefix,
+            "stored_channels": manifest.shape[1],
+            "channels": self.reduction.channels,
+            "channel_pool": config["channels"],
+            "token_pool": config["token_pool"],
+            "reduction": self.reduction.options,
+            "shards": len(files),
+            "bytes": sum(shard.bytes for shard in files),
+            "config_hash": manifest.config_hash,
+        }
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name}: {view.shape}" for name, view in self._views.items())
@@ -111,7 +142,7 @@ class TokenStore:
     def read(self) -> FloatArray:
         return self._only.read()
 
-    def chunks(self, size: int = READ_ROWS) -> Iterator[FloatArray]:
+    def chunks(self, size: int | None = None) -> Iterator[FloatArray]:
         return self._only.chunks(size)
 
     def raw(self, start: int, stop: int) -> NDArray[Any]:
@@ -125,18 +156,3 @@ class TokenStore:
                 f"choose one, for example store[{self.splits[0]!r}]"
             )
         return self._views[self.splits[0]]
-
-
-def sha256(path: Path) -> str:
-    """Hash a file; a missing one hashes to nothing."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def shard_problem(folder: Path, shard: Shard) -> str | None:
-    """Say what is wrong with a shard as far as its size tells, or return None."""
-    path = folder / shard.file
-    if not path.is_file():
-        return f"the shard {str(path)!r} is missing"
-    if (size := path.stat().st_size) != shard.bytes:
-        return f"the shard {str(path)!r} has {size} bytes instead of {shard.bytes}"
-    return None

@@ -1,4 +1,4 @@
-"""Importing timm beside a torchvision whose compiled operators do not fit the installed torch."""
+"""Importing torchvision and timm whether or not torchvision's compiled operators fit the installed torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _declared: list[torch.library.Library] = []
 """Keeps declarations alive: torch withdraws them together with their library object."""
 
 
-def import_timm() -> ModuleType:
-    """Import timm, whether or not torchvision's compiled operators load.
+def import_torchvision() -> ModuleType:
+    """Import torchvision, whether or not its compiled operators load.
 
     On import torchvision describes two of its compiled operators to torch, which fails if they could not be
     loaded, for example for a CUDA build of torchvision beside a CPU build of torch. Only then are the two
-    declared, without an implementation: timm's models use neither. A matching pair is left as it is.
+    declared, without an implementation: no backbone uses either. A matching pair is left as it is.
 
     Raises:
-        MissingExtraError: timm or torchvision is not installed.
+        MissingExtraError: torchvision is not installed.
     """
     try:
-        require("torchvision", "images")
+        return require("torchvision", "images")
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -33,4 +33,14 @@ def import_timm() -> ModuleType:
         for operator in ("nms", "qnms"):
             library.define(operator + _SCHEMA)
         _declared.append(library)
+    return require("torchvision", "images")
+
+
+def import_timm() -> ModuleType:
+    """Import timm after `import_torchvision`.
+
+    Raises:
+        MissingExtraError: timm or torchvision is not installed.
+    """
+    import_torchvision()
     return require("timm", "images")

@@ -1,0 +1,162 @@
+"""Shards: safetensors files that say of themselves what they hold.
+
+A shard has the arrays ``tokens (n, s, d)``, ``labels (n,)`` int64 and, where the backbone has class or
+register tokens, ``prefix (n, n_prefix, d)``. Its metadata has one JSON entry: the hash of the configuration
+it was made with, the SHA-256 of its arrays, its file names and those of the broken images it leaves out. A
+shard therefore needs no other record to be found again after a crash: it is there, whole, or it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convexhead.errors import FileFormatError
+
+# numpy has no bfloat16: its bits are read as uint16 and widened by `to_float`.
+_TYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
+_KEY = "convexhead"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a manifest knows of a shard.
+
+    Attributes:
+        file: its name.
+        rows: the range of the split's rows that it holds.
+        bytes: size of the file.
+        sha256: hash of the file's header, which itself holds the hash of the arrays.
+        broken: names of the images that could not be read.
+    """
+
+    file: str
+    rows: tuple[int, int]
+    bytes: int
+    sha256: str
+    broken: tuple[str, ...] = ()
+
+
+def encode_shard(arrays: dict[str, Tensor], config_hash: str, files: list[str], broken: list[str]) -> bytes:
+    """Return the content of a shard's file. Equal arguments give equal bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].reshape(-1).view(torch.uint8).numpy().data)
+    about = {"config": config_hash, "sha256": digest.hexdigest(), "files": files, "broken": broken}
+    # One entry only: safetensors does not keep the order of several.
+    return safetensors.torch.save(arrays, metadata={_KEY: json.dumps(about, sort_keys=True)})
+
+
+class ShardFile:
+    """The layout of a shard on disk; arrays are mapped into memory only while rows are taken out of them.
+
+    Raises:
+        FileFormatError: the file is missing, cut short, or not a shard.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        about = self._read_header()
+        try:
+            self.config_hash = str(about["config"])
+            self.content_sha256 = str(about["sha256"])
+            self.broken = tuple(about["broken"])
+            self.count = int(self._places["labels"][1][0])
+        except (KeyError, TypeError, IndexError) as error:
+            raise FileFormatError(f"{str(path)!r} is not a shard of tokens: it lacks {error}") from error
+
+    def _read_header(self) -> dict[str, Any]:
+        try:
+            with open(self.path, "rb") as file:
+                start = file.read(8)
+                (length,) = struct.unpack("<Q", start)
+                self.bytes = self.path.stat().st_size
+                text = file.read(min(length, self.bytes))
+            header: dict[str, Any] = json.loads(text)
+            about: dict[str, Any] = json.loads(header.pop("__metadata__")[_KEY])
+            base = 8 + length
+            self._places = {
+                name: (
+                    np.dtype(_TYPES[entry["dtype"]]),
+                    tuple(entry["shape"]),
+                    base + entry["data_offsets"][0],
+                )
+                for name, entry in header.items()
+            }
+            expected = base + max(entry["data_offsets"][1] for entry in header.values())
+        except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError, AttributeError) as error:
+            raise FileFormatError(f"{str(self.path)!r} is not a shard of tokens: {error}") from error
+        if self.bytes != expected:
+            raise FileFormatError(f"the shard {str(self.path)!r} has {self.bytes} bytes instead of {expected}")
+        self.sha256 = hashlib.sha256(start + text).hexdigest()
+        return about
+
+    @property
+    def files(self) -> list[str]:
+        """One name an image; read anew each time, so that layouts stay small."""
+        return list(self._read_header()["files"])
+
+    def map(self, name: str) -> NDArray[Any]:
+        """Map an array into memory, read-only, in its stored type (bfloat16 as uint16).
+
+        The map lives as long as the result: pages that were read are let go with it, so that reading much
+        does not fill the memory.
+        """
+        dtype, shape, offset = self._places[name]
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        try:
+            return np.asarray(np.memmap(self.path, dtype, "r", offset, shape))
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{str(self.path)!r} is not the shard that it was: {error}") from error
+
+    def verify(self) -> None:
+        """Compare the arrays with the hash in the header.
+
+        Raises:
+            FileFormatError: they differ.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self._places):
+            digest.update(np.ascontiguousarray(self.map(name)).reshape(-1).view(np.uint8).data)
+        if digest.hexdigest() != self.content_sha256:
+            raise FileFormatError(damaged(self.path))
+
+    def record(self, first_row: int) -> Shard:
+        """Return what a manifest lists if the shard's rows begin at ``first_row``."""
+        rows = (first_row, first_row + self.count)
+        return Shard(self.path.name, rows, self.bytes, self.sha256, self.broken)
+
+
+def damaged(path: Path) -> str:
+    """Return the message for a file whose checksum differs."""
+    what_to_do = "delete it and run the same extract again to restore it"
+    return f"{str(path)!r} has changed since it was written: {what_to_do}"
+
+
+def shard_problem(folder: Path, shard: Shard) -> str | None:
+    """Say what is wrong with a shard as far as its size tells, or return None."""
+    path = folder / shard.file
+    if not path.is_file():
+        return f"the shard {str(path)!r} is missing"
+    if (size := path.stat().st_size) != shard.bytes:
+        return f"the shard {str(path)!r} has {size} bytes instead of {shard.bytes}"
+    return None
+
+
+def to_float(values: NDArray[Any]) -> NDArray[Any]:
+    """Widen the bits of bfloat16 to float32; other types are returned as they are."""
+    if values.dtype != np.uint16:
+        return values
+    widened: NDArray[Any] = (values.astype(np.uint32) << 16).view(np.float32)
+    return widened

@@ -1,0 +1,129 @@
+"""Transformers backbones, with small random models in a folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convexhead.errors import FileFormatError, HubError, InputError
+from convexhead.tokens import extract, open_backbone, open_source
+from convexhead.tokens.timm_import import import_torchvision
+
+pytest.importorskip("transformers")
+import_torchvision()
+
+import transformers  # noqa: E402
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def save(folder: Path, kind: str) -> torch.nn.Module:
+    """Save a random model and its image processor; return the model in eval mode."""
+    torch.manual_seed(0)
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 28, "width": 28})
+    if kind == "vit":
+        model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL))
+        processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    elif kind == "dinov2":
+        config = transformers.Dinov2WithRegistersConfig(image_size=28, patch_size=14, num_register_tokens=4, **SMALL)
+        model = transformers.Dinov2WithRegistersModel(config)
+    else:
+        sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+        model = transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((130, 90))
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "n_prefix"), [("vit", (4, 4), 1), ("dinov2", (2, 2), 5), ("convnext", (3, 3), 0)]
+)
+@pytest.mark.parametrize("layer", [None, 1])
+def test_tokens_are_the_models(
+    tmp_path: Path, photo: Image.Image, kind: str, grid: tuple[int, int], n_prefix: int, layer: int | None
+) -> None:
+    model = save(tmp_path / "model", kind)
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    photo.save(tmp_path / "photos" / "a" / "photo.png")
+    backbone = open_backbone(f"hf:{tmp_path / 'model'}", layer=layer)
+    store = extract(tmp_path / "photos", backbone, tmp_path / "out", standardize=False)
+    assert store.manifest.n_prefix == n_prefix
+    x = backbone.prepare(photo)[None]
+    scaled = (x / 255 - torch.tensor(backbone.preprocessing["mean"]).reshape(3, 1, 1)) / torch.tensor(
+        backbone.preprocessing["std"]
+    ).reshape(3, 1, 1)
+    with torch.no_grad():
+        output = model(pixel_values=scaled, output_hidden_states=True)
+    expected = output.last_hidden_state if layer is None else output.hidden_states[layer + 1]
+    if expected.ndim == 4:
+        expected = expected.flatten(2).transpose(1, 2)
+    got = torch.from_numpy(store.read())
+    if n_prefix:
+        got = torch.cat([torch.from_numpy(store["train"].prefix(0, 1)).float(), got], dim=1)
+    assert got.shape == expected.shape
+    assert (got - expected).norm() <= 1e-3 * expected.norm()
+    if layer is None or kind != "convnext":
+        assert store.grid == grid
+
+
+def test_inner_layers_in_several_threads(tmp_path: Path, photos: Path) -> None:
+    """Hidden states of one batch must not get into another's."""
+    save(tmp_path / "model", "dinov2")
+    backbone = open_backbone(f"hf:{tmp_path / 'model'}", layer=1)
+    store = extract(photos, backbone, tmp_path / "out", batch_size=1, dtype="float32", standardize=False)
+    source = open_source(photos)
+    with torch.inference_mode():
+        for i in range(22):
+            expected = backbone(backbone.prepare(source.load("train", i))[None]).tokens[0].numpy()
+            np.testing.assert_allclose(store["train"][i], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_preprocessing_is_the_processors(tmp_path: Path, photo: Image.Image, kind: str) -> None:
+    save(tmp_path, kind)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor(photo, return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"][0]
+    got = open_backbone(f"hf:{tmp_path}").prepare(photo).numpy()
+    assert got.shape == expected.shape
+    # The processor may resize with another library: a level more or less.
+    assert np.abs(got - np.asarray(expected, dtype=float)).max() <= 2
+    larger = open_backbone(f"hf:{tmp_path}", image_size=56).prepare(photo)
+    assert larger.shape == (3, 56, 56)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"layer": 3}, r"layer=3: the layers of .* are 0 \.\. 2"), ({"crop_pct": 0.9}, "omit crop_pct")],
+)
+def test_errors(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    save(tmp_path, "vit")
+    with pytest.raises(InputError, match=message):
+        open_backbone(f"hf:{tmp_path}", **options)
+
+
+def test_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileFormatError, match="as a vision model"):
+        open_backbone(f"hf:{tmp_path}")
+
+
+def test_unreachable_hub_fails_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://192.0.2.1")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(HubError, match=r"cannot be reached.*hf:FOLDER"):
+        open_backbone("hf:facebook/dinov2-small")
+    assert time.monotonic() - start < 5
