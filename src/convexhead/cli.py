@@ -139,11 +139,12 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The main job on built-in data: digits through EfficientNet-Lite0, every head, one page."""
-    from convexhead.experiments.comparison import Settings
-    from convexhead.experiments.demo import run_demo
+    from dataclasses import replace
+
+    from convexhead.experiments.demo import DEMO, run_demo
 
     with _progress(as_json) as notify:
-        results = run_demo(out, settings=Settings(seeds=tuple(range(seeds))), notify=notify)
+        results = run_demo(out, settings=replace(DEMO, seeds=tuple(range(seeds))), notify=notify)
     _show_comparison(results, as_json)
 
 

@@ -247,9 +247,22 @@ def split_off_leading(
         krylov.step()
     x = krylov.vectors(start.shape[2])
     y = G.times(x, active) if G.on_values else G.transpose_times(x, active)
+    back = G.transpose_times(y, active) if G.on_values else G.times(y, active)
+    sigma = y.norm(dim=1)  # (j, m), falling
+    # Tail vectors have not settled, and what couples them to the rest would spoil the bound: keep as many as are worth it.
+    missed = (back - x @ (x.mT @ back)).norm(dim=1) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
+    coupling = missed.square().cumsum(1).sqrt()
+    rest = torch.cat([sigma[:, 1:], sigma[:, -1:]], dim=1)
+    top = sigma[:, :1].expand_as(sigma)
+    zero = torch.zeros_like(sigma)
+    bound = torch.linalg.matrix_norm(torch.stack([top, coupling, zero, rest], -1).unflatten(-1, (2, 2)), 2)
+    kept = bound.argmin(dim=1, keepdim=True) >= torch.arange(sigma.shape[1], device=sigma.device)
     A, B = G.R.new_zeros(len(near), G.p, x.shape[2]), G.R.new_zeros(len(near), G.q, x.shape[2])
-    A[active], B[active] = (torch.linalg.qr(y).Q, x) if G.on_values else (x, torch.linalg.qr(y).Q)
-    return Deflated(G, A, B), float(torch.linalg.matrix_norm(y, 2).max())
+    other = torch.linalg.qr(y).Q  # of nested spans: dropping the tail of both sides keeps them matched
+    A[active], B[active] = (other, x) if G.on_values else (x, other)
+    mask = torch.zeros(len(near), 1, x.shape[2], dtype=torch.bool, device=x.device)
+    mask[active] = kept.unsqueeze(1)
+    return Deflated(G, A * mask, B * mask), float(sigma.max())
 
 
 def top_singular(
