@@ -159,13 +159,15 @@ def test_truncated_solves_are_honest(drawn):
 def check_solve(drawn: Draw) -> None:
     """One solve by the drawn route, judged by the oracle."""
     instance = drawn.instance()
+    # The Krylov bound is not meant for matrices this small and may never be tight enough to end a solve.
+    max_time = 0.2 if drawn.krylov and drawn.max_time is None else drawn.max_time
     with drawn.routes():
         solution = solve(
             instance.problem,
             instance.beta,
             tol=drawn.tol,
             max_heads=drawn.max_heads,
-            max_time=drawn.max_time,
+            max_time=max_time,
             generator=torch.Generator().manual_seed(drawn.seed),
         )
     truth = find_optimum(instance, solution.atoms)

@@ -193,5 +193,5 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
         raise ValueError("weights do not have the shapes that config.json states")
     estimator.mixing_ = [mixing[block == j] for j in range(n_blocks)]
     estimator.values_ = [values[block == j] for j in range(n_blocks)]
-    estimator.singular_values_ = [np.square(u).reshape(len(u), -1).sum(1) for u in estimator.mixing_]
+    estimator.singular_values_ = [np.square(u).sum(axis=tuple(range(1, u.ndim))) for u in estimator.mixing_]
     return estimator

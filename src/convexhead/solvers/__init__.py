@@ -66,7 +66,7 @@ def solve(
     monitor = Monitor(max_time, callback)
     monitor.dual = known_dual
     method: Fista | ColumnGeneration | RidgeDescent | None = None
-    model, dual, target, stop = start or problem.empty(), known_dual, 0.7 * tol, Stop.STALLED
+    model, dual, target, stop = start or problem.empty(), known_dual, 0.6 * tol, Stop.STALLED
     certificate: Certificate | None = None
     try:
         for _ in range(MAX_ATTEMPTS):

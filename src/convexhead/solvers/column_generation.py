@@ -17,6 +17,8 @@ feasible point, and quasi-Newton steps that still swing around the optimum avera
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from scipy.optimize import minimize_scalar
@@ -52,6 +54,8 @@ class ColumnGeneration:
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     max_rounds = 2000
+    patience: ClassVar = {torch.float32: 15, torch.float64: 60}
+    """Rounds without a better gap after which a precision has given what it can."""
     memory = 0.85
     """Weight of the past in the running average of outputs."""
 
@@ -87,12 +91,16 @@ class ColumnGeneration:
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
-        stuck, gap = 0, 1.0
+        stuck, gap, best, since = 0, 1.0, float("inf"), 0
+        patience = self.patience[self.problem.dtype]
         for _ in range(self.max_rounds):
             pruned = self._prune(min(0.02, 2 * gap))
             gap, new = self._price()
             if gap <= target:
                 return Stop.CONVERGED
+            best, since = (gap, 0) if gap < 0.95 * best else (best, since + 1)
+            if since > patience:
+                return Stop.STALLED
             if new is None and not len(self.atoms()):
                 return Stop.STALLED
             if new is not None and pruned:

@@ -1,0 +1,167 @@
+"""The command line on a real folder of images: each step one command, exit codes, JSON, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+from convexhead import cli
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes of 8 x 8 images that differ in where their colour sits."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 30), ("test", 8)):
+        for c, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (8, 8, 3))
+                corner = (slice(0, 4), slice(4, 8))[i % 2]
+                pixels[corner, corner, c] += 110
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    call(
+        "extract",
+        photos,
+        "--backbone",
+        "patches:4",
+        "--out",
+        folder / "tokens",
+        "--channels",
+        11,
+        "--reduce",
+        "pca",
+        "--constant",
+    )
+    return folder
+
+
+def call(*arguments):
+    """Run the command line in this process; its exit code."""
+    sys.argv = ["convexhead", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def call_json(capsys, *arguments):
+    capsys.readouterr()
+    assert call(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_from_images_to_an_audit(work, capsys):
+    store = work / "tokens"
+    info = call_json(capsys, "store", "info", store)
+    assert info["images"] == {"train": 90, "test": 24}
+    assert (info["tokens"], info["channels"]) == (4, 12)
+
+    fitted = call_json(capsys, "fit", store, "--out", work / "run", "--beta-ratio", 0.05)
+    assert fitted["certificate"]["converged"]
+    assert fitted["certificate"]["relative_gap"] <= 1e-3
+
+    score = call_json(capsys, "evaluate", work / "run", store)
+    assert score["images"] == 24
+    assert score["top1"] > 0.6
+
+    trained = call_json(
+        capsys, "twin", store, "--out", work / "adam", "--beta-ratio", 0.05, "--epochs", 20, "--heads", 6
+    )
+    assert trained["beta"] == pytest.approx(fitted["beta"])
+    loose = call_json(capsys, "audit", work / "adam", store)["certificate"]
+    tight = call_json(capsys, "audit", work / "adam", store, "--reference", work / "run")["certificate"]
+    assert fitted["certificate"]["dual"] <= tight["dual"] <= fitted["certificate"]["primal"]
+    assert 0 <= tight["gap"] <= loose["gap"]
+
+    path = call_json(capsys, "path", store, "--beta-ratios", "0.3,0.1", "--out", work / "best")
+    assert [row["beta_ratio"] for row in path["rows"]] == [0.3, 0.1]
+    assert call_json(capsys, "evaluate", work / "best", store, "--split", "train")["images"] == 90
+
+    assert call_json(capsys, "store", "verify", store)["intact"]
+    assert call("store", "export", store, "--out", work / "arrays") == 0
+    assert np.load(work / "arrays" / "train-tokens.npy", allow_pickle=False).shape == (90, 4, 12)
+
+
+def test_compare_writes_a_page(work, capsys):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    out = work / "comparison"
+    result = call_json(
+        capsys, "compare", work / "tokens", "--out", out, "--heads", "mlp,linear", "--beta-ratios", "0.1", "--seeds", 1
+    )
+    assert [(row["head"], row["activation"]) for row in result["rows"]] == [
+        ("mlp", "linear"),
+        ("linear", "linear"),
+        ("mlp", "gated-relu"),
+    ]
+    for row in result["rows"]:
+        assert row["certificate"]["converged"]
+        assert row["twin"]["runs"][0]["objective"] >= row["certificate"]["dual"]
+    assert "</html>" in (out / "index.html").read_text()
+    assert {"results.json", "table.md", "table.csv", "models", "figures"} <= {p.name for p in out.iterdir()}
+
+
+def test_tables_for_people(work, capsys):
+    assert call("path", work / "tokens", "--beta-ratios", "0.3", "--head", "mlp") == 0
+    assert call("store", "info", work / "tokens") == 0
+    out = capsys.readouterr().out
+    assert "validation" in out
+    assert "patches:4" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("fit", "nowhere", "--out", "x"), 1, "nowhere"),
+        (("fit", "STORE", "--out", "x", "--head", "self-atention"), 1, "did you mean 'self-attention'"),
+        (("fit", "STORE", "--out", "x", "--beta-ratio", "-1"), 1, "beta_ratio must be a positive number"),
+        (("fit", "STORE"), 2, "--out"),
+        (("fit", "STORE", "--out", "x", "--tol", "small"), 2, "--tol"),
+        (("nonsense",), 2, "nonsense"),
+        (("path", "STORE", "--beta-ratios", "a,b"), 1, "numbers separated by commas"),
+        (("evaluate", "nowhere", "STORE"), 1, "not a model folder"),
+        (("evaluate", "RUN", "STORE", "--split", "val"), 1, "no split 'val', only train, test"),
+        (("audit", "RUN", "STORE", "--reference", "nowhere"), 1, "not a model folder"),
+        (("compare", "STORE", "--out", "x", "--heads", "mpl"), 1, "did you mean 'mlp'"),
+        (("extract", "nowhere", "--out", "x"), 1, "nowhere"),
+        (("extract", "PHOTOS", "--out", "x", "--backbone", "patch:4"), 1, "patches"),
+        (("extract", "PHOTOS", "--out", "x", "--reduce", "ica"), 2, "ica"),
+        (("store", "verify", "PHOTOS"), 1, "token store"),
+    ],
+)
+def test_errors_are_one_line(work, photos, capsys, tmp_path, monkeypatch, arguments, code, message):
+    if not (work / "run").exists():
+        call("fit", work / "tokens", "--out", work / "run")
+    monkeypatch.chdir(tmp_path)
+    places = {"STORE": work / "tokens", "RUN": work / "run", "PHOTOS": photos}
+    capsys.readouterr()
+    assert call(*(places.get(a, a) for a in arguments)) == code
+    printed = capsys.readouterr().err.strip()
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "a failed command left something behind"
+
+
+def test_a_real_process():
+    run = subprocess.run(
+        [sys.executable, "-m", "convexhead", "--version"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert run.stdout.strip().count(".") == 2
