@@ -8,6 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+
+import convexhead as ch
 
 pytest.importorskip("PIL")
 from PIL import Image
@@ -98,6 +101,16 @@ def test_from_images_to_an_audit(work, capsys):
     assert call_json(capsys, "store", "verify", store)["intact"]
     assert call("store", "export", store, "--out", work / "arrays") == 0
     assert np.load(work / "arrays" / "train-tokens.npy", allow_pickle=False).shape == (90, 4, 12)
+
+
+def test_an_exported_module_takes_raw_tokens(work):
+    if not (work / "run").exists():
+        call("fit", work / "tokens", "--out", work / "run")
+    view = ch.TokenStore.open(work / "tokens")["test"]
+    clf = ch.load(work / "run")
+    module = clf.to_module(raw_tokens=True)
+    logits = module(torch.from_numpy(view.raw(0, 24).astype(np.float32))).detach().numpy()
+    np.testing.assert_allclose(logits, clf.decision_function(view), atol=1e-4)
 
 
 def test_compare_writes_a_page(work, capsys):

@@ -120,6 +120,7 @@ def certify(
     if not all(bool(torch.isfinite(part).all()) for part in (atoms.U, atoms.V, atoms.intercept)):
         raise InputError("the weights contain NaN or infinity: the training they come from diverged")
     known = lower_bound.dual if isinstance(lower_bound, Certificate) else lower_bound
+    known_failure = lower_bound.failure_probability if isinstance(lower_bound, Certificate) else 0.0
     generator = None if random_state is None else torch.Generator().manual_seed(random_state)
     return certify_atoms(
         problem,
@@ -127,6 +128,7 @@ def certify(
         float(beta),
         tol=tol,
         known_dual=-math.inf if known is None else float(known),
+        known_failure=known_failure,
         generator=generator,
     )
 

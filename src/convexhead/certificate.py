@@ -101,6 +101,7 @@ def certify_atoms(
     *,
     tol: float,
     known_dual: float = -math.inf,
+    known_failure: float = 0.0,
     witness: Float[Tensor, "n r c"] | None = None,
     failure_probability: float = 1e-6,
     generator: torch.Generator | None = None,
@@ -114,8 +115,9 @@ def certify_atoms(
         Of any precision; the certificate is computed from its tokens in float64.
     tol : float
         The relative gap asked for: sets how hard σ is bounded, and `Certificate.converged`.
-    known_dual : float
-        A lower bound on the optimum that was certified before; the better one is kept.
+    known_dual, known_failure : float
+        A lower bound on the optimum that was certified before, and its failure probability; the better bound is kept,
+        and both failures are reported.
     witness : Tensor (n, r, c) or None
         Outputs at which the dual point is taken, any at all: a solver may know better ones than the model's own.
     failure_probability : float
@@ -172,7 +174,7 @@ def certify_atoms(
         gap=gap,
         relative_gap=relative,
         sigma_slack=slack,
-        failure_probability=failure,
+        failure_probability=min(1.0, failure + known_failure),
         scope="global" if problem.masks is None else "sampled-gates",
         converged=relative <= tol,
     )
@@ -257,7 +259,9 @@ class _KrylovBound:
         found = krylov.values[:, -1].sqrt()
         inner = self.deflated.corners[krylov.blocks, 0]
         self.lower = max(self.lower, float(torch.maximum(inner, found).max()))
-        epsilon = relative_slack(self.order, krylov.steps, krylov.starts, self.failure)
+        # The caller may stop at any step that suits it, so all of them must hold at once: Σ_k 1/(k(k + 1)) = 1.
+        share = self.failure / (krylov.steps * (krylov.steps + 1))
+        epsilon = relative_slack(self.order, krylov.steps, krylov.starts, share)
         if epsilon < 1:
             upper = self.deflated.norm(found / math.sqrt(1 - epsilon), krylov.blocks)
             self.upper = max(self._settled, float(upper.max()))

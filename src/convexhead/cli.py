@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -196,6 +197,7 @@ def extract(
     constant: Annotated[bool, typer.Option(help="Append a channel of ones.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Precision of stored tokens.")] = Dtype.float16,
     batch_size: Annotated[Optional[int], typer.Option(help="Images a batch; default: chosen for the device.")] = None,
+    shard_size: Annotated[int, typer.Option(help="Images a shard: what a crash can lose.")] = 512,
     skip_broken: Annotated[bool, typer.Option(help="Leave out images that cannot be read.")] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -218,13 +220,18 @@ def extract(
             constant=constant,
             dtype=dtype.value,  # type: ignore[arg-type]
             batch_size=batch_size,
+            shard_size=shard_size,
             skip_broken=skip_broken,
             device=device,
             progress=lambda p: notify(
                 f"{p.split}, {p.images_per_second:.0f} images/s, {p.seconds_left:.0f} s left", p.done, p.total
             ),
         )
-    _show_store(store, as_json)
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process speaks for all
+        _show_store(store, as_json)
+        broken = [name for names in store.info()["broken"].values() for name in names]
+        if broken and not as_json:
+            errors.print(f"{len(broken)} broken images left out: {', '.join(map(escape, broken[:5]))} …")
 
 
 def _show_store(store: Any, as_json: bool) -> None:

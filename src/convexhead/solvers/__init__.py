@@ -16,6 +16,8 @@ from convexhead.solvers.ridge import RidgeDescent
 
 DENSE_FEATURES = 5e6
 """Numbers that the dense features may take."""
+FAILURE_PROBABILITY = 1e-6
+"""Of a solve's lower bound, over the random starts of all its certificates together."""
 MAX_ATTEMPTS = 20
 """Certificates asked for before a solve gives up; each asks the solver for half the gap of the one before."""
 DENSE_ORDER = 128
@@ -67,6 +69,8 @@ def solve(
     monitor.dual = known_dual
     method: Fista | ColumnGeneration | RidgeDescent | None = None
     model, dual, target, stop = start or problem.empty(), known_dual, 0.6 * tol, Stop.STALLED
+    failure = 0.0  # of all certificates so far, whose best bound is kept: their shares add up to less than the whole
+    share = FAILURE_PROBABILITY
     certificate: Certificate | None = None
     try:
         for _ in range(MAX_ATTEMPTS):
@@ -74,10 +78,20 @@ def solve(
                 method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
             stop = method.advance(target)
             model = _finish(problem, method.atoms(), tol, max_heads)
+            share /= 2
             certificate = certify_atoms(
-                problem, model, beta, tol=tol, known_dual=dual, witness=method.witness(), generator=generator
+                problem,
+                model,
+                beta,
+                tol=tol,
+                known_dual=dual,
+                known_failure=failure,
+                witness=method.witness(),
+                failure_probability=share,
+                generator=generator,
             )
             dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
+            failure = certificate.failure_probability
             if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
                 break
             if stop is Stop.STALLED:
@@ -95,7 +109,16 @@ def solve(
             model = _finish(problem, method.atoms(), tol, max_heads)
         certificate = None
     if certificate is None:
-        certificate = certify_atoms(problem, model, beta, tol=tol, known_dual=dual, generator=generator)
+        certificate = certify_atoms(
+            problem,
+            model,
+            beta,
+            tol=tol,
+            known_dual=dual,
+            known_failure=failure,
+            failure_probability=share / 2,
+            generator=generator,
+        )
     if certificate.converged:
         stop = Stop.CONVERGED
     return Solution(model, certificate, monitor.history, stop)

@@ -31,6 +31,7 @@ class SplitView:
     Attributes:
         grid: ``(h, w)`` with ``h * w = s``.
         class_names: what the labels mean.
+        reduction: what is applied on the way, or None.
         broken: names of the images that could not be read and were left out.
     """
 
@@ -44,7 +45,7 @@ class SplitView:
         self.broken = manifest.splits[split].broken
         self._folder = folder
         self._manifest = manifest
-        self._reduction = reduction
+        self.reduction = reduction
         self._rows = ShardedRows(folder, manifest.splits[split].shards)
         self._with_class_token = False
 
@@ -55,7 +56,7 @@ class SplitView:
     def shape(self) -> tuple[int, int, int]:
         """``(n, s, d)`` after reduction."""
         s, d = self._manifest.shape
-        return len(self), s + self._with_class_token, self._reduction.channels if self._reduction else d
+        return len(self), s + self._with_class_token, self.reduction.channels if self.reduction else d
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,7 +92,7 @@ class SplitView:
         if self._with_class_token:
             first = self._rows.take("prefix", rows)[..., :1, :]
             tokens = np.concatenate([first, tokens], axis=-2)
-        return self._reduction.apply(tokens) if self._reduction else tokens.astype(np.float32, copy=False)
+        return self.reduction.apply(tokens) if self.reduction else tokens.astype(np.float32, copy=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
