@@ -2,9 +2,9 @@
 
     min_Z  (1/n) Σ_i ce(Φ_i Z, y_i) + β ‖Z‖_*            Z (p, e·c),  Φ (n, p·e) dense
 
-Constant step from the Lipschitz constant ``‖Φ‖² / (2 n)``, momentum with gradient restart (O'Donoghue & Candès 2015), an
-exact SVD in every proximal step, float64. Every ten iterations a duality gap: the residuals at the iterate, scaled
-until the gradient's spectral norm is at most β.
+Momentum with gradient restart (O'Donoghue & Candès 2015), an exact SVD in every proximal step, float64; the step is
+constant, from the Lipschitz constant ``‖Φ‖² / (2 n)``, or adaptive, by backtracking. Every ten iterations a duality
+gap: the residuals at the iterate, scaled until the gradient's spectral norm is at most β.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def cross_entropy(f: Tensor, y: Tensor) -> float:
     return float((torch.logsumexp(f, 1) - (f * y).sum(1)).mean())
 
 
-def fista(features: Tensor, Y: Tensor, p: int, beta: float, tol: float, max_iterations: int = 100_000) -> Result:
+def fista(
+    features: Tensor, Y: Tensor, p: int, beta: float, tol: float, *, adaptive: bool, max_iterations: int = 100_000
+) -> Result:
     """Until the relative gap is certified to be at most ``tol``.
 
     Parameters
@@ -47,20 +49,32 @@ def fista(features: Tensor, Y: Tensor, p: int, beta: float, tol: float, max_iter
         One-hot labels.
     p : int
         Rows of ``Z``.
+    adaptive : bool
+        Follow the local curvature by backtracking instead of the constant step.
     """
-    n, c = Y.shape
-    w = features.shape[1]
+    (n, c), w = Y.shape, features.shape[1]
     gram = features.T @ features if n > w else features @ features.T
-    step = 2 * n / float(torch.linalg.eigvalsh(gram)[-1])
-    Z = torch.zeros(p, w // p * c, dtype=features.dtype)
-    f = torch.zeros_like(Y)
+    lipschitz = float(torch.linalg.eigvalsh(gram)[-1]) / (2 * n)
+    curvature = lipschitz / 8 if adaptive else lipschitz
+    Z, f = features.new_zeros(p, w // p * c), torch.zeros_like(Y)
     E, fE, momentum, dual = Z, f, 1.0, -math.inf
     for iteration in range(max_iterations):
         R = (torch.softmax(fE, 1) - Y) / n
-        left, sigma, right = torch.linalg.svd(E - step * (features.T @ R).view(Z.shape), full_matrices=False)
-        sigma = (sigma - step * beta).clamp_min(0)
-        new = (left * sigma) @ right
-        f_new = features @ new.view(w, c)
+        G = (R.T @ features).T.reshape(Z.shape)  # much faster than features.T @ R in this shape
+        while True:
+            left, sigma, right = torch.linalg.svd(E - G / curvature, full_matrices=False)
+            sigma = (sigma - beta / curvature).clamp_min(0)
+            new = (left * sigma) @ right
+            f_new = features @ new.view(w, c)
+            if not adaptive or curvature >= lipschitz:
+                break
+            step = new - E
+            rise = cross_entropy(f_new, Y) - cross_entropy(fE, Y) - float((G * step).sum())
+            if rise <= curvature / 2 * float(step.square().sum()) + 1e-15:
+                break
+            curvature = min(1.5 * curvature, lipschitz)
+        if adaptive:
+            curvature /= 1.02
         if float(((E - new) * (new - Z)).sum()) > 0:
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
@@ -70,7 +84,7 @@ def fista(features: Tensor, Y: Tensor, p: int, beta: float, tol: float, max_iter
         if iteration % 10 == 9:
             objective = cross_entropy(f, Y) + beta * float(sigma.sum())
             R = torch.softmax(f, 1) - Y
-            norm = float(torch.linalg.matrix_norm((features.T @ R / n).view(Z.shape), 2))
+            norm = float(torch.linalg.matrix_norm((R.T @ features).T.reshape(Z.shape) / n, 2))
             q = Y + min(1.0, beta / norm) * R
             dual = max(dual, -float(torch.xlogy(q, q).sum(1).mean()))
             gap = (objective - dual) / objective

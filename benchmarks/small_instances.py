@@ -16,22 +16,23 @@ from dataclasses import dataclass
 from functools import partial
 
 import cvxpy as cp
-import numpy as np
 import torch
-from common import hardware, spread, timed, write_csv
-from fista_baseline import attention_features, cross_entropy, fista
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from common import hardware, spread, timed, write_csv
 from convexhead.activation import make_activation
 from convexhead.heads import make_head
 from convexhead.losses import CrossEntropy
 from convexhead.problem import Problem
 from convexhead.solvers import solve
+from fista_baseline import attention_features, cross_entropy, fista
 
 TOL = 1e-5
 EPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Tolerances tried with CVXPY's solvers, loosest first."""
+PATIENCE = 600.0
+"""Seconds of such trials after which a solver is given up."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ def instances(quick: bool) -> list[Instance]:
     ]
 
 
-RANK_28_SEED = 0
+RANK_28_SEED = 7
 """Seed whose optimum has rank 28 (or nearest): the problem that defeats factored training with few heads."""
 
 
-# -- competitors ---------------------------------------------------------------------------------------------------------
+# -- competitors --------------------------------------------------------------------------------
 def ours(instance: Instance, dtype: torch.dtype = torch.float64) -> Outcome:
     """`convexhead.solvers.solve` from the tokens."""
     X, Y = instance.X, instance.Y
@@ -115,9 +116,10 @@ def ours(instance: Instance, dtype: torch.dtype = torch.float64) -> Outcome:
     return Outcome(Z, solution.certificate.relative_gap, f"tol={TOL:g}")
 
 
-def restarted_fista(instance: Instance) -> Outcome:
+def restarted_fista(instance: Instance, *, adaptive: bool) -> Outcome:
     """`fista_baseline`, its features included."""
-    result = fista(attention_features(instance.X), instance.Y, instance.X.shape[2] ** 2, instance.beta, TOL)
+    features, p = attention_features(instance.X), instance.X.shape[2] ** 2
+    result = fista(features, instance.Y, p, instance.beta, TOL, adaptive=adaptive)
     return Outcome(result.Z, result.relative_gap, f"tol={TOL:g}; {result.iterations} iterations")
 
 
@@ -130,7 +132,7 @@ def cvxpy(instance: Instance, solver: str, eps: float) -> Outcome:
     data = (cp.sum(cp.log_sum_exp(f, axis=1)) - cp.sum(cp.multiply(Y, f))) / n
     problem = cp.Problem(cp.Minimize(data + instance.beta * cp.normNuc(Z)))
     options = (
-        {"eps_abs": eps, "eps_rel": eps, "max_iters": 200_000}
+        {"eps_abs": eps, "eps_rel": eps, "max_iters": 200_000, "time_limit_secs": PATIENCE}
         if solver == "SCS"
         else {"tol_gap_abs": eps, "tol_gap_rel": eps, "tol_feas": eps}
     )
@@ -144,7 +146,7 @@ def objective(instance: Instance, Z: Tensor) -> float:
     return cross_entropy(f, instance.Y) + instance.beta * float(torch.linalg.matrix_norm(Z, "nuc"))
 
 
-# -- the run -------------------------------------------------------------------------------------------------------------
+# -- the run --------------------------------------------------------------------------------
 def measure(run: Callable[[], Outcome], runs: int = 7) -> tuple[list[float], Outcome]:
     """Times of one warm-up-free series; a single run where that takes more than 10 s."""
     seconds, outcome = timed(run)
@@ -154,16 +156,20 @@ def measure(run: Callable[[], Outcome], runs: int = 7) -> tuple[list[float], Out
     return again, outcome
 
 
-def loosest(instance: Instance, solver: str, optimum: float) -> tuple[float, float, Outcome] | None:
-    """The loosest tolerance that is good enough, the seconds it took, and the outcome."""
+def loosest(instance: Instance, solver: str, optimum: float) -> tuple[float, float, Outcome] | str:
+    """The loosest tolerance that is good enough, the seconds it took, and the outcome; else why there is none."""
+    spent = 0.0
     for eps in EPS:
         try:
             seconds, outcome = timed(partial(cvxpy, instance, solver, eps))
-        except cp.SolverError:
-            continue
+        except cp.SolverError as error:
+            return f"failed at eps={eps:g}: {error}"
         if objective(instance, outcome.Z) - optimum <= TOL * optimum:
             return eps, seconds, outcome
-    return None
+        spent += seconds
+        if spent > PATIENCE:
+            return f"not within 1e-5 of the optimum after {spent:.0f} s of tolerances down to {eps:g}"
+    return f"no tolerance down to {EPS[-1]:g} came within 1e-5 of the optimum"
 
 
 def row(instance: Instance, solver: str, seconds: list[float], outcome: Outcome) -> dict[str, object]:
@@ -183,8 +189,11 @@ def row(instance: Instance, solver: str, seconds: list[float], outcome: Outcome)
 
 def benchmark(instance: Instance) -> list[dict[str, object]]:
     """All competitors on one problem."""
-    runs: dict[str, Callable[[], Outcome]] = {"convexhead": partial(ours, instance)}
-    runs["fista-restart"] = partial(restarted_fista, instance)
+    runs: dict[str, Callable[[], Outcome]] = {
+        "convexhead": partial(ours, instance),
+        "fista-restart": partial(restarted_fista, instance, adaptive=False),
+        "fista-restart-adaptive": partial(restarted_fista, instance, adaptive=True),
+    }
     rows = [row(instance, solver, *measure(run)) for solver, run in runs.items()]
     optimum = min(float(str(r["objective"])) for r in rows)
     for solver, wanted in (("SCS", instance.scs), ("CLARABEL", not instance.clarabel)):
@@ -193,9 +202,8 @@ def benchmark(instance: Instance) -> list[dict[str, object]]:
             rows.append({"instance": rows[0]["instance"], "solver": solver.lower(), "settings": reason})
             continue
         found = loosest(instance, solver, optimum)
-        if found is None:
-            reason = f"no tolerance down to {EPS[-1]:g} came within 1e-5 of the optimum"
-            rows.append({"instance": rows[0]["instance"], "solver": solver.lower(), "settings": reason})
+        if isinstance(found, str):
+            rows.append({"instance": rows[0]["instance"], "solver": solver.lower(), "settings": found})
             continue
         eps, first, outcome = found
         seconds = [first] if first > 10 else measure(partial(cvxpy, instance, solver, eps), runs=5)[0]
@@ -203,7 +211,7 @@ def benchmark(instance: Instance) -> list[dict[str, object]]:
     fastest = float(str(rows[0]["seconds_median"]))
     for r in rows:
         r["ratio_to_ours"] = f"{float(str(r['seconds_median'])) / fastest:.3g}" if "seconds_median" in r else ""
-        print("  ".join(f"{r.get(key, ''):>12}" for key in SHOWN), flush=True)
+        print("  ".join(f"{r.get(key, ''):>14}" for key in SHOWN), flush=True)
     return rows
 
 
@@ -216,7 +224,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    np.set_printoptions(precision=4)
     machine = hardware("cvxpy", "scs", "clarabel") | {"dtype": "float64"}
     print(machine)
     rows = []

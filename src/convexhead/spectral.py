@@ -249,7 +249,7 @@ def split_off_leading(
     y = G.times(x, active) if G.on_values else G.transpose_times(x, active)
     back = G.transpose_times(y, active) if G.on_values else G.times(y, active)
     sigma = y.norm(dim=1)  # (j, m), falling
-    # Tail vectors have not settled, and what couples them to the rest would spoil the bound: keep as many as are worth it.
+    # Tail vectors have not settled, and what couples them to the rest would spoil the bound: keep as many as pay.
     missed = (back - x @ (x.mT @ back)).norm(dim=1) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
     coupling = missed.square().cumsum(1).sqrt()
     rest = torch.cat([sigma[:, 1:], sigma[:, -1:]], dim=1)

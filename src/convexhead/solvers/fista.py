@@ -61,7 +61,7 @@ class Fista:
         for iteration in range(self.max_iterations):
             FY, R = self.problem.data_term(fY), self.problem.residual(fY)
             G = self.dense.gradient(R)
-            gb = self.omega * R.sum((0, 1)) if self.problem.fit_intercept else torch.zeros_like(yb)
+            gb = self.omega * R.sum((0, 1)) if self.problem.fit_intercept else None
             if iteration % self.check_every == 0:
                 gap, rank = self._gap(f, fY, G)
                 if gap <= target:
@@ -77,20 +77,24 @@ class Fista:
                 wait -= 1
             while True:
                 Z = self._prox(Y - G / self.L, self.beta / self.L)
-                b = yb - gb / self.L
+                b = yb if gb is None else yb - gb / self.L
                 f_new = self._outputs(Z, b)
-                dZ, db = Z - Y, b - yb
-                square = float(dZ.square().sum() + db.square().sum())
-                decrease = self.problem.data_term(f_new) - FY - float((G * dZ).sum() + gb @ db)
+                moved = (Z - Y).flatten()
+                square, along = float(moved @ moved), float(G.flatten() @ moved)
+                if gb is not None:
+                    square, along = square + float((b - yb).square().sum()), along + float(gb @ (b - yb))
+                decrease = self.problem.data_term(f_new) - FY - along
                 if decrease <= self.L / 2 * square + 1e-14 * abs(FY):
                     break
                 self.L *= 1.5
             self.L /= 1.02
-            if float((dZ * (Z - self.Z)).sum() + db @ (b - self.b)) < 0:
+            last = Z - self.Z
+            if float(moved @ last.flatten()) + float((b - yb) @ (b - self.b)) < 0:
                 momentum = 1.0
             following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
             weight, momentum = (momentum - 1) / following, following
-            Y, yb, fY = Z + weight * (Z - self.Z), b + weight * (b - self.b), f_new + weight * (f_new - f)
+            Y, fY = torch.add(Z, last, alpha=weight), torch.lerp(f, f_new, 1 + weight)
+            yb = b + weight * (b - self.b)
             self.Z, self.b, f = Z, b, f_new
             if self.monitor.out_of_time():
                 return Stop.TIME
@@ -123,7 +127,7 @@ class Fista:
         descent = FactoredDescent(self.dense, self._factors(), self.beta)
         for iteration in range(1, iterations + 1):
             moved = descent.step()
-            if iteration % 5 == 0 or not moved:
+            if iteration % 8 == 0 or not moved:
                 f, G = self.dense.last
                 dual = scaled_dual(self.problem, f, float(singular_values(G).max()), self.beta)
                 gap = self.monitor.record(descent.value, dual, len(descent.atoms))

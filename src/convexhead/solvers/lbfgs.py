@@ -1,6 +1,11 @@
 """Limited-memory BFGS on a flat vector, one evaluation at a time.
 
-The two-loop recursion (Nocedal & Wright 2006, algorithm 7.4) with a line search for the weak Wolfe conditions by
+The inverse Hessian estimate is kept in its compact form (Byrd, Nocedal & Schnabel 1994, theorem 2.2): with steps ``S``
+and gradient differences ``Y`` as rows, ``R`` the upper triangle of ``S Yᵀ`` and ``D`` its diagonal,
+
+    H g = γ g + Sᵀ a − γ Yᵀ u,    u = R⁻¹ S g,    a = R⁻ᵀ ((D + γ Y Yᵀ) u − γ Y g),
+
+four matrix-vector products instead of a chain of dot products. The line search is for the weak Wolfe conditions, by
 bracketing and safeguarded cubic steps. The caller owns the loop: `LBFGS.step` makes one accepted iterate, so clocks,
 checks and interrupts need no hooks in here.
 """
@@ -8,7 +13,6 @@ checks and interrupts need no hooks in here.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -16,6 +20,55 @@ from jaxtyping import Float
 from torch import Tensor
 
 Vector = Float[Tensor, " m"]
+
+
+class Pairs:
+    """The last ``memory`` pairs of steps and gradient differences, oldest overwritten first."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.clear()
+
+    def clear(self) -> None:
+        self.S = self.Y = torch.empty(0, 0)
+        self.order: list[int] = []
+        self.SY = self.YY = torch.zeros(self.memory, self.memory, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def append(self, s: Vector, y: Vector) -> None:
+        if not self.order:
+            self.S = s.new_empty(self.memory, len(s))
+            self.Y = s.new_empty(self.memory, len(s))
+            self.SY, self.YY = torch.zeros_like(self.SY), torch.zeros_like(self.YY)
+        row = len(self.order) if len(self.order) < self.memory else self.order.pop(0)
+        self.S[row], self.Y[row] = s, y
+        self.order.append(row)
+        filled = len(self.order)
+        self.SY[:filled, row] = (self.S[:filled] @ y).double().cpu()
+        self.SY[row, :filled] = (self.Y[:filled] @ s).double().cpu()
+        self.YY[:filled, row] = self.YY[row, :filled] = (self.Y[:filled] @ y).double().cpu()
+
+    def moved(self, move: Callable[[Vector], Vector]) -> list[tuple[Tensor, Tensor]]:
+        """All pairs, oldest first, each through ``move``."""
+        return [(move(self.S[row]), move(self.Y[row])) for row in self.order]
+
+    def apply(self, g: Vector) -> Vector:
+        """``H g``."""
+        filled, order = len(self.order), self.order
+        SY, YY = self.SY[order][:, order], self.YY[order][:, order]
+        gamma = float(SY[-1, -1] / YY[-1, -1])
+        S, Y = self.S[:filled], self.Y[:filled]
+        Sg, Yg = (S @ g).double().cpu()[order], (Y @ g).double().cpu()[order]
+        R = torch.triu(SY)
+        u = torch.linalg.solve_triangular(R, Sg[:, None], upper=True)[:, 0]
+        inner = SY.diagonal() * u + gamma * (YY @ u - Yg)
+        a = torch.linalg.solve_triangular(R.T, inner[:, None], upper=False)[:, 0]
+        back = torch.empty(2, filled, dtype=torch.float64)
+        back[0, order], back[1, order] = a, gamma * u
+        back = back.to(g.device, g.dtype)
+        return gamma * g + S.T @ back[0] - Y.T @ back[1]
 
 
 class LBFGS:
@@ -45,41 +98,29 @@ class LBFGS:
         self.function, self.x = function, x
         self.value, self.gradient = function(x)
         self.evaluations = 1
-        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
+        self.pairs = Pairs(memory)
 
     def reshape(self, x: Vector, move: Callable[[Vector], Vector]) -> None:
         """Go on from ``x`` in another space; ``move`` takes remembered steps and gradient differences there."""
-        pairs = [(move(s), move(y)) for s, y, _ in self.pairs]
-        self.pairs.clear()
+        self._move_pairs(move)
         self.x = x
         self.value, self.gradient = self.function(x)
         self.evaluations += 1
-        for s, y in pairs:
-            self._remember(s, y)
 
     def rotate(self, move: Callable[[Vector], Vector]) -> None:
         """Change coordinates by an orthogonal map: everything remembered goes along, nothing is evaluated."""
+        self._move_pairs(move)
         self.x, self.gradient = move(self.x), move(self.gradient)
-        self.pairs = deque(((move(s), move(y), rho) for s, y, rho in self.pairs), maxlen=self.pairs.maxlen)
 
-    def direction(self) -> Vector:
-        """Minus the inverse Hessian estimate times the gradient."""
-        q = -self.gradient
-        coefficients = []
-        for s, y, rho in reversed(self.pairs):
-            a = rho * torch.dot(s, q)
-            q = q - a * y
-            coefficients.append(a)
-        if self.pairs:
-            s, y, rho = self.pairs[-1]
-            q = q / (rho * torch.dot(y, y))
-        for (s, y, rho), a in zip(self.pairs, reversed(coefficients), strict=True):
-            q = q + (a - rho * torch.dot(y, q)) * s
-        return q
+    def _move_pairs(self, move: Callable[[Vector], Vector]) -> None:
+        pairs = self.pairs.moved(move)
+        self.pairs.clear()
+        for s, y in pairs:
+            self._remember(s, y)
 
     def step(self) -> bool:
         """Move to the next iterate; False where no decrease can be found in this precision."""
-        d = self.direction()
+        d = -self.pairs.apply(self.gradient) if self.pairs else -self.gradient
         slope = float(torch.dot(d, self.gradient))
         if not slope < 0:
             if not self.pairs:
@@ -119,7 +160,7 @@ class LBFGS:
         """Keep a pair of positive curvature."""
         sy = float(torch.dot(s, y))
         if sy > torch.finfo(s.dtype).eps * float(s.norm() * y.norm()):
-            self.pairs.append((s, y, 1.0 / sy))
+            self.pairs.append(s, y)
 
 
 def _between(low: tuple[float, float, float], high: tuple[float, float, float]) -> float:
