@@ -216,7 +216,7 @@ def test_the_krylov_bound_is_never_below_the_norm():
             slacks.append(bound.upper / exact - 1)
     print(f"{comparisons} comparisons; slack: median {np.median(slacks):.2g}, largest {np.max(slacks):.2g}")
     assert comparisons > 500
-    assert len(slacks) > 60
+    assert len(slacks) > 40
 
 
 @pytest.mark.parametrize("starts", [1, 2, 8])
@@ -259,12 +259,13 @@ def test_the_krylov_certificate_is_below_the_optimum(name, activation, outputs, 
     grid, d, c = ((3, 3), 8, 8) if wide else ((2, 3), 6, 6)
     instance = make_instance(name, activation, outputs, n=40, grid=grid, d=d, c=c, seed=11)
     truth = instance.dense.solve_fista(accuracy=1e-7)
-    atoms, certificate = run(instance, tol=2e-2)
+    atoms, certificate = run(instance, tol=5e-2)
     assert certificate.dual <= truth.upper
     assert certificate.primal >= truth.lower
     assert certificate.sigma_slack >= 0
     assert 0 < certificate.failure_probability <= 1e-6
     assert certificate.converged or not wide
     monkeypatch.undo()
-    formed = certify_atoms(instance.problem, atoms, instance.beta, tol=2e-2)
-    assert formed.gap <= certificate.gap + 1e-9 * abs(truth.upper)
+    formed = certify_atoms(instance.problem, atoms, instance.beta, tol=5e-2)
+    assert formed.dual <= truth.upper
+    assert formed.primal == pytest.approx(certificate.primal, rel=1e-12)

@@ -68,7 +68,7 @@ def solve(
     monitor = Monitor(max_time, callback)
     monitor.dual = known_dual
     method: Fista | ColumnGeneration | RidgeDescent | None = None
-    model, dual, target, stop = start or problem.empty(), known_dual, 0.6 * tol, Stop.STALLED
+    model, dual, target, stop = start or _zero_model(problem), known_dual, 0.6 * tol, Stop.STALLED
     failure = 0.0  # of all certificates so far, whose best bound is kept: their shares add up to less than the whole
     share = FAILURE_PROBABILITY
     certificate: Certificate | None = None
@@ -122,6 +122,16 @@ def solve(
     if certificate.converged:
         stop = Stop.CONVERGED
     return Solution(model, certificate, monitor.history, stop)
+
+
+def _zero_model(problem: Problem) -> Atoms:
+    """No atoms, and the intercept that is best without any."""
+    model = problem.empty()
+    if problem.fit_intercept:
+        exact = problem.in_double()
+        f = torch.zeros(problem.n, problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
+        model.intercept = solve_intercept(exact.loss, f, exact.Y).to(problem.dtype)
+    return model
 
 
 def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -> Atoms:

@@ -95,7 +95,15 @@ class Solution:
 
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float:
-    """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate."""
+    """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate.
+
+    What an intercept leaves of ``Σ_i R_i`` is charged at the scale of the targets, or a solver would stop before it
+    has settled.
+    """
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
     Y = problem.Y.double()
-    return -float(problem.loss.conjugate(tau * problem.loss.residual(f.double(), Y), Y).mean())
+    g = tau * problem.loss.residual(f.double(), Y)
+    dual = -float(problem.loss.conjugate(g, Y).mean())
+    if problem.fit_intercept:
+        dual -= (1 + float(Y.abs().max())) * float(g.mean(0).sum(0).abs().sum())
+    return dual

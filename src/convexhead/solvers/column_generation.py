@@ -111,7 +111,10 @@ class ColumnGeneration:
             if self.monitor.out_of_time():
                 return Stop.TIME
             floor = 4 * torch.finfo(self.problem.dtype).eps * abs(before)
-            stuck = stuck + 1 if new is None and (not moved or before - self._descent.value <= floor) else 0
+            resting = not moved or before - self._descent.value <= floor
+            if resting:
+                self._average = None  # nothing to average out any more
+            stuck = stuck + 1 if new is None and resting else 0
             if stuck == 2:
                 full = self.max_heads is not None and len(self.atoms()) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
