@@ -31,8 +31,8 @@ from fista_baseline import attention_features, cross_entropy, fista
 TOL = 1e-5
 EPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Tolerances tried with CVXPY's solvers, loosest first."""
-PATIENCE = 600.0
-"""Seconds of such trials after which a solver is given up."""
+PATIENCE = 300.0
+"""Seconds of such trials after which a solver is given up, and the limit of each trial of SCS."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,8 @@ def cvxpy(instance: Instance, solver: str, eps: float) -> Outcome:
         else {"tol_gap_abs": eps, "tol_gap_rel": eps, "tol_feas": eps}
     )
     problem.solve(solver=solver, **options)
+    if Z.value is None:
+        raise cp.SolverError(problem.status)
     return Outcome(torch.as_tensor(Z.value), "", f"eps={eps:g}", f"{problem.solver_stats.solve_time:.4g}")
 
 
