@@ -6,13 +6,10 @@ Fenchel duality: for any weights, with ``R_i = ∇ℓ(f_i, y_i)/n`` and ``σ = m
 
 and ``gap = P − max_τ D(τ)``. Three things must be honest about it.
 
-* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise
-  approximate leading singular directions ``A_j, B_j`` are split off,
-
-      ‖G‖ ≤ ‖ [ ‖AᵀGB‖  ‖AᵀG(I − BBᵀ)‖ ; ‖(I − AAᵀ)GB‖  ‖(I − AAᵀ)G(I − BBᵀ)‖ ] ‖₂,
-
-  three of the four norms are computed, and the last is at most ``σ̂/√(1 − ε)`` from random starts (see `spectral`),
-  but with `failure_probability`. Splitting pays: what is left lies below β, so a crude ``ε`` will do.
+* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise its
+  approximate leading singular directions are split off, the norm of what is left is at most ``σ̂/√(1 − ε)`` from random
+  starts but with `failure_probability`, and the norms of all parts bound that of the whole (see `spectral.Deflated`).
+  Splitting pays: what is left lies below β, so a crude ``ε`` will do.
 * An unpenalised intercept needs ``Σ_i R_i = 0``. It is solved for, and what is left is charged for every ``b`` of a box
   ``|b_k| ≤ INTERCEPT_BOX``.
 * Rounding: ``σ`` is raised and ``D`` lowered by more than float64 can have lost.
@@ -153,13 +150,13 @@ def certify_atoms(
             best = dual.spectral(upper)
         else:
             failure = failure_probability
-            bound = _KrylovBound(G, directions, failure, generator)
+            bound = _KrylovBound(G, directions, tol, failure, generator)
             enough, steps = False, 0
             while bound.step() and not enough and (steps := steps + 1) < max_steps:
                 if bound.upper < math.inf:
                     reached = primal - dual.value(dual.largest(bound.upper)) <= tol * abs(primal)
-                    hopeless = primal - dual.value(dual.largest(bound.lower)) > tol * abs(primal)
-                    enough = reached or (hopeless and bound.upper <= 1.02 * bound.lower)
+                    hopeless = primal - dual.value(dual.largest(bound.floor)) > tol * abs(primal)
+                    enough = reached or (hopeless and bound.upper <= 1.01 * bound.floor)
             best = dual.spectral(bound.upper)
             slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
     terms = data_term + abs(best) + exact.n * float((R * exact.Y).abs().sum(2).mean())
@@ -235,6 +232,7 @@ class _KrylovBound:
         self,
         G: GradientMatrices,
         directions: Atoms,
+        tol: float,
         failure_probability: float,
         generator: torch.Generator | None,
     ) -> None:
@@ -244,7 +242,8 @@ class _KrylovBound:
         j = G.problem.n_blocks
         self.order, self.failure = G.order, failure_probability / j
         self.lower, self.upper, self._settled = 0.0, math.inf, 0.0
-        self.deflated, _ = split_off_leading(G, directions, extra=4, steps=3, generator=generator)
+        self.floor = 0.0  # what `upper` cannot fall below, as far as this splitting of directions goes
+        self.deflated = split_off_leading(G, directions, extra=4, steps=12, generator=generator, rtol=0.1 * tol)
         # Many starts share one pass over the tokens; with many blocks a pass is full already.
         starts = min(8 if j == 1 else 2, G.order)
         blocks = torch.arange(j, device=G.R.device)
@@ -257,8 +256,9 @@ class _KrylovBound:
             return False
         krylov.step()
         found = krylov.values[:, -1].sqrt()
-        inner = self.deflated.corners[krylov.blocks, 0]
+        inner = self.deflated.inner[krylov.blocks]
         self.lower = max(self.lower, float(torch.maximum(inner, found).max()))
+        self.floor = max(self._settled, float(self.deflated.norm(found, krylov.blocks).max()))
         # The caller may stop at any step that suits it, so all of them must hold at once: Σ_k 1/(k(k + 1)) = 1.
         share = self.failure / (krylov.steps * (krylov.steps + 1))
         epsilon = relative_slack(self.order, krylov.steps, krylov.starts, share)

@@ -53,6 +53,10 @@ class Loss(ABC):
         directions = torch.eye(len(zero), dtype=f.dtype, device=f.device)
         return torch.stack([torch.func.jvp(mean_residual, (zero,), (e,))[1] for e in directions])
 
+    def value_and_residual(self, f: Batch, y: Batch) -> tuple[Tensor, Batch]:
+        """Both at once, for losses that can share work between them."""
+        return self.value(f, y), self.residual(f, y)
+
     def scaled_domain(self, f: Batch, y: Batch) -> float:
         """The largest known ``τ ≥ 1`` with ``τ ∇ℓ(f_i, y_i)`` in the domain of ``ℓ*`` for every ``i``."""
         return 1.0
@@ -72,13 +76,17 @@ class CrossEntropy(Loss):
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         return torch.softmax(f, -1) - y
 
+    def value_and_residual(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(f, -1)
+        return -(y * log_p).sum((-2, -1)), log_p.exp() - y
+
     def mean_hessian(self, f: Tensor, y: Tensor) -> Tensor:
         p = torch.softmax(f, -1).flatten(0, 1)
         return (torch.diag(p.sum(0)) - p.T @ p) / len(f)
 
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
         p = y + g
-        tiny = 8 * torch.finfo(p.dtype).eps  # rounding may leave a probability this much outside [0, 1]
+        tiny = 64 * torch.finfo(p.dtype).eps  # rounding may leave a probability this much outside [0, 1]
         outside = (p < -tiny).any(-1) | ((p.sum(-1) - 1).abs() > tiny * p.shape[-1])
         return torch.where(outside, torch.inf, torch.xlogy(p.clamp_min(0), p.clamp_min(0)).sum(-1)).sum(-1)
 

@@ -14,8 +14,11 @@ Everything is one pass over the samples in batches, a few large matrix products 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,8 +28,21 @@ from convexhead.activation import Activation
 from convexhead.heads.base import Data, Head
 from convexhead.losses import Loss
 
-BATCH_NUMBERS = 4_000_000
-"""Numbers of workspace a batch may take; at float32 half of a usual last-level cache."""
+BATCH_BYTES = {"cpu": 2_000_000, "cuda": 1_000_000_000}
+"""Workspace that a batch may take: on a CPU what stays in the caches between the products of a pass."""
+
+
+def one_pass(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `Problem` that goes through the data, its large products in `Problem.products`."""
+
+    @wraps(method)
+    def run(self: Problem, *args: Any) -> Any:
+        if self.products == self.dtype:
+            return method(self, *args)
+        with torch.autocast(self.device.type, self.products):
+            return method(self, *args)
+
+    return run
 
 
 @dataclass
@@ -93,6 +109,11 @@ class Problem:
         Precision of the passes.
     reuse : bool
         Prepare the tokens once and keep the result (a solver's many passes); else prepare each batch anew.
+
+    Attributes
+    ----------
+    products : torch.dtype
+        Precision of the matrix products of a pass: ``dtype``, or bfloat16 after `with_half_products`.
     """
 
     def __init__(
@@ -110,13 +131,13 @@ class Problem:
     ) -> None:
         self.X, self.head, self.activation, self.loss = X, head, activation, loss
         self.targets, self.Y = Y, Y.to(X.device, dtype)
-        self.fit_intercept, self.dtype, self.device = fit_intercept, dtype, X.device
+        self.fit_intercept, self.dtype, self.products, self.device = fit_intercept, dtype, dtype, X.device
         self.n, self.c = len(X), Y.shape[-1]
         self.n_blocks = activation.n_blocks
         self.value_shape = (head.value_rows, self.c)
         output_mask = head.output_mask(self.c)
         self.output_mask = None if output_mask is None else output_mask.to(X.device, dtype)
-        step = max(1, BATCH_NUMBERS // (head.s * max(head.s, head.d)))
+        step = self._batch_size(head.s * max(head.s, head.d))
         slices = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
         if masks is None:
             packed = [activation.pack_masks(X[rows]) for rows in slices]
@@ -140,6 +161,21 @@ class Problem:
             reuse=reuse,
             masks=self.masks,
         )
+
+    def with_half_products(self) -> Problem | None:
+        """The same problem with its large products in bfloat16, weights and sums in float32: for rough early work.
+
+        None where nothing would be gained: hardware without bfloat16 products, other precisions, Fourier transforms.
+        """
+        data = self.data or {}
+        if self.dtype != torch.float32 or not data or any(value.is_complex() for value in data.values()):
+            return None
+        if not has_fast_bfloat16(self.device):
+            return None
+        half = copy(self)
+        half.products = torch.bfloat16
+        half.data = {key: value.bfloat16() for key, value in data.items()}
+        return half
 
     # -- shapes -------------------------------------------------------------------------------------------------------
     @property
@@ -167,7 +203,7 @@ class Problem:
     # -- passes over the data -----------------------------------------------------------------------------------------
     def batches(self, k: int) -> Iterator[tuple[slice, Data]]:
         """Slices of samples with their prepared data, sized for ``k`` atoms."""
-        size = max(8, BATCH_NUMBERS // max(1, self.activation.workspace(k)))
+        size = max(8, self._batch_size(self.activation.workspace(k)))
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
             if self.data is not None:
@@ -178,6 +214,11 @@ class Problem:
                 data["masks"] = self.masks[rows]
             yield rows, data
 
+    def _batch_size(self, numbers: int) -> int:
+        """Samples whose workspace of so many ``numbers`` each fits the budget."""
+        return max(1, BATCH_BYTES[self.device.type] // self.products.itemsize // max(1, numbers))
+
+    @one_pass
     def outputs(self, atoms: Atoms) -> Float[Tensor, "n r c"]:
         """``f`` of every sample."""
         f = atoms.intercept.expand(self.n, self.head.r, self.c).clone()
@@ -198,11 +239,10 @@ class Problem:
 
     def penalty(self, atoms: Atoms) -> float:
         """``½ Σ_k (‖U_k‖² + ‖V_k‖²)``, or ``½‖V‖²`` where the mixing is not learned."""
-        total = atoms.V.double().square().sum()
-        if self.head.learns_mixing:
-            total = total + atoms.U.double().square().sum()
-        return float(total) / 2
+        parts = [atoms.V, atoms.U] if self.head.learns_mixing else [atoms.V]
+        return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts) / 2
 
+    @one_pass
     def value_and_gradient(
         self, atoms: Atoms, beta: float
     ) -> tuple[float, Float[Tensor, "k ..."], Float[Tensor, "k e c"], Float[Tensor, " c"]]:
@@ -216,8 +256,9 @@ class Problem:
             flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
             f = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
             self.last_outputs[rows] = f
-            total += float(self.loss.value(f, self.Y[rows]).double().sum())
-            R = self.loss.residual(f, self.Y[rows]).flatten(0, 1) / self.n
+            loss, R = self.loss.value_and_residual(f, self.Y[rows])
+            total += float(loss.double().sum())
+            R = R.flatten(0, 1) / self.n
             gV += (flat.T @ R).view(gV.shape)
             gb += R.sum(0)
             if self.head.learns_mixing:
@@ -228,6 +269,7 @@ class Problem:
             gb = torch.zeros_like(gb)
         return total / self.n + beta * self.penalty(atoms), gU, self.mask_values(gV, atoms.block), gb
 
+    @one_pass
     def adjoint_times_values(
         self, R: Float[Tensor, "n r c"], V: Float[Tensor, "k e c"], block: Int[Tensor, " k"]
     ) -> Float[Tensor, "k ..."]:
@@ -239,6 +281,7 @@ class Problem:
             out += self.activation.mix_adjoint(data, T, block)
         return out
 
+    @one_pass
     def adjoint_times_mixing(
         self, R: Float[Tensor, "n r c"], U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
     ) -> Float[Tensor, "k e c"]:
@@ -272,6 +315,15 @@ class Problem:
         basis = torch.eye(q, dtype=self.dtype, device=self.device).view(q, *self.value_shape)
         parts = [self.adjoint_times_values(R, V, torch.full((len(V),), j, device=self.device)) for V in basis.split(64)]
         return torch.cat(parts).view(q, p).T
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices much faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without the instructions CPUs emulate them, several times slower than float32.
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported() for supported in known if supported is not None)
 
 
 def balance(atoms: Atoms, *, drop: float) -> tuple[Atoms, list[Tensor]]:

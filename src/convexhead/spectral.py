@@ -145,18 +145,33 @@ class BlockKrylov:
             self._projected[mask], self.values[mask], self._rotation[mask],
         )  # fmt: skip
 
+    def leading(self, count: int) -> tuple[Float[Tensor, "j k"], Float[Tensor, "j k"]]:
+        """The largest singular values found, at most ``count`` and falling, and how far each is from being one.
+
+        That is ``‖Gᵀa − σ b‖`` for the vectors ``a, b`` on the two sides, known without another product.
+        """
+        count = min(count, self.values.shape[1])
+        sigma = self.values[:, -count:].flip(1).sqrt()
+        residual = torch.linalg.qr(self._next).R @ self._rotation[:, -self.starts :, -count:].flip(2)
+        return sigma, residual.norm(dim=1) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
+
     def vectors(self, count: int) -> Float[Tensor, "j big k"]:
         """Ritz vectors of the ``count`` largest values, largest first."""
         return self._basis @ self._rotation[:, :, -count:].flip(2)
 
 
 class Deflated:
-    """``G_j`` with orthonormal directions ``A_j, B_j`` split off, for every block.
+    """``G_j`` with orthonormal directions ``A_j, B_j`` split off, for every block. In bases of ``A, B`` and the rest
 
-        ‖G‖ ≤ ‖ [ ‖AᵀGB‖  ‖AᵀG(I − BBᵀ)‖ ; ‖(I − AAᵀ)GB‖  ‖(I − AAᵀ)G(I − BBᵀ)‖ ] ‖₂
+        G = [ M  N ; P  Q ],   M = AᵀGB,   N = AᵀG(I − BBᵀ),   P = (I − AAᵀ)GB,   Q = (I − AAᵀ)G(I − BBᵀ).
 
-    whatever the directions are. Three of the norms are computed, `corners (j, 3)`; the fourth is that of the operator
-    whose Gram operator is `gram`. With the leading singular directions the second and third nearly vanish.
+    Only ``Q`` is large, and `gram` is its Gram operator. Whatever the directions are, for every ``η > 0``
+
+        ‖G‖ ≤ ‖P‖ + √ max( λ_max(MMᵀ + (1 + 1/η) NNᵀ), (1 + η) ‖Q‖² ),
+
+    since ``‖Mᵀa‖² + ‖Nᵀa + Qᵀb‖² ≤ aᵀ(MMᵀ + (1 + 1/η) NNᵀ)a + (1 + η) ‖Qᵀb‖²``. With ``A`` spanning ``G B``, ``P``
+    vanishes; with the leading singular directions ``N`` nearly does, and where it does not, among the last of them,
+    ``M`` is small.
 
     Parameters
     ----------
@@ -169,38 +184,61 @@ class Deflated:
         self.G, self.A, self.B = G, A, B
 
     @cached_property
-    def corners(self) -> Float[Tensor, "j 3"]:
-        """``‖AᵀGB‖``, ``‖AᵀG(I − BBᵀ)‖`` and ``‖(I − AAᵀ)GB‖`` of each block."""
+    def corners(self) -> tuple[Float[Tensor, "j m m"], Float[Tensor, "j m m"], Float[Tensor, " j"]]:
+        """``MMᵀ``, ``NNᵀ`` and ``‖P‖`` of each block."""
         problem, (j, _, m) = self.G.problem, self.A.shape
-        if m == 0:
-            return self.A.new_zeros(j, 3)
         AtG, GB = self.A.new_zeros(j, m, self.G.q), self.A.new_zeros(j, m, self.G.p)
         used = (self.A != 0).any(1)  # (j, m)
         block = used.nonzero()[:, 0]
-        U = self.A.mT[used].view(-1, *problem.head.mixing_shape)
-        V = self.B.mT[used].view(-1, *problem.value_shape)
-        GB[used] = problem.adjoint_times_values(self.G.R, V, block).flatten(1)
-        AtG[used] = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
-        core = AtG @ self.B
-        parts = core, AtG - core @ self.B.mT, GB.mT - self.A @ core
-        return torch.stack([torch.linalg.matrix_norm(part, 2) for part in parts], dim=-1)
+        if len(block):
+            U = self.A.mT[used].view(-1, *problem.head.mixing_shape)
+            V = self.B.mT[used].view(-1, *problem.value_shape)
+            GB[used] = problem.adjoint_times_values(self.G.R, V, block).flatten(1)
+            AtG[used] = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
+        M = AtG @ self.B
+        N, P = AtG - M @ self.B.mT, GB.mT - self.A @ M
+        largest = P.mT @ P if m else P.new_zeros(j, 1, 1)
+        return M @ M.mT, N @ N.mT, torch.linalg.eigvalsh(largest)[:, -1].clamp_min(0).sqrt()
+
+    @cached_property
+    def inner(self) -> Float[Tensor, " j"]:
+        """``‖M‖ ≤ ‖G‖`` of each block."""
+        MM, *_ = self.corners
+        return torch.linalg.eigvalsh(MM)[:, -1].clamp_min(0).sqrt() if MM.shape[1] else MM.new_zeros(len(MM))
+
+    @cached_property
+    def _top(self) -> tuple[Float[Tensor, " t"], Float[Tensor, "j t"]]:
+        """Values of ``η``, and ``λ_max(MMᵀ + (1 + 1/η) NNᵀ)`` of each block at each."""
+        MM, NN, _ = self.corners
+        eta = _etas(MM)
+        if MM.shape[1] == 0:
+            return eta, MM.new_zeros(len(MM), len(eta))
+        weighted = MM.unsqueeze(1) + (1 + 1 / eta).view(-1, 1, 1) * NN.unsqueeze(1)
+        return eta, torch.linalg.eigvalsh(weighted)[..., -1].clamp_min(0)
 
     def gram(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j m b"]:
-        """Gram operator of ``(I − AAᵀ) G (I − BBᵀ)`` on the smaller side."""
+        """Gram operator of ``Q`` on the smaller side."""
         y = self.half(x, blocks)
         x = self.G.transpose_times(y, blocks) if self.G.on_values else self.G.times(y, blocks)
         return project_out(x, (self.B if self.G.on_values else self.A)[blocks])
 
     def half(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j other b"]:
-        """The operator itself, from the smaller side to the other."""
+        """``Q`` itself, from the smaller side to the other."""
         if self.G.on_values:
             return project_out(self.G.times(project_out(x, self.B[blocks]), blocks), self.A[blocks])
         return project_out(self.G.transpose_times(project_out(x, self.A[blocks]), blocks), self.B[blocks])
 
     def norm(self, rest: Float[Tensor, " j"], blocks: Int[Tensor, " j"]) -> Float[Tensor, " j"]:
-        """The bound above, given the fourth norm of the named blocks."""
-        a, b, c = self.corners[blocks].unbind(-1)
-        return torch.linalg.matrix_norm(torch.stack([a, b, c, rest], -1).unflatten(-1, (2, 2)), 2)
+        """The bound above for the named blocks, given ``‖Q‖``, at the best ``η``."""
+        eta, top = self._top
+        _, _, below = self.corners
+        square = torch.maximum(top[blocks], (1 + eta) * rest.square().unsqueeze(1))
+        return below[blocks] + square.amin(1).sqrt()
+
+
+def _etas(like: Tensor) -> Float[Tensor, " t"]:
+    """Values of ``η`` to choose from, 12% apart."""
+    return torch.logspace(-8, 4, 241, dtype=like.dtype, device=like.device)
 
 
 def project_out(x: Float[Tensor, "j m b"], basis: Float[Tensor, "j m k"]) -> Float[Tensor, "j m b"]:
@@ -227,42 +265,65 @@ def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
     return Deflated(G, A, B)
 
 
-def split_off_leading(
-    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator
-) -> tuple[Deflated, float]:
-    """``G_j`` without its leading singular directions, as far as Krylov ``steps`` from a model's atoms find them.
+def leading(
+    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator, rtol: float = 0.0
+) -> tuple[BlockKrylov | None, Int[Tensor, " j"], Int[Tensor, " j"]]:
+    """Krylov space of the leading singular directions, from a model's atoms and ``extra`` random vectors.
 
-    For the blocks that have atoms, from those and ``extra`` random vectors. Also returns the largest singular value
-    found, a lower estimate of the norm.
+    Goes on for at most ``steps``, or until splitting directions off promises to bound the norm to within ``rtol`` of
+    the largest singular value found (see `Deflated`).
+
+    Returns
+    -------
+    krylov : BlockKrylov or None
+        None where there are no atoms, or no room for the vectors.
+    active : Tensor (j,)
+        The blocks that have atoms, the only ones treated.
+    count : Tensor (j,)
+        How many Ritz vectors of each it pays to split off: the last have not settled, and what couples them to the
+        rest would spoil the bound.
     """
     model = split_off_model(G, atoms)
     active = torch.unique(atoms.block)
     near = model.B if G.on_values else model.A
     if not len(active) or near.shape[2] + extra > G.order:
-        return model, float(model.corners[:, 0].max())
+        return None, active, torch.zeros_like(active)
     start = torch.cat([near[active], G.random_start(active, extra, generator)], dim=2)
     krylov = BlockKrylov(G.gram, start, active, G.order)
-    krylov.step()
-    while krylov.steps < steps and krylov.can_step():
+    eta = _etas(start).view(-1, 1, 1)
+    while True:
         krylov.step()
-    x = krylov.vectors(start.shape[2])
+        sigma, missed = krylov.leading(2 * start.shape[2])
+        # 4: what is missed points the same way for many vectors, and adds up.
+        top = (sigma.square() + 4 * (1 + 1 / eta) * missed.square()).cummax(2).values
+        rest = torch.cat([sigma[:, 1:], sigma[:, -1:]], dim=1)
+        # 4%: what the norm of the rest will be raised by for its failure probability.
+        bound = torch.maximum(top, 1.04 * (1 + eta) * rest.square()).amin(0)
+        best = bound.min(dim=1)
+        if krylov.steps >= steps or not krylov.can_step():
+            break
+        good = bool((best.values <= (1 + rtol) ** 2 * sigma[:, 0].square().max()).all())
+        if good and krylov.steps >= 5:  # before, the random vectors have not found what the rest holds
+            break
+    return krylov, active, best.indices + 1
+
+
+def split_off_leading(
+    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator, rtol: float
+) -> Deflated:
+    """``G_j`` without its `leading` singular directions in the blocks that have atoms."""
+    krylov, active, count = leading(G, atoms, extra=extra, steps=steps, generator=generator, rtol=rtol)
+    if krylov is None:
+        return split_off_model(G, atoms)
+    x = krylov.vectors(int(count.max()))
     y = G.times(x, active) if G.on_values else G.transpose_times(x, active)
-    back = G.transpose_times(y, active) if G.on_values else G.times(y, active)
-    sigma = y.norm(dim=1)  # (j, m), falling
-    # Tail vectors have not settled, and what couples them to the rest would spoil the bound: keep as many as pay.
-    missed = (back - x @ (x.mT @ back)).norm(dim=1) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
-    coupling = missed.square().cumsum(1).sqrt()
-    rest = torch.cat([sigma[:, 1:], sigma[:, -1:]], dim=1)
-    top = sigma[:, :1].expand_as(sigma)
-    zero = torch.zeros_like(sigma)
-    bound = torch.linalg.matrix_norm(torch.stack([top, coupling, zero, rest], -1).unflatten(-1, (2, 2)), 2)
-    kept = bound.argmin(dim=1, keepdim=True) >= torch.arange(sigma.shape[1], device=sigma.device)
-    A, B = G.R.new_zeros(len(near), G.p, x.shape[2]), G.R.new_zeros(len(near), G.q, x.shape[2])
     other = torch.linalg.qr(y).Q  # of nested spans: dropping the tail of both sides keeps them matched
-    A[active], B[active] = (other, x) if G.on_values else (x, other)
-    mask = torch.zeros(len(near), 1, x.shape[2], dtype=torch.bool, device=x.device)
-    mask[active] = kept.unsqueeze(1)
-    return Deflated(G, A * mask, B * mask), float(sigma.max())
+    kept = (torch.arange(x.shape[2], device=x.device) < count.unsqueeze(1)).unsqueeze(1)
+    left, right = (other, x) if G.on_values else (x, other)
+    A = G.R.new_zeros(G.problem.n_blocks, G.p, x.shape[2])
+    B = G.R.new_zeros(G.problem.n_blocks, G.q, x.shape[2])
+    A[active], B[active] = left * kept, right * kept
+    return Deflated(G, A, B)
 
 
 def top_singular(

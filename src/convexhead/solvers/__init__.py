@@ -20,6 +20,8 @@ FAILURE_PROBABILITY = 1e-6
 """Of a solve's lower bound, over the random starts of all its certificates together."""
 MAX_ATTEMPTS = 20
 """Certificates asked for before a solve gives up; each asks the solver for half the gap of the one before."""
+ROUGH = 0.05
+"""Relative gap down to which large products are made in bfloat16 where that is faster."""
 DENSE_ORDER = 128
 """Order of the matrices whose eigendecomposition a proximal step may need."""
 
@@ -68,14 +70,19 @@ def solve(
     monitor = Monitor(max_time, callback)
     monitor.dual = known_dual
     method: Fista | ColumnGeneration | RidgeDescent | None = None
-    model, dual, target, stop = start or _zero_model(problem), known_dual, 0.6 * tol, Stop.STALLED
+    model, dual, target, stop = start or _zero_model(problem), known_dual, 0.8 * tol, Stop.STALLED
     failure = 0.0  # of all certificates so far, whose best bound is kept: their shares add up to less than the whole
     share = FAILURE_PROBABILITY
     certificate: Certificate | None = None
     try:
+        method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
+        if isinstance(method, ColumnGeneration) and (rough := problem.with_half_products()):
+            method.refine(rough)
+            method.advance(max(target, ROUGH))
+            method.refine(problem)
+            monitor.dual = known_dual  # what rounded products said of it is worth nothing
+            del rough
         for _ in range(MAX_ATTEMPTS):
-            if method is None:
-                method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
             stop = method.advance(target)
             model = _finish(problem, method.atoms(), tol, max_heads)
             share /= 2
@@ -97,10 +104,11 @@ def solve(
             if stop is Stop.STALLED:
                 if problem.dtype == torch.float64:
                     break
-                problem, method = (
-                    problem.in_double(reuse=True),
-                    None,
-                )  # single precision has given what it can
+                problem = problem.in_double(reuse=True)  # single precision has given what it can
+                if isinstance(method, ColumnGeneration):
+                    method.refine(problem)
+                else:
+                    method = _method(problem, beta, model, monitor, max_heads, generator)
             else:
                 target /= 2
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
-from convexhead.spectral import GradientMatrices, split_off_leading, split_off_model, top_singular
+from convexhead.spectral import GradientMatrices, leading, split_off_model, top_singular
 
 
 class ColumnGeneration:
@@ -54,8 +54,10 @@ class ColumnGeneration:
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     max_rounds = 2000
-    patience: ClassVar = {torch.float32: 15, torch.float64: 60}
-    """Rounds without a better gap after which a precision has given what it can."""
+    patience: ClassVar = {torch.bfloat16: 3, torch.float32: 15, torch.float64: 60}
+    """Rounds without a better gap after which a precision of the products has given what it can."""
+    noise: ClassVar = {torch.bfloat16: 1e-3, torch.float32: 5e-7, torch.float64: 1e-15}
+    """Relative decrease of the objective in a round that means nothing in a precision of the products."""
     memory = 0.85
     """Weight of the past in the running average of outputs."""
 
@@ -89,10 +91,17 @@ class ColumnGeneration:
         """The current model."""
         return self._start if self._running is None else self._descent.atoms
 
+    def refine(self, problem: Problem) -> None:
+        """Go on from the current model with the same problem in another precision."""
+        self._start = self.atoms().to(problem.device, problem.dtype)
+        self.problem, self._running, self._average = problem, None, None
+        if self._warm is not None:
+            self._warm = self._warm.to(problem.dtype)
+
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
         stuck, gap, best, since = 0, 1.0, float("inf"), 0
-        patience = self.patience[self.problem.dtype]
+        patience = self.patience[self.problem.products]
         for _ in range(self.max_rounds):
             pruned = self._prune(min(0.02, 2 * gap))
             gap, new = self._price()
@@ -110,8 +119,9 @@ class ColumnGeneration:
             moved = self._descend(target)
             if self.monitor.out_of_time():
                 return Stop.TIME
-            floor = 4 * torch.finfo(self.problem.dtype).eps * abs(before)
-            resting = not moved or before - self._descent.value <= floor
+            resting = not moved or before - self._descent.value <= self.noise[self.problem.products] * abs(before)
+            if resting and self.problem.products != self.problem.dtype:
+                return Stop.STALLED
             if resting:
                 self._average = None  # nothing to average out any more
             stuck = stuck + 1 if new is None and resting else 0
@@ -191,8 +201,8 @@ class ColumnGeneration:
         norm = float(sigma.max())
         objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
         if len(atoms):
-            _, inner = split_off_leading(G, atoms, extra=2, steps=2, generator=self.generator)
-            norm = max(norm, inner)
+            krylov, *_ = leading(G, atoms, extra=2, steps=2, generator=self.generator)
+            norm = max(norm, float(lacking.inner.max() if krylov is None else krylov.values.max().sqrt()))
         gap = self.monitor.record(objective, scaled_dual(problem, point, norm, self.beta), len(atoms))
         room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(atoms))
         picked = (sigma > self.beta * (1 + 1e-6)).nonzero()

@@ -38,7 +38,7 @@ class Fista:
     """
 
     max_iterations = 100_000
-    check_every = 10
+    check_every = 5
     polish_below = 0.05
     """Relative gap under which factors may take over."""
 
@@ -59,7 +59,8 @@ class Fista:
         Y, yb, fY = self.Z, self.b, f
         momentum, wait = 1.0, 0
         for iteration in range(self.max_iterations):
-            FY, R = self.problem.data_term(fY), self.problem.residual(fY)
+            loss, R = self.problem.loss.value_and_residual(fY, self.problem.Y)
+            FY, R = float(loss.mean()), R / self.problem.n
             G = self.dense.gradient(R)
             gb = self.omega * R.sum((0, 1)) if self.problem.fit_intercept else None
             if iteration % self.check_every == 0:
@@ -89,7 +90,10 @@ class Fista:
                 self.L *= 1.5
             self.L /= 1.02
             last = Z - self.Z
-            if float(moved @ last.flatten()) + float((b - yb) @ (b - self.b)) < 0:
+            turned = float(moved @ last.flatten())
+            if gb is not None:
+                turned += float((b - yb) @ (b - self.b))
+            if turned < 0:
                 momentum = 1.0
             following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
             weight, momentum = (momentum - 1) / following, following
@@ -115,10 +119,7 @@ class Fista:
         """Singular values shrunk by ``threshold``."""
         tall = Z.shape[1] >= Z.shape[2]
         values, Q = torch.linalg.eigh(Z.mT @ Z if tall else Z @ Z.mT)
-        sigma = values.clamp_min(0).sqrt()
-        shrink = (1 - threshold / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_min(0)
-        kept = int((shrink > 0).any(0).sum())
-        Q, shrink = Q[:, :, Q.shape[2] - kept :], shrink[:, shrink.shape[1] - kept :]
+        shrink = 1 - threshold / values.clamp_min(threshold**2).sqrt()
         scaled = Q * shrink.unsqueeze(1)
         return Z @ scaled @ Q.mT if tall else scaled @ (Q.mT @ Z)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -50,25 +51,39 @@ class Pairs:
         self.SY[row, :filled] = (self.Y[:filled] @ s).double().cpu()
         self.YY[:filled, row] = self.YY[row, :filled] = (self.Y[:filled] @ y).double().cpu()
 
-    def moved(self, move: Callable[[Vector], Vector]) -> list[tuple[Tensor, Tensor]]:
-        """All pairs, oldest first, each through ``move``."""
-        return [(move(self.S[row]), move(self.Y[row])) for row in self.order]
+    def move(self, move: Callable[[Vector], Vector], *, orthogonal: bool) -> None:
+        """Take all pairs through a linear map; an ``orthogonal`` one leaves their products as they are."""
+        if not self.order:
+            return
+        filled = len(self.order)
+        S, Y = (torch.vmap(move)(part[:filled]) for part in (self.S, self.Y))
+        if not orthogonal:
+            SY, YY = (S @ Y.T).double().cpu(), (Y @ Y.T).double().cpu()
+            norms = (S.square().sum(1).double().cpu() * YY.diagonal()).sqrt()
+            # A pair may have lost its positive curvature with what was taken away.
+            kept = [row for row in self.order if SY[row, row] > torch.finfo(S.dtype).eps * norms[row]]
+            S, Y = S[kept], Y[kept]
+            filled, self.order = len(kept), list(range(len(kept)))
+            self.SY, self.YY = torch.zeros_like(self.SY), torch.zeros_like(self.YY)
+            self.SY[:filled, :filled], self.YY[:filled, :filled] = SY[kept][:, kept], YY[kept][:, kept]
+        self.S, self.Y = S.new_empty(self.memory, S.shape[1]), S.new_empty(self.memory, S.shape[1])
+        self.S[:filled], self.Y[:filled] = S, Y
 
     def apply(self, g: Vector) -> Vector:
         """``H g``."""
         filled, order = len(self.order), self.order
-        SY, YY = self.SY[order][:, order], self.YY[order][:, order]
-        gamma = float(SY[-1, -1] / YY[-1, -1])
+        SY, YY = (part.numpy()[np.ix_(order, order)] for part in (self.SY, self.YY))
+        gamma = SY[-1, -1] / YY[-1, -1]
         S, Y = self.S[:filled], self.Y[:filled]
-        Sg, Yg = (S @ g).double().cpu()[order], (Y @ g).double().cpu()[order]
-        R = torch.triu(SY)
-        u = torch.linalg.solve_triangular(R, Sg[:, None], upper=True)[:, 0]
+        Sg, Yg = ((part @ g).double().cpu().numpy()[order] for part in (S, Y))
+        R = np.triu(SY)
+        u = np.linalg.solve(R, Sg)
         inner = SY.diagonal() * u + gamma * (YY @ u - Yg)
-        a = torch.linalg.solve_triangular(R.T, inner[:, None], upper=False)[:, 0]
-        back = torch.empty(2, filled, dtype=torch.float64)
-        back[0, order], back[1, order] = a, gamma * u
-        back = back.to(g.device, g.dtype)
-        return gamma * g + S.T @ back[0] - Y.T @ back[1]
+        back = np.empty((2, filled))
+        back[0, order] = np.linalg.solve(R.T, inner)
+        back[1, order] = gamma * u
+        along_S, along_Y = torch.from_numpy(back).to(g.device, g.dtype)
+        return gamma * g + along_S @ S - along_Y @ Y
 
 
 class LBFGS:
@@ -102,21 +117,15 @@ class LBFGS:
 
     def reshape(self, x: Vector, move: Callable[[Vector], Vector]) -> None:
         """Go on from ``x`` in another space; ``move`` takes remembered steps and gradient differences there."""
-        self._move_pairs(move)
+        self.pairs.move(move, orthogonal=False)
         self.x = x
         self.value, self.gradient = self.function(x)
         self.evaluations += 1
 
     def rotate(self, move: Callable[[Vector], Vector]) -> None:
         """Change coordinates by an orthogonal map: everything remembered goes along, nothing is evaluated."""
-        self._move_pairs(move)
+        self.pairs.move(move, orthogonal=True)
         self.x, self.gradient = move(self.x), move(self.gradient)
-
-    def _move_pairs(self, move: Callable[[Vector], Vector]) -> None:
-        pairs = self.pairs.moved(move)
-        self.pairs.clear()
-        for s, y in pairs:
-            self._remember(s, y)
 
     def step(self) -> bool:
         """Move to the next iterate; False where no decrease can be found in this precision."""
