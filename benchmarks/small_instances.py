@@ -31,7 +31,7 @@ from fista_baseline import attention_features, cross_entropy, fista
 TOL = 1e-5
 EPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Tolerances tried with CVXPY's solvers, loosest first."""
-PATIENCE = 300.0
+PATIENCE = 150.0
 """Seconds of such trials after which a solver is given up, and the limit of each trial of SCS."""
 
 

@@ -50,7 +50,7 @@ class Fista:
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
         self.omega = norm / math.sqrt(len(self.dense.features)) or 1.0
         self.b = start.intercept / self.omega
-        self.L = max(norm**2 / problem.n / 4, torch.finfo(torch.float64).tiny)
+        self.L = max(norm**2 / problem.n / 16, torch.finfo(torch.float64).tiny)
         self.ranks: list[int] = []
 
     def advance(self, target: float) -> Stop:
@@ -118,10 +118,10 @@ class Fista:
     def _prox(self, Z: Float[Tensor, "j w q"], threshold: float) -> Float[Tensor, "j w q"]:
         """Singular values shrunk by ``threshold``."""
         tall = Z.shape[1] >= Z.shape[2]
-        values, Q = torch.linalg.eigh(Z.mT @ Z if tall else Z @ Z.mT)
+        values, Q = torch.linalg.eigh(torch.bmm(Z.mT, Z) if tall else torch.bmm(Z, Z.mT))
         shrink = 1 - threshold / values.clamp_min(threshold**2).sqrt()
         scaled = Q * shrink.unsqueeze(1)
-        return Z @ scaled @ Q.mT if tall else scaled @ (Q.mT @ Z)
+        return torch.bmm(torch.bmm(Z, scaled), Q.mT) if tall else torch.bmm(scaled, torch.bmm(Q.mT, Z))
 
     def _polish(self, target: float, iterations: int) -> bool:
         """Descend over the factors of the iterate; whether ``target`` was reached."""
