@@ -50,9 +50,9 @@ STORES: dict[str, tuple[str, dict[str, Any]]] = {
     "lite0-block4": (LITE0, {"crop_pct": 1.0, "layer": 4}),  # 224 px: 14 x 14 x 112
     "vit-s14": (VIT, {"image_size": 112}),  # 8 x 8 x 384 and a class token
 }
-SEGMENT_SHARDS = 2
+SEGMENT_SHARDS = 8
 # Of the time of the segment of extraction before it: one batch a core, one over all cores.
-BARE_SHARES = (0.3, 0.1)
+BARE_SHARES = (0.15, 0.05)
 MEMORY_OPTIONS = {"layer": 4, "image_size": 112, "shard_size": 128}
 
 

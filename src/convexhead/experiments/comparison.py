@@ -75,8 +75,8 @@ class Settings:
     validation: float = 0.2
     patience: int = 2
     seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
-    epochs: int = 60
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    epochs: int = 100
     batch_size: int = 256
     spare_heads: int = 10
     random_state: int = 0

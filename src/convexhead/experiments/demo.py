@@ -31,8 +31,6 @@ DEMO = Settings(
     beta_ratios=(0.1, 0.03, 0.01, 0.003),
     n_gates=4,
     patience=1,
-    learning_rates=(0.01, 0.03, 0.1),
-    epochs=100,
 )
 N_MAPS = 12
 

@@ -28,6 +28,8 @@ COLUMNS = (
     "Adam's excess: median, worst",
     "Adam seconds a run",
 )
+NARROW = ("Head", "Activation", "Test", "Gap", "Heads", "Time", "Adam", "Excess")
+"""Columns of the table in a terminal, which fit 80 characters: all but Adam's worst excess and its time."""
 NOTHING = "–"
 """Stands where there is no number."""
 
@@ -182,10 +184,16 @@ def terminal_table(results: Results) -> Table:
     from rich.text import Text
 
     dataset = results["dataset"]
-    table = Table(title=Text(f"{results['title']}: {dataset['name']}, {dataset['backbone']}"), box=None)
-    for i, name in enumerate(COLUMNS):
+    table = Table(
+        title=Text(f"{results['title']}: {dataset['name']}, {dataset['backbone']}"),
+        caption=Text("Gap: certified. Time: the whole path over β. Excess: of Adam's objective, median over seeds."),
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    for i, name in enumerate(NARROW):
         table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
-    styles: list[Callable[[str], Text]] = [lambda t: Text(t, style="bold"), *[Text] * (len(COLUMNS) - 1)]
     for row in _all_cells(results):
-        table.add_row(*(style(text) for style, text in zip(styles, row, strict=True)))
+        head, *others, excess, _ = row
+        texts = [head.partition(" (")[0], *others, excess.partition(",")[0]]
+        table.add_row(Text(texts[0], style="bold"), *map(Text, texts[1:]))
     return table
