@@ -29,6 +29,7 @@ from convexhead.heads import Head, make_head
 from convexhead.intercept import solve_intercept
 from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
+from convexhead.patterns import all_gates
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers import Progress, Solution, solve
 from convexhead.spectral import spectral_norm
@@ -48,7 +49,7 @@ class _ConvexHead(BaseEstimator):
     beta_ratio: float
     pool: str | None
     grid: tuple[int, int] | None
-    n_gates: int
+    n_gates: int | str
     gates: Any
     n_blocks: int
     outputs: str
@@ -71,12 +72,13 @@ class _ConvexHead(BaseEstimator):
             value = getattr(self, name)
             if not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
                 raise InputError(f"{name} must be a positive number, got {value!r}")
-        for name, needed in (("n_gates", True), ("n_blocks", True), ("max_heads", False)):
+        for name, other in (("n_gates", "all"), ("n_blocks", ...), ("max_heads", None)):
             value = getattr(self, name)
-            if value is None and not needed:
+            if value is other or (isinstance(value, str) and value == other):
                 continue
             if not isinstance(value, numbers.Integral) or value < 1:
-                raise InputError(f"{name} must be a positive integer, got {value!r}")
+                allowed = "" if other is ... else f" or {other!r}"
+                raise InputError(f"{name} must be a positive integer{allowed}, got {value!r}")
 
     def _make_head(self, n_tokens: int, n_channels: int) -> Head:
         return make_head(
@@ -89,11 +91,11 @@ class _ConvexHead(BaseEstimator):
             outputs=self.outputs,
         )
 
-    def _make_gates(self, head: Head, generator: torch.Generator) -> torch.Tensor | None:
+    def _make_gates(self, head: Head, X: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
         if self.activation == "linear":
             return None
         if self.gates is None:
-            return sample_gates(head, int(self.n_gates), generator)
+            return all_gates(head, X) if self.n_gates == "all" else sample_gates(head, int(self.n_gates), generator)
         try:
             return torch.as_tensor(np.asarray(self.gates, dtype=np.float64))
         except (TypeError, ValueError) as error:
@@ -103,7 +105,7 @@ class _ConvexHead(BaseEstimator):
         self._check_parameters()
         device = inputs.pick_device(self.device)
         head = self._make_head(X.shape[1], X.shape[2])
-        activation = make_activation(self.activation, head, self._make_gates(head, generator))
+        activation = make_activation(self.activation, head, self._make_gates(head, X, generator))
         small = X.numel() <= SMALL_TOKENS or self.tol < TIGHT
         return Problem(
             X.to(device),
@@ -293,8 +295,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         Which tokens are read: their mean, or token 0.
     grid : (int, int) or None
         ``(h, w)`` of the tokens; None: square if ``s`` is a square, else ``(s, 1)``.
-    n_gates : int
-        Gates sampled for the gated ReLU.
+    n_gates : int or "all"
+        Gates sampled for the gated ReLU; ``"all"``: one for every activation pattern, for small problems only.
     gates : array (J, \\*mixing_shape) or None
         Explicit gates; block-fno: ``(J, n_blocks, s, d/n_blocks)``.
     n_blocks : int
@@ -356,7 +358,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         beta_ratio: float = 0.05,
         pool: str = "mean",
         grid: tuple[int, int] | None = None,
-        n_gates: int = 50,
+        n_gates: int | str = 50,
         gates: Any = None,
         n_blocks: int = 4,
         outputs: str = "shared",
@@ -477,7 +479,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         beta_ratio: float = 0.05,
         pool: str | None = "mean",
         grid: tuple[int, int] | None = None,
-        n_gates: int = 50,
+        n_gates: int | str = 50,
         gates: Any = None,
         n_blocks: int = 4,
         outputs: str = "shared",

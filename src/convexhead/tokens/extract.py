@@ -15,6 +15,7 @@ from convexhead.tokens.files import make_folder, sha256_file, write_atomic, writ
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.job import ExtractionJob, Task
 from convexhead.tokens.manifest import DTYPES, MANIFEST, Manifest
+from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.progress import ProgressCallback, ProgressMeter
 from convexhead.tokens.ranks import join_ranks, local_ranks
 from convexhead.tokens.reduce import Reduction
@@ -95,6 +96,8 @@ def extract(
         raise InputError("reduce='pca' needs channels, the number of components to keep")
 
     place = _device(device)
+    if place.type == "cpu":
+        reuse_freed_memory()
     source = open_source(source)
     backbone = open_backbone(backbone, layer=layer, image_size=image_size, crop_pct=crop_pct)
     extractor = BatchExtractor(

@@ -1,0 +1,147 @@
+"""All activation patterns of a small problem: the cells of a hyperplane arrangement.
+
+A pre-activation is linear in the mixing weights, ``K u`` with one row for every entry of every sample's score. Gates in
+general position have as patterns ``1[K g ≥ 0]`` the open cells of the arrangement of hyperplanes ``K_i^⊥``:
+
+    2 Σ_{k<ρ} C(N − 1, k) ≤ 2ρ (e(N − 1)/ρ)^ρ
+
+of them when ``N`` rows of rank ``ρ`` are in general position, fewer otherwise (Cover 1965).
+
+They are found one hyperplane after the other, by deletion and restriction. A new hyperplane cuts exactly those cells
+that the older ones leave on it, an arrangement of one dimension less; a point ``w`` of such a cell gives the points
+``w ± ε K_i`` of the two that it becomes. No linear program is solved, and every cell comes with a point inside it, the
+gate.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.errors import InputError
+from convexhead.heads.base import Head
+
+PARALLEL = 1e-9
+"""Unit rows closer than this are one hyperplane, and rows this small relative to the largest none at all."""
+MAX_PATTERNS = 20_000
+"""Patterns that are enumerated at most."""
+
+
+def all_gates(head: Head, X: Float[Tensor, "n s d"], *, max_patterns: int = MAX_PATTERNS) -> Float[Tensor, "J ..."]:
+    """One gate for every activation pattern that weights in general position can have on the tokens.
+
+    Parameters
+    ----------
+    head : Head
+        Decides what a pre-activation is.
+    X : Tensor (n, s, d)
+        Tokens.
+    max_patterns : int
+        What is too many.
+
+    Returns
+    -------
+    Tensor (J, *head.gate_shape)
+        float64. Channel groups have patterns of their own; a group with fewer repeats its last.
+
+    Raises
+    ------
+    InputError
+        There may be more patterns than ``max_patterns``.
+    """
+    of_group = []
+    for group in range(head.n_groups):
+        K = preactivation_rows(head, X.double(), group)
+        of_group.append(cells(K, max_cells=max_patterns))
+    most = max(map(len, of_group))
+    padded = [torch.cat([points, points[-1:].expand(most - len(points), -1)]) for points in of_group]
+    return torch.stack(padded, dim=1).reshape(most, *head.gate_shape)
+
+
+def preactivation_rows(head: Head, X: Float[Tensor, "n s d"], group: int = 0) -> Float[Tensor, "m u"]:
+    """``K (n·p·q, mixing_size)``: every entry of every pre-activation as a linear function of the mixing weights."""
+    basis = torch.eye(head.mixing_size, dtype=X.dtype, device=X.device).view(-1, *head.mixing_shape)
+    which = torch.full((len(basis),), group, device=X.device)
+    return head.preactivation(head.prepare(X), basis, which).movedim(1, -1).flatten(0, -2)
+
+
+def most_cells(n_rows: int, rank: int) -> int:
+    """``2 Σ_{k<ρ} C(N − 1, k)``: the cells of ``n_rows`` central hyperplanes of ``rank`` in general position."""
+    return 2 * sum(math.comb(n_rows - 1, k) for k in range(rank)) if n_rows else 1
+
+
+def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Tensor, "J u"]:
+    """A unit vector inside each open cell of the arrangement of the hyperplanes ``{g : K_i g = 0}``.
+
+    Raises
+    ------
+    InputError
+        There may be more than ``max_cells``.
+    """
+    K = hyperplanes(K)
+    if not len(K):
+        return torch.eye(1, K.shape[1], dtype=K.dtype, device=K.device)
+    # In coordinates of their span; the rest of the space changes no sign.
+    _, sigma, span = torch.linalg.svd(K, full_matrices=False)
+    span = span[sigma > PARALLEL * sigma[0]]
+    bound = most_cells(len(K), len(span))
+    if bound > max_cells:
+        raise InputError(
+            f"{len(K)} distinct pre-activations of rank {len(span)} may have {bound:.2g} patterns, more than "
+            f"{max_cells}: sample them with n_gates=50, or take fewer samples or tokens"
+        )
+    return _cells(K @ span.T) @ span
+
+
+def hyperplanes(K: Float[Tensor, "m u"]) -> Float[Tensor, "N u"]:
+    """The distinct hyperplanes as unit rows: zero rows dropped, parallel ones kept once."""
+    norm = K.norm(dim=1)
+    K = K[norm > PARALLEL * norm.max()] if len(K) else K
+    K = K / K.norm(dim=1, keepdim=True)
+    kept: list[int] = []
+    for i in range(len(K)):
+        # For unit vectors, ‖a ∓ b‖² ≈ 2(1 − |⟨a, b⟩|) loses half of the digits; the distances themselves do not.
+        others = K[kept]
+        apart = torch.minimum((others - K[i]).norm(dim=1), (others + K[i]).norm(dim=1))
+        if not len(kept) or float(apart.min()) > PARALLEL:
+            kept.append(i)
+    return K[kept]
+
+
+def _cells(K: Float[Tensor, "N r"]) -> Float[Tensor, "J r"]:
+    """As `cells`, for distinct unit rows that span the space."""
+    N, rank = K.shape
+    if rank == 1:
+        return K.new_tensor([[1.0], [-1.0]])
+    if rank == 2:  # a fan: the cells lie between neighbouring rays
+        angles = torch.atan2(K[:, 0], -K[:, 1])
+        rays = torch.cat([angles, angles + math.pi]).remainder(2 * math.pi).sort().values
+        middle = (rays + torch.cat([rays[1:], rays[:1] + 2 * math.pi])) / 2
+        return torch.stack([middle.cos(), middle.sin()], dim=1)
+    points = K[:1] * K.new_tensor([[1.0], [-1.0]])
+    for i in range(1, N):
+        normal, older = K[i], K[:i]
+        _, _, basis = torch.linalg.svd(normal.unsqueeze(0))
+        on_it = cells(older @ basis[1:].T, max_cells=most_cells(i, rank)) @ basis[1:]
+        across = (older @ on_it.T).abs()  # how far each point is from the older hyperplanes
+        step = 0.5 * (across / (older @ normal).abs().clamp_min(1e-300).unsqueeze(1)).amin(0).clamp_max(1.0)
+        moved = step.unsqueeze(1) * normal
+        points = _distinct(torch.cat([on_it + moved, on_it - moved, points]), K[: i + 1])
+    return points / points.norm(dim=1, keepdim=True)
+
+
+def _distinct(points: Float[Tensor, "m r"], K: Float[Tensor, "i r"]) -> Float[Tensor, "J r"]:
+    """One point of each cell, the first that comes."""
+    signs = pack_signs(points @ K.T >= 0)
+    first: dict[bytes, int] = {}
+    for row, sign in enumerate(signs):
+        first.setdefault(sign, row)
+    return points[list(first.values())]
+
+
+def pack_signs(signs: Tensor) -> list[bytes]:
+    """Each row of booleans as bytes, to compare and to count."""
+    return [row.tobytes() for row in signs.cpu().numpy()]
