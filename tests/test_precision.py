@@ -1,0 +1,77 @@
+"""Rough work in bfloat16: close to what it stands for, refused where it would not help, never in a certificate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import convexhead as ch
+from convexhead import estimators, problem, solvers
+from convexhead.activation import make_activation, sample_gates
+from convexhead.heads import make_head
+from convexhead.losses import CrossEntropy
+from convexhead.problem import Atoms, Problem
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_anywhere(monkeypatch):
+    """Emulated where the hardware has none: slow, and the same numbers."""
+    monkeypatch.setattr(problem, "has_fast_bfloat16", lambda device: True)
+
+
+def make_problem(name: str, activation: str, *, pool: str = "mean", dtype: torch.dtype = torch.float32) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(60, 9, 8, generator=generator)
+    Y = torch.eye(3)[torch.randint(0, 3, (60,), generator=generator)].unsqueeze(1)
+    head = make_head(name, 9, 8, pool=pool, n_blocks=2)
+    gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
+    return Problem(X, Y, head, make_activation(activation, head, gates), CrossEntropy(), dtype=dtype)
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated-relu"])
+@pytest.mark.parametrize("name", ["self-attention", "mlp-mixer", "mlp"])
+def test_every_pass_is_close_to_float32(name, activation):
+    single = make_problem(name, activation)
+    half = single.with_half_products()
+    assert half is not None
+    assert half.dtype == torch.float32
+    generator = torch.Generator().manual_seed(1)
+    U = torch.randn(4, *single.head.mixing_shape, generator=generator)
+    V = torch.randn(4, *single.value_shape, generator=generator)
+    block = torch.arange(4) % single.n_blocks
+    atoms = Atoms(U, V, block, torch.zeros(3))
+    R = single.residual(single.outputs(atoms))
+    for one, other in (
+        (single.outputs(atoms), half.outputs(atoms)),
+        (single.adjoint_times_values(R, V, block), half.adjoint_times_values(R, V, block)),
+        (single.adjoint_times_mixing(R, U, block), half.adjoint_times_mixing(R, U, block)),
+        (single.value_and_gradient(atoms, 0.1)[1], half.value_and_gradient(atoms, 0.1)[1]),
+    ):
+        assert other.dtype == torch.float32
+        assert float((one - other).norm() / one.norm()) < 0.03
+        assert not torch.equal(one, other)
+
+
+def test_refused_where_nothing_is_gained():
+    assert make_problem("self-attention", "linear", dtype=torch.float64).with_half_products() is None
+    assert make_problem("fno", "gated-relu").with_half_products() is None
+
+
+def test_a_solve_that_began_in_bfloat16_is_certified_in_float64(monkeypatch):
+    monkeypatch.setattr(estimators, "SMALL_TOKENS", 0)
+    monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)
+    used = []
+    whole = Problem.with_half_products
+    monkeypatch.setattr(Problem, "with_half_products", lambda self: used.append(whole(self)) or used[-1])
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 9, 8))
+    y = (X[:, :, 0] * X[:, :, 1]).mean(1) > 0
+    rough = ch.ConvexHeadClassifier("self-attention", beta_ratio=0.1, tol=1e-3, random_state=0).fit(X, y)
+    assert used
+    assert used[0] is not None
+    assert rough.certificate_.converged
+    monkeypatch.undo()
+    exact = ch.ConvexHeadClassifier("self-attention", beta=rough.beta_, tol=1e-7, random_state=0).fit(X, y)
+    assert rough.certificate_.dual <= exact.certificate_.primal * (1 + 1e-9)
+    assert rough.certificate_.primal <= exact.certificate_.primal * (1 + 1.1e-3)
