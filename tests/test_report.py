@@ -13,14 +13,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 
-from convexhead.activation import make_activation
 from convexhead.errors import InputError
-from convexhead.heads import make_head
-from convexhead.interpret import token_contributions
-from convexhead.losses import Squared
-from convexhead.problem import Problem
 from convexhead.report import csv_rows, markdown_table, render, tables, terminal_table
 
 pytest.importorskip("matplotlib")
@@ -391,42 +385,3 @@ def test_page_without_the_optional_parts(results):
 def test_page_is_reproducible(results, page):
     assert render(fake_results()) == page
     assert json.loads(json.dumps(results)) == results
-
-
-# -- token contributions -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_contributions_sum_to_the_logits(pool):
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(9, 6, 4, generator=generator, dtype=torch.float64)
-    head = make_head("self-attention", 6, 4, pool=pool)
-    Y = torch.zeros(9, 1, 3, dtype=torch.float64)
-    problem = Problem(X, Y, head, make_activation("linear", head, None), Squared())
-    atoms = problem.empty()
-    atoms.U = torch.randn(5, 4, 4, generator=generator, dtype=torch.float64)
-    atoms.V = torch.randn(5, 4, 3, generator=generator, dtype=torch.float64)
-    atoms.block = torch.zeros(5, dtype=torch.int64)
-    atoms.intercept = torch.randn(3, generator=generator, dtype=torch.float64)
-    C = token_contributions(head, atoms, X)
-    assert C.shape == (9, 6, 3)
-    logits = problem.outputs(atoms).squeeze(1) - atoms.intercept
-    torch.testing.assert_close(C.sum(1), logits, rtol=0, atol=1e-10)
-    t, i = 2, 4  # one token, from the formula
-    q = X[i].mean(0) if pool == "mean" else X[i, 0]
-    expected = sum((q @ U @ X[i, t]) * (X[i, t] @ V) for U, V in zip(atoms.U, atoms.V, strict=True)) / 6
-    torch.testing.assert_close(C[i, t], expected, rtol=1e-12, atol=1e-12)
-    assert token_contributions(head, problem.empty(), X[:0]).shape == (0, 6, 3)
-    assert not token_contributions(head, problem.empty(), X).any()
-
-
-@pytest.mark.parametrize(
-    ("head", "shape", "message"),
-    [
-        (("mlp", "mean"), (2, 6, 4), "self-attention"),
-        (("self-attention", "none"), (2, 6, 4), "one output"),
-        (("self-attention", "mean"), (2, 6, 5), r"takes \(n, 6, 4\)"),
-    ],
-)
-def test_contribution_errors(head, shape, message):
-    head = make_head(head[0], 6, 4, pool=head[1])
-    with pytest.raises(InputError, match=message):
-        token_contributions(head, None, torch.ones(shape))

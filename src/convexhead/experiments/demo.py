@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from convexhead.errors import require
 from convexhead.experiments.comparison import Notify, Settings, compare, splits_of_store
-from convexhead.interpret.attention import token_contributions
+from convexhead.interpret import token_contributions
 
 BACKBONE, SOURCE = "packaged:efficientnet-lite0", "sklearn:digits"
 EXTRACTION = {
@@ -82,8 +81,7 @@ def attention_gallery(
     X, y = results["test"]
     per_class = max(1, N_MAPS // len(class_names))
     picked = [i for c in np.unique(y) for i in np.flatnonzero(y == c)[:per_class]][:N_MAPS]
-    tokens = torch.from_numpy(X[picked]).double()
-    contributions = token_contributions(model._fitted_head(), model._atoms(), tokens).numpy()
+    contributions = token_contributions(model, X[picked]).numpy()
     predicted = model.predict(X[picked])
     images = []
     for row, i in enumerate(picked):

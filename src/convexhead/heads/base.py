@@ -57,6 +57,8 @@ class Head(ABC):
     """Channel groups with mixing weights of their own."""
     learns_mixing: ClassVar[bool] = True
     """False for the linear head: nothing to mix, one atom, and a squared Frobenius penalty on V alone."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether `read` takes the tokens again; else ``pre`` is linear in them."""
     value_rows: int
     mixing_shape: tuple[int, ...]
 

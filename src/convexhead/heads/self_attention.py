@@ -20,6 +20,7 @@ class SelfAttention(Head):
     """``U (d, d)``, ``V (d, c)``; scores ``q = s``."""
 
     name = "self-attention"
+    reads_tokens = True
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
         super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]

@@ -1,22 +1,30 @@
 """What a trained head did, read from its weights."""
 
-from convexhead.interpret.attention import token_contributions
 from convexhead.interpret.clusters import (
     ClusterFigures,
     choose_n_clusters,
     cluster_figures,
     cluster_tokens,
-    retained_directions,
-    token_embedding,
 )
+from convexhead.interpret.contributions import head_contributions, head_lift, token_contributions
+from convexhead.interpret.embedding import principal_embedding, retained_directions, token_embedding
+from convexhead.interpret.filters import Filters, fourier_filters, mixing_matrix
+from convexhead.interpret.fitted import FittedHead
 from convexhead.interpret.spectra import effective_rank, spectra
 
 __all__ = [
     "ClusterFigures",
+    "Filters",
+    "FittedHead",
     "choose_n_clusters",
     "cluster_figures",
     "cluster_tokens",
     "effective_rank",
+    "fourier_filters",
+    "head_contributions",
+    "head_lift",
+    "mixing_matrix",
+    "principal_embedding",
     "retained_directions",
     "spectra",
     "token_contributions",

@@ -1,138 +1,145 @@
 """How a head groups tokens, and whether the groups are real.
 
-A self-attention head compares tokens only through the few directions that its atoms retain. With ``A (d, r)`` their
-orthonormal basis, tokens with the same latent embedding ``x A`` are treated alike: the head clusters tokens. Any
-embedding can be cut into clusters, so what is reported are figures that can come out badly, each beside its value
-when the clusters are assigned at random.
+Tokens with the same latent embedding (`token_embedding`) are treated alike: the head clusters tokens. k-means cuts any
+cloud of points into clusters, so every figure stands beside its value on a cloud without any: the same tokens with
+every principal coordinate permuted over all of them, clustered anew. That keeps how each direction is distributed and
+destroys what directions have to do with each other. Clusters that are no better than this are not real.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
 from convexhead.errors import InputError
-from convexhead.heads.base import Head
-from convexhead.problem import Atoms
 
-SAMPLE = 5_000
-"""Tokens that the silhouette is estimated from, at most: it compares all pairs."""
+SAMPLE = 2_000
+"""Tokens that a silhouette is estimated from, at most: it compares all pairs."""
+CANDIDATES = (2, 3, 4, 5, 6, 8, 10)
+"""Numbers of clusters that are tried."""
+STARTS = 4
+"""Starts of k-means, the best of which counts."""
 
-
-def retained_directions(head: Head, atoms: Atoms, *, energy: float = 0.99) -> Float[Tensor, "d r"]:
-    """Orthonormal basis of the token directions that a self-attention head looks at, strongest first.
-
-    The leading eigenvectors of ``Σ_kl ⟨V_k, V_l⟩ (U_k U_lᵀ + U_kᵀ U_l)``: the query and the key side together.
-
-    Parameters
-    ----------
-    head : Head
-        Self-attention.
-    atoms : Atoms
-    energy : float
-        Share of the trace that the directions keep.
-    """
-    if head.name != "self-attention":
-        raise InputError(f"token directions are defined for the self-attention head, not for {head.name!r}")
-    if not 0 < energy <= 1:
-        raise InputError(f"energy must be in (0, 1], got {energy!r}")
-    U, V = atoms.U.double(), atoms.V.double().flatten(1)
-    gram = (V @ V.T) * (atoms.block.unsqueeze(1) == atoms.block)
-    weighted = torch.einsum("kl,lij->kij", gram, U)
-    sides = torch.einsum("kij,kmj->im", weighted, U) + torch.einsum("kji,kjm->im", weighted, U)
-    values, Q = torch.linalg.eigh(sides)
-    values, Q = values.clamp_min(0).flip(0), Q.flip(1)
-    if float(values.sum()) == 0:
-        return Q[:, :0]
-    kept = int((values.cumsum(0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
-    return Q[:, :kept]
+Points = NDArray[np.float64]
 
 
-def token_embedding(
-    head: Head, atoms: Atoms, X: Float[Tensor, "n s d"], *, energy: float = 0.99
-) -> Float[Tensor, "n s r"]:
-    """``X_i A``: tokens as the head sees them, ``A`` from `retained_directions`."""
-    if X.ndim != 3 or tuple(X.shape[1:]) != (head.s, head.d):
-        raise InputError(f"tokens have shape {tuple(X.shape)}, but this head takes (n, {head.s}, {head.d})")
-    return X.double() @ retained_directions(head, atoms, energy=energy).to(X.device)
+class Figure(NamedTuple):
+    """One figure of a clustering, and its mean and largest value over permuted tokens."""
+
+    value: float
+    permuted: float
+    permuted_largest: float
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it is above that of every permutation."""
+        return self.value > self.permuted_largest
 
 
 @dataclass(frozen=True)
 class ClusterFigures:
-    """How real clusters are; each figure beside its mean over random assignments with the same sizes.
+    """How real the clusters of tokens are.
 
     Attributes
     ----------
-    silhouette : float
+    n_clusters : int
+    silhouette : Figure
         Mean of ``(b − a) / max(a, b)``, ``a`` the mean distance within the own cluster and ``b`` to the nearest other
         one (Rousseeuw 1987): 1 is perfect, 0 none.
-    similarity_ratio : float
+    similarity_ratio : Figure
         Mean cosine similarity to the own cluster's other tokens minus that to all other tokens, over the spread of
         similarities: how much more alike tokens of a cluster are.
+    agreement : Figure
+        Adjusted Rand index between images: of two labellings of all tokens, one by centres found on one half of the
+        images, one by centres found on the other. 1: other images give the same clusters; 0: unrelated ones.
     """
 
     n_clusters: int
-    silhouette: float
-    silhouette_random: float
-    similarity_ratio: float
-    similarity_ratio_random: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain values, for JSON."""
-        return asdict(self)
+    silhouette: Figure
+    similarity_ratio: Figure
+    agreement: Figure
 
 
 def cluster_tokens(embedding: Float[Tensor, "n s r"], n_clusters: int, *, seed: int = 0) -> Int[Tensor, "n s"]:
-    """k-means clusters of all tokens of all samples (best of ten starts)."""
-    n, s, r = embedding.shape
-    if not 2 <= n_clusters <= n * s:
-        raise InputError(f"n_clusters={n_clusters} must be at least 2 and at most the {n * s} tokens")
-    if r == 0:
-        raise InputError("the head retains no direction (its weights are zero): there is nothing to cluster")
-    found = KMeans(n_clusters, n_init=10, random_state=seed).fit(embedding.reshape(n * s, r).cpu().numpy())
-    return torch.as_tensor(found.labels_.astype(np.int64)).view(n, s)
+    """k-means clusters of all tokens of all samples, the largest first."""
+    labels = _kmeans(_points(embedding, n_clusters), n_clusters, seed).labels_
+    order = np.argsort(-np.bincount(labels, minlength=n_clusters), kind="stable")
+    return torch.as_tensor(np.argsort(order)[labels]).view(embedding.shape[:2])
 
 
 def choose_n_clusters(
-    embedding: Float[Tensor, "n s r"], candidates: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 10), *, seed: int = 0
+    embedding: Float[Tensor, "n s r"], candidates: Sequence[int] = CANDIDATES, *, seed: int = 0
 ) -> int:
     """The number of clusters with the best silhouette."""
-    flat = embedding.flatten(0, 1).cpu().numpy()
-    scores = [_silhouette(flat, cluster_tokens(embedding, k, seed=seed).flatten().numpy(), seed) for k in candidates]
+    points = _points(embedding, max(candidates))
+    scores = [_silhouette(points, _kmeans(points, k, seed).labels_, seed) for k in candidates]
     return candidates[int(np.argmax(scores))]
 
 
 def cluster_figures(
-    embedding: Float[Tensor, "n s r"], clusters: Int[Tensor, "n s"], *, permutations: int = 10, seed: int = 0
+    embedding: Float[Tensor, "n s r"], n_clusters: int, *, permutations: int = 10, seed: int = 0
 ) -> ClusterFigures:
-    """Figures of a clustering, and of ``permutations`` random ones of the same sizes."""
-    flat, labels = embedding.flatten(0, 1).cpu().numpy(), clusters.flatten().cpu().numpy()
+    """Figures of the clusters that `cluster_tokens` finds, beside those of ``permutations`` permuted clouds.
+
+    Parameters
+    ----------
+    embedding : Tensor (n, s, r)
+        Of at least two images: of a head, of its twin, or raw features.
+    """
+    if len(embedding) < 2:
+        raise InputError("cluster figures compare images: give at least two")
     rng = np.random.default_rng(seed)
-    shuffled = [rng.permutation(labels) for _ in range(permutations)]
-    return ClusterFigures(
-        n_clusters=len(np.unique(labels)),
-        silhouette=_silhouette(flat, labels, seed),
-        silhouette_random=float(np.mean([_silhouette(flat, other, seed) for other in shuffled])),
-        similarity_ratio=_similarity_ratio(flat, labels),
-        similarity_ratio_random=float(np.mean([_similarity_ratio(flat, other) for other in shuffled])),
+    points = _points(embedding, n_clusters)
+    found = _figures(points, embedding.shape[1], n_clusters, seed)
+    centred = points - points.mean(0)
+    rotated = centred @ np.linalg.svd(centred, full_matrices=False)[2].T
+    null = np.array(
+        [
+            _figures(rng.permuted(rotated, axis=0), embedding.shape[1], n_clusters, seed)
+            for _ in range(max(1, permutations))
+        ]
     )
+    figures = [Figure(*map(float, row)) for row in zip(found, null.mean(0), null.max(0), strict=True)]
+    return ClusterFigures(n_clusters, *figures)
 
 
-def _silhouette(flat: NDArray[np.float64], labels: NDArray[np.int64], seed: int) -> float:
-    size = min(SAMPLE, len(flat))
-    return float(silhouette_score(flat, labels, sample_size=size, random_state=seed))
+def _points(embedding: Float[Tensor, "n s r"], n_clusters: int) -> Points:
+    n, s, r = embedding.shape
+    if not 2 <= n_clusters < n * s:
+        raise InputError(f"n_clusters={n_clusters} must be at least 2 and fewer than the {n * s} tokens")
+    if r == 0:
+        raise InputError("the head retains no direction (its weights are zero): there is nothing to cluster")
+    return embedding.double().reshape(n * s, r).cpu().numpy()
 
 
-def _similarity_ratio(flat: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+def _kmeans(points: Points, n_clusters: int, seed: int) -> KMeans:
+    return KMeans(n_clusters, n_init=STARTS, random_state=seed).fit(points)
+
+
+def _figures(points: Points, s: int, n_clusters: int, seed: int) -> tuple[float, float, float]:
+    """Silhouette, similarity ratio and agreement of ``points (n·s, r)``."""
+    labels = _kmeans(points, n_clusters, seed).labels_
+    even = np.arange(len(points)) // s % 2 == 0
+    halves = [_kmeans(points[half], n_clusters, seed).predict(points) for half in (even, ~even)]
+    return _silhouette(points, labels, seed), _similarity_ratio(points, labels), float(adjusted_rand_score(*halves))
+
+
+def _silhouette(points: Points, labels: NDArray[np.int32], seed: int) -> float:
+    return float(silhouette_score(points, labels, sample_size=min(SAMPLE, len(points)), random_state=seed))
+
+
+def _similarity_ratio(points: Points, labels: NDArray[np.int32]) -> float:
     """Means over pairs through sums of unit vectors: nothing of the size of all pairs is formed."""
-    unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-300)
+    unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-300)
     n, total, square = len(unit), unit.sum(0), unit.T @ unit
     pairs = n * (n - 1)
     all_sum, all_square = total @ total - n, (square * square).sum() - n

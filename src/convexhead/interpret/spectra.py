@@ -4,7 +4,8 @@ A head's weights form one tensor, ``T = Σ_k U_k ⊗ V_k``. Read as the matrix `
 values are what the nuclear norm sums, and its rank is the number of atoms. Read as a matrix from any one of its axes to
 all the others (an unfolding), they say how many directions of that axis are used: with ``⟨V_k, V_l⟩ = (LLᵀ)_kl``,
 
-    T_(a) has the singular values of the unfolding along ``a`` of ``Σ_k (LᵀU)_k``   (a mixing axis; values likewise)
+    T_(a) has the left singular vectors and values of the unfolding along ``a`` of ``Σ_k (LᵀU)_k``
+                                                                                  (a mixing axis; values likewise)
 
 For self-attention the axes are the query and key channels of ``U (d, d)``, the value channels and the outputs of
 ``V (d, c)``. Blocks (gates, channel groups) act on different features: their unfoldings stand side by side.
@@ -12,11 +13,13 @@ For self-attention the axes are the query and key channels of ``U (d, d)``, the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.heads.base import Head
+from convexhead.interpret.fitted import as_fitted
 from convexhead.problem import Atoms, balance
 
 AXES: dict[str, tuple[str, ...]] = {
@@ -25,43 +28,50 @@ AXES: dict[str, tuple[str, ...]] = {
     "fno": ("shifts", "channels", "", "outputs"),
     "block-fno": ("shifts", "channels", "", "outputs"),
     "mlp": ("channels", "", "outputs"),
-    "linear": ("", "channels", "outputs"),
+    "linear": ("channels", "outputs"),
 }
 """The axes of ``U`` and then of ``V``, as people call them; empty where there is but one entry."""
 
 
-def spectra(head: Head, atoms: Atoms) -> dict[str, Float[Tensor, " m"]]:
+def spectra(model: Any) -> dict[str, Float[Tensor, " m"]]:
     """Singular values, falling: of ``Z`` (all blocks together) as ``"Z"``, and of the unfolding along every axis.
 
     Parameters
     ----------
-    head : Head
-    atoms : Atoms
-        Weights, convex or of a twin: they need not be balanced.
+    model : fitted classifier or regressor, HeadModule, or FittedHead
+        Convex or of a twin: the weights need not be balanced.
 
     Returns
     -------
     dict of Tensor
         float64; ``"Z"`` first, then the names of `AXES`. Sums of squares agree: all are norms of one tensor.
     """
-    atoms = atoms.to(atoms.U.device, torch.float64)
-    if not head.learns_mixing:
-        coef = atoms.V[0]
-        return {name: torch.linalg.svdvals(coef) for name in ("Z", "channels", "outputs")}
-    _, values = balance(atoms, drop=0.0)
-    result = {"Z": torch.cat(values or [atoms.U.new_zeros(0)]).sort(descending=True).values}
-    U, V = atoms.U.flatten(1), atoms.V.flatten(1)
-    mixed, valued = _whiten(V, atoms.block).T @ U, _whiten(U, atoms.block).T @ V
-    names = AXES[head.name]
-    n_mixing = len(head.mixing_shape)
-    for axis, name in enumerate(names):
-        if not name:
-            continue
-        part, like = (mixed, atoms.U) if axis < n_mixing else (valued, atoms.V)
-        which = axis + 1 if axis < n_mixing else axis - n_mixing + 1
-        unfolded = part.view(-1, *like.shape[1:]).movedim(which, 0).flatten(1)
-        result[name] = torch.linalg.svdvals(unfolded)
-    return result
+    fitted = as_fitted(model)
+    atoms = fitted.atoms
+    if fitted.head.learns_mixing:
+        _, values = balance(atoms, drop=0.0)
+        Z = torch.cat(values or [atoms.U.new_zeros(0)]).sort(descending=True).values
+    else:
+        Z = torch.linalg.svdvals(atoms.V[0])
+    sides = {name: torch.linalg.svdvals(T) for name, T in unfoldings(fitted.head.name, atoms).items()}
+    return {"Z": Z, **sides}
+
+
+def unfoldings(head: str, atoms: Atoms) -> dict[str, Float[Tensor, "a m"]]:
+    """A matrix with the left singular vectors and the singular values of ``T_(a)``, for every named axis ``a``.
+
+    Parameters
+    ----------
+    head : str
+        Its name, for that of the axes.
+    atoms : Atoms
+    """
+    U, V = atoms.U.reshape(len(atoms), -1), atoms.V.flatten(1)
+    mixed = (_whiten(V, atoms.block).T @ U).view(len(atoms), *atoms.U.shape[1:])
+    valued = (_whiten(U, atoms.block).T @ V).view(len(atoms), *atoms.V.shape[1:])
+    axes = [(part, axis) for part in (mixed, valued) for axis in range(1, part.ndim)]
+    named = zip(AXES[head], axes, strict=True)
+    return {name: part.movedim(axis, 0).flatten(1) for name, (part, axis) in named if name}
 
 
 def _whiten(W: Float[Tensor, "k m"], block: Tensor) -> Float[Tensor, "k k"]:

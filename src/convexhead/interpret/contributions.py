@@ -1,0 +1,147 @@
+"""Where a logit comes from: what every token adds to every logit through every atom, exactly.
+
+At fixed activation masks ``D_k`` (all ones for the linear activation) a head is
+
+    f_i = Σ_k P read(D_k ⊙ pre(X_i, U_k)) V_k + b
+
+and tokens enter this last, linearly, at one place, where the sum over tokens is split:
+
+* self-attention reads the tokens again, ``read(S) = S X / s``, after it has compared them. With the pooled score
+  ``S_ik[t] = Σ_p P_p D_k[p, t] x_pᵀ U_k x_t``
+
+      C_i[t, k] = (1/s) S_ik[t] x_tᵀ V_k                 (the attention paid to ``t`` times what ``t`` says)
+
+* every other head has a pre-activation that is linear in the tokens. With ``X_i^(t)``, all tokens but ``t`` zero,
+
+      C_i[t, k] = P (D_k ⊙ pre(X_i^(t), U_k)) V_k         (what ``t`` sends to all tokens that pooling reads)
+
+In both cases ``Σ_{t,k} C_i[t, k] = f_i − b`` with nothing approximated. The masks are those of the whole sample: a
+contribution is a share of the logit, not what the logit would lose without the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexhead.errors import InputError
+from convexhead.interpret.fitted import FittedHead, as_fitted
+
+BATCH_NUMBERS = 4_000_000
+"""Numbers of workspace a batch of samples may take."""
+
+
+def token_contributions(model: Any, X: Any) -> Float[Tensor, "n s c"]:
+    """``Σ_k C_i[t, k]``: what each token adds to each logit; over tokens they sum to the logits less the intercept.
+
+    Parameters
+    ----------
+    model : fitted classifier or regressor, HeadModule, or FittedHead
+        Any head and activation with pool "mean" or "cls".
+    X : array or Tensor (n, s, d)
+        Tokens.
+
+    Returns
+    -------
+    Tensor (n, s, c)
+        float64.
+    """
+    fitted = _pooled(model)
+    V = fitted.atoms.V
+    parts = [torch.einsum("bske,kec->bsc", mixed, V) for mixed in _mixed_parts(fitted, fitted.tokens(X))]
+    return torch.cat(parts)
+
+
+def head_contributions(model: Any, X: Any) -> Float[Tensor, "n s k c"]:
+    """``C_i[t, k]``: as `token_contributions`, apart for every atom (attention head, neuron)."""
+    fitted = _pooled(model)
+    V = fitted.atoms.V
+    parts = [torch.einsum("bske,kec->bskc", mixed, V) for mixed in _mixed_parts(fitted, fitted.tokens(X))]
+    return torch.cat(parts)
+
+
+def head_lift(model: Any, X: Any, y: Int[Tensor, " n"]) -> Float[Tensor, "k c"]:
+    """Which head serves which classes: by how much each atom lifts the logit of a class where it is the true one.
+
+        L[k, c] = E[g_ikc | y_i = c] − E[g_ikc | y_i ≠ c],        g_ik = Σ_t C_i[t, k] − its mean over classes
+
+    Logits matter up to a common shift, hence the centring. ``Σ_k L[k, c]`` is the lift of the whole head: a share of it
+    can be read as a share of the work, and a negative one as work against the class.
+
+    Parameters
+    ----------
+    X : array, Tensor, or split of a token store (n, s, d)
+    y : Tensor (n,)
+        The output that is each sample's class, ``0 .. c − 1``.
+
+    Returns
+    -------
+    Tensor (k, c)
+        float64; 0 for a class without samples, and for one that all samples have.
+    """
+    from convexhead.inputs import token_chunks
+
+    fitted = _pooled(model)
+    k, _, c = fitted.atoms.V.shape
+    own, total, start = torch.zeros(k, c).double(), torch.zeros(k, c).double(), 0
+    for chunk in token_chunks(X, n_channels=fitted.head.d, n_tokens=fitted.head.s):
+        for x in chunk.double().split(_step(fitted, c)):
+            data = fitted.activation.prepare(x, reuse=False)
+            if (masks := fitted.activation.pack_masks(x)) is not None:
+                data["masks"] = masks
+            mixed = fitted.activation.mix(data, fitted.atoms.U, fitted.atoms.block)[:, 0]
+            logits = torch.einsum("bke,kec->bkc", mixed, fitted.atoms.V)
+            logits = logits - logits.mean(2, keepdim=True)
+            is_own = torch.nn.functional.one_hot(y[start : start + len(x)], c).double()
+            own += torch.einsum("bkc,bc->kc", logits, is_own)
+            total += logits.sum(0)
+            start += len(x)
+    count = torch.bincount(y, minlength=c).double()
+    lift = own / count.clamp_min(1) - (total - own) / (start - count).clamp_min(1)
+    return torch.where((count > 0) & (count < start), lift, 0.0)
+
+
+def _pooled(model: Any) -> FittedHead:
+    fitted = as_fitted(model)
+    if fitted.head.pool == "none":
+        raise InputError("contributions need one output a sample: pool='mean' or pool='cls'")
+    return fitted
+
+
+def _step(fitted: FittedHead, per_atom: int) -> int:
+    head = fitted.head
+    widest = max(head.p * head.score_width, head.s * max(head.value_rows, per_atom))
+    return max(1, BATCH_NUMBERS // max(1, len(fitted.atoms) * widest))
+
+
+def _mixed_parts(fitted: FittedHead, X: Float[Tensor, "n s d"]) -> Iterator[Float[Tensor, "b s k e"]]:
+    """Pooled mixed tokens of every atom, split over source tokens: ``C`` before it meets ``V``."""
+    head, atoms, group = fitted.head, fitted.atoms, fitted.group
+    gates = fitted.mask_weights()
+    yield X.new_zeros(0, head.s, len(atoms), head.value_rows)
+    if not len(atoms):
+        yield X.new_zeros(len(X), head.s, 0, head.value_rows)
+        return
+    each = torch.eye(head.s, dtype=X.dtype)
+    for x in X.split(_step(fitted, atoms.V.shape[2])):
+        parts = []
+        if not head.learns_mixing:
+            for only in each:
+                alone = fitted.activation.prepare(x * only.unsqueeze(1), reuse=False)
+                parts.append(fitted.activation.mix(alone, atoms.U, atoms.block))
+            yield torch.cat(parts, dim=1)
+            continue
+        data = head.prepare(x)
+        mask = 1.0 if gates is None else (head.preactivation(data, gates, group) >= 0).double()
+        if head.reads_tokens:
+            S = head.pool_rows(head.preactivation(data, atoms.U, group) * mask)
+            parts = [head.read(data, S * only) for only in each]
+        else:
+            for only in each:
+                A = head.preactivation(head.prepare(x * only.unsqueeze(1)), atoms.U, group) * mask
+                parts.append(head.read(data, head.pool_rows(A)))
+        yield torch.cat(parts, dim=1)

@@ -1,0 +1,68 @@
+"""Tokens as a head sees them: projected on the few channel directions that its weights retain.
+
+``T_(a)`` is the unfolding of the weights along an axis ``a`` that is indexed by the channels of a token (see
+`spectra`). With ``A (d, r)`` the leading eigenvectors of ``Σ_a T_(a) T_(a)ᵀ``, two tokens with the same latent
+embedding ``x A`` are the same to the head (up to the share of energy left out).
+
+| head | axes a | |
+|---|---|---|
+| self-attention | query and key channels | ``Σ_kl ⟨V_k, V_l⟩ (U_k U_lᵀ + U_kᵀ U_l)``: what tokens are compared by |
+| mlp-mixer | value channels | ``U`` acts on positions, ``V`` alone on channels |
+| fno, block-fno, mlp, linear | channels | of the filters, neurons or the probe; channel groups side by side |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.errors import InputError
+from convexhead.interpret.fitted import as_fitted
+from convexhead.interpret.spectra import unfoldings
+
+TOKEN_AXES = {"self-attention": ("query channels", "key channels"), "mlp-mixer": ("value channels",)}
+"""Axes that the embedding is taken from; ``"channels"`` for the other heads."""
+
+
+def retained_directions(model: Any, *, energy: float = 0.99) -> Float[Tensor, "d r"]:
+    """``A``: orthonormal basis of the channel directions that a head looks at, strongest first.
+
+    Parameters
+    ----------
+    model : fitted classifier or regressor, HeadModule, or FittedHead
+    energy : float
+        Share of the trace of ``Σ_a T_(a) T_(a)ᵀ`` that the directions keep.
+    """
+    if not 0 < energy <= 1:
+        raise InputError(f"energy must be in (0, 1], got {energy!r}")
+    fitted = as_fitted(model)
+    head, atoms, group = fitted.head, fitted.atoms, fitted.group
+    width = head.d // head.n_groups
+    gram = atoms.V.new_zeros(head.d, head.d)
+    for g in torch.unique(group).tolist():
+        sides = unfoldings(head.name, atoms.select(group == g))
+        channels = slice(g * width, (g + 1) * width)
+        for axis in TOKEN_AXES.get(head.name, ("channels",)):
+            gram[channels, channels] += sides[axis] @ sides[axis].T
+    values, Q = torch.linalg.eigh(gram)
+    values, Q = values.clamp_min(0).flip(0), Q.flip(1)
+    if float(values.sum()) == 0:
+        return Q[:, :0]
+    kept = int((values.cumsum(0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
+    return Q[:, :kept]
+
+
+def token_embedding(model: Any, X: Any, *, energy: float = 0.99) -> Float[Tensor, "n s r"]:
+    """``X_i A``, with ``A`` from `retained_directions`."""
+    fitted = as_fitted(model)
+    return fitted.tokens(X) @ retained_directions(fitted, energy=energy)
+
+
+def principal_embedding(X: Float[Tensor, "n s d"], rank: int) -> Float[Tensor, "n s r"]:
+    """Tokens on their own ``rank`` leading principal components: raw features at a head's dimension."""
+    flat = X.double().flatten(0, 1)
+    _, _, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    return X.double() @ components[:rank].T

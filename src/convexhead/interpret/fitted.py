@@ -1,0 +1,68 @@
+"""What the functions of `interpret` take: a fitted head, in any of the forms that the library has it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead import inputs
+from convexhead.activation import Activation, LinearActivation, make_activation
+from convexhead.errors import InputError
+from convexhead.heads.base import Head
+from convexhead.modules import HeadModule
+from convexhead.problem import Atoms
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A head, its activation and its weights in float64: ``f_i = Σ_k P mix(X_i, U_k) V_k + b``."""
+
+    head: Head
+    activation: Activation
+    atoms: Atoms
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.activation, LinearActivation)
+
+    @property
+    def group(self) -> Tensor:
+        """Channel group of every atom."""
+        return self.atoms.block % self.head.n_groups
+
+    def mask_weights(self) -> Float[Tensor, "k ..."] | None:
+        """The ``g_k`` in ``D_k = 1[pre(X, g_k) ≥ 0]``: gates of a gated ReLU, the mixing weights of a ReLU."""
+        if self.is_linear:
+            return None
+        gates = getattr(self.activation, "gates", None)
+        if gates is None:
+            return self.atoms.U
+        return gates.double().reshape(-1, *self.head.mixing_shape)[self.atoms.block]
+
+    def tokens(self, X: Any) -> Float[Tensor, "n s d"]:
+        """``X`` checked, in float64."""
+        return inputs.as_tokens(X, n_channels=self.head.d, n_tokens=self.head.s).double()
+
+
+def as_fitted(model: Any) -> FittedHead:
+    """A fitted estimator, a `HeadModule` or a `FittedHead` as the last.
+
+    Raises
+    ------
+    InputError
+        Anything else, or an estimator that was not fitted.
+    """
+    if isinstance(model, FittedHead):
+        return model
+    if isinstance(model, HeadModule):
+        activation = make_activation(model.activation_name, model.head, model.gates)
+        return FittedHead(model.head, activation, model.to_atoms().to("cpu", torch.float64))
+    if not hasattr(model, "certificate_"):
+        raise InputError(f"{type(model).__name__} is not a fitted head: fit it first")
+    head = model._fitted_head()
+    gates = None if model.gates_ is None else torch.from_numpy(model.gates_)
+    return FittedHead(head, make_activation(model.activation, head, gates), model._atoms())
