@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import mix, pool, preactivation
 
 import convexhead as ch
 from convexhead.activation import GatedReLU, LinearActivation, sample_gates
@@ -32,6 +31,7 @@ from convexhead.interpret import (
 )
 from convexhead.interpret.spectra import AXES
 from convexhead.problem import Atoms
+from reference import mix, pool, preactivation
 
 N, S, D, C = 7, 4, 6, 3
 
@@ -132,7 +132,8 @@ def test_lift_is_the_difference_of_class_means(name, activation):
     logits = head_contributions(fitted, X).sum(1)
     logits = logits - logits.mean(2, keepdim=True)
     expected = torch.stack([logits[y == c, :, c].mean(0) - logits[y != c, :, c].mean(0) for c in (0, 1)], dim=1)
-    lift = head_lift(fitted, X, y)
+    strangers = torch.cat([X, draw(3, S, D)]), torch.cat([y, torch.full((3,), -1)])
+    lift = head_lift(fitted, *strangers)
     torch.testing.assert_close(lift[:, :2], expected, rtol=0, atol=1e-10)
     assert not lift[:, 2].any()
 

@@ -290,6 +290,15 @@ def store_export(
     _emit({"path": str(written)}, as_json, f"written: {written}")
 
 
+def _save(model: Any, out: Path, store: Path, path: list[dict[str, Any]] | None = None) -> None:
+    """The model, and beside it what a report shows of it."""
+    from convexhead.report import evidence
+
+    model.save(out)
+    command = ["convexhead", *sys.argv[1:]]
+    evidence.write(evidence.collect(model, _open(store), command=command, path=path), out)
+
+
 def _parameters(**given: Any) -> dict[str, Any]:
     given["random_state"] = given.pop("seed")
     return given
@@ -329,7 +338,7 @@ def fit(
     with _solver_progress(as_json) as callback, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate is printed
         clf.fit(train, callback=callback)
-    clf.save(out)
+    _save(clf, out, store)
     seconds = clf.history_[-1]["seconds"] if clf.history_ else 0.0
     result = {
         "run": str(out),
@@ -390,7 +399,7 @@ def path(
         )  # fmt: skip
     chosen = best(rows)
     if out is not None:
-        chosen["model"].save(out)
+        _save(chosen["model"], out, store, rows)
     table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")
     for row in rows:
         mark = "[bold]" if row is chosen else ""
@@ -492,7 +501,7 @@ def twin(
             clf, _open(store, "train"), n_heads=n_heads, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed,
             callback=lambda row: notify(f"objective {row.objective:.6g}", int(row.epoch), epochs),
         )  # fmt: skip
-    clf.save(out)
+    _save(clf, out, store)
     _emit(
         {"run": str(out), "objective": result.objective, "seconds": result.seconds, "beta": clf.beta_},
         as_json,

@@ -76,7 +76,7 @@ def head_lift(model: Any, X: Any, y: Int[Tensor, " n"]) -> Float[Tensor, "k c"]:
     ----------
     X : array, Tensor, or split of a token store (n, s, d)
     y : Tensor (n,)
-        The output that is each sample's class, ``0 .. c − 1``.
+        The output that is each sample's class, ``0 .. c − 1``; samples with −1 are left out.
 
     Returns
     -------
@@ -96,13 +96,15 @@ def head_lift(model: Any, X: Any, y: Int[Tensor, " n"]) -> Float[Tensor, "k c"]:
             mixed = fitted.activation.mix(data, fitted.atoms.U, fitted.atoms.block)[:, 0]
             logits = torch.einsum("bke,kec->bkc", mixed, fitted.atoms.V)
             logits = logits - logits.mean(2, keepdim=True)
-            is_own = torch.nn.functional.one_hot(y[start : start + len(x)], c).double()
-            own += torch.einsum("bkc,bc->kc", logits, is_own)
-            total += logits.sum(0)
+            labels = y[start : start + len(x)]
             start += len(x)
-    count = torch.bincount(y, minlength=c).double()
-    lift = own / count.clamp_min(1) - (total - own) / (start - count).clamp_min(1)
-    return torch.where((count > 0) & (count < start), lift, 0.0)
+            is_own = (labels.unsqueeze(1) == torch.arange(c)).double()
+            own += torch.einsum("bkc,bc->kc", logits, is_own)
+            total += logits[labels >= 0].sum(0)
+    count = torch.bincount(y[y >= 0], minlength=c).double()
+    others = count.sum() - count
+    lift = own / count.clamp_min(1) - (total - own) / others.clamp_min(1)
+    return torch.where((count > 0) & (others > 0), lift, 0.0)
 
 
 def _pooled(model: Any) -> FittedHead:

@@ -13,6 +13,7 @@ For self-attention the axes are the query and key channels of ``U (d, d)``, the 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def unfoldings(head: str, atoms: Atoms) -> dict[str, Float[Tensor, "a m"]]:
         Its name, for that of the axes.
     atoms : Atoms
     """
-    U, V = atoms.U.reshape(len(atoms), -1), atoms.V.flatten(1)
+    U = atoms.U.reshape(len(atoms), math.prod(atoms.U.shape[1:]))
+    V = atoms.V.flatten(1)
     mixed = (_whiten(V, atoms.block).T @ U).view(len(atoms), *atoms.U.shape[1:])
     valued = (_whiten(U, atoms.block).T @ V).view(len(atoms), *atoms.V.shape[1:])
     axes = [(part, axis) for part in (mixed, valued) for axis in range(1, part.ndim)]

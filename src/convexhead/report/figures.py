@@ -1,4 +1,4 @@
-"""The figures, by matplotlib without a display: each function returns a `Figure`, `save` writes SVG and PNG.
+"""The figures, by matplotlib without a display: each function returns a `Figure`, `save` writes SVG, PDF, PNG and JSON.
 
 Colours are Okabe and Ito's, told apart by every kind of colour vision, and never the only sign: lines
 differ in dash and marker too. The other colours are `INK` and `RULE`, which a page may replace.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from convexhead.errors import require
 from convexhead.report.tables import Results, Row, number
@@ -94,9 +97,9 @@ def draw_convergence(ax: Axes, row: Row) -> None:
         return None if gap is None else gap / scale
 
     for run in (row.get("twin") or {}).get("runs", []):
-        curve(run["history"], above, color=ADAM, linewidth=0.8, alpha=0.85)
-    curve(row["history"], known, color=CONVEX, linewidth=1, linestyle=(0, (3, 2)))
-    curve(row["history"], above, color=CONVEX, linewidth=1.8)
+        curve(run["history"], above, color=ADAM, linewidth=0.8, alpha=0.85, label=f"Adam, seed {run['seed']}")
+    curve(row["history"], known, color=CONVEX, linewidth=1, linestyle=(0, (3, 2)), label="gap")
+    curve(row["history"], above, color=CONVEX, linewidth=1.8, label="objective")
     ax.set(xscale="log", yscale="log")
     _decades(ax.xaxis)
     _decades(ax.yaxis, _percent)
@@ -108,7 +111,16 @@ def draw_spectrum(ax: Axes, rows: Sequence[Row]) -> None:
         color, marker, dash = ACTIVATIONS.get(row["activation"], (CONVEX, "o", ":"))
         sigma = sorted((x for block in row["singular_values"] for x in block if x > 0), reverse=True)
         size = 3 if len(sigma) <= 40 else 1.5
-        ax.plot(range(1, len(sigma) + 1), sigma, dash, color=color, marker=marker, markersize=size, linewidth=1)
+        ax.plot(
+            range(1, len(sigma) + 1),
+            sigma,
+            dash,
+            color=color,
+            marker=marker,
+            markersize=size,
+            linewidth=1,
+            label=row["activation"],
+        )
     ax.set(yscale="log")
     ax.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
     _decades(ax.yaxis)
@@ -123,7 +135,7 @@ def draw_path(ax: Axes, rows: Sequence[Row], key: str, ylim: tuple[float, float]
         color, marker = HEADS.get(row["head"], (CONVEX, "X"))
         x = [p["beta_ratio"] for p in path]
         y = [100 * p[key] if key == "validation_accuracy" else max(p[key], 0.8) for p in path]
-        ax.plot(x, y, color=color, linewidth=1.2)
+        ax.plot(x, y, color=color, linewidth=1.2, label=row["head"])
         chosen = [abs(v - row["beta_ratio"]) <= 1e-9 * v for v in x]
         for filled in (False, True):
             at = [i for i, c in enumerate(chosen) if c == filled]
@@ -152,11 +164,11 @@ def draw_excess(ax: Axes, rows: Sequence[Row], numticks: int = 7) -> None:
     for y, row in enumerate(rows):
         gap = max(number(row["certificate"]["relative_gap"]) or 0.0, floor)
         ax.plot([floor / 3, gap], [y, y], color=CONVEX, linewidth=5, solid_capstyle="butt", alpha=0.35)
-        ax.plot(gap, y, "|", color=CONVEX, markersize=11, markeredgewidth=2.2)
+        ax.plot(gap, y, "|", color=CONVEX, markersize=11, markeredgewidth=2.2, label="certified gap")
         for run in (row.get("twin") or {}).get("runs", []):
             excess = number(run["relative_excess"])
             if excess is not None:
-                ax.plot(max(excess + gap, floor), y, "o", color=ADAM, markersize=4.5, alpha=0.75, mew=0)
+                ax.plot(max(excess + gap, floor), y, "o", color=ADAM, markersize=4.5, alpha=0.75, mew=0, label="Adam")
     ax.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
     ax.set_xlim(left=floor / 3)
     ax.set_yticklabels([name_of(row) for row in rows])
@@ -298,14 +310,57 @@ def panel(draw: Callable[..., None], *arguments: Any, size: tuple[float, float] 
 
 # -- writing ------------------------------------------------------------------------------------------------
 def save(figure: Figure, path: str | Path) -> list[Path]:
-    """Write ``path`` with the endings .svg and .png; the same figure gives the same bytes."""
+    """Write ``path`` with the endings .svg, .pdf, .png and .json; the same figure gives the same bytes."""
     base = Path(path)
-    base = base.with_suffix("") if base.suffix in (".svg", ".png") else base
-    written = [base.with_name(base.name + ending) for ending in (".svg", ".png")]
+    base = base.with_suffix("") if base.suffix in (".svg", ".pdf", ".png") else base
+    written = [base.with_name(base.name + ending) for ending in (".svg", ".pdf", ".png", ".json")]
     written[0].write_text(svg(figure, text_as_paths=True, background="white"), encoding="utf-8")
     with require("matplotlib", "report").rc_context(STYLE):
-        figure.savefig(written[1], format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        dateless = {"CreationDate": None, "Creator": None, "Producer": None}
+        figure.savefig(written[1], format="pdf", facecolor="white", metadata=dateless)
+        figure.savefig(written[2], format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    written[3].write_text(json.dumps(numbers(figure)) + "\n", encoding="utf-8")
     return written
+
+
+def numbers(figure: Figure) -> dict[str, Any]:
+    """What a figure shows, as JSON values: of every panel its title, axes, named lines and images."""
+    return {
+        "panels": [
+            {
+                "title": ax.get_title(),
+                "x": ax.get_xlabel() or figure.get_supxlabel(),
+                "y": ax.get_ylabel() or figure.get_supylabel(),
+                "x_labels": _words(ax.get_xticklabels()),
+                "y_labels": _words(ax.get_yticklabels()),
+                "lines": [
+                    {"name": _name(line), "x": _values(line.get_xdata()), "y": _values(line.get_ydata())}
+                    for line in ax.lines
+                ],
+                "bars": [
+                    {"name": _name(group), "heights": [float(bar.get_height()) for bar in group]}
+                    for group in ax.containers
+                ],
+                "images": [_values(image.get_array()) for image in ax.images if image.get_array().ndim == 2],
+            }
+            for ax in figure.axes
+        ]
+    }
+
+
+def _name(artist: Any) -> str:
+    label = str(artist.get_label())
+    return "" if label.startswith("_") else label
+
+
+def _values(array: Any) -> Any:
+    return np.asarray(array, dtype=float).tolist()
+
+
+def _words(labels: Iterable[Any]) -> list[str]:
+    """Tick labels that are names; numbers are in the data."""
+    texts = [label.get_text() for label in labels]
+    return [] if all(text == "" or text[0] in "0123456789−." for text in texts) else texts
 
 
 def svg(figure: Figure, *, text_as_paths: bool = False, background: str = "none") -> str:
