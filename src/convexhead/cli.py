@@ -1,4 +1,4 @@
-"""The command line: ``convexhead demo | extract | store | fit | path | evaluate | twin | audit | compare``.
+"""The command line: ``convexhead demo | extract | store | fit | path | evaluate | twin | audit | compare | report``.
 
 Every command prints a table for people or, with ``--json``, one JSON object for machines. Exit codes: 0 done, 1 failed
 (one line on standard error that says what to do), 2 wrong usage.
@@ -550,6 +550,40 @@ def compare(
     results["reproduce"] = [f"convexhead compare {store} --out {out}"]
     write_results(results, out)
     _show_comparison(results, as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders made by `convexhead fit`, `path` or `twin`.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("report.html"),
+    tokens: Annotated[
+        Optional[Path], typer.Option(help="Token store to score the runs on anew; default: what fitting kept.")
+    ] = None,
+    images: Annotated[
+        Optional[str], typer.Option(help="Where the images are, if they have moved since `convexhead extract`.")
+    ] = None,
+    size: Annotated[int, typer.Option("--gallery", help="Images a run, at most 64.")] = 64,
+    figures: Annotated[
+        Optional[Path], typer.Option(help="Folder for every figure as SVG, PDF and PNG with its numbers as JSON.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML file about one or several runs: certificate, heads, spectra, maps and clusters on images, errors."""
+    from convexhead.errors import require
+    from convexhead.report.run_page import render_runs
+
+    require("jinja2", "report")
+    require("matplotlib", "report")
+    store = None if tokens is None else _open(tokens)
+    page = render_runs(runs, store=store, images=images, size=size, figure_folder=figures)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    result = {"page": str(out), "bytes": out.stat().st_size, "runs": [str(run) for run in runs]}
+    _emit(
+        result,
+        as_json,
+        f"[bold]{escape(str(out.resolve()))}[/], {out.stat().st_size / 1e6:.1f} MB: open it in any browser",
+    )
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import binascii
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import InputError, require
@@ -23,18 +22,7 @@ WIDE, NARROW = 8.2, 4.2
 
 def render(results: Results) -> str:
     """The page as text. Everything of ``results`` that is shown is escaped; figures are inlined as SVG."""
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        accuracy=tables.accuracy,
-        relative=tables.relative,
-        seconds=tables.seconds,
-        count=_count,
-        probability=_probability,
-    )
-    template = environment.from_string(files("convexhead.report").joinpath("page.html").read_text("utf-8"))
+    template = environment().get_template("page.html")
     rows = results["rows"]
     return template.render(
         results=results,
@@ -47,8 +35,28 @@ def render(results: Results) -> str:
         twins=[row["twin"] for row in rows if row.get("twin")],
         gallery=_gallery(results),
         commands=[_command(line) for line in results["reproduce"]],
-        **_figures(results, jinja2.__dict__.get("Markup") or require("markupsafe", "report").Markup),
+        **_figures(results, require("markupsafe", "report").Markup),
     )
+
+
+def environment() -> Any:
+    """The templates of this package, which escape everything, with the filters that they use."""
+    jinja2 = require("jinja2", "report")
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("convexhead.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        accuracy=tables.accuracy,
+        relative=tables.relative,
+        seconds=tables.seconds,
+        count=_count,
+        probability=_probability,
+    )
+    return made
 
 
 # -- figures ------------------------------------------------------------------------------------------------
@@ -81,8 +89,6 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
             if (group := [row for row in rows if row["activation"] == activation and row["path"]])
         ],
         "head_colors": {row["head"]: themed(figures.head_color(row["head"])) for row in rows},
-        "convex_color": figures.CONVEX,
-        "adam_color": figures.ADAM,
         "activation_colors": figures.ACTIVATIONS,
     }
 

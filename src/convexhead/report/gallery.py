@@ -1,0 +1,130 @@
+"""The data behind a report's gallery: images, logits, contributions of every head to every class, clusters.
+
+Contributions ``C_i[t, k, c]`` are kept as one byte each, in units of the largest of their map (an image, a head, a
+class): a map is exact to 0.4% of its strongest token. Sums and logits are float32. Where all of it would be larger than
+the budget, an image keeps the classes of its largest logits and its true one.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from convexhead.interpret import (
+    choose_n_clusters,
+    cluster_figures,
+    cluster_tokens,
+    head_contributions,
+    principal_embedding,
+    token_embedding,
+)
+from convexhead.report.evidence import Evidence
+
+BUDGET = 4_000_000
+"""Bytes of contributions that all runs of a report may take together."""
+HEADS = 24
+"""Heads that can be chosen by themselves, the strongest; "all heads" has them all."""
+STEP = 8
+"""Images at a time."""
+
+Array = NDArray[Any]
+
+
+def gallery(model: Any, evidence: Evidence, *, size: int, budget: int) -> dict[str, Any]:
+    """What the page's script reads, as JSON values; arrays are base64 of little-endian numbers.
+
+    ============================  ===============  ==================================================================
+    ``shown``                     ``(g, m)``       int16, the classes that are kept of each image, most likely first
+    ``logits``                    ``(g, c)``       float32
+    ``sums``, ``scales``          ``(g, m, K+1)``  float32; sum and unit of each map; entry 0: all heads
+    ``maps``                      ``(g, m, K+1, s)``  int8
+    ``clusters``                  ``(g, s)``       uint8 for the head's embedding and for raw features
+    ============================  ===============  ==================================================================
+    """
+    sample, tokens = evidence.arrays["sample"][:size], evidence.arrays["tokens"][:size]
+    labels, about = evidence.arrays["labels"][sample], evidence.about
+    strongest = strongest_heads(model)[:HEADS]
+    logits = model._outputs(tokens)[:, 0]
+    g, s, c = len(tokens), tokens.shape[1], logits.shape[1]
+    m = min(c, max(3, budget // max(1, g * s * (len(strongest) + 1))))
+    order = np.argsort(-logits, axis=1, kind="stable")
+    for row, label in zip(order, labels, strict=True):  # the true class is always among them
+        if label >= 0 and label not in row[:m]:
+            row[m - 1] = label
+    shown = order[:, :m]
+    parts = [_maps(model, tokens[i : i + STEP], shown[i : i + STEP], strongest) for i in range(0, g, STEP)]
+    maps = np.concatenate(parts).astype(np.float64)  # (g, m, K+1, s)
+    scales = np.abs(maps).max(-1)
+    small = np.rint(maps / np.maximum(scales, 1e-300)[..., None] * 127)
+    return {
+        "grid": list(model.grid_),
+        "classes": about["classes"],
+        "heads": [int(k) for k in strongest],
+        "images": [
+            {
+                "file": about["files"][i],
+                "label": int(labels[i]),
+                "predicted": int(evidence.arrays["predicted"][row]),
+                "wrong": bool(evidence.arrays["predicted"][row] != evidence.arrays["labels"][row]),
+                "confidence": round(float(evidence.arrays["confidence"][row]), 4),
+            }
+            for i, row in enumerate(sample)
+        ],
+        "intercept": [round(float(b), 6) for b in model.intercept_],
+        "kept": m,
+        "shown": _pack(shown, "<i2"),
+        "logits": _pack(logits, "<f4"),
+        "sums": _pack(maps.sum(-1), "<f4"),
+        "scales": _pack(scales, "<f4"),
+        "maps": _pack(small, "i1"),
+    }
+
+
+def strongest_heads(model: Any) -> Array:
+    """Atoms by falling singular value over all blocks: positions in the order in which the model keeps them."""
+    if hasattr(model, "coef_"):
+        return np.zeros(1, np.int64)
+    return np.argsort(-np.concatenate(model.singular_values_), kind="stable")
+
+
+def clusters(model: Any, evidence: Evidence, *, size: int) -> dict[str, Any]:
+    """Clusters of the sample's tokens as the head sees them and as they are, with their figures.
+
+    Rows of ``figures``: the head's latent embedding, raw features, and raw features reduced to as many principal
+    components as the embedding has directions (figures are easier to come by in few dimensions).
+    """
+    tokens = torch.from_numpy(evidence.arrays["tokens"]).double()
+    embedding = token_embedding(model, tokens)
+    if embedding.shape[2] == 0:
+        return {"figures": [], "head": "", "raw": "", "n": [0, 0]}
+    rank = embedding.shape[2]
+    clouds = {
+        "as the head sees them": embedding,
+        "raw features": tokens,
+        f"raw, {rank} principal components": principal_embedding(tokens, rank),
+    }
+    numbers = {name: choose_n_clusters(cloud) for name, cloud in clouds.items()}
+    figures = [
+        {"tokens": name, "dimensions": cloud.shape[2], **asdict(cluster_figures(cloud, numbers[name]))}
+        for name, cloud in clouds.items()
+    ]
+    seen, raw = (cluster_tokens(clouds[name], numbers[name])[:size] for name in list(clouds)[:2])
+    n = [numbers[name] for name in list(clouds)[:2]]
+    return {"figures": figures, "head": _pack(seen, "u1"), "raw": _pack(raw, "u1"), "n": n}
+
+
+def _maps(model: Any, tokens: Array, shown: Array, strongest: Array) -> Array:
+    """``(b, m, K+1, s)``: all heads, then each of the strongest, for the classes that are shown."""
+    parts = head_contributions(model, tokens).numpy()  # (b, s, k, c)
+    picked = np.take_along_axis(parts, shown[:, None, None, :], axis=3)
+    both = np.concatenate([picked.sum(2, keepdims=True), picked[:, :, strongest]], axis=2)
+    return both.transpose(0, 3, 2, 1)
+
+
+def _pack(array: Any, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).astype(dtype).tobytes()).decode()

@@ -1,0 +1,202 @@
+"""Figures of runs: each function takes plain dictionaries (see `runs`) and returns a `Figure`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convexhead.errors import require
+from convexhead.report.figures import CONVEX, INK, MAP, _decades, _figure, _percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Run = Mapping[str, Any]
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
+"""Okabe and Ito's, one a run; dashes tell the runs apart as well."""
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NAMED = 25
+"""Classes up to which matrices name them."""
+PANEL = (3.2, 2.2)
+
+
+def style(i: int) -> dict[str, Any]:
+    """Colour and dash of run ``i``."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}
+
+
+def objective(runs: Sequence[Run]) -> Figure:
+    """Objective against seconds; the dotted line is the certified lower bound."""
+    with _figure(PANEL) as figure:
+        ax = figure.add_subplot()
+        for i, run in enumerate(runs):
+            points = _finite((h["seconds"], h["objective"]) for h in run["history"])
+            ax.plot(*points, label=run["name"], marker="o", markersize=2, linewidth=1.4, **style(i))
+        for i, run in enumerate(runs):
+            ax.axhline(run["certificate"]["dual"], color=style(i)["color"], linewidth=0.9, linestyle=":", label="bound")
+        ax.set(xlabel="seconds", ylabel="objective", xscale="log", yscale="log")
+        _decades(ax.xaxis)
+        _decades(ax.yaxis, subs=(1, 2, 5))
+        if len(runs) > 1:
+            _name_lines(ax, len(runs))
+    return figure
+
+
+def gap(runs: Sequence[Run]) -> Figure:
+    """Relative gap against seconds as the solver estimated it; the last mark is the certified one."""
+    with _figure(PANEL) as figure:
+        ax = figure.add_subplot()
+        for i, run in enumerate(runs):
+            scale = abs(run["certificate"]["primal"]) or 1.0
+            points = _finite((h["seconds"], max(h["gap"] / scale, 1e-9)) for h in run["history"])
+            ax.plot(*points, label=run["name"], linewidth=1.4, **style(i))
+            last = points[0][-1] if points[0] else 1e-2
+            certified = max(run["certificate"]["relative_gap"], 1e-9)
+            ax.plot(last, certified, "D", color=style(i)["color"], markersize=5, label="certified")
+        ax.set(xlabel="seconds", ylabel="relative gap", xscale="log", yscale="log")
+        _decades(ax.xaxis)
+        _decades(ax.yaxis, _percent)
+        if len(runs) > 1:
+            _name_lines(ax, len(runs))
+    return figure
+
+
+def spectrum(axis: str, series: Sequence[tuple[str, Sequence[float]]], *, along_beta: bool) -> Figure:
+    """Singular values of one unfolding: a line each for every β of a path (group ids ``beta-0 …``) or every run."""
+    with _figure(PANEL) as figure:
+        ax = figure.add_subplot()
+        largest = max((v for _, values in series for v in values), default=1.0) or 1.0
+        for i, (name, values) in enumerate(series):
+            shown = [v for v in values if v > 1e-4 * largest]
+            look = {"color": CONVEX, "linestyle": "-"} if along_beta else style(i)
+            marker = "o" if along_beta else MARKERS[i % len(MARKERS)]
+            size = 3 if len(shown) <= 40 else 1.5
+            (line,) = ax.plot(range(1, len(shown) + 1), shown, marker=marker, markersize=size, linewidth=1.1, **look)
+            line.set_label(name)
+            if along_beta:
+                line.set_gid(f"beta-{i}")
+        ax.set(yscale="log", xlabel="index", ylabel="singular value", title=axis)
+        ax.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
+        _decades(ax.yaxis)
+        if not along_beta and len(series) > 1:
+            _name_lines(ax, len(series))
+    return figure
+
+
+def ranks(run: Run) -> Figure:
+    """Effective rank of Z and of every unfolding along β."""
+    with _figure((4.2, 2.4)) as figure:
+        ax = figure.add_subplot()
+        ratios = [point["beta_ratio"] for point in run["path"]]
+        for i, axis in enumerate(run["path"][0]["effective_ranks"]):
+            values = [point["effective_ranks"][axis] for point in run["path"]]
+            ax.plot(ratios, values, marker=MARKERS[i % 7], markersize=4, label=axis, linewidth=1.2, **style(i))
+        ax.set(xscale="log", xlabel="β / β_max", ylabel="effective rank")
+        _decades(ax.xaxis, subs=(1, 2, 5))
+        ax.xaxis.set_inverted(True)
+        ax.legend(fontsize=6.5)
+    return figure
+
+
+def scores_along(run: Run) -> Figure:
+    """Training and validation accuracy along β."""
+    with _figure((4.2, 2.4)) as figure:
+        ax = figure.add_subplot()
+        for i, (key, name) in enumerate((("val_score", "held-out images"), ("train_score", "training images"))):
+            points = _finite((p["beta_ratio"], p[key]) for p in run["path"])
+            ax.plot(*points, marker=MARKERS[i], markersize=4, label=name, linewidth=1.2, **style(i))
+        ax.set(xscale="log", xlabel="β / β_max", ylabel="accuracy")
+        _decades(ax.xaxis, subs=(1, 2, 5))
+        ax.yaxis.set_major_formatter(_percent)
+        ax.xaxis.set_inverted(True)
+        ax.legend(fontsize=6.5)
+    return figure
+
+
+def lift(run: Run) -> Figure:
+    """Which head serves which classes: rows are heads by strength, columns classes; red lifts the own class."""
+    matrix, names = np.asarray(run["lift"]), run["classes"]
+    strongest = float(np.abs(matrix).max()) or 1.0
+    height = 0.9 + 0.17 * len(matrix) + (0.6 if len(names) <= NAMED else 0)
+    with _figure((7.4, min(height, 6.0))) as figure:
+        ax = figure.add_subplot()
+        image = ax.imshow(matrix, cmap=MAP, vmin=-strongest, vmax=strongest, aspect="auto", interpolation="none")
+        ax.grid(False)
+        ax.set(ylabel="head", xlabel="class" if len(names) > NAMED else "")
+        rows = range(0, len(matrix), max(1, len(matrix) // 16))
+        ax.set_yticks(rows, [str(run["atoms"][k]["number"]) for k in rows])
+        if len(names) <= NAMED:
+            ax.set_xticks(range(len(names)), [_short(name) for name in names], rotation=60, ha="right")
+        bar = figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def confusion(run: Run) -> Figure:
+    """Share of each true class (row) that is predicted as each class (column)."""
+    matrix, names = np.asarray(run["confusion"]), run["classes"]
+    with _figure((5.2, 4.6)) as figure:
+        ax = figure.add_subplot()
+        shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        image = ax.imshow(shares, cmap="cividis_r", vmin=0, vmax=1, interpolation="none")
+        ax.grid(False)
+        ax.set(xlabel="predicted class", ylabel="true class")
+        if len(names) <= NAMED:
+            short = [_short(name) for name in names]
+            ax.set_xticks(range(len(names)), short, rotation=60, ha="right")
+            ax.set_yticks(range(len(names)), short)
+        if len(names) <= 12:
+            for (row, column), count in np.ndenumerate(matrix):
+                if count:
+                    ink = "white" if shares[row, column] > 0.55 else INK
+                    ax.text(column, row, str(count), ha="center", va="center", fontsize=7, color=ink)
+        bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045, format=_percent)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def mixing(run: Run) -> Figure:
+    """Mixer: how strongly each token (column) feeds each token (row)."""
+    with _figure((3.8, 3.2)) as figure:
+        ax = figure.add_subplot()
+        image = ax.imshow(np.asarray(run["mixing_matrix"]), cmap="cividis_r", vmin=0, interpolation="none")
+        ax.grid(False)
+        ax.set(xlabel="from token", ylabel="to token")
+        figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045).outline.set_visible(False)
+    return figure
+
+
+def filters(run: Run, most: int = 8) -> Figure:
+    """FNO: filters of the strongest heads at every shift (above) and frequency (below, zero in the middle)."""
+    space, frequency = (np.asarray(run["filters"][key])[:most] for key in ("space", "frequency"))
+    with _figure((1.0 * len(space) + 0.6, 2.5)) as figure:
+        axes = figure.subplots(2, len(space), squeeze=False)
+        for line, (what, maps) in enumerate((("shift", space), ("frequency", frequency))):
+            for k, one in enumerate(maps):
+                ax = axes[line, k]
+                ax.imshow(one, cmap="cividis_r", vmin=0, interpolation="none")
+                ax.grid(False)
+                ax.set(xticks=[], yticks=[])
+                ax.set_title(f"head {run['atoms'][k]['number']}" if line == 0 else "")
+                ax.set_ylabel(what if k == 0 else "")
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
+def _finite(points: Any) -> tuple[list[float], list[float]]:
+    kept = [(max(float(x), 1e-3), float(y)) for x, y in points if y is not None and math.isfinite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def _name_lines(ax: Axes, count: int) -> None:
+    """A legend of the runs alone, which come first among the lines."""
+    handles = [line for line in ax.lines if line.get_label() not in ("bound", "certified")][:count]
+    ax.legend(handles=handles, fontsize=6.5, handlelength=2.6)

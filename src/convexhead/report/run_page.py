@@ -1,0 +1,214 @@
+"""``convexhead report``: one self-contained HTML page about one or several runs."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convexhead.errors import InputError, require
+from convexhead.report import figures, run_figures
+from convexhead.report.gallery import BUDGET, clusters, gallery
+from convexhead.report.page import environment, inline_svg
+from convexhead.report.pictures import thumbnails
+from convexhead.report.runs import read_run
+from convexhead.report.tables import relative
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from convexhead.tokens.store import TokenStore
+
+
+class Figures:
+    """Draws the figures of a page: inline in it, and each as files in a folder where one is given."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.count = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, caption: str, figure: Figure, words: str) -> dict[str, Any]:
+        """``svg`` for the page with ``words`` for those who cannot see it, and its numbers as a data URI."""
+        if self.folder is not None:
+            figures.save(figure, self.folder / name)
+        self.count += 1
+        numbers = json.dumps(figures.numbers(figure)).encode()
+        return {
+            "name": name,
+            "caption": caption,
+            "svg": require("markupsafe", "report").Markup(inline_svg(figure, f"f{self.count}-", words)),
+            "numbers": f"data:application/json;base64,{base64.b64encode(numbers).decode()}",
+        }
+
+
+def render_runs(
+    folders: Sequence[Path],
+    *,
+    store: TokenStore | None = None,
+    images: str | None = None,
+    size: int = 64,
+    figure_folder: Path | None = None,
+) -> str:
+    """The page as text; the same runs give the same text, byte for byte.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Runs of `convexhead fit`, `path` or `twin`.
+    store : TokenStore or None
+        Scores all runs anew, for models that were saved without evidence, or on another store.
+    images : str or None
+        Where the images are, if not where they were when the tokens were extracted.
+    size : int
+        Images of each gallery at most.
+    figure_folder : Path or None
+        Where every figure is written as SVG, PDF and PNG, with a JSON of its numbers beside it.
+
+    Raises
+    ------
+    InputError, FileFormatError
+        See `runs.read_run`.
+    """
+    if not folders:
+        raise InputError("give at least one run")
+    if size < 1:
+        raise InputError(f"a gallery of {size} images is not possible: give at least 1")
+    template = environment().get_template("run.html")
+    draw = Figures(figure_folder)
+    runs = []
+    for i, folder in enumerate(folders):
+        run, model, evidence = read_run(Path(folder), store)
+        run["id"] = f"run-{i + 1}"
+        run["chosen_step"] = _nearest([step["beta_ratio"] for step in run["path"]], run["beta_ratio"])
+        run["gallery"], run["clusters"], run["pictures"], run["missing"] = None, None, {}, ""
+        if evidence is not None:
+            run["gallery"] = gallery(model, evidence, size=size, budget=BUDGET // len(folders))
+            run["clusters"] = clusters(model, evidence, size=size)
+            run["gallery"]["clusters"] = {key: run["clusters"][key] for key in ("head", "raw", "n")}
+            run["gallery"]["numbers"] = [atom["number"] for atom in run["atoms"]][: len(run["gallery"]["heads"])]
+            run["pictures"], run["missing"] = thumbnails(evidence.about, images)
+        runs.append(run)
+    _tell_apart(runs)
+    for run in runs:
+        run["figures"] = _figures(run, draw)
+    return template.render(runs=runs, comparison=_comparison(runs, draw) if len(runs) > 1 else None)
+
+
+def _tell_apart(runs: list[dict[str, Any]]) -> None:
+    """Folders of the same name get numbers."""
+    names = [run["name"] for run in runs]
+    for i, run in enumerate(runs):
+        if names.count(run["name"]) > 1:
+            run["name"] = f"{run['name']} ({i + 1})"
+
+
+def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
+    """Every figure of one run, in groups that the template names."""
+    own, gap = run["id"], relative(run["certificate"]["relative_gap"])
+    made: dict[str, Any] = {
+        "curves": [],
+        "spectra": [],
+        "along": [],
+        "lift": None,
+        "confusion": None,
+        "positions": None,
+    }
+    if run["history"]:
+        first, last = run["history"][0]["objective"], run["history"][-1]["objective"]
+        made["curves"] = [
+            draw.add(
+                f"{own}-objective",
+                "Objective against seconds; dotted: the certified lower bound",
+                run_figures.objective([run]),
+                f"The objective falls from {first:.4g} to {last:.4g}; lower bound {run['certificate']['dual']:.4g}.",
+            ),
+            draw.add(
+                f"{own}-gap",
+                "Relative gap as the solver estimates it; diamond: certified at the end",
+                run_figures.gap([run]),
+                f"The relative gap over time; certified at the end: {gap}.",
+            ),
+        ]
+    steps = run["path"] or [run]
+    for axis in run["spectra"]:
+        series = [(_beta(step["beta_ratio"]), step["spectra"][axis]) for step in steps]
+        ranks = ", ".join(
+            f"{step['effective_ranks'][axis]:.1f} at β/β_max {_beta(step['beta_ratio'])}" for step in steps
+        )
+        made["spectra"].append(
+            draw.add(
+                f"{own}-spectrum-{axis.replace(' ', '-')}",
+                "Singular values of Z" if axis == "Z" else f"of the unfolding along {axis}",
+                run_figures.spectrum(axis, series, along_beta=True),
+                f"Singular values, {axis}. Effective rank: {ranks}.",
+            )
+        )
+    if run["path"]:
+        made["along"] = [
+            draw.add(f"{own}-ranks", "Effective rank along β", run_figures.ranks(run), "See the table of β below."),
+            draw.add(f"{own}-scores", "Accuracy along β", run_figures.scores_along(run), "See the table of β below."),
+        ]
+    if run["scores"] is not None:
+        made["lift"] = draw.add(
+            f"{own}-lift",
+            "How much each head lifts the logit of each class where it is the true one (red), against (blue)",
+            run_figures.lift(run),
+            f"A matrix of {len(run['lift'])} heads by {len(run['classes'])} classes; "
+            "the table of heads names the classes that each serves most.",
+        )
+        made["confusion"] = draw.add(
+            f"{own}-confusion",
+            "Share of each true class (row) that is predicted as each class (column)",
+            run_figures.confusion(run),
+            f"Confusion matrix of {len(run['classes'])} classes; the table beside it names what is confused most.",
+        )
+    if "mixing_matrix" in run:
+        made["positions"] = draw.add(
+            f"{own}-mixing",
+            "How strongly each token (column) feeds each token (row), all heads together",
+            run_figures.mixing(run),
+            "Token-to-token weights of the Mixer.",
+        )
+    elif "filters" in run and run["n_heads"]:
+        made["positions"] = draw.add(
+            f"{own}-filters",
+            "Filters of the strongest heads: above at every shift, below at every frequency (zero in the middle)",
+            run_figures.filters(run),
+            "Strength of the filters over channels, in both domains.",
+        )
+    return made
+
+
+def _comparison(runs: list[dict[str, Any]], draw: Figures) -> list[dict[str, Any]]:
+    """Figures of all runs together."""
+    trained = [run for run in runs if run["history"]]
+    made = []
+    if trained:
+        names = ", ".join(f"{run['name']} ends at {run['certificate']['primal']:.5g}" for run in trained)
+        made.append(draw.add("objectives", "Objective against seconds", run_figures.objective(trained), f"{names}."))
+        made.append(draw.add("gaps", "Relative gap against seconds", run_figures.gap(trained), "See the table above."))
+    for axis in [name for name in runs[0]["spectra"] if all(name in run["spectra"] for run in runs)]:
+        made.append(
+            draw.add(
+                f"spectra-{axis.replace(' ', '-')}",
+                "Singular values of Z" if axis == "Z" else f"of the unfolding along {axis}",
+                run_figures.spectrum(axis, [(run["name"], run["spectra"][axis]) for run in runs], along_beta=False),
+                "Effective rank: "
+                + ", ".join(f"{run['name']} {run['effective_ranks'][axis]:.1f}" for run in runs)
+                + ".",
+            )
+        )
+    return made
+
+
+def _nearest(ratios: list[float], ratio: float | None) -> int:
+    """The step of the path that the model is from."""
+    return min(range(len(ratios)), key=lambda i: abs(ratios[i] - (ratio or 0.0)), default=0)
+
+
+def _beta(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.3g}"

@@ -1,0 +1,197 @@
+"""A run folder as plain values: everything that its part of a report says, apart from the gallery."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convexhead.errors import InputError
+from convexhead.interpret import effective_rank, fourier_filters, mixing_matrix, spectra
+from convexhead.report import evidence as evidences
+from convexhead.report.evidence import Evidence
+from convexhead.report.gallery import strongest_heads
+from convexhead.tokens.store import TokenStore
+
+CONFUSED, SERVED = 12, 3
+"""Pairs of classes, and classes of a head, that are named."""
+
+
+def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, Any], Any, Evidence | None]:
+    """What a report says of the run in ``folder``, its model, and its evidence where there is some.
+
+    Parameters
+    ----------
+    folder : Path
+        Of `convexhead fit`, `path` or `twin`, or of a saved classifier.
+    store : TokenStore or None
+        Score the model on this store anew, whatever the folder holds.
+
+    Raises
+    ------
+    InputError
+        A regressor.
+    FileFormatError
+        Not a model folder, or damaged.
+    """
+    from convexhead.persistence import load
+
+    model = load(folder)
+    if not hasattr(model, "classes_"):
+        raise InputError(f"{folder} holds a regressor: a report shows classifiers")
+    if store is None:
+        evidence = evidences.read(folder)
+    else:
+        kept = evidences.read(folder) if (folder / "evidence.json").is_file() else None
+        evidence = evidences.collect(model, store)
+        if kept is not None:
+            evidence.about |= {key: kept.about[key] for key in ("command", "environment", "path")}
+    run = describe(model, folder.resolve().name)
+    if evidence is not None:
+        run |= _scores(evidence)
+        run["lift"] = evidence.arrays["lift"][strongest_heads(model)].tolist()
+        for atom, row in zip(run["atoms"], run["lift"], strict=True):
+            atom["serves"] = _serves(np.asarray(row), run["classes"])
+    return run, model, evidence
+
+
+def describe(model: Any, name: str) -> dict[str, Any]:
+    """What the model alone tells."""
+    params = {key: value for key, value in model.get_params(deep=False).items() if key != "gates"}
+    run: dict[str, Any] = {
+        "name": name,
+        "head": model.head,
+        "activation": model.activation,
+        "is_twin": model.stop_reason_.startswith("trained by"),
+        "stopped": model.stop_reason_,
+        "certificate": model.certificate_.to_dict(),
+        "words": certificate_in_words(model),
+        "beta": model.beta_,
+        "beta_max": model.beta_max_,
+        "beta_ratio": model.beta_ / model.beta_max_ if model.beta_max_ else None,
+        "n_heads": model.n_heads_,
+        "seconds": model.history_[-1]["seconds"] if model.history_ else 0.0,
+        "history": model.history_,
+        "tokens": [model.n_tokens_, model.n_features_in_],
+        "classes": [str(label) for label in model.classes_],
+        "parameters": {key: "–" if value is None else str(value) for key, value in params.items()},
+        "atoms": _atoms(model),
+        "path": [],
+        "scores": None,
+    }
+    run["spectra"] = {key: values.tolist() for key, values in spectra(model).items()}
+    run["effective_ranks"] = _effective_ranks(run["spectra"])
+    order = strongest_heads(model)
+    if model.head == "mlp-mixer":
+        run["mixing_matrix"] = mixing_matrix(model).tolist()
+    if model.head in ("fno", "block-fno"):
+        run["filters"] = {key: value[order].tolist() for key, value in fourier_filters(model)._asdict().items()}
+    return run
+
+
+def certificate_in_words(model: Any) -> str:
+    """What was proved, in a sentence for people."""
+    c = model.certificate_
+    gap = f"{100 * c.relative_gap:.2g}%"
+    whose = "Adam's weights are" if model.stop_reason_.startswith("trained by") else "these weights are"
+    more = "could bring the objective down by more"
+    where = {
+        "global": f"the global optimum: no weights whatever, with any number of heads, {more}",
+        "sampled-gates": f"the optimum for these gates: no weights with the same gates {more}",
+        "estimated": "the optimum, by an estimate that may have missed something: this is no proof",
+    }[c.scope]
+    doubt = (
+        f" The bound holds except with a probability of {c.failure_probability:.0e}." if c.failure_probability else ""
+    )
+    verb = "estimated" if c.scope == "estimated" else "certified"
+    tolerance = "" if c.converged else f" The tolerance that was asked for ({model.tol:g}) was not reached."
+    return f"By the {verb} bound {whose} within {gap} of {where}.{doubt}{tolerance}"
+
+
+def _atoms(model: Any) -> list[dict[str, Any]]:
+    """One row a head, strongest first; ``number`` counts from 1 in this order."""
+    if hasattr(model, "coef_"):
+        size = float(np.linalg.norm(model.coef_))
+        return [{"number": 1, "strength": size, "share": 1.0, "gate": None, "group": None, "serves": []}]
+    sigma = np.concatenate(model.singular_values_)
+    block = np.repeat(np.arange(len(model.mixing_)), [len(U) for U in model.mixing_])
+    groups = model._fitted_head().n_groups
+    total = float(sigma.sum()) or 1.0
+    return [
+        {
+            "number": i + 1,
+            "strength": float(sigma[k]),
+            "share": float(sigma[k]) / total,
+            "gate": None if model.gates_ is None else int(block[k]) // groups + 1,
+            "group": None if groups == 1 else int(block[k]) % groups + 1,
+            "serves": [],
+        }
+        for i, k in enumerate(strongest_heads(model))
+    ]
+
+
+def _scores(evidence: Evidence) -> dict[str, Any]:
+    """What the scored images tell."""
+    about, a = evidence.about, evidence.arrays
+    classes, known = about["classes"], a["labels"] >= 0
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(confusion, (a["labels"][known], a["predicted"][known]), 1)
+    wrong = [(int(confusion[i, j]), i, j) for i, j in np.argwhere(confusion) if i != j]
+    rows = about["path"] or []
+    return {
+        "classes": classes,
+        "scores": {
+            "split": about["split"],
+            "images": len(a["labels"]),
+            "top1": evidence.accuracy,
+            "top5": float(a["top5"].mean()) if len(classes) > 5 else None,
+            "loss": float(a["loss"][known].mean()),
+        },
+        "confusion": confusion.tolist(),
+        "confused": [
+            {"true": classes[i], "predicted": classes[j], "count": n, "share": n / int(confusion[i].sum())}
+            for n, i, j in sorted(wrong, key=lambda entry: (-entry[0], entry[1], entry[2]))[:CONFUSED]
+        ],
+        "path": [
+            {key: row[key] for key in ("beta_ratio", "n_heads", "relative_gap", "train_score", "val_score", "spectra")}
+            | {"effective_ranks": _effective_ranks(row["spectra"])}
+            for row in rows
+        ],
+        "commands": [_extraction(about["tokens"]), *([about["command"]] if about["command"] else [])],
+        "store": about["tokens"],
+        "environment": about["environment"],
+    }
+
+
+def _serves(lift: Any, classes: list[str]) -> list[dict[str, Any]]:
+    best = np.argsort(-lift, kind="stable")[:SERVED]
+    return [{"name": classes[c], "lift": float(lift[c])} for c in best if lift[c] > 0]
+
+
+def _effective_ranks(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: effective_rank(torch.tensor(v, dtype=torch.float64)) for name, v in values.items()}
+
+
+def _extraction(tokens: dict[str, Any]) -> str:
+    """The command that makes the same tokens."""
+    fitted, size = tokens["reduction"], tokens["preprocessing"].get("input_size")
+    components = fitted.get("components")
+    options: dict[str, Any] = {
+        "--backbone": tokens["backbone"],
+        "--layer": tokens["layer"],
+        "--image-size": size[-1] if size else tokens["preprocessing"].get("image_size"),
+        "--crop-pct": tokens["preprocessing"].get("crop_pct"),
+        "--channels": components or tokens["channel_pool"],
+        "--reduce": "pca" if components else None,
+        "--token-pool": tokens["token_pool"][0] if tokens["token_pool"] else None,
+        "--dtype": tokens["dtype"],
+        "--out": tokens["path"],
+    }
+    words = ["convexhead", "extract", tokens["source"]]
+    words += [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    words += ["--constant"] if fitted.get("constant") else []
+    words += [] if fitted.get("standardize", True) else ["--no-standardize"]
+    return shlex.join(words)
