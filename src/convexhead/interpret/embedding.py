@@ -1,8 +1,13 @@
-"""Tokens as a head sees them: projected on the few channel directions that its weights retain.
+"""Tokens as a head sees them: on the few channel directions that its weights retain, each as long as it matters.
 
 ``T_(a)`` is the unfolding of the weights along an axis ``a`` that is indexed by the channels of a token (see
-`spectra`). With ``A (d, r)`` the leading eigenvectors of ``Σ_a T_(a) T_(a)ᵀ``, two tokens with the same latent
-embedding ``x A`` are the same to the head (up to the share of energy left out).
+`spectra`). With ``A (d, r)`` and ``λ`` the leading eigenvectors and eigenvalues of ``Σ_a T_(a) T_(a)ᵀ``, the latent
+embedding of a token is ``x A (λ/λ₁)^½``. Distances in it are what the weights make of a difference,
+
+    λ₁⁻¹ Σ_a ‖(x − y)ᵀ T_(a)‖²        (up to the share of energy left out)
+
+and bound by how much any pre-activation changes (for the Mixer and the probe: any output) when ``x`` takes the place of
+``y``. Two tokens with the same embedding are the same to the head.
 
 | head | axes a | |
 |---|---|---|
@@ -36,6 +41,17 @@ def retained_directions(model: Any, *, energy: float = 0.99) -> Float[Tensor, "d
     energy : float
         Share of the trace of ``Σ_a T_(a) T_(a)ᵀ`` that the directions keep.
     """
+    return _directions(model, energy)[0]
+
+
+def token_embedding(model: Any, X: Any, *, energy: float = 0.99) -> Float[Tensor, "n s r"]:
+    """``X_i A (λ/λ₁)^½``, see the module; ``A`` as in `retained_directions`."""
+    A, strength = _directions(model, energy)
+    return as_fitted(model).tokens(X) @ (A * (strength / strength[:1]).sqrt())
+
+
+def _directions(model: Any, energy: float) -> tuple[Float[Tensor, "d r"], Float[Tensor, " r"]]:
+    """``A`` and ``λ``."""
     if not 0 < energy <= 1:
         raise InputError(f"energy must be in (0, 1], got {energy!r}")
     fitted = as_fitted(model)
@@ -47,18 +63,11 @@ def retained_directions(model: Any, *, energy: float = 0.99) -> Float[Tensor, "d
         channels = slice(g * width, (g + 1) * width)
         for axis in TOKEN_AXES.get(head.name, ("channels",)):
             gram[channels, channels] += sides[axis] @ sides[axis].T
-    values, Q = torch.linalg.eigh(gram)
-    values, Q = values.clamp_min(0).flip(0), Q.flip(1)
-    if float(values.sum()) == 0:
-        return Q[:, :0]
-    kept = int((values.cumsum(0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
-    return Q[:, :kept]
-
-
-def token_embedding(model: Any, X: Any, *, energy: float = 0.99) -> Float[Tensor, "n s r"]:
-    """``X_i A``, with ``A`` from `retained_directions`."""
-    fitted = as_fitted(model)
-    return fitted.tokens(X) @ retained_directions(fitted, energy=energy)
+    strength, Q = torch.linalg.eigh(gram)
+    strength, Q = strength.clamp_min(0).flip(0), Q.flip(1)
+    total = float(strength.sum())
+    kept = int((strength.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1 if total else 0
+    return Q[:, :kept], strength[:kept]
 
 
 def principal_embedding(X: Float[Tensor, "n s d"], rank: int) -> Float[Tensor, "n s r"]:

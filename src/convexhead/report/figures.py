@@ -341,7 +341,7 @@ def numbers(figure: Figure) -> dict[str, Any]:
                     {"name": _name(group), "heights": [float(bar.get_height()) for bar in group]}
                     for group in ax.containers
                 ],
-                "images": [_values(image.get_array()) for image in ax.images if np.ndim(image.get_array()) == 2],
+                "images": [a.tolist() for image in ax.images if (a := np.asarray(image.get_array())).ndim == 2],
             }
             for ax in figure.axes
         ]

@@ -54,7 +54,7 @@ def environment() -> Any:
         relative=tables.relative,
         seconds=tables.seconds,
         count=_count,
-        probability=_probability,
+        probability=tables.probability,
     )
     return made
 
@@ -190,11 +190,6 @@ def _png(text: str) -> str:
 def _count(value: Any) -> str:
     """``50000 -> "50,000"``; what is no integer stays as it is."""
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _probability(value: float) -> str:
-    """``1e-6 -> "one in 1,000,000"``."""
-    return f"one in {round(1 / value):,}" if value > 0 else "none"
 
 
 def _command(line: str | Sequence[str]) -> str:

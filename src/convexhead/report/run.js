@@ -37,6 +37,7 @@ function startGallery(root, data) {
   const cursor = panel.querySelector(".cursor");
   let chosen = -1, token = 0, lit = -1;  // image, token under the cursor, cluster that is lit
 
+  const visible = () => tiles.filter(tile => !tile.parentElement.hidden);
   const head = () => Number(control.head.value);
   const headName = () => head() ? `head ${data.numbers[head() - 1]}` : "all heads";
   const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toPrecision(3);
@@ -87,16 +88,15 @@ function startGallery(root, data) {
     const mode = control.show.value;
     root.querySelector("[data-legend=contributions]").hidden = mode !== "contributions";
     root.querySelector("[data-legend=clusters]").hidden = !clusters[mode];
-    for (const place of [list, panel]) place.classList.toggle("over", mode !== "image");
+    list.classList.toggle("over", mode !== "image");
     tiles.forEach((tile, i) => {
       const right = data.images[i].label === data.images[i].predicted, which = control.which.value;
       tile.parentElement.hidden = which === "wrong" ? right : which === "right" ? !right : false;
       paint(i, tile.querySelector("canvas"));
     });
-    const visible = tiles.filter(tile => !tile.parentElement.hidden);
-    if (visible.length && !visible.some(tile => tile.tabIndex === 0)) {
+    if (visible().length && !visible().some(tile => tile.tabIndex === 0)) {
       for (const tile of tiles) tile.tabIndex = -1;
-      visible[0].tabIndex = 0;
+      visible()[0].tabIndex = 0;
     }
     detail();
   }
@@ -121,7 +121,7 @@ function startGallery(root, data) {
   }
 
   function detail() {
-    panel.hidden = chosen < 0;
+    openPanel();
     if (chosen < 0) return;
     const i = chosen, label = classOf(i), at = place(i, label), own = logits.subarray(i * c, (i + 1) * c);
     const largest = Math.max(...own), total = own.reduce((sum, x) => sum + Math.exp(x - largest), 0);
@@ -152,6 +152,15 @@ function startGallery(root, data) {
     largeSaid.textContent = words(chosen, t);
   }
 
+  // The panel opens below the row of the chosen image.
+  function openPanel() {
+    if (chosen < 0) return;
+    panel.hidden = true;
+    const row = visible().filter(tile => tile.offsetTop === tiles[chosen].offsetTop);
+    (row.at(-1) ?? tiles[chosen]).parentElement.after(panel);
+    panel.hidden = false;
+  }
+
   function choose(i) {
     chosen = i;
     tiles.forEach((tile, k) => tile.setAttribute("aria-pressed", k === i));
@@ -159,6 +168,7 @@ function startGallery(root, data) {
     const image = tiles[i].querySelector("img");
     if (image) large.prepend(image.cloneNode());
     detail();
+    panel.scrollIntoView({block: "nearest"});
   }
 
   function under(element, event) {
@@ -186,12 +196,12 @@ function startGallery(root, data) {
     tile.addEventListener("focus", () => { for (const other of tiles) other.tabIndex = other === tile ? 0 : -1; });
   });
   list.addEventListener("keydown", event => {
-    const visible = tiles.filter(tile => !tile.parentElement.hidden), i = visible.indexOf(document.activeElement);
-    const across = visible.filter(tile => tile.offsetTop === visible[0].offsetTop).length;
-    const to = {ArrowRight: i + 1, ArrowLeft: i - 1, ArrowDown: i + across, ArrowUp: i - across, Home: 0, End: visible.length - 1}[event.key];
+    const there = visible(), i = there.indexOf(document.activeElement);
+    const across = there.filter(tile => tile.offsetTop === there[0].offsetTop).length;
+    const to = {ArrowRight: i + 1, ArrowLeft: i - 1, ArrowDown: i + across, ArrowUp: i - across, Home: 0, End: there.length - 1}[event.key];
     if (i < 0 || to === undefined) return;
     event.preventDefault();
-    visible[Math.min(visible.length - 1, Math.max(0, to))].focus();
+    there[Math.min(there.length - 1, Math.max(0, to))].focus();
   });
   large.addEventListener("pointermove", event => { const t = under(large, event); moveTo(t); light(chosen, t); });
   large.addEventListener("pointerleave", () => light(-1, 0));
@@ -202,6 +212,7 @@ function startGallery(root, data) {
     event.preventDefault();
     moveTo(Math.min(h - 1, Math.max(0, to[1])) * w + Math.min(w - 1, Math.max(0, to[0])));
   });
+  addEventListener("resize", openPanel);
   redraw();
 }
 

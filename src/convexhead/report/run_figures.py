@@ -80,7 +80,7 @@ def spectrum(axis: str, series: Sequence[tuple[str, Sequence[float]]], *, along_
             line.set_label(name)
             if along_beta:
                 line.set_gid(f"beta-{i}")
-        ax.set(yscale="log", xlabel="index", ylabel="singular value", title=axis)
+        ax.set(yscale="log", xlabel="index", ylabel=f"singular value, {axis}")
         ax.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
         _decades(ax.yaxis)
         if not along_beta and len(series) > 1:
@@ -125,14 +125,15 @@ def lift(run: Run) -> Figure:
     height = 0.9 + 0.17 * len(matrix) + (0.6 if len(names) <= NAMED else 0)
     with _figure((7.4, min(height, 6.0))) as figure:
         ax = figure.add_subplot()
-        image = ax.imshow(matrix, cmap=MAP, vmin=-strongest, vmax=strongest, aspect="auto", interpolation="none")
+        norm = require("matplotlib.colors", "report").SymLogNorm(strongest / 100, vmin=-strongest, vmax=strongest)
+        image = ax.imshow(matrix, cmap=MAP, norm=norm, aspect="auto", interpolation="none")
         ax.grid(False)
         ax.set(ylabel="head", xlabel="class" if len(names) > NAMED else "")
         rows = range(0, len(matrix), max(1, len(matrix) // 16))
         ax.set_yticks(rows, [str(run["atoms"][k]["number"]) for k in rows])
         if len(names) <= NAMED:
             ax.set_xticks(range(len(names)), [_short(name) for name in names], rotation=60, ha="right")
-        bar = figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03)
+        bar = figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03, format="{x:+g}")
         bar.outline.set_visible(False)
     return figure
 
@@ -143,7 +144,7 @@ def confusion(run: Run) -> Figure:
     with _figure((5.2, 4.6)) as figure:
         ax = figure.add_subplot()
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        image = ax.imshow(shares, cmap="cividis_r", vmin=0, vmax=1, interpolation="none")
+        image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="none")
         ax.grid(False)
         ax.set(xlabel="predicted class", ylabel="true class")
         if len(names) <= NAMED:
@@ -164,7 +165,7 @@ def mixing(run: Run) -> Figure:
     """Mixer: how strongly each token (column) feeds each token (row)."""
     with _figure((3.8, 3.2)) as figure:
         ax = figure.add_subplot()
-        image = ax.imshow(np.asarray(run["mixing_matrix"]), cmap="cividis_r", vmin=0, interpolation="none")
+        image = ax.imshow(np.asarray(run["mixing_matrix"]), cmap="Blues", vmin=0, interpolation="none")
         ax.grid(False)
         ax.set(xlabel="from token", ylabel="to token")
         figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045).outline.set_visible(False)
@@ -179,7 +180,7 @@ def filters(run: Run, most: int = 8) -> Figure:
         for line, (what, maps) in enumerate((("shift", space), ("frequency", frequency))):
             for k, one in enumerate(maps):
                 ax = axes[line, k]
-                ax.imshow(one, cmap="cividis_r", vmin=0, interpolation="none")
+                ax.imshow(one, cmap="Blues", vmin=0, interpolation="none")
                 ax.grid(False)
                 ax.set(xticks=[], yticks=[])
                 ax.set_title(f"head {run['atoms'][k]['number']}" if line == 0 else "")

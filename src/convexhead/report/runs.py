@@ -14,6 +14,7 @@ from convexhead.interpret import effective_rank, fourier_filters, mixing_matrix,
 from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
 from convexhead.report.gallery import strongest_heads
+from convexhead.report.tables import probability
 from convexhead.tokens.store import TokenStore
 
 CONFUSED, SERVED = 12, 3
@@ -103,9 +104,8 @@ def certificate_in_words(model: Any) -> str:
         "sampled-gates": f"the optimum for these gates: no weights with the same gates {more}",
         "estimated": "the optimum, by an estimate that may have missed something: this is no proof",
     }[c.scope]
-    doubt = (
-        f" The bound holds except with a probability of {c.failure_probability:.0e}." if c.failure_probability else ""
-    )
+    chance = probability(c.failure_probability)
+    doubt = f" The bound may fail with a probability of {chance}." if c.failure_probability else ""
     verb = "estimated" if c.scope == "estimated" else "certified"
     tolerance = "" if c.converged else f" The tolerance that was asked for ({model.tol:g}) was not reached."
     return f"By the {verb} bound {whose} within {gap} of {where}.{doubt}{tolerance}"

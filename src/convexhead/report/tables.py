@@ -70,6 +70,11 @@ def seconds(value: object) -> str:
     return f"{x / 60:.1f} min" if x >= 120 else f"{x:.0f} s" if x >= 10 else f"{x:.1f} s"
 
 
+def probability(value: float) -> str:
+    """``1e-6 -> "one in 1,000,000"``."""
+    return f"one in {round(1 / value):,}" if value > 0 else "none"
+
+
 # -- Adam's runs --------------------------------------------------------------------------------------------
 def _of_runs(row: Row, key: str) -> list[float]:
     """Finite values of ``key`` over the runs of the row's twin."""
