@@ -33,14 +33,16 @@ class Figures:
 
     def add(self, name: str, caption: str, figure: Figure, words: str) -> dict[str, Any]:
         """``svg`` for the page with ``words`` for those who cannot see it, and its numbers as a data URI."""
+        self.count += 1
+        # Before `save`, which lays the figure out again: the page is the same with and without a folder.
+        drawn = inline_svg(figure, f"f{self.count}-", words)
+        numbers = json.dumps(figures.numbers(figure)).encode()
         if self.folder is not None:
             figures.save(figure, self.folder / name)
-        self.count += 1
-        numbers = json.dumps(figures.numbers(figure)).encode()
         return {
             "name": name,
             "caption": caption,
-            "svg": require("markupsafe", "report").Markup(inline_svg(figure, f"f{self.count}-", words)),
+            "svg": require("markupsafe", "report").Markup(drawn),
             "numbers": f"data:application/json;base64,{base64.b64encode(numbers).decode()}",
         }
 
@@ -153,13 +155,14 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
             draw.add(f"{own}-scores", "Accuracy along β", run_figures.scores_along(run), "See the table of β below."),
         ]
     if run["scores"] is not None:
-        made["lift"] = draw.add(
-            f"{own}-lift",
-            "How much each head lifts the logit of each class where it is the true one (red), against (blue)",
-            run_figures.lift(run),
-            f"A matrix of {len(run['lift'])} heads by {len(run['classes'])} classes; "
-            "the table of heads names the classes that each serves most.",
-        )
+        if run["lift"]:
+            made["lift"] = draw.add(
+                f"{own}-lift",
+                "How much each head lifts the logit of each class where it is the true one (red), against (blue)",
+                run_figures.lift(run),
+                f"A matrix of {len(run['lift'])} heads by {len(run['classes'])} classes; "
+                "the table of heads names the classes that each serves most.",
+            )
         made["confusion"] = draw.add(
             f"{own}-confusion",
             "Share of each true class (row) that is predicted as each class (column)",
