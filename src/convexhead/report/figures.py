@@ -101,8 +101,8 @@ def draw_convergence(ax: Axes, row: Row) -> None:
     curve(row["history"], known, color=CONVEX, linewidth=1, linestyle=(0, (3, 2)), label="gap")
     curve(row["history"], above, color=CONVEX, linewidth=1.8, label="objective")
     ax.set(xscale="log", yscale="log")
-    _decades(ax.xaxis)
-    _decades(ax.yaxis, _percent)
+    log_ticks(ax.xaxis)
+    log_ticks(ax.yaxis, percent)
 
 
 def draw_spectrum(ax: Axes, rows: Sequence[Row]) -> None:
@@ -123,7 +123,7 @@ def draw_spectrum(ax: Axes, rows: Sequence[Row]) -> None:
         )
     ax.set(yscale="log")
     ax.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
-    _decades(ax.yaxis)
+    log_ticks(ax.yaxis)
 
 
 def draw_path(ax: Axes, rows: Sequence[Row], key: str, ylim: tuple[float, float] | None = None) -> None:
@@ -149,10 +149,10 @@ def draw_path(ax: Axes, rows: Sequence[Row], key: str, ylim: tuple[float, float]
                 markeredgewidth=0.9,
             )
     ax.set(xscale="log", xlabel="β / β_max", ylim=ylim)
-    _decades(ax.xaxis, subs=(1, 2, 5))
+    log_ticks(ax.xaxis, subs=(1, 2, 5))
     if key == "heads":
         ax.set(yscale="log")
-        _decades(ax.yaxis, subs=(1, 3))
+        log_ticks(ax.yaxis, subs=(1, 3))
     else:
         ax.yaxis.set_major_formatter("{x:g}%")
     ax.xaxis.set_inverted(True)
@@ -175,14 +175,14 @@ def draw_excess(ax: Axes, rows: Sequence[Row], numticks: int = 7) -> None:
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
-    _decades(ax.xaxis, _percent, numticks=numticks)
+    log_ticks(ax.xaxis, percent, numticks=numticks)
 
 
 # -- whole figures ------------------------------------------------------------------------------------------
 def excess(results: Results, width: float = 7.0) -> Figure:
     """How far above the certified bound every model may lie, Adam's runs beside; ``width`` in inches."""
     rows = results["rows"]
-    with _figure((width, 0.6 + 0.27 * len(rows))) as figure:
+    with new_figure((width, 0.6 + 0.27 * len(rows))) as figure:
         draw_excess(figure.add_subplot(), rows, numticks=7 if width > 5 else 4)
     return figure
 
@@ -229,7 +229,7 @@ def spectra(results: Results) -> Figure:
 def path(results: Results) -> Figure:
     """Validation accuracy and heads found along β: one column an activation."""
     activations = list(dict.fromkeys(row["activation"] for row in results["rows"]))
-    with _figure((3.4 * len(activations), 4.6)) as figure:
+    with new_figure((3.4 * len(activations), 4.6)) as figure:
         axes = figure.subplots(2, len(activations), squeeze=False)
         for column, activation in enumerate(activations):
             rows = [row for row in results["rows"] if row["activation"] == activation]
@@ -303,7 +303,7 @@ def path_limits(results: Results, key: str) -> tuple[float, float] | None:
 
 def panel(draw: Callable[..., None], *arguments: Any, size: tuple[float, float] = PANEL) -> Figure:
     """One small multiple by itself: ``panel(draw_convergence, row)``."""
-    with _figure(size) as figure:
+    with new_figure(size) as figure:
         draw(figure.add_subplot(), *arguments)
     return figure
 
@@ -373,7 +373,7 @@ def svg(figure: Figure, *, text_as_paths: bool = False, background: str = "none"
 
 
 @contextmanager
-def _figure(size: tuple[float, float]) -> Iterator[Figure]:
+def new_figure(size: tuple[float, float]) -> Iterator[Figure]:
     """A figure without pyplot's global state, in this module's style."""
     make = require("matplotlib.figure", "report").Figure
     with require("matplotlib", "report").rc_context(STYLE):
@@ -385,7 +385,7 @@ def _grid(count: int, *, columns: int, panel: tuple[float, float] = (2.3, 1.8)) 
     """A figure with ``count`` axes, row by row."""
     columns = max(1, min(columns, count))
     lines = max(1, -(-count // columns))
-    with _figure((panel[0] * columns, panel[1] * lines + 0.4)) as figure:
+    with new_figure((panel[0] * columns, panel[1] * lines + 0.4)) as figure:
         axes = list(figure.subplots(lines, columns, squeeze=False).flat)
         for unused in axes[count:]:
             unused.remove()
@@ -398,7 +398,8 @@ def _legend(figure: Figure, entries: Iterable[tuple[str, dict[str, Any]]]) -> No
     figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)))
 
 
-def _percent(x: float, _: object = None) -> str:
+def percent(x: float, _: object = None) -> str:
+    """A tick of an axis of fractions."""
     return f"{float(f'{100 * x:.6g}'):.12f}".rstrip("0").rstrip(".") + "%"
 
 
@@ -406,7 +407,7 @@ def _plain(x: float, _: object = None) -> str:
     return f"{x:g}"
 
 
-def _decades(axis: Axis, words: Callable[..., str] = _plain, subs: Sequence[float] = (1,), numticks: int = 7) -> None:
+def log_ticks(axis: Axis, words: Callable[..., str] = _plain, subs: Sequence[float] = (1,), numticks: int = 7) -> None:
     """Few ticks of a logarithmic axis, written as plain numbers."""
     ticker = require("matplotlib.ticker", "report")
     axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=numticks))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convexhead.errors import require
-from convexhead.report.figures import CONVEX, INK, MAP, _decades, _figure, _percent
+from convexhead.report.figures import CONVEX, INK, MAP, log_ticks, new_figure, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def style(i: int) -> dict[str, Any]:
 
 def objective(runs: Sequence[Run]) -> Figure:
     """Objective against seconds; the dotted line is the certified lower bound."""
-    with _figure(PANEL) as figure:
+    with new_figure(PANEL) as figure:
         ax = figure.add_subplot()
         for i, run in enumerate(runs):
             points = _finite((h["seconds"], h["objective"]) for h in run["history"])
@@ -40,8 +40,8 @@ def objective(runs: Sequence[Run]) -> Figure:
         for i, run in enumerate(runs):
             ax.axhline(run["certificate"]["dual"], color=style(i)["color"], linewidth=0.9, linestyle=":", label="bound")
         ax.set(xlabel="seconds", ylabel="objective", xscale="log", yscale="log")
-        _decades(ax.xaxis)
-        _decades(ax.yaxis, subs=(1, 2, 5))
+        log_ticks(ax.xaxis)
+        log_ticks(ax.yaxis, subs=(1, 2, 5))
         if len(runs) > 1:
             _name_lines(ax, len(runs))
     return figure
@@ -49,7 +49,7 @@ def objective(runs: Sequence[Run]) -> Figure:
 
 def gap(runs: Sequence[Run]) -> Figure:
     """Relative gap against seconds as the solver estimated it; the last mark is the certified one."""
-    with _figure(PANEL) as figure:
+    with new_figure(PANEL) as figure:
         ax = figure.add_subplot()
         for i, run in enumerate(runs):
             scale = abs(run["certificate"]["primal"]) or 1.0
@@ -59,8 +59,8 @@ def gap(runs: Sequence[Run]) -> Figure:
             certified = max(run["certificate"]["relative_gap"], 1e-9)
             ax.plot(last, certified, "D", color=style(i)["color"], markersize=5, label="certified")
         ax.set(xlabel="seconds", ylabel="relative gap", xscale="log", yscale="log")
-        _decades(ax.xaxis)
-        _decades(ax.yaxis, _percent)
+        log_ticks(ax.xaxis)
+        log_ticks(ax.yaxis, percent)
         if len(runs) > 1:
             _name_lines(ax, len(runs))
     return figure
@@ -68,7 +68,7 @@ def gap(runs: Sequence[Run]) -> Figure:
 
 def spectrum(axis: str, series: Sequence[tuple[str, Sequence[float]]], *, along_beta: bool) -> Figure:
     """Singular values of one unfolding: a line each for every β of a path (group ids ``beta-0 …``) or every run."""
-    with _figure(PANEL) as figure:
+    with new_figure(PANEL) as figure:
         ax = figure.add_subplot()
         largest = max((v for _, values in series for v in values), default=1.0) or 1.0
         for i, (name, values) in enumerate(series):
@@ -82,7 +82,7 @@ def spectrum(axis: str, series: Sequence[tuple[str, Sequence[float]]], *, along_
                 line.set_gid(f"beta-{i}")
         ax.set(yscale="log", xlabel="index", ylabel=f"singular value, {axis}")
         ax.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
-        _decades(ax.yaxis)
+        log_ticks(ax.yaxis)
         if not along_beta and len(series) > 1:
             _name_lines(ax, len(series))
     return figure
@@ -90,14 +90,14 @@ def spectrum(axis: str, series: Sequence[tuple[str, Sequence[float]]], *, along_
 
 def ranks(run: Run) -> Figure:
     """Effective rank of Z and of every unfolding along β."""
-    with _figure((4.2, 2.4)) as figure:
+    with new_figure((4.2, 2.4)) as figure:
         ax = figure.add_subplot()
         ratios = [point["beta_ratio"] for point in run["path"]]
         for i, axis in enumerate(run["path"][0]["effective_ranks"]):
             values = [point["effective_ranks"][axis] for point in run["path"]]
             ax.plot(ratios, values, marker=MARKERS[i % 7], markersize=4, label=axis, linewidth=1.2, **style(i))
         ax.set(xscale="log", xlabel="β / β_max", ylabel="effective rank")
-        _decades(ax.xaxis, subs=(1, 2, 5))
+        log_ticks(ax.xaxis, subs=(1, 2, 5))
         ax.xaxis.set_inverted(True)
         ax.legend(fontsize=6.5)
     return figure
@@ -105,14 +105,14 @@ def ranks(run: Run) -> Figure:
 
 def scores_along(run: Run) -> Figure:
     """Training and validation accuracy along β."""
-    with _figure((4.2, 2.4)) as figure:
+    with new_figure((4.2, 2.4)) as figure:
         ax = figure.add_subplot()
         for i, (key, name) in enumerate((("val_score", "held-out images"), ("train_score", "training images"))):
             points = _finite((p["beta_ratio"], p[key]) for p in run["path"])
             ax.plot(*points, marker=MARKERS[i], markersize=4, label=name, linewidth=1.2, **style(i))
         ax.set(xscale="log", xlabel="β / β_max", ylabel="accuracy")
-        _decades(ax.xaxis, subs=(1, 2, 5))
-        ax.yaxis.set_major_formatter(_percent)
+        log_ticks(ax.xaxis, subs=(1, 2, 5))
+        ax.yaxis.set_major_formatter(percent)
         ax.xaxis.set_inverted(True)
         ax.legend(fontsize=6.5)
     return figure
@@ -123,7 +123,7 @@ def lift(run: Run) -> Figure:
     matrix, names = np.asarray(run["lift"]), run["classes"]
     strongest = float(np.abs(matrix).max()) or 1.0
     height = 0.9 + 0.17 * len(matrix) + (0.6 if len(names) <= NAMED else 0)
-    with _figure((7.4, min(height, 6.0))) as figure:
+    with new_figure((7.4, min(height, 6.0))) as figure:
         ax = figure.add_subplot()
         norm = require("matplotlib.colors", "report").SymLogNorm(strongest / 100, vmin=-strongest, vmax=strongest)
         image = ax.imshow(matrix, cmap=MAP, norm=norm, aspect="auto", interpolation="none")
@@ -141,7 +141,7 @@ def lift(run: Run) -> Figure:
 def confusion(run: Run) -> Figure:
     """Share of each true class (row) that is predicted as each class (column)."""
     matrix, names = np.asarray(run["confusion"]), run["classes"]
-    with _figure((5.2, 4.6)) as figure:
+    with new_figure((5.2, 4.6)) as figure:
         ax = figure.add_subplot()
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="none")
@@ -156,14 +156,14 @@ def confusion(run: Run) -> Figure:
                 if count:
                     ink = "white" if shares[row, column] > 0.55 else INK
                     ax.text(column, row, str(count), ha="center", va="center", fontsize=7, color=ink)
-        bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045, format=_percent)
+        bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045, format=percent)
         bar.outline.set_visible(False)
     return figure
 
 
 def mixing(run: Run) -> Figure:
     """Mixer: how strongly each token (column) feeds each token (row)."""
-    with _figure((3.8, 3.2)) as figure:
+    with new_figure((3.8, 3.2)) as figure:
         ax = figure.add_subplot()
         image = ax.imshow(np.asarray(run["mixing_matrix"]), cmap="Blues", vmin=0, interpolation="none")
         ax.grid(False)
@@ -175,7 +175,7 @@ def mixing(run: Run) -> Figure:
 def filters(run: Run, most: int = 8) -> Figure:
     """FNO: filters of the strongest heads at every shift (above) and frequency (below, zero in the middle)."""
     space, frequency = (np.asarray(run["filters"][key])[:most] for key in ("space", "frequency"))
-    with _figure((1.0 * len(space) + 0.6, 2.5)) as figure:
+    with new_figure((1.0 * len(space) + 0.6, 2.5)) as figure:
         axes = figure.subplots(2, len(space), squeeze=False)
         for line, (what, maps) in enumerate((("shift", space), ("frequency", frequency))):
             for k, one in enumerate(maps):
