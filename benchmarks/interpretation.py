@@ -1,4 +1,4 @@
-"""What self-attention did on CIFAR-100 tokens: directions, parts, clusters. Numbers and pictures of docs/interpretation.md.
+"""What self-attention did on CIFAR-100 tokens: directions, parts, clusters; for docs/interpretation.md.
 
     python benchmarks/interpretation.py --images FOLDER --work FOLDER
 

@@ -128,22 +128,34 @@ def _mixed_parts(fitted: FittedHead, X: Float[Tensor, "n s d"]) -> Iterator[Floa
     if not len(atoms):
         yield X.new_zeros(len(X), head.s, 0, head.value_rows)
         return
-    each = torch.eye(head.s, dtype=X.dtype)
     for x in X.split(_step(fitted, atoms.V.shape[2])):
-        parts = []
-        if not head.learns_mixing:
-            for only in each:
-                alone = fitted.activation.prepare(x * only.unsqueeze(1), reuse=False)
-                parts.append(fitted.activation.mix(alone, atoms.U, atoms.block))
-            yield torch.cat(parts, dim=1)
-            continue
-        data = head.prepare(x)
-        mask = 1.0 if gates is None else (head.preactivation(data, gates, group) >= 0).double()
-        if head.reads_tokens:
-            S = head.pool_rows(head.preactivation(data, atoms.U, group) * mask)
-            parts = [head.read(data, S * only) for only in each]
+        masks = None if gates is None else (head.preactivation(head.prepare(x), gates, group) >= 0).double()
+        split = _read_parts if head.reads_tokens else _linear_parts
+        yield split(fitted, x, masks)
+
+
+def _read_parts(fitted: FittedHead, x: Tensor, masks: Tensor | None) -> Tensor:
+    """Column ``t`` of the pooled scores is what the token ``t`` is read by."""
+    head, data = fitted.head, fitted.head.prepare(x)
+    A = head.preactivation(data, fitted.atoms.U, fitted.group)
+    S = head.pool_rows(A if masks is None else A * masks)
+    each = torch.eye(head.s, dtype=x.dtype)
+    return torch.cat([head.read(data, S * only) for only in each], dim=1)
+
+
+def _linear_parts(fitted: FittedHead, x: Tensor, masks: Tensor | None) -> Tensor:
+    """A linear function is ``S(X) = Σ_t ⟨∂S/∂x_t, x_t⟩``; a column of it is the only one, or that of one channel."""
+    head, atoms = fitted.head, fitted.atoms
+    x = x.detach().requires_grad_()
+    parts = []
+    for k in range(len(atoms)):
+        one = slice(k, k + 1)
+        if head.learns_mixing:
+            A = head.preactivation(head.prepare(x), atoms.U[one], fitted.group[one])
+            S = head.pool_rows(A if masks is None else A * masks[:, one])
         else:
-            for only in each:
-                A = head.preactivation(head.prepare(x * only.unsqueeze(1)), atoms.U, group) * mask
-                parts.append(head.read(data, head.pool_rows(A)))
-        yield torch.cat(parts, dim=1)
+            S = fitted.activation.mix(fitted.activation.prepare(x, reuse=False), atoms.U, atoms.block)
+        (slope,) = torch.autograd.grad(S.sum(), x)
+        part = slope * x.detach()
+        parts.append(part if S.shape[-1] == head.d else part.sum(-1, keepdim=True))
+    return torch.stack(parts, dim=2)
