@@ -139,14 +139,16 @@ def test_lift_is_the_difference_of_class_means(name, activation):
 
 
 # -- spectra and filters -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("activation", ["linear", "gated-relu"])
+@pytest.mark.parametrize("activation", ["linear", "gated-relu", "relu"])
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "linear"])
 def test_spectra_are_those_of_the_dense_tensor(name, activation):
     fitted = fitted_head(name, activation)
     head, atoms = fitted.head, fitted.atoms
     found = spectra(fitted)
-    dense = torch.zeros(fitted.activation.n_blocks, *head.mixing_shape, head.value_rows, C, dtype=torch.float64)
-    for U, V, j in zip(atoms.U, atoms.V, atoms.block, strict=True):
+    # One tensor for everything that acts on the same features; every atom of a ReLU has masks of its own.
+    block = torch.arange(len(atoms)) if activation == "relu" else atoms.block
+    dense = torch.zeros(len(atoms), *head.mixing_shape, head.value_rows, C, dtype=torch.float64)
+    for U, V, j in zip(atoms.U, atoms.V, block, strict=True):
         dense[j] += torch.tensordot(U, V, 0)
     size = head.mixing_size
     Z = torch.cat([torch.linalg.svdvals(T.reshape(size, -1)) for T in dense]).sort(descending=True).values

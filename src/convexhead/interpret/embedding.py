@@ -55,7 +55,7 @@ def _directions(model: Any, energy: float) -> tuple[Float[Tensor, "d r"], Float[
     if not 0 < energy <= 1:
         raise InputError(f"energy must be in (0, 1], got {energy!r}")
     fitted = as_fitted(model)
-    head, atoms, group = fitted.head, fitted.atoms, fitted.group
+    head, atoms, group = fitted.head, fitted.features, fitted.group
     width = head.d // head.n_groups
     gram = atoms.V.new_zeros(head.d, head.d)
     for g in torch.unique(group).tolist():

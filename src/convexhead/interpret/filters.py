@@ -28,7 +28,7 @@ def mixing_matrix(model: Any) -> Float[Tensor, "s s"]:
     fitted = as_fitted(model)
     if fitted.head.name != "mlp-mixer":
         raise InputError(f"only the mlp-mixer has a token-to-token matrix, not {fitted.head.name!r}")
-    atoms = fitted.atoms
+    atoms = fitted.features
     V = atoms.V.flatten(1)
     gram = (V @ V.T) * (atoms.block.unsqueeze(1) == atoms.block)
     return torch.einsum("kpt,kl,lpt->pt", atoms.U, gram, atoms.U).clamp_min(0).sqrt()

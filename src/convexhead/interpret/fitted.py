@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,12 @@ class FittedHead:
     def group(self) -> Tensor:
         """Channel group of every atom."""
         return self.atoms.block % self.head.n_groups
+
+    @property
+    def features(self) -> Atoms:
+        """The atoms, numbered by the feature map that they act on: their block, and for a ReLU each its own."""
+        own_masks = not self.is_linear and not hasattr(self.activation, "gates")
+        return replace(self.atoms, block=torch.arange(len(self.atoms))) if own_masks else self.atoms
 
     def mask_weights(self) -> Float[Tensor, "k ..."] | None:
         """The ``g_k`` in ``D_k = 1[pre(X, g_k) ≥ 0]``: gates of a gated ReLU, the mixing weights of a ReLU."""

@@ -8,7 +8,8 @@ all the others (an unfolding), they say how many directions of that axis are use
                                                                                   (a mixing axis; values likewise)
 
 For self-attention the axes are the query and key channels of ``U (d, d)``, the value channels and the outputs of
-``V (d, c)``. Blocks (gates, channel groups) act on different features: their unfoldings stand side by side.
+``V (d, c)``. Blocks (gates, channel groups, each atom of a ReLU) act on different features: their unfoldings stand side
+by side.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def spectra(model: Any) -> dict[str, Float[Tensor, " m"]]:
         float64; ``"Z"`` first, then the names of `AXES`. Sums of squares agree: all are norms of one tensor.
     """
     fitted = as_fitted(model)
-    atoms = fitted.atoms
+    atoms = fitted.features
     if fitted.head.learns_mixing:
         _, values = balance(atoms, drop=0.0)
         Z = torch.cat(values or [atoms.U.new_zeros(0)]).sort(descending=True).values
