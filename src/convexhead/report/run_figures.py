@@ -162,13 +162,17 @@ def confusion(run: Run) -> Figure:
 
 
 def mixing(run: Run) -> Figure:
-    """Mixer: how strongly each token (column) feeds each token (row)."""
-    with new_figure((3.8, 3.2)) as figure:
-        ax = figure.add_subplot()
-        image = ax.imshow(np.asarray(run["mixing_matrix"]), cmap="Blues", vmin=0, interpolation="none")
-        ax.grid(False)
-        ax.set(xlabel="from token", ylabel="to token")
-        figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045).outline.set_visible(False)
+    """Mixer: how strongly each token (column) feeds each token (row); beside it all that a token feeds, on the grid."""
+    W = np.asarray(run["mixing_matrix"])
+    with new_figure((6.4, 3.0)) as figure:
+        left, right = figure.subplots(1, 2)
+        sent = np.sqrt(np.square(W).sum(0)).reshape(run["grid"])
+        for ax, shown in ((left, W), (right, sent)):
+            image = ax.imshow(shown, cmap="Blues", vmin=0, interpolation="none")
+            ax.grid(False)
+            figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045).outline.set_visible(False)
+        left.set(xlabel="from token", ylabel="to token")
+        right.set(xlabel="column of the grid", ylabel="row")
     return figure
 
 

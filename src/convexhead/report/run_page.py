@@ -172,7 +172,7 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
     if "mixing_matrix" in run:
         made["positions"] = draw.add(
             f"{own}-mixing",
-            "How strongly each token (column) feeds each token (row), all heads together",
+            "Left: how strongly each token (column) feeds each token (row); right: all that a token feeds, on the grid",
             run_figures.mixing(run),
             "Token-to-token weights of the Mixer.",
         )

@@ -77,6 +77,7 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "seconds": model.history_[-1]["seconds"] if model.history_ else 0.0,
         "history": model.history_,
         "tokens": [model.n_tokens_, model.n_features_in_],
+        "grid": list(model.grid_),
         "classes": [str(label) for label in model.classes_],
         "parameters": {key: "–" if value is None else str(value) for key, value in params.items()},
         "atoms": _atoms(model),
@@ -102,7 +103,7 @@ def certificate_in_words(model: Any) -> str:
     where = {
         "global": f"the global optimum: no weights whatever, with any number of heads, {more}",
         "sampled-gates": f"the optimum for these gates: no weights with the same gates {more}",
-        "estimated": "the optimum, by an estimate that may have missed something: this is no proof",
+        "estimated": "the optimum; the search behind the bound may have missed something, so this is no proof",
     }[c.scope]
     chance = probability(c.failure_probability)
     doubt = f" The bound may fail with a probability of {chance}." if c.failure_probability else ""
