@@ -25,7 +25,7 @@ pytest.importorskip("jinja2")
 import torch
 from PIL import Image
 
-from convexhead.report import figures, run_figures
+from convexhead.report import figures, run_figures, run_page
 from convexhead.report.pictures import as_seen
 from convexhead.report.run_page import render_runs
 
@@ -339,6 +339,21 @@ def test_clusters_images_and_filters(visit, page_text, truth):
     assert page.locator("button.tile:visible").count() == 48 - wrong
 
 
+def test_a_page_of_limited_size_keeps_the_likely_and_the_true_classes(visit, work, truth, monkeypatch):
+    monkeypatch.setattr(run_page, "BUDGET", 1)
+    small = run_page.render_runs([work / "path"])
+    page = visit(small)
+    said, i = page.locator(".chosen output"), 30
+    page.locator("button.tile").nth(i).click()
+    order = np.argsort(-truth.logits[i])
+    assert truth.kept.arrays["labels"][truth.kept.arrays["sample"][i]] in order[:3]
+    page.locator("[data-control=class]").select_option(str(order[3]))
+    assert f"{CLASSES[order[3]]} is not among the 3 classes kept" in said.inner_text()
+    assert page.locator("[data-rows=heads] tr").count() == 0
+    page.locator("[data-control=class]").select_option("true")
+    assert page.locator("[data-rows=heads] tr").count() == truth.parts.shape[2] + 1
+
+
 def test_hovering_says_what_a_token_adds(visit, page_text, truth):
     page = visit(page_text)
     tile = page.locator("button.tile").nth(7)
@@ -489,14 +504,14 @@ def test_hostile_names_stay_text(visit, work, tmp_path):
 
 
 def test_several_runs_side_by_side(visit, work):
-    page = visit(render_runs([work / "path", work / "adam", work / "mixer"]))
+    page = visit(render_runs([work / "adam", work / "mixer"]))
     rows = page.locator("#compare ~ .scroll tbody tr")
-    assert [name.strip() for name in rows.locator("th").all_inner_texts()] == ["path", "adam", "mixer"]
-    assert "Adam" in rows.nth(1).inner_text()
-    assert page.locator("article").count() == 3
-    page.locator("nav a").nth(2).click()
-    assert page.url.endswith("#run-3")
-    mixer = page.locator("#run-3")
+    assert [name.strip() for name in rows.locator("th").all_inner_texts()] == ["adam", "mixer"]
+    assert "Adam" in rows.nth(0).inner_text()
+    assert page.locator("article").count() == 2
+    page.locator("nav a").nth(1).click()
+    assert page.url.endswith("#run-2")
+    mixer = page.locator("#run-2")
     mixer.locator("button.tile").first.click()
     assert mixer.locator("[data-rows=heads] tr").last.inner_text().startswith("intercept")
     assert page.locator("#run-1 .chosen").is_hidden()

@@ -25,7 +25,7 @@ from convexhead.interpret import (
 )
 from convexhead.report.evidence import Evidence
 
-BUDGET = 4_000_000
+BUDGET = 5_000_000
 """Bytes of contributions that all runs of a report may take together."""
 HEADS = 24
 """Heads that can be chosen by themselves, the strongest; "all heads" has them all."""
@@ -38,13 +38,13 @@ Array = NDArray[Any]
 def gallery(model: Any, evidence: Evidence, *, size: int, budget: int) -> dict[str, Any]:
     """What the page's script reads, as JSON values; arrays are base64 of little-endian numbers.
 
-    ============================  ===============  ==================================================================
-    ``shown``                     ``(g, m)``       int16, the classes that are kept of each image, most likely first
-    ``logits``                    ``(g, c)``       float32
-    ``sums``, ``scales``          ``(g, m, K+1)``  float32; sum and unit of each map; entry 0: all heads
-    ``maps``                      ``(g, m, K+1, s)``  int8
-    ``clusters``                  ``(g, s)``       uint8 for the head's embedding and for raw features
-    ============================  ===============  ==================================================================
+    ====================  ================  =====================================================================
+    ``heads``             ``K``             the strongest, by themselves; 0 stands for all heads, 1 for the strongest
+    ``shown``             ``(g, m)``        int16, the classes that are kept of each image, most likely first
+    ``logits``            ``(g, c)``        float32
+    ``sums``, ``scales``  ``(g, m, K+1)``   float32, of each map its sum and its largest contribution
+    ``maps``              ``(g, m, K+1, s)``  int8
+    ====================  ================  =====================================================================
     """
     sample, tokens = evidence.arrays["sample"][:size], evidence.arrays["tokens"][:size]
     labels, about = evidence.arrays["labels"][sample], evidence.about
@@ -64,7 +64,7 @@ def gallery(model: Any, evidence: Evidence, *, size: int, budget: int) -> dict[s
     return {
         "grid": list(model.grid_),
         "classes": about["classes"],
-        "heads": [int(k) for k in strongest],
+        "heads": len(strongest),
         "images": [
             {
                 "file": about["files"][i],

@@ -25,7 +25,7 @@ function buffer(text) {
 }
 
 function startGallery(root, data) {
-  const [h, w] = data.grid, s = h * w, c = data.classes.length, m = data.kept, K = data.heads.length + 1;
+  const [h, w] = data.grid, s = h * w, c = data.classes.length, m = data.kept, K = data.heads + 1;
   const maps = new Int8Array(buffer(data.maps)), shown = new Int16Array(buffer(data.shown));
   const scales = new Float32Array(buffer(data.scales)), sums = new Float32Array(buffer(data.sums));
   const logits = new Float32Array(buffer(data.logits));
@@ -39,7 +39,7 @@ function startGallery(root, data) {
 
   const visible = () => tiles.filter(tile => !tile.parentElement.hidden);
   const head = () => Number(control.head.value);
-  const headName = () => head() ? `head ${data.numbers[head() - 1]}` : "all heads";
+  const nameOf = k => k ? `head ${k}` : "all heads";
   const signed = x => (x < 0 ? "−" : "+") + Math.abs(x).toPrecision(3);
 
   // The class that an image shows, −1 where it has none, and its place among the classes that are kept of the image.
@@ -81,7 +81,7 @@ function startGallery(root, data) {
     if (label < 0) return `${where}: the true class was never seen in training`;
     if (at < 0) return `${where}: ${data.classes[label]} is not among the ${m} classes kept of this image`;
     const value = maps[(at * K + head()) * s + t] / 127 * scales[at * K + head()];
-    return `${where}: ${signed(value)} to ${data.classes[label]} through ${headName()}`;
+    return `${where}: ${signed(value)} to ${data.classes[label]} through ${nameOf(head())}`;
   }
 
   function redraw() {
@@ -133,7 +133,7 @@ function startGallery(root, data) {
       signed(own[k]), `${(100 * Math.exp(own[k] - largest) / total).toFixed(1)}%`)));
     panel.querySelector("[data-title=heads]").textContent = label >= 0 ? `Through which heads: ${data.classes[label]}` : "Through which heads";
     panel.querySelector("[data-rows=heads]").replaceChildren(...(at < 0 ? [] : [...Array(K).keys()].map(k => row(
-      k ? `head ${data.numbers[k - 1]}` : "all heads", "head", String(k), k === head(), signed(sums[at * K + k])))));
+      nameOf(k), "head", String(k), k === head(), signed(sums[at * K + k])))));
     if (at >= 0 && data.intercept[label]) {
       const tr = document.createElement("tr"), th = document.createElement("th");
       th.scope = "row";

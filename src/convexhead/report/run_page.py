@@ -91,7 +91,6 @@ def render_runs(
             run["gallery"] = gallery(model, evidence, size=size, budget=BUDGET // len(folders))
             run["clusters"] = clusters(model, evidence, size=size)
             run["gallery"]["clusters"] = {key: run["clusters"][key] for key in ("head", "raw", "n")}
-            run["gallery"]["numbers"] = [atom["number"] for atom in run["atoms"]][: len(run["gallery"]["heads"])]
             run["pictures"], run["missing"] = thumbnails(evidence.about, images)
         runs.append(run)
     _tell_apart(runs)
