@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 
 from convexhead.report import figures, run_figures, run_page
+from convexhead.report.gallery import gallery
 from convexhead.report.pictures import as_seen
 from convexhead.report.run_page import render_runs
 
@@ -340,13 +342,17 @@ def test_clusters_images_and_filters(visit, page_text, truth):
 
 
 def test_a_page_of_limited_size_keeps_the_likely_and_the_true_classes(visit, work, truth, monkeypatch):
+    kept = gallery(ch.load(work / "path"), truth.kept, size=48, budget=1)
+    shown = np.frombuffer(base64.b64decode(kept["shown"]), "<i2").reshape(48, 3)
+    labels = truth.kept.arrays["labels"][truth.kept.arrays["sample"]]
+    assert (shown == labels[:, None]).any(1).all()
     monkeypatch.setattr(run_page, "BUDGET", 1)
     small = run_page.render_runs([work / "path"])
     page = visit(small)
     said, i = page.locator(".chosen output"), 30
     page.locator("button.tile").nth(i).click()
     order = np.argsort(-truth.logits[i])
-    assert truth.kept.arrays["labels"][truth.kept.arrays["sample"][i]] in order[:3]
+    assert labels[i] in order[:3]
     page.locator("[data-control=class]").select_option(str(order[3]))
     assert f"{CLASSES[order[3]]} is not among the 3 classes kept" in said.inner_text()
     assert page.locator("[data-rows=heads] tr").count() == 0
