@@ -630,5 +630,5 @@ def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
     exact = problem.in_double()
     f = exact.outputs(exact.empty())
     if exact.fit_intercept:
-        f = f + solve_intercept(exact.loss, f, exact.Y)
+        f = f + solve_intercept(exact, f)
     return spectral_norm(exact, exact.residual(f), generator)

@@ -137,8 +137,8 @@ def _zero_model(problem: Problem) -> Atoms:
     model = problem.empty()
     if problem.fit_intercept:
         exact = problem.in_double()
-        f = torch.zeros(problem.n, problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
-        model.intercept = solve_intercept(exact.loss, f, exact.Y).to(problem.dtype)
+        f = torch.zeros(len(problem.Y), problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
+        model.intercept = solve_intercept(exact, f).to(problem.dtype)
     return model
 
 
@@ -163,7 +163,7 @@ def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -
     if problem.fit_intercept:
         exact = problem.in_double()
         f = exact.outputs(atoms) - atoms.intercept
-        atoms.intercept = solve_intercept(exact.loss, f, exact.Y)
+        atoms.intercept = solve_intercept(exact, f)
     return atoms
 
 

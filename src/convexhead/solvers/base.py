@@ -103,7 +103,8 @@ def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
     Y = problem.Y.double()
     g = tau * problem.loss.residual(f.double(), Y)
-    dual = -float(problem.loss.conjugate(g, Y).mean())
+    dual = -problem.mean(problem.loss.conjugate(g, Y))
     if problem.fit_intercept:
-        dual -= (1 + float(Y.abs().max())) * float(g.mean(0).sum(0).abs().sum())
+        left = problem.sum(g.sum((0, 1)))[0] / problem.n
+        dual -= (1 + problem.largest_target) * float(left.abs().sum())
     return dual

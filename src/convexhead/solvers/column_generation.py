@@ -246,7 +246,7 @@ class ColumnGeneration:
         change = problem.outputs(new)
         added = self.beta * float((sigma - self.beta).sum())
         slope = float((sigma - self.beta).square().sum())
-        step = slope / (float(change.double().square().sum()) / problem.n)
+        step = slope / problem.mean(change.double().square().sum((1, 2)))
         best = minimize_scalar(
             lambda t: problem.data_term(f + t * change) + t * added,
             bounds=(0.0, 20 * step),

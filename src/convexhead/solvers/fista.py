@@ -46,9 +46,10 @@ class Fista:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.dense = DensePasses(problem)
         self.Z = self.dense.matrices(self.dense.rotate(start))
-        norm = float(torch.linalg.matrix_norm(self.dense.features, 2))
+        square = torch.linalg.matrix_norm(self.dense.features, 2) ** 2
+        norm = math.sqrt(float(problem.sum(square)[0]))  # at least the norm of all processes' features
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
-        self.omega = norm / math.sqrt(len(self.dense.features)) or 1.0
+        self.omega = norm / math.sqrt(problem.n * problem.head.r) or 1.0
         self.b = start.intercept / self.omega
         self.L = max(norm**2 / problem.n / 16, torch.finfo(torch.float64).tiny)
         self.ranks: list[int] = []
@@ -60,9 +61,9 @@ class Fista:
         momentum, wait = 1.0, 0
         for iteration in range(self.max_iterations):
             loss, R = self.problem.loss.value_and_residual(fY, self.problem.Y)
-            FY, R = float(loss.mean()), R / self.problem.n
+            FY, R = self.problem.mean(loss), R / self.problem.n
             G = self.dense.gradient(R)
-            gb = self.omega * R.sum((0, 1)) if self.problem.fit_intercept else None
+            gb = self.omega * self.problem.sum(R.sum((0, 1)))[0] if self.problem.fit_intercept else None
             if iteration % self.check_every == 0:
                 gap, rank = self._gap(f, fY, G)
                 if gap <= target:
