@@ -86,6 +86,15 @@ class Atoms:
         """The atoms that ``index`` (a mask or positions) picks."""
         return replace(self, U=self.U[index], V=self.V[index], block=self.block[index])
 
+    def state(self) -> dict[str, Tensor]:
+        """The weights by name, for checkpoints."""
+        return {"U": self.U, "V": self.V, "block": self.block, "intercept": self.intercept}
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> Atoms:
+        """Inverse of `state`, which may hold other things too."""
+        return cls(state["U"], state["V"], state["block"], state["intercept"])
+
     def append(self, other: Atoms) -> Atoms:
         """These atoms and then ``other``'s, with this intercept."""
         return replace(

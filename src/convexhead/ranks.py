@@ -1,7 +1,7 @@
 """The processes of one run: a single one, or those that torchrun started.
 
-Each process holds a share of the samples and all of the weights. They exchange sums over samples (`Ranks.sum`) and a few
-flags (`Ranks.largest`); both give every process the same bits, so that all of them decide alike.
+Each process holds a share of the samples and all of the weights. They exchange sums over samples (`Ranks.sum`) and a
+few flags (`Ranks.largest`); both give every process the same bits, so that all of them decide alike.
 """
 
 from __future__ import annotations

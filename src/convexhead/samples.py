@@ -70,7 +70,7 @@ class StoredTokens:
             rows = slice(rows.start, rows.stop, rows.step)
         tokens = self._check(self._source[rows])
         if isinstance(self._source, np.memmap):
-            tokens = tokens.clone() if np.shares_memory(tokens.numpy(), self._source) else tokens
+            tokens = tokens.clone() if np.may_share_memory(tokens.numpy(), self._source) else tokens
             _forget_pages(self._source)
         return tokens
 
@@ -102,7 +102,7 @@ Tokens = Tensor | StoredTokens
 def _forget_pages(mapped: np.memmap) -> None:
     """Let go of the pages that were read: they stay in the system's cache, and no longer count as this process's."""
     pages = getattr(mapped, "_mmap", None)
-    if mapped.mode in ("r", "r+", "w+") and hasattr(pages, "madvise"):
+    if pages is not None and mapped.mode in ("r", "r+", "w+") and hasattr(pages, "madvise"):
         pages.madvise(mmap.MADV_DONTNEED)
 
 
@@ -231,8 +231,9 @@ class Samples:
 
     def _fill(self, step: int) -> None:
         for rows, X in self._tokens(0, self.kept if self.masks is None else len(self), step):
-            if self.masks is not None:
-                self.masks[rows] = self.activation.pack_masks(X)
+            packed = None if self.masks is None else self.activation.pack_masks(X)
+            if self.masks is not None and packed is not None:
+                self.masks[rows] = packed
             inside = max(0, min(self.kept, rows.stop) - rows.start)
             if inside:
                 prepared = self.activation.prepare(X[:inside].to(self.dtype), reuse=True)
