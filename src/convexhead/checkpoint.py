@@ -230,7 +230,7 @@ def _rows_file(generation: int, part: int) -> str:
 
 
 def _encode(tensors: State, generation: int) -> bytes:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}  # views share memory
     about = {"generation": generation, "sha256": _digest(tensors)}
     return safetensors.torch.save(tensors, metadata={"convexhead": json.dumps(about)})
 

@@ -100,7 +100,7 @@ class ColumnGeneration:
         if self._warm is not None:
             self._warm = self._warm.to(problem.dtype)
 
-    def _state(self, *between: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _state(self, *between: float | int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the rounds to come depend on, given what `advance` knows between two of them."""
         shared = {"round": torch.tensor([*between, self.small], dtype=torch.float64)}
         shared.update(self.atoms().state() if self._running is None else self._running.state())

@@ -57,7 +57,9 @@ class Fista:
         self.ranks: list[int] = []
         self._resumed: tuple[Any, ...] = ()
 
-    def _state(self, Y: Tensor, yb: Tensor, fY: Tensor, *scalars: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _state(
+        self, Y: Tensor, yb: Tensor, fY: Tensor, *scalars: float | int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the iterations to come depend on, given the extrapolated point and what else `advance` knows."""
         known = torch.tensor([*scalars, self.L], dtype=torch.float64)
         shared = {"Z": self.Z, "b": self.b, "Y": Y, "yb": yb, "known": known, "ranks": torch.tensor(self.ranks)}
