@@ -207,6 +207,16 @@ class Problem:
         """``(1/n) Σ_i`` over all samples, in float64."""
         return float(self.sum(values.double().sum())[0]) / self.n
 
+    def mean_of(self, function: Callable[..., Float[Tensor, " b"]], *parts: Float[Tensor, "n r c"]) -> float:
+        """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time so that it may be wasteful."""
+        sums = [function(*(part[rows] for part in parts)).double().sum() for rows in self.rows()]
+        return self.mean(torch.stack(sums))
+
+    def rows(self) -> list[slice]:
+        """This process's samples in slices whose outputs stay in the caches."""
+        step = self._batch_size(self.head.r * self.c)
+        return [slice(i, i + step) for i in range(0, len(self.Y), step)]
+
     @cached_property
     def largest_target(self) -> float:
         """``max |y|``."""
@@ -261,7 +271,7 @@ class Problem:
 
     def data_term(self, f: Float[Tensor, "n r c"]) -> float:
         """``F = (1/n) Σ_i ℓ(f_i, y_i)``, summed in float64."""
-        return self.mean(self.loss.value(f, self.Y))
+        return self.mean_of(self.loss.value, f, self.Y)
 
     def residual(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
         """``R_i = ∇ℓ(f_i, y_i) / n``."""

@@ -141,10 +141,14 @@ def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float
     has settled.
     """
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
-    Y = problem.Y.double()
-    g = tau * problem.loss.residual(f.double(), Y)
-    dual = -problem.mean(problem.loss.conjugate(g, Y))
+    loss = problem.loss
+
+    def conjugate(f: Tensor, Y: Tensor) -> Tensor:
+        f, Y = f.double(), Y.double()
+        return loss.conjugate(tau * loss.residual(f, Y), Y)
+
+    dual = -problem.mean_of(conjugate, f, problem.Y)
     if problem.fit_intercept:
-        left = problem.sum(g.sum((0, 1)))[0] / problem.n
+        left = problem.sum(tau * loss.residual(f.double(), problem.Y.double()).sum((0, 1)))[0] / problem.n
         dual -= (1 + problem.largest_target) * float(left.abs().sum())
     return dual
