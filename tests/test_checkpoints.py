@@ -28,7 +28,10 @@ Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)
 RUNS = {
     "fista": ("self-attention", {"tol": 1e-9}),
     "column generation": ("self-attention", {"tol": 1e-8, "max_heads": 40}),
-    "single then double precision": ("mlp", {"activation": "gated-relu", "n_gates": 3, "tol": 2e-4, "fit_intercept": True}),
+    "single then double precision": (
+        "mlp",
+        {"activation": "gated-relu", "n_gates": 3, "tol": 2e-4, "fit_intercept": True},
+    ),
     "bfloat16 first": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
     "ridge": ("linear", {"tol": 1e-12, "beta_ratio": 1e-6}),
 }

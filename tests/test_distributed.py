@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import convexhead as ch
-from convexhead import estimators, solvers
+from convexhead import estimators, ranks, solvers
 from convexhead.cli import app
 from convexhead.errors import ConvexHeadError, InputError
 from convexhead.path import regularization_path
@@ -137,6 +138,51 @@ def test_the_clock_and_an_interrupt_stop_all_together(tmp_path):
     assert 8 <= interrupt[2] < 40
 
 
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a link between them: what to begin a command with on each."""
+    names, links = ("convexhead-a", "convexhead-b"), ("cvxhd-a", "cvxhd-b")
+    commands = [f"netns add {name}" for name in names]
+    commands.append(f"link add {links[0]} type veth peer name {links[1]}")
+    for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
+        commands += [f"link set {link} netns {name}", f"-n {name} addr add 10.77.0.{number}/24 dev {link}"]
+        commands += [f"-n {name} link set lo up", f"-n {name} link set {link} up"]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+        yield [
+            ["ip", "netns", "exec", name, "env", "MASTER_ADDR=10.77.0.1", "MASTER_PORT=29500", "WORLD_SIZE=2"]
+            + [f"RANK={rank}", f"GLOO_SOCKET_IFNAME={links[rank]}", sys.executable, __file__]
+            for rank, name in enumerate(names)
+        ]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs the ip command")
+def test_two_hosts_and_one_that_vanishes(two_hosts, tmp_path):
+    for task, codes in (("resume", [0, 0]), ("vanish", [1, 1])):
+        command = [task, str(tmp_path / task)]
+        hosts = [
+            subprocess.Popen([*begin, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for begin in two_hosts
+        ]
+        said = [host.communicate(timeout=60) for host in hosts]
+        assert [host.returncode for host in hosts] == codes, said
+        if task == "resume":
+            primal, dual, converged, _ = json.loads(said[0][0])
+            calm = fit("factored").certificate_
+            assert converged
+            assert primal == pytest.approx(calm.primal, rel=1e-6)
+            assert dual <= calm.primal
+        else:
+            assert all("another process of this run has stopped" in error for _, error in said)
+            assert (tmp_path / task / "checkpoint.json").exists()
+
+
 def test_command_line(tmp_path):
     store = extract("sklearn:digits", "patches:2", tmp_path / "store", channels=3)
     options = ["--head", "mlp", "--activation", "gated-relu", "--n-gates", "3", "--json", "--tol", "1e-5"]
@@ -196,36 +242,47 @@ def lose(folder, **options):
     return resume(folder, callback=kill, **options)
 
 
-def work(rank, size, out, task, *arguments):
-    """What one process does."""
-    os.environ["RANK"] = str(rank)
-    sys.stdout, sys.stderr = (open(out / f"{kind}-{rank}", "w") for kind in ("stdout", "stderr"))  # noqa: SIM115
-    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=size)
+def vanish(folder, **options):
+    """A run whose second host is cut off."""
+    rows = []
+
+    def cut(row):
+        rows.append(row)
+        if os.environ["RANK"] == "1" and len(rows) == 20:
+            subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
+
+    return resume(folder, callback=cut, **options)
+
+
+def work(task, *arguments):
+    """What one process does; its exit code."""
     warnings.simplefilter("ignore")
+    tasks = {"everything": everything, "resume": resume, "stop": stopped, "lose": lose, "vanish": vanish}
     try:
-        result = {"everything": everything, "resume": resume, "stop": stopped, "lose": lose}[task](
-            *arguments, distributed=True
-        )
-        print(json.dumps(result if isinstance(result, (dict, tuple)) else list(result)))
+        result = tasks[task](*arguments, distributed=True)
+        print(json.dumps(result if isinstance(result, (dict, tuple)) else list(result)), flush=True)
     except ConvexHeadError as error:
-        print(error, file=sys.stderr)
+        print(error, file=sys.stderr, flush=True)
         return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
     return 0
 
 
-def main():
-    """Fork the processes of a run, so that they need not import everything; print how they ended."""
-    size, out, *task = sys.argv[1:]
+def fork(size, out, *task):
+    """Processes of a run on this machine, forked so that they need not import everything; how they ended."""
     children = []
-    for rank in range(int(size)):
+    for rank in range(size):
         children.append(os.fork())
         if children[-1] == 0:
-            os._exit(work(rank, int(size), Path(out), *task))
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+            os.environ["RANK"] = str(rank)
+            sys.stdout, sys.stderr = (open(out / f"{kind}-{rank}", "w") for kind in ("stdout", "stderr"))  # noqa: SIM115
+            torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=size)
+            os._exit(work(*task))
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 if __name__ == "__main__":
-    main()
+    if "RANK" in os.environ:
+        ranks.PATIENCE = timedelta(seconds=6)
+        torch.distributed.init_process_group("gloo")
+        os._exit(work(*sys.argv[1:]))
+    print(json.dumps(fork(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])))

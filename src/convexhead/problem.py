@@ -208,7 +208,7 @@ class Problem:
         return float(self.sum(values.double().sum())[0]) / self.n
 
     def mean_of(self, function: Callable[..., Float[Tensor, " b"]], *parts: Float[Tensor, "n r c"]) -> float:
-        """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time so that it may be wasteful."""
+        """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time to save memory."""
         sums = [function(*(part[rows] for part in parts)).double().sum() for rows in self.rows()]
         return self.mean(torch.stack(sums))
 

@@ -119,16 +119,17 @@ def _stopped_process_named() -> Iterator[None]:
         ) from error
 
 
-def join_ranks(timeout: timedelta = PATIENCE) -> Ranks:
+def join_ranks(timeout: timedelta | None = None) -> Ranks:
     """Join the processes that torchrun started, or those of an initialised `torch.distributed`.
 
     What is joined stays joined until the process ends: joining anew, as for a second store, would be a race.
 
     Parameters
     ----------
-    timeout : timedelta
-        How long a process waits for the others before it takes them for lost.
+    timeout : timedelta or None
+        How long a process waits for the others before it takes them for lost; None: `PATIENCE`.
     """
+    timeout = timeout or PATIENCE
     if not distributed.is_available():
         return Ranks()
     if not distributed.is_initialized() and distributed.is_torchelastic_launched():
