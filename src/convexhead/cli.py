@@ -330,14 +330,16 @@ def fit(
     from convexhead.estimators import ConvexHeadClassifier
     from convexhead.ranks import join_ranks
 
-    first = join_ranks().rank == 0  # one process speaks and writes for all
+    ranks = join_ranks()
+    first = ranks.rank == 0  # one process speaks and writes for all
     folder = out.with_name(f"{out.name}.checkpoint")
     train = _open(store, "train")
     clf = ConvexHeadClassifier(
         **_parameters(
             head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol, n_gates=n_gates,
             n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, max_heads=max_heads, max_time=max_time,
-            max_memory=None if max_memory is None else 1e9 * max_memory, seed=seed, device=device, distributed=True,
+            max_memory=None if max_memory is None else 1e9 * max_memory, seed=seed, device=device,
+            distributed=ranks.size > 1,
         )
     )  # fmt: skip
     with _solver_progress(as_json or not first) as callback, warnings.catch_warnings():

@@ -216,8 +216,7 @@ class Samples:
         same = [key for key, value in self.like.items() if _same(value, first)]
         each = sum(value.nbytes for key, value in self.like.items() if key not in same) if reuse else 0
         if not self._resident() and n * (tokens + each) <= self.memory:
-            whole = self.X.decoded().read() if isinstance(self.X, StoredTokens) else self.X
-            self.X = whole.to(self.device)
+            self.X = (self.X.read() if isinstance(self.X, StoredTokens) else self.X).to(self.device)
             self.memory -= n * tokens
         elif isinstance(self.X, StoredTokens):
             self.X = self.X.decoded()

@@ -231,7 +231,7 @@ def make_twin(problem: Problem, n_heads: int, seed: int) -> HeadModule:
         dtype=problem.dtype,
         seed=None,
     ).to(problem.device)
-    module.reset_parameters(seed, problem.X[:: math.ceil(problem.n / 64)])
+    module.reset_parameters(seed, problem.X[:: math.ceil(problem.n / 64)].to(problem.device))
     return module
 
 
