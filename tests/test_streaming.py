@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead import samples
 from convexhead.activation import make_activation, sample_gates
 from convexhead.errors import InputError
 from convexhead.heads import HEADS, make_head
 from convexhead.inputs import as_tokens, open_tokens
 from convexhead.losses import CrossEntropy
 from convexhead.problem import Atoms, Problem
-from convexhead.samples import StoredTokens, default_memory, read_ahead
+from convexhead.samples import default_memory
+from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, read_ahead
 from convexhead.tokens import extract
 
 N, S, D, C = 61, 6, 4, 3
@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setitem(samples.CHUNK_BYTES, "cpu", 16 * S * D * 8)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 16 * S * D * 8)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def digits(tmp_path_factory):
 def test_a_head_trained_from_disk_is_the_head_trained_in_memory(head, activation, digits, monkeypatch):
     monkeypatch.setattr("convexhead.estimators.SMALL_TOKENS", 0)
     monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
-    monkeypatch.setitem(samples.CHUNK_BYTES, "cpu", 32e6)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 32e6)
     parameters = {"activation": activation, "n_gates": 3, "beta_ratio": 0.3, "random_state": 0}
     streamed = ch.ConvexHeadClassifier(head, max_memory=1e5, **parameters).fit(digits)
     memory = ch.ConvexHeadClassifier(head, **parameters).fit(digits)

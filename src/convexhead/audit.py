@@ -19,7 +19,8 @@ from convexhead.heads import Head, make_head
 from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
 from convexhead.problem import Atoms, Problem
-from convexhead.samples import Tokens, default_memory
+from convexhead.samples import default_memory
+from convexhead.stored_tokens import Tokens
 
 
 def certify(

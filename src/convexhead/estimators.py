@@ -33,9 +33,10 @@ from convexhead.modules import HeadModule
 from convexhead.patterns import all_gates
 from convexhead.problem import Atoms, Problem
 from convexhead.ranks import Ranks, join_ranks
-from convexhead.samples import Tokens, default_memory
+from convexhead.samples import default_memory
 from convexhead.solvers import Progress, Solution, solve
 from convexhead.spectral import spectral_norm
+from convexhead.stored_tokens import Tokens
 
 NOT_SETTINGS = ("max_time", "max_memory", "device", "distributed", "verbose")
 """Parameters that a checkpoint may be gone on from with other values of."""

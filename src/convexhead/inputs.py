@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_array
 
 from convexhead.errors import InputError
 from convexhead.ranks import local_ranks
-from convexhead.samples import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
+from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
 
 
 def is_store(X: Any) -> bool:

@@ -30,7 +30,8 @@ from convexhead.activation import Activation
 from convexhead.heads.base import Data, Head
 from convexhead.losses import Loss
 from convexhead.ranks import Ranks
-from convexhead.samples import Samples, StoredTokens
+from convexhead.samples import Samples
+from convexhead.stored_tokens import StoredTokens
 
 BATCH_BYTES = {"cpu": 2_000_000, "cuda": 1_000_000_000}
 """Workspace that a batch may take: on a CPU what stays in the caches between the products of a pass."""

@@ -12,130 +12,21 @@ for every gated entry of a score.
 
 from __future__ import annotations
 
-import mmap
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from convexhead.heads.base import Data
 from convexhead.ranks import local_ranks
+from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead, token_bytes
 
 if TYPE_CHECKING:
     from convexhead.activation import Activation
-
-CHUNK_BYTES = {"cpu": 32e6, "cuda": 256e6}
-"""Tokens that are read at a time: long enough to read well, and few beside a budget."""
-
-
-class StoredTokens:
-    """Tokens ``(n, s, d)`` that stay on disk and are read a slice at a time.
-
-    Parameters
-    ----------
-    source : split of a token store, or numpy memmap
-    check : callable (array) -> Tensor (k, s, d)
-        Turns what was read into tokens, or raises: see `inputs.as_tokens`.
-    rows : slice or None
-        The part of ``source`` that these are.
-    """
-
-    def __init__(self, source: Any, check: Callable[[Any], Tensor], rows: slice | None = None) -> None:
-        self._source, self._check = source, check
-        start, stop, _ = (rows or slice(None)).indices(len(source))
-        self._rows = range(start, stop)
-        probe = check(source[start : start + 1])
-        self.dtype = probe.dtype
-        self.shape = (len(self._rows), *probe.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def share(self, rows: slice) -> StoredTokens:
-        """Some of them, still on disk."""
-        part = self._rows[rows]
-        return StoredTokens(self._source, self._check, slice(part.start, part.stop))
-
-    def __getitem__(self, index: slice | Tensor) -> Tensor:
-        """Read ``(k, s, d)``: of a slice, or of a tensor of positions."""
-        rows: Any = self._rows[index] if isinstance(index, slice) else self._rows.start + index.cpu().numpy()
-        if isinstance(rows, range):
-            rows = slice(rows.start, rows.stop, rows.step)
-        tokens = self._check(self._source[rows])
-        if isinstance(self._source, np.memmap):
-            tokens = tokens.clone() if np.may_share_memory(tokens.numpy(), self._source) else tokens
-            _forget_pages(self._source)
-        return tokens
-
-    def read(self) -> Tensor:
-        """All of them."""
-        out = torch.empty(self.shape, dtype=self.dtype)
-        for rows, chunk in read_ahead(self, chunk_rows(self, CHUNK_BYTES["cpu"])):
-            out[rows] = chunk
-        return out
-
-    def decoded(self) -> StoredTokens:
-        """These tokens as they come out of reading, in a temporary file that goes with the process: where decoding
-        takes long (principal components) and leaves less than was stored, it pays to do it only once."""
-        reduction = getattr(self._source, "reduction", None)
-        if reduction is None or reduction.basis is None or 2 * self.shape[2] > len(reduction.mean):
-            return self
-        with tempfile.TemporaryFile(prefix="convexhead-tokens-") as file:
-            out = np.memmap(file, np.float32, "w+", shape=self.shape)
-        for rows, chunk in read_ahead(self, chunk_rows(self, CHUNK_BYTES["cpu"])):
-            out[rows] = chunk.numpy()
-            out.flush()
-            _forget_pages(out)
-        return StoredTokens(out, self._check)
-
-
-Tokens = Tensor | StoredTokens
-
-
-def _forget_pages(mapped: np.memmap) -> None:
-    """Let go of the pages that were read: they stay in the system's cache, and no longer count as this process's."""
-    pages = getattr(mapped, "_mmap", None)
-    if pages is not None and mapped.mode in ("r", "r+", "w+") and hasattr(pages, "madvise"):
-        pages.madvise(mmap.MADV_DONTNEED)
-
-
-def chunk_rows(X: Tokens, size: float) -> int:
-    """Samples whose tokens take about ``size`` bytes."""
-    return max(1, int(size // token_bytes(X)))
-
-
-def token_bytes(X: Tokens) -> int:
-    """Bytes of one sample's tokens."""
-    return int(np.prod(X.shape[1:])) * X.dtype.itemsize
-
-
-def read_ahead(
-    X: Tokens, size: int, *, start: int = 0, stop: int | None = None, device: torch.device | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of ``size`` samples; a thread reads and decodes the next one while the caller works on the last."""
-    stop = len(X) if stop is None else stop
-
-    def load(rows: slice) -> Tensor:
-        tokens = X[rows]
-        if device is None or device.type == "cpu":
-            return tokens
-        return tokens.pin_memory().to(device, non_blocking=True)
-
-    chunks = [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
-    with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(load, rows) for rows in chunks[:1]]
-        for k, rows in enumerate(chunks):
-            tokens = ahead.pop().result()
-            if k + 1 < len(chunks):
-                ahead.append(reader.submit(load, chunks[k + 1]))
-            yield rows, tokens
 
 
 class Samples:
@@ -211,8 +102,7 @@ class Samples:
     def _plan(self, first: Tensor, reuse: bool) -> None:
         """Decide what is brought into memory and how many samples are kept prepared; make room for them."""
         n, tokens = len(self.X), token_bytes(self.X)
-        cast = first.to(self.dtype)
-        self.like = self.activation.prepare(cast, reuse=reuse)
+        self.like = self.activation.prepare(first.to(self.dtype), reuse=reuse)
         same = [key for key, value in self.like.items() if _same(value, first)]
         each = sum(value.nbytes for key, value in self.like.items() if key not in same) if reuse else 0
         if not self._resident() and n * (tokens + each) <= self.memory:
@@ -223,7 +113,7 @@ class Samples:
         if not self._resident():
             each, same = sum(value.nbytes for value in self.like.values()), []
             self.memory -= 3 * self._chunk
-        self.kept = int(min(n, max(self.memory, 0) // max(each, 1))) if reuse else 0
+        self.kept = int(min(n, max(self.memory, 0) / max(each, 1))) if reuse else 0
         self.data: Data = {}
         for key, value in self.like.items() if self.kept else ():
             self.data[key] = self.X[: self.kept] if key in same else value.new_empty(self.kept, *value.shape[1:])
@@ -284,7 +174,7 @@ class Samples:
         other = copy(self)
         other.products = products
         each = sum(value.nbytes for value in self.like.values()) * products.itemsize / self.dtype.itemsize
-        other.kept = int(min(self.kept, max(self.memory - self.bytes, 0) // each))
+        other.kept = int(min(self.kept, max(self.memory - self.bytes, 0) / each))
         other.data = {key: value[: other.kept].to(products) for key, value in self.data.items()}
         return other
 
