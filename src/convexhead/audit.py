@@ -19,6 +19,8 @@ from convexhead.heads import Head, make_head
 from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
 from convexhead.problem import Atoms, Problem
+from convexhead.samples import default_memory
+from convexhead.stored_tokens import Tokens
 
 
 def certify(
@@ -75,7 +77,7 @@ def certify(
         raise InputError(f"beta must be a positive number, got {beta!r}")
     choose("activation", activation, ACTIVATIONS)
     X = inputs.resolve_store(X)
-    tokens = inputs.as_tokens(X)
+    tokens = inputs.open_tokens(X)
     if isinstance(weights, _ConvexHead):
         if not hasattr(weights, "certificate_"):
             raise NotFittedError("this estimator is not fitted yet: call fit before certify")
@@ -108,13 +110,15 @@ def certify(
     where = inputs.pick_device(device)
     gates = None if gates is None else torch.as_tensor(np.asarray(gates), dtype=torch.float64)
     problem = Problem(
-        tokens.to(where),
+        tokens,
         targets,
         module_head,
         make_activation(activation, module_head, gates),
         chosen,
         fit_intercept=bool((atoms.intercept != 0).any()),
         reuse=False,
+        device=where,
+        memory=default_memory(where),
     )
     atoms = atoms.to(where, torch.float64)
     if not all(bool(torch.isfinite(part).all()) for part in (atoms.U, atoms.V, atoms.intercept)):
@@ -135,7 +139,7 @@ def certify(
 
 def _from_factors(
     factors: Any,
-    tokens: torch.Tensor,
+    tokens: Tokens,
     name: str,
     pool: str,
     grid: tuple[int, int] | None,

@@ -136,7 +136,7 @@ def certify_atoms(
     primal = data_term + beta * penalty
     f = f if witness is None else witness.to(exact.device, torch.float64)
     if problem.fit_intercept:
-        f = f + solve_intercept(problem.loss, f, exact.Y)
+        f = f + solve_intercept(exact, f)
     R = exact.residual(f)
     dual = _Dual(exact, f, R, beta)
 
@@ -159,7 +159,7 @@ def certify_atoms(
                     enough = reached or (hopeless and bound.upper <= 1.01 * bound.floor)
             best = dual.spectral(bound.upper)
             slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
-    terms = data_term + abs(best) + exact.n * float((R * exact.Y).abs().sum(2).mean())
+    terms = data_term + abs(best) + exact.n * exact.mean_of(lambda R, Y: (R * Y).abs().sum(2).mean(1), R, exact.Y)
     best = max(best - 1e-13 * terms, known_dual)
     if best > primal + 1e-9 * terms:
         raise RuntimeError(f"lower bound {best!r} above the objective {primal!r}: please report this as a bug")
@@ -182,15 +182,17 @@ class _Dual:
 
     def __init__(self, problem: Problem, f: Tensor, R: Tensor, beta: float) -> None:
         self.problem, self.R, self.beta = problem, R, beta
-        self.domain = problem.loss.scaled_domain(f, problem.Y)
+        domain = min(problem.loss.scaled_domain(f[rows], problem.Y[rows]) for rows in problem.rows())
+        self.domain = -problem.ranks.largest(-domain)[0]
         self.charge = 0.0
         if problem.fit_intercept:
-            box = INTERCEPT_BOX * (1 + float(problem.Y.abs().max()))
-            self.charge = box * float(R.sum((0, 1)).abs().sum())
+            box = INTERCEPT_BOX * (1 + problem.largest_target)
+            self.charge = box * float(problem.sum(R.sum((0, 1)))[0].abs().sum())
 
     def value(self, tau: float) -> float:
-        conjugate = self.problem.loss.conjugate(tau * self.problem.n * self.R, self.problem.Y)
-        return -float(conjugate.mean()) - tau * self.charge
+        problem = self.problem
+        mean = problem.mean_of(lambda R, Y: problem.loss.conjugate(tau * problem.n * R, Y), self.R, problem.Y)
+        return -mean - tau * self.charge
 
     def largest(self, sigma: float) -> float:
         """The largest ``τ ≤ 1`` with ``τ σ ≤ β``."""

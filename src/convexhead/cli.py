@@ -320,25 +320,50 @@ def fit(
     fit_intercept: Annotated[bool, typer.Option(help="Add an unpenalised intercept.")] = False,
     max_heads: Annotated[Optional[int], typer.Option(help="Bound on the number of heads.")] = None,
     max_time: MaxTime = None,
+    max_memory: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Gigabytes for tokens; what is beyond is read again in each pass. Default: half of the free."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Optional[float],
+        typer.Option(help="Minutes between checkpoints in OUT.checkpoint, which the same command goes on from."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train one head on the training split to a certified global optimum."""
+    """Train one head on the training split to a certified global optimum; under torchrun, with all its processes."""
+    from convexhead import checkpoint as checkpoints
     from convexhead.estimators import ConvexHeadClassifier
+    from convexhead.ranks import join_ranks
 
+    ranks = join_ranks()
+    first = ranks.rank == 0  # one process speaks and writes for all
+    folder = out.with_name(f"{out.name}.checkpoint")
     train = _open(store, "train")
     clf = ConvexHeadClassifier(
         **_parameters(
             head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol, n_gates=n_gates,
             n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, max_heads=max_heads, max_time=max_time,
-            seed=seed, device=device,
+            max_memory=None if max_memory is None else 1e9 * max_memory, seed=seed, device=device,
+            distributed=ranks.size > 1,
         )
     )  # fmt: skip
-    with _solver_progress(as_json) as callback, warnings.catch_warnings():
+    with _solver_progress(as_json or not first) as callback, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate is printed
-        clf.fit(train, callback=callback)
+        clf.fit(
+            train,
+            callback=callback,
+            checkpoint=None if checkpoint is None else folder,
+            checkpoint_minutes=checkpoint or 0.0,
+        )
+    if not first:
+        return
     _save(clf, out, store)
+    if clf.certificate_.converged:
+        checkpoints.remove(folder)
     seconds = clf.history_[-1]["seconds"] if clf.history_ else 0.0
     result = {
         "run": str(out),

@@ -24,6 +24,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d,
 
 from convexhead import inputs
 from convexhead.activation import ACTIVATIONS, make_activation, sample_gates
+from convexhead.checkpoint import Checkpoint
 from convexhead.errors import InputError, choose
 from convexhead.heads import Head, make_head
 from convexhead.intercept import solve_intercept
@@ -31,9 +32,14 @@ from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
 from convexhead.patterns import all_gates
 from convexhead.problem import Atoms, Problem
+from convexhead.ranks import Ranks, join_ranks
+from convexhead.samples import default_memory
 from convexhead.solvers import Progress, Solution, solve
 from convexhead.spectral import spectral_norm
+from convexhead.stored_tokens import Tokens
 
+NOT_SETTINGS = ("max_time", "max_memory", "device", "distributed", "verbose")
+"""Parameters that a checkpoint may be gone on from with other values of."""
 SMALL_TOKENS = 2e5
 """Numbers of tokens up to which the solver works in float64 whatever the tolerance."""
 TIGHT = 1e-4
@@ -57,14 +63,16 @@ class _ConvexHead(BaseEstimator):
     tol: float
     max_heads: int | None
     max_time: float | None
+    max_memory: float | None
     random_state: Any
     device: str
+    distributed: bool
     verbose: int
 
     # -- from parameters and data to a problem ------------------------------------------------------------------------
     def _check_parameters(self) -> None:
         choose("activation", self.activation, ACTIVATIONS)
-        for name in ("beta", "max_time"):
+        for name in ("beta", "max_time", "max_memory"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
                 raise InputError(f"{name} must be a positive number or None, got {value!r}")
@@ -91,35 +99,69 @@ class _ConvexHead(BaseEstimator):
             outputs=self.outputs,
         )
 
-    def _make_gates(self, head: Head, X: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
+    def _make_gates(self, head: Head, X: Tokens, generator: torch.Generator) -> torch.Tensor | None:
         if self.activation == "linear":
             return None
+        if self.gates is None and self.n_gates == "all":
+            return all_gates(head, X if isinstance(X, torch.Tensor) else X.read())
         if self.gates is None:
-            return all_gates(head, X) if self.n_gates == "all" else sample_gates(head, int(self.n_gates), generator)
+            return sample_gates(head, int(self.n_gates), generator)
         try:
             return torch.as_tensor(np.asarray(self.gates, dtype=np.float64))
         except (TypeError, ValueError) as error:
             raise InputError(f"gates cannot be read as an array of numbers: {error}") from error
 
-    def _make_problem(self, X: torch.Tensor, Y: torch.Tensor, loss: Loss, generator: torch.Generator) -> Problem:
+    def _make_problem(self, X: Tokens, Y: torch.Tensor, loss: Loss, generator: torch.Generator) -> Problem:
         self._check_parameters()
-        device = inputs.pick_device(self.device)
+        ranks, device = self._ranks(), inputs.pick_device(self.device)
         head = self._make_head(X.shape[1], X.shape[2])
-        activation = make_activation(self.activation, head, self._make_gates(head, X, generator))
-        small = X.numel() <= SMALL_TOKENS or self.tol < TIGHT
+        gates = self._make_gates(head, X, generator)
+        rows = ranks.share(len(X))
         return Problem(
-            X.to(device),
-            Y,
+            X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
+            Y[rows],
             head,
-            activation,
+            make_activation(self.activation, head, gates),
             loss,
             fit_intercept=bool(self.fit_intercept),
-            dtype=torch.float64 if small else torch.float32,
+            dtype=torch.float64 if math.prod(X.shape) <= SMALL_TOKENS or self.tol < TIGHT else torch.float32,
+            device=device,
+            memory=default_memory(device) if self.max_memory is None else float(self.max_memory),
+            ranks=ranks,
         )
 
-    def _generator(self) -> torch.Generator:
-        seed = check_random_state(self.random_state).randint(2**31 - 1)
-        return torch.Generator().manual_seed(int(seed))
+    def _ranks(self) -> Ranks:
+        """The processes that share the samples."""
+        return join_ranks() if self.distributed else Ranks()
+
+    def _seed(self) -> int:
+        """Of gates and random starts, the same in all processes."""
+        return self._ranks().first_does(lambda: int(check_random_state(self.random_state).randint(2**31 - 1)))
+
+    def _checkpoint(self, folder: str | Path | None, minutes: float, X: Any, y: Any) -> Checkpoint | None:
+        """The checkpoint of this fit, its seed among the notes; None without a folder."""
+        if folder is None:
+            return None
+        ranks = self._ranks()
+        settings = {name: value for name, value in self.get_params().items() if name not in NOT_SETTINGS}
+        settings = {name: _described(value) for name, value in settings.items()}
+        settings["data"] = ranks.first_does(lambda: inputs.content_hash(X, y))
+        return Checkpoint(folder, settings, minutes=minutes, ranks=ranks)
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+    def _fit(
+        self, X: Any, y: Any, callback: Callable[[Progress], None] | None, checkpoint: str | Path | None, minutes: float
+    ) -> None:
+        saved = self._checkpoint(checkpoint, minutes, X, y)
+        if saved is None:
+            problem, generator = self._prepare(X, y)
+            self._solve(problem, generator, callback=callback)
+            return
+        seed = saved.notes.setdefault("seed", self._seed())
+        problem, generator = self._prepare(X, y, seed=seed)
+        if "beta_max" not in saved.notes:
+            saved.notes["beta_max"] = problem_beta_max(problem, generator)
+        self._solve(problem, generator, beta_max=saved.notes["beta_max"], callback=callback, checkpoint=saved)
 
     # -- solving ------------------------------------------------------------------------------------------------------
     def _solve(
@@ -130,6 +172,7 @@ class _ConvexHead(BaseEstimator):
         beta_max: float | None = None,
         start: Atoms | None = None,
         callback: Callable[[Progress], None] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Solution:
         """Solve at this estimator's β and keep everything that a user may read."""
         self.beta_max_ = problem_beta_max(problem, generator) if beta_max is None else beta_max
@@ -143,8 +186,9 @@ class _ConvexHead(BaseEstimator):
             start=start,
             max_heads=None if self.max_heads is None else int(self.max_heads),
             max_time=None if self.max_time is None else float(self.max_time),
-            callback=callback or (_print_progress if self.verbose else None),
+            callback=callback or (_print_progress if self.verbose and problem.ranks.rank == 0 else None),
             generator=generator,
+            checkpoint=checkpoint,
         )
         self._keep(problem.head, problem.activation, solution.atoms)
         self.certificate_ = solution.certificate
@@ -226,12 +270,12 @@ class _ConvexHead(BaseEstimator):
             return validate_data(self, X, reset=False, dtype=(np.float64, np.float32))
         return X
 
-    def _fit_tokens(self, X: Any) -> torch.Tensor:
+    def _fit_tokens(self, X: Any) -> Tokens:
         if inputs.is_table(X):
             X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
         self.reduction_ = getattr(X, "reduction", None) if inputs.is_store(X) else None
         self._store_grid = X.grid if inputs.is_store(X) else None
-        tokens = inputs.as_tokens(X)
+        tokens = inputs.open_tokens(X)
         inputs.check_informative(tokens)
         return tokens
 
@@ -311,10 +355,15 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         Bound on the number of heads; the certificate then says what it costs.
     max_time : float or None
         Seconds; the best model so far is returned with its honest gap.
+    max_memory : float or None
+        Bytes that tokens and what is prepared of them may take; tokens beyond, of a store or memmap, are read again in
+        each pass. None: half of what is free.
     random_state : int, RandomState or None
         Of sampled gates and of random starts. The optimum does not depend on it, for given gates.
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    distributed : bool
+        Whether the processes that torchrun started share the samples; each of them calls ``fit`` with the same data.
     verbose : int
         Print progress if positive.
 
@@ -366,8 +415,10 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         tol: float = 1e-3,
         max_heads: int | None = None,
         max_time: float | None = None,
+        max_memory: float | None = None,
         random_state: Any = None,
         device: str = "auto",
+        distributed: bool = False,
         verbose: int = 0,
     ) -> None:
         self.head = head
@@ -384,11 +435,21 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         self.tol = tol
         self.max_heads = max_heads
         self.max_time = max_time
+        self.max_memory = max_memory
         self.random_state = random_state
         self.device = device
+        self.distributed = distributed
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None, *, callback: Callable[[Progress], None] | None = None) -> ConvexHeadClassifier:
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        callback: Callable[[Progress], None] | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_minutes: float = 10.0,
+    ) -> ConvexHeadClassifier:
         """Train to the certified optimum.
 
         Parameters
@@ -399,6 +460,11 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
             Class labels; None: the store's own.
         callback : callable (Progress) or None
             Called as the solver goes.
+        checkpoint : path or None
+            Folder that the state is written to; the same fit goes on from it exactly where it was written. It stays
+            when the fit is over.
+        checkpoint_minutes : float
+            Between two checkpoints.
 
         Raises
         ------
@@ -410,11 +476,10 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         ConvergenceWarning
             The requested gap was not reached; `certificate_` says how far the model may be from the optimum.
         """
-        problem, generator = self._prepare(X, y)
-        self._solve(problem, generator, callback=callback)
+        self._fit(X, y, callback, checkpoint, checkpoint_minutes)
         return self
 
-    def _prepare(self, X: Any, y: Any) -> tuple[Problem, torch.Generator]:
+    def _prepare(self, X: Any, y: Any, *, seed: int | None = None) -> tuple[Problem, torch.Generator]:
         X = inputs.resolve_store(X)
         y = _labels_of(X, y)
         tokens = self._fit_tokens(X)
@@ -427,7 +492,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
             )
         if self.pool not in ("mean", "cls"):
             raise InputError(f"pool must be 'mean' or 'cls' for a classifier, got {self.pool!r}")
-        generator = self._generator()
+        generator = torch.Generator().manual_seed(self._seed() if seed is None else seed)
         loss = make_loss("cross-entropy")
         return self._make_problem(tokens, inputs.one_hot(indices, len(self.classes_)), loss, generator), generator
 
@@ -448,7 +513,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     def _score_fitted(self, problem: Problem) -> float:
         """Accuracy on the tokens of ``problem``."""
         f = problem.outputs(self._atoms().to(problem.device, problem.dtype))
-        return float((f.argmax(-1) == problem.Y.argmax(-1)).double().mean())
+        return problem.mean((f.argmax(-1) == problem.Y.argmax(-1)).double().mean(1))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy; ``y`` may be left out for a split of a store."""
@@ -487,8 +552,10 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         tol: float = 1e-3,
         max_heads: int | None = None,
         max_time: float | None = None,
+        max_memory: float | None = None,
         random_state: Any = None,
         device: str = "auto",
+        distributed: bool = False,
         verbose: int = 0,
     ) -> None:
         self.head = head
@@ -506,11 +573,21 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         self.tol = tol
         self.max_heads = max_heads
         self.max_time = max_time
+        self.max_memory = max_memory
         self.random_state = random_state
         self.device = device
+        self.distributed = distributed
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None, *, callback: Callable[[Progress], None] | None = None) -> ConvexHeadRegressor:
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        callback: Callable[[Progress], None] | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_minutes: float = 10.0,
+    ) -> ConvexHeadRegressor:
         """Train to the certified optimum.
 
         Parameters
@@ -520,6 +597,11 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
             Targets.
         callback : callable (Progress) or None
             Called as the solver goes.
+        checkpoint : path or None
+            Folder that the state is written to; the same fit goes on from it exactly where it was written. It stays
+            when the fit is over.
+        checkpoint_minutes : float
+            Between two checkpoints.
 
         Raises
         ------
@@ -531,11 +613,10 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         ConvergenceWarning
             The requested gap was not reached.
         """
-        problem, generator = self._prepare(X, y)
-        self._solve(problem, generator, callback=callback)
+        self._fit(X, y, callback, checkpoint, checkpoint_minutes)
         return self
 
-    def _prepare(self, X: Any, y: Any) -> tuple[Problem, torch.Generator]:
+    def _prepare(self, X: Any, y: Any, *, seed: int | None = None) -> tuple[Problem, torch.Generator]:
         if y is None:
             raise ValueError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
         X = inputs.resolve_store(X)
@@ -556,7 +637,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
             if y.ndim != 2:
                 raise InputError(f"targets must be (n,) or (n, c) with pool={self.pool!r}, got {y.shape}")
             y = y[:, None]
-        generator = self._generator()
+        generator = torch.Generator().manual_seed(self._seed() if seed is None else seed)
         return self._make_problem(tokens, torch.from_numpy(y), make_loss(self.loss), generator), generator
 
     def predict(self, X: Any) -> NDArray[np.float64]:
@@ -574,7 +655,10 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         from sklearn.metrics import r2_score
 
         f = problem.outputs(self._atoms().to(problem.device, problem.dtype))
-        return float(r2_score(problem.Y.flatten(1).cpu(), f.flatten(1).cpu()))
+        both = torch.zeros(2, problem.n, f[0].numel(), dtype=f.dtype, device=f.device)
+        both[:, problem.ranks.share(problem.n)] = torch.stack([problem.Y, f]).flatten(2)
+        Y, f = problem.sum(both)[0].cpu()
+        return float(r2_score(Y, f))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², averaged over outputs (and tokens)."""
@@ -594,6 +678,15 @@ def _labels_of(X: Any, y: Any) -> NDArray[Any]:
     y = column_or_1d(y, warn=True)
     assert_all_finite(y, input_name="y")
     return y
+
+
+def _described(value: Any) -> Any:
+    """A parameter as a JSON value that tells it from others."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return inputs.content_hash(value, None)
+    if isinstance(value, Loss):
+        return f"{type(value).__name__}({vars(value)})"
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _print_progress(row: Progress) -> None:
@@ -630,5 +723,5 @@ def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
     exact = problem.in_double()
     f = exact.outputs(exact.empty())
     if exact.fit_intercept:
-        f = f + solve_intercept(exact.loss, f, exact.Y)
+        f = f + solve_intercept(exact, f)
     return spectral_norm(exact, exact.residual(f), generator)

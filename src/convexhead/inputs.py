@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,8 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_array
 
 from convexhead.errors import InputError
-
-CHUNK_NUMBERS = 16_000_000
-"""Numbers of tokens that a pass over user data holds at once."""
+from convexhead.ranks import local_ranks
+from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
 
 
 def is_store(X: Any) -> bool:
@@ -79,17 +79,45 @@ def as_tokens(X: Any, *, n_channels: int | None = None, n_tokens: int | None = N
     return torch.from_numpy(array)
 
 
+def open_tokens(X: Any, **expected: int | None) -> Tokens:
+    """Tokens as `as_tokens` has them; those of a token store or memory map stay on disk and are checked as they come.
+
+    Raises
+    ------
+    InputError
+        As `as_tokens`; NaN and infinity on disk are found when they are read.
+    """
+
+    def check(chunk: Any) -> torch.Tensor:
+        return as_tokens(chunk, **expected)
+
+    X = resolve_store(X)
+    return StoredTokens(X, check) if is_store(X) or isinstance(X, np.memmap) else check(X)
+
+
 def token_chunks(X: Any, **expected: int | None) -> Iterator[torch.Tensor]:
     """`as_tokens` a chunk at a time, for passes that must not hold everything."""
+    tokens = open_tokens(X, **expected)
+    for _, chunk in read_ahead(tokens, chunk_rows(tokens, CHUNK_BYTES["cpu"])):
+        yield chunk
+
+
+def content_hash(X: Any, y: Any) -> str:
+    """SHA-256 of tokens and targets. A split of a store is known by its files' checksums and is not read."""
     X = resolve_store(X)
+    digest = hashlib.sha256()
     if is_store(X):
-        for chunk in X.chunks(max(1, CHUNK_NUMBERS // int(np.prod(X.shape[1:])))):
-            yield as_tokens(chunk, **expected)
-    else:
-        yield as_tokens(X, **expected)
+        digest.update(X.identity.encode())
+    for array in (None if is_store(X) else X, y):
+        array = np.asarray(array.detach().cpu()) if isinstance(array, torch.Tensor) else np.asanyarray(array)
+        digest.update(repr((array.dtype, array.shape)).encode())
+        for i in range(0, len(array) if array.ndim else 0, 256):
+            rows = np.ascontiguousarray(array[i : i + 256])
+            digest.update(str(rows.tolist()).encode() if rows.dtype.hasobject else rows.view(np.uint8).data)
+    return digest.hexdigest()
 
 
-def check_lengths(X: torch.Tensor, targets: int) -> None:
+def check_lengths(X: Tokens, targets: int) -> None:
     """Raise unless there is one target a sample."""
     if len(X) != targets:
         raise InputError(
@@ -97,21 +125,25 @@ def check_lengths(X: torch.Tensor, targets: int) -> None:
         )
 
 
-def check_informative(X: torch.Tensor) -> None:
+def check_informative(X: Tokens) -> None:
     """Raise if all samples are the same: nothing can be learned then, whatever the head."""
-    if len(X) > 1 and bool((X[1:] == X[:1]).all()):
+    first, step = X[:1], chunk_rows(X, CHUNK_BYTES["cpu"])
+    # Reads until two samples differ, hence one chunk as a rule.
+    if len(X) > 1 and all(bool((X[i : i + step] == first).all()) for i in range(0, len(X), step)):
         raise InputError("the tokens are constant: every sample is the same, so there is nothing to learn from")
 
 
 def one_hot(labels: NDArray[np.int64], n_classes: int) -> torch.Tensor:
-    """Targets ``(n, 1, c)`` of class indices."""
-    return torch.nn.functional.one_hot(torch.as_tensor(labels), n_classes).double().unsqueeze(1)
+    """Targets ``(n, 1, c)`` of class indices, a byte an entry."""
+    return (torch.as_tensor(labels).unsqueeze(1) == torch.arange(n_classes)).unsqueeze(1)
 
 
 def pick_device(device: str) -> torch.device:
-    """``"auto"``: CUDA where there is one."""
+    """``"auto"``: CUDA where there is one; of several, each process of a run takes its own."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local, processes = local_ranks()
+        gpu = "cuda" if processes == 1 else f"cuda:{local % max(torch.cuda.device_count(), 1)}"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

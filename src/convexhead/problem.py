@@ -9,24 +9,29 @@ With ``R_i = ∇ℓ(f_i, y_i)/n`` the gradient of ``F`` in ``Z_j`` is the matrix
 
     𝒜_j*(R) V  = mix_adjoint(R Vᵀ)  (*mixing_shape)        𝒜_j*(R)ᵀ U = Σ_i (P mix(X_i, U))ᵀ R_i  (e, c)
 
-Everything is one pass over the samples in batches, a few large matrix products each.
+Everything is one pass over the samples in batches, a few large matrix products each. Several processes may share the
+samples: each passes over its own, and `Problem.sum` adds up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from convexhead.activation import Activation
 from convexhead.heads.base import Data, Head
 from convexhead.losses import Loss
+from convexhead.ranks import Ranks
+from convexhead.samples import Samples
+from convexhead.stored_tokens import StoredTokens
 
 BATCH_BYTES = {"cpu": 2_000_000, "cuda": 1_000_000_000}
 """Workspace that a batch may take: on a CPU what stays in the caches between the products of a pass."""
@@ -82,6 +87,15 @@ class Atoms:
         """The atoms that ``index`` (a mask or positions) picks."""
         return replace(self, U=self.U[index], V=self.V[index], block=self.block[index])
 
+    def state(self) -> dict[str, Tensor]:
+        """The weights by name, for checkpoints."""
+        return {"U": self.U, "V": self.V, "block": self.block, "intercept": self.intercept}
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> Atoms:
+        """Inverse of `state`, which may hold other things too."""
+        return cls(state["U"], state["V"], state["block"], state["intercept"])
+
     def append(self, other: Atoms) -> Atoms:
         """These atoms and then ``other``'s, with this intercept."""
         return replace(
@@ -97,10 +111,10 @@ class Problem:
 
     Parameters
     ----------
-    X : Tensor (n, s, d)
-        Tokens, any float dtype.
+    X : Tensor (n, s, d) or StoredTokens
+        Tokens of this process's samples, any float dtype, in memory or on disk.
     Y : Tensor (n, r, c)
-        Targets; one-hot rows for class labels.
+        Their targets; one-hot rows for class labels, of any type.
     head, activation, loss
         What makes the outputs and how they are judged.
     fit_intercept : bool
@@ -109,17 +123,25 @@ class Problem:
         Precision of the passes.
     reuse : bool
         Prepare the tokens once and keep the result (a solver's many passes); else prepare each batch anew.
+    device : torch.device or None
+        Where passes are computed; None: where the tokens are.
+    memory : float
+        Bytes that tokens and what is prepared of them may take; the rest is read and prepared again in each pass.
+    ranks : Ranks or None
+        The processes that share the samples, each with a `Problem` of its own.
 
     Attributes
     ----------
     products : torch.dtype
         Precision of the matrix products of a pass: ``dtype``, or bfloat16 after `with_half_products`.
+    n : int
+        Samples of all processes together. Tensors with a dimension ``n`` hold this process's share of them.
     """
 
     def __init__(
         self,
-        X: Float[Tensor, "n s d"],
-        Y: Float[Tensor, "n r c"],
+        X: Float[Tensor, "n s d"] | StoredTokens,
+        Y: Shaped[Tensor, "n r c"],
         head: Head,
         activation: Activation,
         loss: Loss,
@@ -127,55 +149,79 @@ class Problem:
         fit_intercept: bool = False,
         dtype: torch.dtype = torch.float64,
         reuse: bool = True,
-        masks: Tensor | None = None,
+        device: torch.device | None = None,
+        memory: float = math.inf,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.X, self.head, self.activation, self.loss = X, head, activation, loss
-        self.targets, self.Y = Y, Y.to(X.device, dtype)
-        self.fit_intercept, self.dtype, self.products, self.device = fit_intercept, dtype, dtype, X.device
-        self.n, self.c = len(X), Y.shape[-1]
+        self.head, self.activation, self.loss, self.ranks = head, activation, loss, ranks or Ranks()
+        self.fit_intercept, self.dtype, self.products = fit_intercept, dtype, dtype
+        self.device = device or (X.device if isinstance(X, Tensor) else torch.device("cpu"))
+        self.samples = Samples(
+            X, activation, dtype=dtype, device=self.device, memory=memory, reuse=reuse, step=self._preparation_step()
+        )
+        self.targets, self.Y = Y, Y.to(self.device, dtype)
+        self.n, self.c = int(self.sum(torch.tensor(len(Y)))[0]), Y.shape[-1]
         self.n_blocks = activation.n_blocks
         self.value_shape = (head.value_rows, self.c)
         output_mask = head.output_mask(self.c)
-        self.output_mask = None if output_mask is None else output_mask.to(X.device, dtype)
-        step = self._batch_size(head.s * max(head.s, head.d))
-        slices = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
-        if masks is None:
-            packed = [activation.pack_masks(X[rows]) for rows in slices]
-            masks = None if packed[0] is None else torch.cat(packed)  # type: ignore[arg-type]
-        self.masks = masks
-        self.data: Data | None = None
-        if reuse:
-            parts = [activation.prepare(X[rows].to(dtype), reuse=True) for rows in slices]
-            self.data = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        self.output_mask = None if output_mask is None else output_mask.to(self.device, dtype)
 
     def in_double(self, *, reuse: bool = False) -> Problem:
         """The same problem in float64; unless ``reuse``, each batch is prepared anew and little memory is taken."""
-        return Problem(
-            self.X,
-            self.targets,
-            self.head,
-            self.activation,
-            self.loss,
-            fit_intercept=self.fit_intercept,
-            dtype=torch.float64,
-            reuse=reuse,
-            masks=self.masks,
-        )
+        exact = copy(self)
+        exact.dtype = exact.products = torch.float64
+        exact.Y = self.targets.to(self.device, torch.float64)
+        exact.output_mask = None if self.output_mask is None else self.output_mask.double()
+        exact.samples = self.samples.in_precision(torch.float64, reuse=reuse, step=exact._preparation_step())
+        return exact
 
     def with_half_products(self) -> Problem | None:
         """The same problem with its large products in bfloat16, weights and sums in float32: for rough early work.
 
         None where nothing would be gained: hardware without bfloat16 products, other precisions, Fourier transforms.
         """
-        data = self.data or {}
-        if self.dtype != torch.float32 or not data or any(value.is_complex() for value in data.values()):
+        if self.dtype != torch.float32 or any(value.is_complex() for value in self.samples.like.values()):
             return None
         if not has_fast_bfloat16(self.device):
             return None
         half = copy(self)
         half.products = torch.bfloat16
-        half.data = {key: value.bfloat16() for key, value in data.items()}
+        half.samples = self.samples.with_products(torch.bfloat16)
         return half
+
+    @property
+    def masks(self) -> Tensor | None:
+        """Bit-packed masks of the gates, ``(n, j, m)``."""
+        return self.samples.masks
+
+    @property
+    def X(self) -> Float[Tensor, "n s d"] | StoredTokens:
+        """Tokens of this process's samples."""
+        return self.samples.X
+
+    # -- sums over the samples ----------------------------------------------------------------------------------------
+    def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sums over all samples, of what was summed over this process's: the one place where processes meet."""
+        return self.ranks.sum(*parts)
+
+    def mean(self, values: Float[Tensor, " n"]) -> float:
+        """``(1/n) Σ_i`` over all samples, in float64."""
+        return float(self.sum(values.double().sum())[0]) / self.n
+
+    def mean_of(self, function: Callable[..., Float[Tensor, " b"]], *parts: Float[Tensor, "n r c"]) -> float:
+        """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time to save memory."""
+        sums = [function(*(part[rows] for part in parts)).double().sum() for rows in self.rows()]
+        return self.mean(torch.stack(sums))
+
+    def rows(self) -> list[slice]:
+        """This process's samples in slices whose outputs stay in the caches."""
+        step = self._batch_size(self.head.r * self.c)
+        return [slice(i, i + step) for i in range(0, len(self.Y), step)]
+
+    @cached_property
+    def largest_target(self) -> float:
+        """``max |y|``."""
+        return self.ranks.largest(float(self.Y.abs().max()))[0]
 
     # -- shapes -------------------------------------------------------------------------------------------------------
     @property
@@ -203,25 +249,20 @@ class Problem:
     # -- passes over the data -----------------------------------------------------------------------------------------
     def batches(self, k: int) -> Iterator[tuple[slice, Data]]:
         """Slices of samples with their prepared data, sized for ``k`` atoms."""
-        size = max(8, self._batch_size(self.activation.workspace(k)))
-        for start in range(0, self.n, size):
-            rows = slice(start, min(start + size, self.n))
-            if self.data is not None:
-                data = {key: value[rows] for key, value in self.data.items()}
-            else:
-                data = self.activation.prepare(self.X[rows].to(self.dtype), reuse=False)
-            if self.masks is not None:
-                data["masks"] = self.masks[rows]
-            yield rows, data
+        yield from self.samples.batches(max(8, self._batch_size(self.activation.workspace(k))))
 
     def _batch_size(self, numbers: int) -> int:
         """Samples whose workspace of so many ``numbers`` each fits the budget."""
         return max(1, BATCH_BYTES[self.device.type] // self.products.itemsize // max(1, numbers))
 
+    def _preparation_step(self) -> int:
+        """Samples prepared at a time."""
+        return self._batch_size(self.head.s * max(self.head.s, self.head.d))
+
     @one_pass
     def outputs(self, atoms: Atoms) -> Float[Tensor, "n r c"]:
         """``f`` of every sample."""
-        f = atoms.intercept.expand(self.n, self.head.r, self.c).clone()
+        f = atoms.intercept.expand(len(self.Y), self.head.r, self.c).clone()
         if len(atoms):
             V = atoms.V.flatten(0, 1)
             for rows, data in self.batches(len(atoms)):
@@ -231,7 +272,7 @@ class Problem:
 
     def data_term(self, f: Float[Tensor, "n r c"]) -> float:
         """``F = (1/n) Σ_i ℓ(f_i, y_i)``, summed in float64."""
-        return float(self.loss.value(f, self.Y).double().mean())
+        return self.mean_of(self.loss.value, f, self.Y)
 
     def residual(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
         """``R_i = ∇ℓ(f_i, y_i) / n``."""
@@ -249,25 +290,27 @@ class Problem:
         """Factored objective and its gradients in ``U``, ``V`` and ``b``; one pass."""
         V = atoms.V.flatten(0, 1)
         self.last_outputs = torch.empty_like(self.Y)  # a gap check right after needs them again
-        gU, gV = beta * atoms.U, beta * atoms.V
-        gb, total = torch.zeros_like(atoms.intercept), 0.0
+        gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows, data in self.batches(len(atoms)):
             M = self.activation.mix(data, atoms.U, atoms.block)
             flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
             f = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
             self.last_outputs[rows] = f
             loss, R = self.loss.value_and_residual(f, self.Y[rows])
-            total += float(loss.double().sum())
+            total += loss.double().sum()
             R = R.flatten(0, 1) / self.n
             gV += (flat.T @ R).view(gV.shape)
             gb += R.sum(0)
             if self.head.learns_mixing:
                 gU += self.activation.mix_adjoint(data, (R @ V.T).view(M.shape), atoms.block)
-        if not self.head.learns_mixing:
-            gU = torch.zeros_like(atoms.U)
+        total, gU, gV, gb = self.sum(total, gU, gV, gb)
+        if self.head.learns_mixing:
+            gU = gU + beta * atoms.U
         if not self.fit_intercept:
             gb = torch.zeros_like(gb)
-        return total / self.n + beta * self.penalty(atoms), gU, self.mask_values(gV, atoms.block), gb
+        value = float(total) / self.n + beta * self.penalty(atoms)
+        return value, gU, self.mask_values(gV + beta * atoms.V, atoms.block), gb
 
     @one_pass
     def adjoint_times_values(
@@ -279,7 +322,7 @@ class Problem:
         for rows, data in self.batches(len(V)):
             T = (R[rows] @ V.flatten(0, 1).T).unflatten(-1, V.shape[:2])
             out += self.activation.mix_adjoint(data, T, block)
-        return out
+        return self.sum(out)[0]
 
     @one_pass
     def adjoint_times_mixing(
@@ -290,18 +333,19 @@ class Problem:
         for rows, data in self.batches(len(U)):
             M = self.activation.mix(data, U, block)
             out += (M.flatten(2).flatten(0, 1).T @ R[rows].flatten(0, 1)).view(out.shape)
-        return self.mask_values(out, block)
+        return self.mask_values(self.sum(out)[0], block)
 
     def features(self) -> Float[Tensor, "j nr pe"]:
         """Every block's linear map as a dense matrix: row ``(i, row)``, column ``(entry of U, row of V)``."""
         p, e, r = self.head.mixing_size, self.head.value_rows, self.head.r
         basis = torch.eye(p, dtype=self.dtype, device=self.device).view(p, *self.head.mixing_shape)
-        out = torch.empty(self.n_blocks, self.n, r, p, e, dtype=self.dtype, device=self.device)
+        n = len(self.Y)
+        out = torch.empty(self.n_blocks, n, r, p, e, dtype=self.dtype, device=self.device)
         for j in range(self.n_blocks):
             block = torch.full((p,), j, device=self.device)
             for rows, data in self.batches(p):
                 out[j, rows] = self.activation.mix(data, basis, block)
-        return out.view(self.n_blocks, self.n * r, p * e)
+        return out.view(self.n_blocks, n * r, p * e)
 
     def gradient_matrix(self, R: Float[Tensor, "n r c"], j: int) -> Float[Tensor, "p q"]:
         """``𝒜_j*(R)`` formed, ``(mixing_size, value_rows · c)``, by products from its smaller side."""

@@ -231,7 +231,7 @@ def make_twin(problem: Problem, n_heads: int, seed: int) -> HeadModule:
         dtype=problem.dtype,
         seed=None,
     ).to(problem.device)
-    module.reset_parameters(seed, problem.X[:: math.ceil(problem.n / 64)])
+    module.reset_parameters(seed, problem.X[:: math.ceil(problem.n / 64)].to(problem.device))
     return module
 
 
@@ -274,11 +274,7 @@ def _gather(problem: Problem, index: Int[Tensor, " b"]) -> Problem:
     part = copy.copy(problem)
     part.n = len(index)
     part.Y = problem.Y[index]
-    part.masks = None if problem.masks is None else problem.masks[index]
-    if problem.data is None:
-        part.X = problem.X[index]
-    else:
-        part.data = {key: value[index] for key, value in problem.data.items()}
+    part.samples = problem.samples.take(index)
     return part
 
 

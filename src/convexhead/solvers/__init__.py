@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from convexhead.certificate import Certificate, certify_atoms
+from convexhead.checkpoint import Checkpoint, Snapshot
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem, balance
-from convexhead.solvers.base import Monitor, Progress, Solution, Stop
+from convexhead.solvers.base import Monitor, Progress, Resumable, Solution, Stop
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.fista import Fista
 from convexhead.solvers.ridge import RidgeDescent
+
+Method = Fista | ColumnGeneration | RidgeDescent
 
 DENSE_FEATURES = 5e6
 """Numbers that the dense features may take."""
@@ -44,6 +49,7 @@ def solve(
     max_time: float | None = None,
     callback: Callable[[Progress], None] | None = None,
     generator: torch.Generator,
+    checkpoint: Checkpoint | None = None,
 ) -> Solution:
     """Minimise the convex program of ``problem`` at weight ``beta`` until a certificate says ``relative_gap ≤ tol``.
 
@@ -61,75 +67,119 @@ def solve(
         Called with every new row of the history.
     generator : torch.Generator
         Random starts of pricing and of the bound on the spectral norm.
+    checkpoint : Checkpoint or None
+        Where the state of the solve is written now and then; what it holds already is gone on from.
 
     Returns
     -------
     Solution
         The last model with its certificate, whatever ended the run: the gap, the clock, the bound on heads or Ctrl-C.
     """
-    monitor = Monitor(max_time, callback)
+    monitor = Monitor(max_time, callback, problem.ranks)
     monitor.dual = known_dual
-    method: Fista | ColumnGeneration | RidgeDescent | None = None
-    model, dual, target, stop = start or _zero_model(problem), known_dual, 0.8 * tol, Stop.STALLED
-    failure = 0.0  # of all certificates so far, whose best bound is kept: their shares add up to less than the whole
-    share = FAILURE_PROBABILITY
-    certificate: Certificate | None = None
-    try:
-        method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
-        if isinstance(method, ColumnGeneration) and (rough := problem.with_half_products()):
-            method.refine(rough)
-            method.advance(max(target, ROUGH))
-            method.refine(problem)
-            monitor.dual = known_dual  # what rounded products said of it is worth nothing
-            del rough
-        for _ in range(MAX_ATTEMPTS):
-            stop = method.advance(target)
-            model = _finish(problem, method.atoms(), tol, max_heads)
-            share /= 2
-            certificate = certify_atoms(
-                problem,
-                model,
-                beta,
-                tol=tol,
-                known_dual=dual,
-                known_failure=failure,
-                witness=method.witness(),
-                failure_probability=share,
-                generator=generator,
-            )
-            dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
-            failure = certificate.failure_probability
-            if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
-                break
-            if stop is Stop.STALLED:
-                if problem.dtype == torch.float64:
-                    break
-                problem = problem.in_double(reuse=True)  # single precision has given what it can
-                if isinstance(method, ColumnGeneration):
-                    method.refine(problem)
-                else:
-                    method = _method(problem, beta, model, monitor, max_heads, generator)
-            else:
-                target /= 2
-    except KeyboardInterrupt:
-        stop = Stop.INTERRUPTED
-        if method is not None:
-            model = _finish(problem, method.atoms(), tol, max_heads)
-        certificate = None
-    if certificate is None:
-        certificate = certify_atoms(
+    method: Method | None = None
+    stage, stop = Stage(0.8 * tol, known_dual), Stop.STALLED
+    model, certificate = start or _zero_model(problem), None
+    saved = None if checkpoint is None else checkpoint.load()
+    if saved is not None:
+        stage = Stage(**saved.about["stage"])
+        monitor.before, monitor.dual = saved.about["seconds"], saved.about["dual"]
+        monitor.history = [Progress(**row) for row in saved.about["history"]]
+
+    def snapshot(state: Resumable) -> Snapshot:
+        shared, rows = state()
+        about = {
+            "stage": asdict(stage),
+            "seconds": monitor.seconds(),
+            "dual": monitor.dual,
+            "history": [row.to_dict() for row in monitor.history],
+        }
+        return Snapshot(problem.n, about, {**shared, "generator": generator.get_state()}, rows)
+
+    if checkpoint is not None:
+        monitor.save = lambda state: checkpoint.offer(lambda: snapshot(state))
+
+    def certify(witness: Tensor | None = None) -> Certificate:
+        stage.share /= 2
+        return certify_atoms(
             problem,
             model,
             beta,
             tol=tol,
-            known_dual=dual,
-            known_failure=failure,
-            failure_probability=share / 2,
+            known_dual=stage.dual,
+            known_failure=stage.failure,
+            witness=witness,
+            failure_probability=stage.share,
             generator=generator,
         )
+
+    with monitor.interruptible():
+        try:
+            method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
+            if stage.double:
+                problem, method = _in_double(problem, method, model, generator)
+            rough = problem.with_half_products() if isinstance(method, ColumnGeneration) and stage.rough else None
+            if rough is not None and isinstance(method, ColumnGeneration):
+                method.refine(rough)
+            if saved is not None:
+                generator.set_state(saved.shared.pop("generator"))
+                method.restore(
+                    *({name: t.to(problem.device) for name, t in part.items()} for part in (saved.shared, saved.rows))
+                )
+            if rough is not None and isinstance(method, ColumnGeneration):
+                method.advance(max(stage.target, ROUGH))
+                method.refine(problem)
+                monitor.dual = known_dual  # what rounded products said of it is worth nothing
+                del rough
+            stage.rough = False
+            while stage.attempt < MAX_ATTEMPTS:
+                stop = method.advance(stage.target)
+                stage.attempt += 1
+                if checkpoint is not None and stop is Stop.TIME:
+                    checkpoint.flush()
+                model = _finish(problem, method.atoms(), tol, max_heads)
+                certificate = certify(method.witness())
+                stage.dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
+                stage.failure = certificate.failure_probability
+                if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
+                    break
+                if stop is Stop.STALLED:
+                    if problem.dtype == torch.float64:
+                        break
+                    problem, method = _in_double(problem, method, model, generator)
+                    stage.double = True
+                else:
+                    stage.target /= 2
+            if monitor.interrupted:
+                stop = Stop.INTERRUPTED
+        except KeyboardInterrupt:
+            stop, certificate = Stop.INTERRUPTED, None
+            if checkpoint is not None:
+                checkpoint.flush()
+            if method is not None:
+                model = _finish(problem, method.atoms(), tol, max_heads)
+        certificate = certificate or certify()
     if certificate.converged:
         stop = Stop.CONVERGED
     return Solution(model, certificate, monitor.history, stop)
+
+
+@dataclass
+class Stage:
+    """Where a solve stands, its method apart: goes into checkpoints."""
+
+    target: float
+    """Relative gap asked of the method."""
+    dual: float
+    """Best certified lower bound."""
+    failure: float = 0.0
+    """Of all certificates so far, whose best bound is kept: their shares add up to less than the whole."""
+    share: float = FAILURE_PROBABILITY
+    attempt: int = 0
+    rough: bool = True
+    """Whether large products are still made in bfloat16, where that is faster."""
+    double: bool = False
+    """Whether single precision has given what it can."""
 
 
 def _zero_model(problem: Problem) -> Atoms:
@@ -137,8 +187,8 @@ def _zero_model(problem: Problem) -> Atoms:
     model = problem.empty()
     if problem.fit_intercept:
         exact = problem.in_double()
-        f = torch.zeros(problem.n, problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
-        model.intercept = solve_intercept(exact.loss, f, exact.Y).to(problem.dtype)
+        f = torch.zeros(len(problem.Y), problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
+        model.intercept = solve_intercept(exact, f).to(problem.dtype)
     return model
 
 
@@ -163,8 +213,18 @@ def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -
     if problem.fit_intercept:
         exact = problem.in_double()
         f = exact.outputs(atoms) - atoms.intercept
-        atoms.intercept = solve_intercept(exact.loss, f, exact.Y)
+        atoms.intercept = solve_intercept(exact, f)
     return atoms
+
+
+def _in_double(problem: Problem, method: Method, model: Atoms, generator: torch.Generator) -> tuple[Problem, Method]:
+    """The same problem in float64, and a method that goes on there."""
+    problem = problem.in_double(reuse=True)
+    if isinstance(method, ColumnGeneration):
+        method.refine(problem)
+        return problem, method
+    start = model.to(problem.device, problem.dtype)
+    return problem, _method(problem, method.beta, start, method.monitor, None, generator)
 
 
 def _method(
@@ -174,7 +234,7 @@ def _method(
     monitor: Monitor,
     max_heads: int | None,
     generator: torch.Generator,
-) -> Fista | ColumnGeneration | RidgeDescent:
+) -> Method:
     if not problem.head.learns_mixing:
         return RidgeDescent(problem, beta, start, monitor)
     if is_small(problem) and problem.dtype == torch.float64 and max_heads is None:

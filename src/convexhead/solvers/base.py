@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from types import FrameType
 
 from torch import Tensor
 
 from convexhead.certificate import Certificate
 from convexhead.problem import Atoms, Problem
+from convexhead.ranks import Ranks
+
+Resumable = Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Makes the tensors that a solver goes on from: those that all processes share, and those of this one's samples."""
 
 
 class Stop(enum.Enum):
@@ -52,7 +60,7 @@ class Progress:
 
 @dataclass
 class Monitor:
-    """Clock and history of one solve.
+    """Clock, history and interruptions of one solve.
 
     Parameters
     ----------
@@ -60,19 +68,51 @@ class Monitor:
         Seconds after which solvers return what they have.
     callback : callable (Progress) or None
         Called with every new row.
+    ranks : Ranks
+        The processes that must stop together.
     """
 
     max_time: float | None = None
     callback: Callable[[Progress], None] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     history: list[Progress] = field(default_factory=list)
     dual: float = -math.inf
     began: float = field(default_factory=time.perf_counter)
+    before: float = 0.0
+    """Seconds that the solve had taken when it was resumed; `max_time` begins anew."""
+    interrupted: bool = False
+    save: Callable[[Resumable], None] | None = None
+    """What to do with a moment that can be gone on from."""
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.began
+        return self.before + time.perf_counter() - self.began
 
     def out_of_time(self) -> bool:
-        return self.max_time is not None and self.seconds() > self.max_time
+        """Whether to return, because of the clock or an interrupt; all processes get the same answer."""
+        late = self.max_time is not None and time.perf_counter() - self.began > self.max_time
+        late, self.interrupted = (bool(flag) for flag in self.ranks.largest(late, self.interrupted))
+        return late or self.interrupted
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Several processes must not leave a sum one by one: there Ctrl-C only asks them to stop at the next step."""
+
+        def ask(signum: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+
+        if self.ranks.size == 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, old)
+
+    def offer(self, state: Resumable) -> None:
+        """Note that the solve can be gone on from here; ``state`` makes the tensors, of all and of this process."""
+        if self.save is not None:
+            self.save(state)
 
     def record(self, objective: float, dual: float, heads: int) -> float:
         """Note a state; returns the estimated relative gap above the best lower bound so far."""
@@ -101,9 +141,14 @@ def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float
     has settled.
     """
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
-    Y = problem.Y.double()
-    g = tau * problem.loss.residual(f.double(), Y)
-    dual = -float(problem.loss.conjugate(g, Y).mean())
+    loss = problem.loss
+
+    def conjugate(f: Tensor, Y: Tensor) -> Tensor:
+        f, Y = f.double(), Y.double()
+        return loss.conjugate(tau * loss.residual(f, Y), Y)
+
+    dual = -problem.mean_of(conjugate, f, problem.Y)
     if problem.fit_intercept:
-        dual -= (1 + float(Y.abs().max())) * float(g.mean(0).sum(0).abs().sum())
+        left = problem.sum(tau * loss.residual(f.double(), problem.Y.double()).sum((0, 1)))[0] / problem.n
+        dual -= (1 + problem.largest_target) * float(left.abs().sum())
     return dual

@@ -17,6 +17,7 @@ feasible point, and quasi-Newton steps that still swing around the optimum avera
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -77,6 +78,7 @@ class ColumnGeneration:
         self._running: FactoredDescent | None = None
         self._warm: Tensor | None = None
         self._average: Tensor | None = None
+        self._resumed: tuple[float, ...] = ()
 
     @property
     def _descent(self) -> FactoredDescent:
@@ -98,11 +100,35 @@ class ColumnGeneration:
         if self._warm is not None:
             self._warm = self._warm.to(problem.dtype)
 
+    def _state(self, *between: float | int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the rounds to come depend on, given what `advance` knows between two of them."""
+        shared = {"round": torch.tensor([*between, self.small], dtype=torch.float64)}
+        shared.update(self.atoms().state() if self._running is None else self._running.state())
+        rows = {} if self._running is None else {"outputs": self.problem.last_outputs}
+        if self._warm is not None:
+            shared["warm"] = self._warm
+        if self._average is not None:
+            rows["average"] = self._average
+        return shared, rows
+
+    def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint: its tensors, and those of this process's samples."""
+        *between, self.small = shared["round"].tolist()
+        self._resumed = tuple(between)
+        self._warm, self._average = shared.get("warm"), rows.get("average")
+        if "outputs" in rows:
+            self._running = FactoredDescent.restored(self.problem, shared, self.beta)
+            self.problem.last_outputs = rows["outputs"]
+        else:
+            self._start = Atoms.restored(shared)
+
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
-        stuck, gap, best, since = 0, 1.0, float("inf"), 0
+        stuck, gap, best, since = self._resumed or (0, 1.0, float("inf"), 0)
+        self._resumed = ()
         patience = self.patience[self.problem.products]
         for _ in range(self.max_rounds):
+            self.monitor.offer(partial(self._state, stuck, gap, best, since))
             pruned = self._prune(min(0.02, 2 * gap))
             gap, new = self._price()
             if gap <= target:
@@ -246,7 +272,7 @@ class ColumnGeneration:
         change = problem.outputs(new)
         added = self.beta * float((sigma - self.beta).sum())
         slope = float((sigma - self.beta).square().sum())
-        step = slope / (float(change.double().square().sum()) / problem.n)
+        step = slope / problem.mean(change.double().square().sum((1, 2)))
         best = minimize_scalar(
             lambda t: problem.data_term(f + t * change) + t * added,
             bounds=(0.0, 20 * step),

@@ -31,7 +31,7 @@ class DensePasses:
         self.problem = problem
         e, c = problem.value_shape
         unfolded = problem.features().unflatten(2, (-1, e))  # (j, n·r, p, e)
-        self.rotation = _visible(unfolded)
+        self.rotation = _visible(problem.sum(torch.einsum("jnpe,jnqe->pq", unfolded, unfolded))[0])
         self.shape = (problem.n_blocks, self.rotation.shape[1], e * c)
         rotated = torch.einsum("jnpe,pw->njwe", unfolded, self.rotation)
         self.features = rotated.flatten(1).contiguous()
@@ -47,7 +47,7 @@ class DensePasses:
     def gradient(self, R: Float[Tensor, "n r c"]) -> Float[Tensor, "j w q"]:
         """``𝒜_j*(R)`` of every block."""
         # Several times faster than features.T @ R, whose few columns leave the product to slow kernels.
-        G = (R.flatten(0, 1).T @ self.features).T.reshape(self.shape)
+        G = self.problem.sum(R.flatten(0, 1).T @ self.features)[0].T.reshape(self.shape)
         return G if self.mask is None else G * self.mask
 
     def matrices(self, atoms: Atoms) -> Float[Tensor, "j w q"]:
@@ -73,9 +73,9 @@ class DensePasses:
         for j, mine in self._by_block(atoms):
             gU[mine] += atoms.V[mine].flatten(1) @ G[j].T
             gV[mine] += (atoms.U[mine] @ G[j]).view_as(atoms.V[mine])
-        gb = R.sum((0, 1)) if self.problem.fit_intercept else torch.zeros_like(atoms.intercept)
+        gb = self.problem.sum(R.sum((0, 1)))[0] if self.problem.fit_intercept else torch.zeros_like(atoms.intercept)
         self.last = f, G  # a gap check right after needs both again
-        return float(loss.mean()) + beta * self.problem.penalty(atoms), gU, gV, gb
+        return self.problem.mean(loss) + beta * self.problem.penalty(atoms), gU, gV, gb
 
     def rotate(self, atoms: Atoms) -> Atoms:
         """Atoms with their mixing weights in visible coordinates, ``(k, w)``."""
@@ -87,9 +87,9 @@ class DensePasses:
         return Atoms(U, atoms.V, atoms.block, atoms.intercept)
 
 
-def _visible(unfolded: Float[Tensor, "j n p e"]) -> Float[Tensor, "p w"]:
-    """Orthonormal basis of the mixing directions on which not all features vanish."""
-    values, Q = torch.linalg.eigh(torch.einsum("jnpe,jnqe->pq", unfolded, unfolded))
+def _visible(gram: Float[Tensor, "p p"]) -> Float[Tensor, "p w"]:
+    """Orthonormal basis of the mixing directions on which not all features vanish, given their Gram matrix."""
+    values, Q = torch.linalg.eigh(gram)
     visible = values > 1e-13 * values[-1]
     return Q[:, visible] if bool(visible.any()) else Q[:, -1:]
 

@@ -34,6 +34,17 @@ class FactoredDescent:
         self.passes, self.beta, self._like = passes, beta, atoms
         self.lbfgs = LBFGS(self._function, _pack(atoms))
 
+    def state(self) -> dict[str, Tensor]:
+        """What `restored` goes on from."""
+        return {**self.atoms.state(), **self.lbfgs.state()}
+
+    @classmethod
+    def restored(cls, passes: Passes, state: dict[str, Tensor], beta: float) -> FactoredDescent:
+        """A descent that takes the steps that the one with this `state` would have taken."""
+        descent = cls(passes, Atoms.restored(state), beta)
+        descent.lbfgs.restore(state)
+        return descent
+
     def _function(self, x: Tensor) -> tuple[float, Tensor]:
         atoms = _unpack(x, self._like)
         value, gU, gV, gb = self.passes.value_and_gradient(atoms, self.beta)

@@ -13,6 +13,8 @@ all. Where the rank was wrong the gap says so, and proximal steps go on from the
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,23 +48,41 @@ class Fista:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.dense = DensePasses(problem)
         self.Z = self.dense.matrices(self.dense.rotate(start))
-        norm = float(torch.linalg.matrix_norm(self.dense.features, 2))
+        square = torch.linalg.matrix_norm(self.dense.features, 2) ** 2
+        norm = math.sqrt(float(problem.sum(square)[0]))  # at least the norm of all processes' features
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
-        self.omega = norm / math.sqrt(len(self.dense.features)) or 1.0
+        self.omega = norm / math.sqrt(problem.n * problem.head.r) or 1.0
         self.b = start.intercept / self.omega
         self.L = max(norm**2 / problem.n / 16, torch.finfo(torch.float64).tiny)
         self.ranks: list[int] = []
+        self._resumed: tuple[Any, ...] = ()
+
+    def _state(
+        self, Y: Tensor, yb: Tensor, fY: Tensor, *scalars: float | int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the iterations to come depend on, given the extrapolated point and what else `advance` knows."""
+        known = torch.tensor([*scalars, self.L], dtype=torch.float64)
+        shared = {"Z": self.Z, "b": self.b, "Y": Y, "yb": yb, "known": known, "ranks": torch.tensor(self.ranks)}
+        return shared, {"fY": fY}
+
+    def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint: its tensors, and those of this process's samples."""
+        self.Z, self.b, self.ranks = shared["Z"], shared["b"], shared["ranks"].int().tolist()
+        momentum, wait, iteration, self.L = shared["known"].tolist()
+        self._resumed = shared["Y"], shared["yb"], rows["fY"], momentum, int(wait), int(iteration)
 
     def advance(self, target: float) -> Stop:
         """Iterate until the estimated relative gap is at most ``target``."""
         f = self._outputs(self.Z, self.b)
-        Y, yb, fY = self.Z, self.b, f
-        momentum, wait = 1.0, 0
-        for iteration in range(self.max_iterations):
+        Y, yb, fY, momentum, wait, first = self._resumed or (self.Z, self.b, f, 1.0, 0, 0)
+        self._resumed = ()
+        for iteration in range(first, self.max_iterations):
+            if iteration % self.check_every == 0:
+                self.monitor.offer(partial(self._state, Y, yb, fY, momentum, wait, iteration))
             loss, R = self.problem.loss.value_and_residual(fY, self.problem.Y)
-            FY, R = float(loss.mean()), R / self.problem.n
+            FY, R = self.problem.mean(loss), R / self.problem.n
             G = self.dense.gradient(R)
-            gb = self.omega * R.sum((0, 1)) if self.problem.fit_intercept else None
+            gb = self.omega * self.problem.sum(R.sum((0, 1)))[0] if self.problem.fit_intercept else None
             if iteration % self.check_every == 0:
                 gap, rank = self._gap(f, fY, G)
                 if gap <= target:

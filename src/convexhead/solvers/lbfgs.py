@@ -115,6 +115,31 @@ class LBFGS:
         self.evaluations = 1
         self.pairs = Pairs(memory)
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything but ``x``, in tensors of its own."""
+        pairs = self.pairs
+        filled = len(pairs)
+        return {
+            "value": torch.tensor(self.value, dtype=torch.float64),
+            "gradient": self.gradient,
+            "order": torch.tensor(pairs.order, dtype=torch.int64),
+            "steps": pairs.S[:filled].clone(),
+            "differences": pairs.Y[:filled].clone(),
+            "SY": pairs.SY.clone(),
+            "YY": pairs.YY.clone(),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on as the minimisation did whose `state` and ``x`` these are."""
+        self.value, self.gradient = float(state["value"]), state["gradient"]
+        pairs, filled = self.pairs, len(state["order"])
+        pairs.clear()
+        if filled:
+            pairs.order = state["order"].tolist()
+            pairs.S, pairs.Y = (self.x.new_empty(pairs.memory, len(self.x)) for _ in range(2))
+            pairs.S[:filled], pairs.Y[:filled] = state["steps"], state["differences"]
+            pairs.SY, pairs.YY = state["SY"].cpu(), state["YY"].cpu()
+
     def reshape(self, x: Vector, move: Callable[[Vector], Vector]) -> None:
         """Go on from ``x`` in another space; ``move`` takes remembered steps and gradient differences there."""
         self.pairs.move(move, orthogonal=False)

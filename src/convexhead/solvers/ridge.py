@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
+from torch import Tensor
+
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Stop
 from convexhead.solvers.factored import FactoredDescent
@@ -16,6 +21,7 @@ class RidgeDescent:
     def __init__(self, problem: Problem, beta: float, start: Atoms, monitor: Monitor) -> None:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self._descent = FactoredDescent(problem, start, beta)
+        self._first = 0
 
     def atoms(self) -> Atoms:
         """The iterate."""
@@ -25,9 +31,20 @@ class RidgeDescent:
         """The dual point is taken at the model's own outputs."""
         return None
 
+    def _state(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the iterations to come depend on."""
+        return {**self._descent.state(), "iteration": torch.tensor(iteration)}, {}
+
+    def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's tensors."""
+        self._descent = FactoredDescent.restored(self.problem, shared, self.beta)
+        self._first = int(shared["iteration"])
+
     def advance(self, target: float) -> Stop:
         """Iterate until the estimated relative gap is at most ``target``."""
-        for iteration in range(self.max_iterations):
+        first, self._first = self._first, 0
+        for iteration in range(first, self.max_iterations):
+            self.monitor.offer(partial(self._state, iteration))
             if iteration % self.check_every == 0 and self._gap() <= target:
                 return Stop.CONVERGED
             if self.monitor.out_of_time():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
 
 from convexhead.errors import InputError, choose
+from convexhead.ranks import join_ranks, local_ranks
 from convexhead.tokens.backbones import Backbone, open_backbone
 from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.files import make_folder, sha256_file, write_atomic, writer_lock
@@ -17,11 +19,13 @@ from convexhead.tokens.job import ExtractionJob, Task
 from convexhead.tokens.manifest import DTYPES, MANIFEST, Manifest
 from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.progress import ProgressCallback, ProgressMeter
-from convexhead.tokens.ranks import join_ranks, local_ranks
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.sources import ImageSource, open_source
 from convexhead.tokens.store import TokenStore
 from convexhead.tokens.view import SplitView
+
+# Processes wait for each other at the end of an extraction only; one that dies breaks the wait at once.
+PATIENCE = timedelta(days=30)
 
 
 class Fit(TypedDict):
@@ -113,7 +117,7 @@ def extract(
     job = ExtractionJob(extractor, Path(out).expanduser(), batch_size, shard_size)
     components = channels if reduce == "pca" else None
     fit: Fit = {"standardize": standardize, "components": components, "constant": constant}
-    ranks = join_ranks()
+    ranks = join_ranks(PATIENCE)
     with contextlib.ExitStack() as held:
 
         def begin() -> tuple[Manifest, list[Task]]:

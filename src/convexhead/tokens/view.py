@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from convexhead.errors import InputError
 from convexhead.tokens.gather import ShardedRows
-from convexhead.tokens.manifest import Manifest
+from convexhead.tokens.manifest import Manifest, digest_json
 from convexhead.tokens.reduce import Reduction
 
 FloatArray = NDArray[np.float32]
@@ -60,6 +60,13 @@ class SplitView:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def identity(self) -> str:
+        """A text that two views share only if they hold the same tokens."""
+        shards = [shard.sha256 for shard in self._manifest.splits[self.split].shards]
+        reduction = self._manifest.reduction_sha256 if self.reduction else ""
+        return digest_json({"shards": shards, "reduction": reduction, "class_token": self._with_class_token})
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:

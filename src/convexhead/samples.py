@@ -1,0 +1,210 @@
+"""The samples of one process, in memory as far as a budget goes and read from disk again in every pass beyond it.
+
+Peak memory is set by the budget, not by the number of samples:
+
+    tokens in memory, where all of them fit             n · s · d numbers, once
+    prepared tokens of the first samples                as many as fit into what is left
+    the rest, prepared anew in every pass               three chunks: read ahead, at hand, being prepared
+
+Beside them grows only what a sample takes that is not tokens: targets, outputs and residuals ``(n, r, c)``, and a bit
+for every gated entry of a score.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from convexhead.heads.base import Data
+from convexhead.ranks import local_ranks
+from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead, token_bytes
+
+if TYPE_CHECKING:
+    from convexhead.activation import Activation
+
+
+class Samples:
+    """Tokens as passes over them want them; see the module's text.
+
+    Parameters
+    ----------
+    X : Tensor (n, s, d) or StoredTokens
+        Brought into memory, on ``device``, where all of it fits.
+    activation : Activation
+        Prepares tokens for mixing, and packs the masks of gates.
+    dtype : torch.dtype
+        Precision of prepared tokens.
+    memory : float
+        Bytes that may be taken for tokens that are not yet in memory and for prepared ones.
+    reuse : bool
+        Prepare for many passes and keep the result as far as memory goes; else prepare in every pass.
+    step : int
+        Samples prepared at a time.
+
+    Attributes
+    ----------
+    data : dict of Tensor (kept, ...)
+        Prepared tokens of the first ``kept`` samples.
+    masks : Tensor (n, j, m) or None
+        Bit-packed masks of all samples.
+    """
+
+    def __init__(
+        self,
+        X: Tokens,
+        activation: Activation,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: float,
+        reuse: bool,
+        step: int,
+    ) -> None:
+        self.X, self.activation, self._n = X, activation, len(X)
+        self.device = torch.empty(0, device=device).device
+        self.dtype = self.products = dtype
+        self.memory = memory
+        self._chunk = min(CHUNK_BYTES[device.type], memory / 8)
+        first = X[:1].to(self.device)
+        self.masks = self._empty_masks(activation.pack_masks(first))
+        self._plan(first, reuse)
+        self._fill(step)
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def bytes(self) -> int:
+        """Memory that prepared tokens take."""
+        return sum(value.nbytes for value in self.data.values() if not self._is_tokens(value))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample is kept prepared."""
+        return self.kept == len(self)
+
+    def _resident(self) -> bool:
+        return isinstance(self.X, Tensor) and self.X.device == self.device
+
+    def _is_tokens(self, value: Tensor) -> bool:
+        """Whether a prepared tensor is nothing but the tokens themselves, which are in memory anyhow."""
+        return isinstance(self.X, Tensor) and _same(value, self.X)
+
+    def _empty_masks(self, like: Tensor | None) -> Tensor | None:
+        return None if like is None else like.new_empty(len(self.X), *like.shape[1:])
+
+    def _plan(self, first: Tensor, reuse: bool) -> None:
+        """Decide what is brought into memory and how many samples are kept prepared; make room for them."""
+        n, tokens = len(self.X), token_bytes(self.X)
+        self.like = self.activation.prepare(first.to(self.dtype), reuse=reuse)
+        same = [key for key, value in self.like.items() if _same(value, first)]
+        each = sum(value.nbytes for key, value in self.like.items() if key not in same) if reuse else 0
+        if not self._resident() and n * (tokens + each) <= self.memory:
+            self.X = (self.X.read() if isinstance(self.X, StoredTokens) else self.X).to(self.device)
+            self.memory -= n * tokens
+        elif isinstance(self.X, StoredTokens):
+            self.X = self.X.decoded()
+        if not self._resident():
+            each, same = sum(value.nbytes for value in self.like.values()), []
+            self.memory -= 3 * self._chunk
+        self.kept = int(min(n, max(self.memory, 0) / max(each, 1))) if reuse else 0
+        self.data: Data = {}
+        for key, value in self.like.items() if self.kept else ():
+            self.data[key] = self.X[: self.kept] if key in same else value.new_empty(self.kept, *value.shape[1:])
+
+    def _fill(self, step: int) -> None:
+        for rows, X in self._tokens(0, self.kept if self.masks is None else len(self), step):
+            packed = None if self.masks is None else self.activation.pack_masks(X)
+            if self.masks is not None and packed is not None:
+                self.masks[rows] = packed
+            inside = max(0, min(self.kept, rows.stop) - rows.start)
+            if inside:
+                prepared = self.activation.prepare(X[:inside].to(self.dtype), reuse=True)
+                for key, value in prepared.items():
+                    if not self._is_tokens(self.data[key]):
+                        self.data[key][rows.start : rows.start + inside] = value
+
+    def _tokens(self, start: int, stop: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """At most ``size`` samples after another, on the device."""
+        if self._resident():
+            for i in range(start, stop, size):
+                rows = slice(i, min(i + size, stop))
+                yield rows, self.X[rows]
+            return
+        chunk = chunk_rows(self.X, self._chunk)
+        for rows, tokens in read_ahead(self.X, chunk, start=start, stop=stop, device=self.device):
+            for i in range(0, len(tokens), size):
+                part = tokens[i : i + size]
+                yield slice(rows.start + i, rows.start + i + len(part)), part
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Data]]:
+        """Slices of at most ``size`` samples with their prepared tokens and masks."""
+        for i in range(0, self.kept, size):
+            rows = slice(i, min(i + size, self.kept))
+            yield rows, self._masked({key: value[rows] for key, value in self.data.items()}, rows)
+        for rows, X in self._tokens(self.kept, len(self), size):
+            data = self.activation.prepare(X.to(self.dtype), reuse=False)
+            if self.products != self.dtype:
+                data = {key: value.to(self.products) for key, value in data.items()}
+            yield rows, self._masked(data, rows)
+
+    def _masked(self, data: Data, rows: slice) -> Data:
+        return data if self.masks is None else {**data, "masks": self.masks[rows]}
+
+    # -- the same samples otherwise -----------------------------------------------------------------------------------
+    def in_precision(self, dtype: torch.dtype, *, reuse: bool, step: int) -> Samples:
+        """Prepared in another precision; what is kept here stays, and leaves less memory for the other."""
+        other = copy(self)
+        other.dtype = other.products = dtype
+        other.memory = self.memory - self.bytes if self._resident() else 0.0
+        other.masks = None  # they do not depend on the precision: only tokens are prepared anew
+        other._plan(self.X[:1].to(self.device), reuse)
+        other._fill(step)
+        other.masks = self.masks
+        return other
+
+    def with_products(self, products: torch.dtype) -> Samples:
+        """Large products in another precision, from the tokens prepared here."""
+        other = copy(self)
+        other.products = products
+        each = sum(value.nbytes for value in self.like.values()) * products.itemsize / self.dtype.itemsize
+        other.kept = int(min(self.kept, max(self.memory - self.bytes, 0) / each))
+        other.data = {key: value[: other.kept].to(products) for key, value in self.data.items()}
+        return other
+
+    def take(self, index: Tensor) -> Samples:
+        """Some of the samples, with what was prepared of them."""
+        other = copy(self)
+        other._n, other.masks = len(index), None if self.masks is None else self.masks[index]
+        if self.complete:
+            other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
+        else:
+            other.X, other.data, other.kept = self.X[index].to(self.device), {}, 0
+        return other
+
+
+def _same(value: Tensor, tokens: Tensor) -> bool:
+    """Whether a tensor is ``tokens``, or the first samples of it."""
+    return value.data_ptr() == tokens.data_ptr() and value.shape[1:] == tokens.shape[1:]
+
+
+def default_memory(device: torch.device) -> float:
+    """Half of what is free on the device or, shared by the processes of a run, in this machine or container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    free = float("inf")
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = float(line.split()[1]) * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2
+    if (cgroup / "memory.max").exists() and (limit := (cgroup / "memory.max").read_text().strip()) != "max":
+        free = min(free, float(limit) - float((cgroup / "memory.current").read_text()))
+    return free / 2 / local_ranks()[1]

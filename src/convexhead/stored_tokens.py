@@ -1,0 +1,119 @@
+"""Tokens that stay on disk, read a chunk ahead of the work on them."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 32e6, "cuda": 256e6}
+"""Tokens that are read at a time: long enough to read well, and few beside a budget."""
+
+
+class StoredTokens:
+    """Tokens ``(n, s, d)`` that stay on disk and are read a slice at a time.
+
+    Parameters
+    ----------
+    source : split of a token store, or numpy memmap
+    check : callable (array) -> Tensor (k, s, d)
+        Turns what was read into tokens, or raises: see `inputs.as_tokens`.
+    rows : slice or None
+        The part of ``source`` that these are.
+    """
+
+    def __init__(self, source: Any, check: Callable[[Any], Tensor], rows: slice | None = None) -> None:
+        self._source, self._check = source, check
+        start, stop, _ = (rows or slice(None)).indices(len(source))
+        self._rows = range(start, stop)
+        probe = check(source[start : start + 1])
+        self.dtype = probe.dtype
+        self.shape = (len(self._rows), *probe.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def share(self, rows: slice) -> StoredTokens:
+        """Some of them, still on disk."""
+        part = self._rows[rows]
+        return StoredTokens(self._source, self._check, slice(part.start, part.stop))
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """Read ``(k, s, d)``: of a slice, or of a tensor of positions."""
+        rows: Any = self._rows[index] if isinstance(index, slice) else self._rows.start + index.cpu().numpy()
+        if isinstance(rows, range):
+            rows = slice(rows.start, rows.stop, rows.step)
+        tokens = self._check(self._source[rows])
+        if isinstance(self._source, np.memmap):
+            tokens = tokens.clone() if np.may_share_memory(tokens.numpy(), self._source) else tokens
+            _forget_pages(self._source)
+        return tokens
+
+    def read(self) -> Tensor:
+        """All of them."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        for rows, chunk in read_ahead(self, chunk_rows(self, CHUNK_BYTES["cpu"])):
+            out[rows] = chunk
+        return out
+
+    def decoded(self) -> StoredTokens:
+        """These tokens as they come out of reading, in a temporary file that goes with the process: where decoding
+        takes long (principal components) and leaves less than was stored, it pays to do it only once."""
+        reduction = getattr(self._source, "reduction", None)
+        if reduction is None or reduction.basis is None or 2 * self.shape[2] > len(reduction.mean):
+            return self
+        with tempfile.TemporaryFile(prefix="convexhead-tokens-") as file:
+            out = np.memmap(file, np.float32, "w+", shape=self.shape)
+        for rows, chunk in read_ahead(self, chunk_rows(self, CHUNK_BYTES["cpu"])):
+            out[rows] = chunk.numpy()
+            out.flush()
+            _forget_pages(out)
+        return StoredTokens(out, self._check)
+
+
+Tokens = Tensor | StoredTokens
+
+
+def _forget_pages(mapped: np.memmap) -> None:
+    """Let go of the pages that were read: they stay in the system's cache, and no longer count as this process's."""
+    pages = getattr(mapped, "_mmap", None)
+    if pages is not None and mapped.mode in ("r", "r+", "w+") and hasattr(pages, "madvise"):
+        pages.madvise(mmap.MADV_DONTNEED)
+
+
+def chunk_rows(X: Tokens, size: float) -> int:
+    """Samples whose tokens take about ``size`` bytes."""
+    return max(1, int(size // token_bytes(X)))
+
+
+def token_bytes(X: Tokens) -> int:
+    """Bytes of one sample's tokens."""
+    return int(np.prod(X.shape[1:])) * X.dtype.itemsize
+
+
+def read_ahead(
+    X: Tokens, size: int, *, start: int = 0, stop: int | None = None, device: torch.device | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of ``size`` samples; a thread reads and decodes the next one while the caller works on the last."""
+    stop = len(X) if stop is None else stop
+
+    def load(rows: slice) -> Tensor:
+        tokens = X[rows]
+        if device is None or device.type == "cpu":
+            return tokens
+        return tokens.pin_memory().to(device, non_blocking=True)
+
+    chunks = [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(load, rows) for rows in chunks[:1]]
+        for k, rows in enumerate(chunks):
+            tokens = ahead.pop().result()
+            if k + 1 < len(chunks):
+                ahead.append(reader.submit(load, chunks[k + 1]))
+            yield rows, tokens

@@ -1,0 +1,279 @@
+"""Checkpoints: a run that was stopped, killed or cut short goes on exactly as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from typer.testing import CliRunner
+
+import convexhead as ch
+from convexhead import checkpoint as checkpoints
+from convexhead.cli import app
+from convexhead.errors import FileFormatError, InputError
+from convexhead.solvers.column_generation import ColumnGeneration
+from convexhead.tokens import extract
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(90, 9, 5))
+Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)
+
+RUNS = {
+    "fista": ("self-attention", {"tol": 1e-9}),
+    "column generation": ("self-attention", {"tol": 1e-8, "max_heads": 40}),
+    "single then double precision": (
+        "mlp",
+        {"activation": "gated-relu", "n_gates": 3, "tol": 2e-4, "fit_intercept": True},
+    ),
+    "bfloat16 first": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
+    "ridge": ("linear", {"tol": 1e-12, "beta_ratio": 1e-6}),
+}
+
+
+class Killed(BaseException):
+    """What no solver catches."""
+
+
+@pytest.fixture(params=RUNS)
+def run(request, monkeypatch):
+    """A function that fits, and is stopped at the given row of the history."""
+    head, parameters = RUNS[request.param]
+    if parameters["tol"] >= 1e-4:
+        monkeypatch.setattr("convexhead.estimators.SMALL_TOKENS", 0)
+        monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
+    if request.param == "single then double precision":
+        patience = {**ColumnGeneration.patience, torch.float32: 0}
+        monkeypatch.setattr(ColumnGeneration, "patience", patience)
+    if request.param == "bfloat16 first":
+        monkeypatch.setattr("convexhead.problem.has_fast_bfloat16", lambda device: True)
+
+    def fit(folder=None, *, stop_at=None, error=Killed, **others):
+        rows = []
+
+        def count(row):
+            rows.append(row)
+            if len(rows) == stop_at:
+                raise error
+
+        clf = ch.ConvexHeadClassifier(head, **{"beta_ratio": 0.05, "random_state": 3, **parameters, **others})
+        return clf.fit(X, Y, callback=count, checkpoint=folder, checkpoint_minutes=0.0), len(rows)
+
+    return fit
+
+
+def same(one, other):
+    """Whether two fits made the same iterates, to the last bit."""
+    rows = [[{**row, "seconds": 0} for row in clf.history_] for clf in (one, other)]
+    return (
+        rows[0] == rows[1]
+        and one.certificate_ == other.certificate_
+        and all(
+            np.array_equal(getattr(one, name), getattr(other, name))
+            for name in ("coef_", "intercept_")
+            if hasattr(one, name)
+        )
+        and (
+            hasattr(one, "coef_")
+            or all(
+                np.array_equal(a, b)
+                for a, b in zip(one.mixing_ + one.values_, other.mixing_ + other.values_, strict=True)
+            )
+        )
+    )
+
+
+def test_a_resumed_run_makes_the_same_iterates(run, tmp_path):
+    calm, total = run()
+    assert total >= 3
+    for stop_at in sorted({2, total // 2, 3 * total // 4, total - 1} - {0, 1}):
+        folder = tmp_path / str(stop_at)
+        with pytest.raises(Killed):
+            run(folder, stop_at=stop_at)
+        resumed, rest = run(folder)
+        assert rest < total or stop_at < total // 2, "nothing was resumed"
+        assert same(resumed, calm)
+    again, rest = run(folder)  # of a finished run the last moments are repeated
+    assert same(again, calm)
+
+
+def test_a_run_stopped_again_and_again(run, tmp_path):
+    calm, total = run()
+    stops = 0
+    while stops <= total:
+        try:
+            resumed, _ = run(tmp_path / "folder", stop_at=min(max(7, 1 + total // 4), total - 1))
+            break
+        except Killed:
+            stops += 1
+    assert stops >= 1
+    assert same(resumed, calm)
+
+
+@pytest.mark.parametrize("stop", ["clock", "keyboard"])
+def test_what_the_clock_or_a_person_stopped_goes_on(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
+    monkeypatch.setattr("convexhead.checkpoint.COPY_SECONDS", 0.0)
+    parameters = {"tol": 1e-8, "beta_ratio": 0.05, "random_state": 0}
+    calm = ch.ConvexHeadClassifier(**parameters).fit(X, Y)
+    rows = []
+
+    def count(row):
+        rows.append(row)
+        if len(rows) == 9:
+            if stop == "keyboard":
+                raise KeyboardInterrupt
+            monkeypatch.setattr("convexhead.solvers.base.Monitor.out_of_time", lambda self: True)
+
+    with pytest.warns(ConvergenceWarning):
+        partial = ch.ConvexHeadClassifier(**parameters, max_time=60).fit(
+            X, Y, callback=count, checkpoint=tmp_path / "c"
+        )
+    assert partial.certificate_.gap > 0
+    monkeypatch.undo()
+    monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
+    assert same(ch.ConvexHeadClassifier(**parameters).fit(X, Y, checkpoint=tmp_path / "c"), calm)
+
+
+def test_unseeded_runs_go_on_with_their_own_gates(tmp_path):
+    def fit(rows=10**9):
+        seen = []
+
+        def count(row):
+            seen.append(row)
+            if len(seen) == rows:
+                raise Killed
+
+        clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates=3, beta_ratio=0.05, tol=1e-6)
+        return clf.fit(X, Y, callback=count, checkpoint=tmp_path / "c", checkpoint_minutes=0.0)
+
+    with pytest.raises(Killed):
+        fit(rows=3)
+    notes = json.loads((tmp_path / "c" / "checkpoint.json").read_text())["notes"]
+    first, second = fit(), fit()
+    np.testing.assert_array_equal(first.gates_, second.gates_)
+    assert first.beta_max_ == second.beta_max_ == notes["beta_max"]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun") / "c"
+    ch.ConvexHeadClassifier(random_state=0, tol=1e-6).fit(X, Y, checkpoint=folder, checkpoint_minutes=0.0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta_ratio": 0.2}, "its beta_ratio is 0.05 and not 0.2"),
+        ({"tol": 1e-4}, "its tol is"),
+        ({"head": "fno"}, "its head is 'self-attention' and not 'fno'"),
+        ({"random_state": 1}, "its random_state"),
+        ({"X": X + 1e-9}, "its data"),
+        ({"Y": np.roll(Y, 1)}, "its data"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(change, message, begun):
+    parameters = {"head": "self-attention", "random_state": 0, "tol": 1e-6, "X": X, "Y": Y, **change}
+    data = parameters.pop("X"), parameters.pop("Y")
+    with pytest.raises(InputError, match=f"of another run, {message}.*delete that one to begin anew"):
+        ch.ConvexHeadClassifier(**parameters).fit(*data, checkpoint=begun)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "state", "rows"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_checkpoint_is_refused(kind, damage, begun, tmp_path):
+    folder = shutil.copytree(begun, tmp_path / "c")
+    (path,) = folder.glob(f"{kind}*")
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[-3] ^= 1
+        path.write_bytes(content if damage == "changed" else content[: len(content) // 2])
+    clf = ch.ConvexHeadClassifier(random_state=0, tol=1e-6)
+    if (kind, damage) == ("checkpoint", "missing"):  # a first checkpoint that was never finished
+        clf.fit(X, Y, checkpoint=folder)
+        return
+    with pytest.raises(FileFormatError, match=r"missing or damaged.*delete the folder to begin anew"):
+        clf.fit(X, Y, checkpoint=folder)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        ch.ConvexHeadClassifier().fit(X, Y, checkpoint=tmp_path)
+    with pytest.raises(InputError, match="minutes"):
+        ch.ConvexHeadClassifier().fit(X, Y, checkpoint=tmp_path / "new", checkpoint_minutes=-1.0)
+    checkpoints.remove(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+# A process that has imported everything forks one child an attempt.
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import numpy as np
+import convexhead as ch
+from convexhead import solvers
+
+solvers.DENSE_FEATURES = 0
+rng = np.random.default_rng(0)
+X = rng.normal(size=(400, 9, 8))
+Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)
+out = Path(sys.argv[1])
+
+def attempt(name, seconds):
+    child = os.fork()
+    if child == 0:
+        clf = ch.ConvexHeadClassifier(beta_ratio=0.02, tol=1e-8, random_state=0)
+        clf.fit(X, Y, checkpoint=out / f"{name}.checkpoint", checkpoint_minutes=0.0)
+        clf.history_ = [{**row, "seconds": 0} for row in clf.history_]
+        clf.save(out / name)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+start = time.monotonic()
+assert attempt("calm", None) == 0
+whole = time.monotonic() - start
+chance, kills = random.Random(0), 0
+while kills < 12:
+    status = attempt("killed", chance.uniform(0, whole / 8))
+    assert status in (0, signal.SIGKILL), status
+    kills += status == signal.SIGKILL
+assert attempt("killed", None) == 0
+for name in ("weights.safetensors", "config.json"):
+    assert (out / "calm" / name).read_bytes() == (out / "killed" / name).read_bytes(), name
+print(kills, len(list((out / "killed.checkpoint").iterdir())))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kills_at_any_moment_change_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["12", "3"]
+
+
+def test_command_line(tmp_path):
+    store = extract("sklearn:digits", "patches:2", tmp_path / "store", channels=2)
+    command = ["fit", str(store.path), "--out", str(tmp_path / "run"), "--checkpoint", "0", "--json"]
+    runner = CliRunner()
+    first = runner.invoke(app, [*command, "--max-time", "1e-9"])
+    assert first.exit_code == 0
+    assert not json.loads(first.stdout)["certificate"]["converged"]
+    assert (tmp_path / "run.checkpoint" / "checkpoint.json").exists()
+    second = runner.invoke(app, [*command, "--max-memory", "0.0001"])
+    assert json.loads(second.stdout)["certificate"]["converged"], second.output
+    assert not (tmp_path / "run.checkpoint").exists()

@@ -1,0 +1,289 @@
+"""Several processes: the result of one, a clean end when a worker is lost, continuation by any number."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import convexhead as ch
+from convexhead import estimators, ranks, solvers
+from convexhead.cli import app
+from convexhead.errors import ConvexHeadError, InputError
+from convexhead.path import regularization_path
+from convexhead.ranks import Ranks
+from convexhead.tokens import extract
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(203, 9, 5))
+Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)
+TARGETS = np.stack([X[:, 0, 0], Y], axis=1)
+CASES = {
+    "dense": {"head": "self-attention", "tol": 1e-7, "fit_intercept": True},
+    "factored": {"head": "self-attention", "beta_ratio": 0.2, "tol": 1e-7, "n_gates": 3, "activation": "gated-relu"},
+    "single precision": {"head": "fno", "tol": 1e-3, "n_gates": 3, "activation": "gated-relu"},
+    "grouped": {"head": "block-fno", "tol": 1e-7, "n_blocks": 5, "beta_ratio": 0.3},
+    "ridge": {"head": "linear", "tol": 1e-7, "fit_intercept": True},
+}
+
+
+def fit(case, *, callback=None, checkpoint=None, **options):
+    """One of the cases, with the method that it is meant for."""
+    dense, small = solvers.DENSE_FEATURES, estimators.SMALL_TOKENS
+    try:
+        if case in ("factored", "single precision"):
+            solvers.DENSE_FEATURES = 0
+        if case == "single precision":
+            estimators.SMALL_TOKENS = 0
+        clf = ch.ConvexHeadClassifier(**{"beta_ratio": 0.1, "random_state": 0, **CASES[case]}, **options)
+        return clf.fit(X, Y, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
+    finally:
+        solvers.DENSE_FEATURES, estimators.SMALL_TOKENS = dense, small
+
+
+def everything(*cases, **options):
+    """What processes of a run must agree on: all of it, or some of the cases."""
+    results = {}
+    for case in cases or CASES:
+        clf = fit(case, **options)
+        results[case] = [clf.certificate_.primal, clf.certificate_.dual, clf.certificate_.converged, clf.beta_]
+    if cases:
+        return results
+    unseeded = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates=2, **options).fit(X, Y)
+    results["unseeded"] = unseeded.gates_.tolist()
+    reg = ch.ConvexHeadRegressor("mlp", loss="huber", random_state=0, **options).fit(X, TARGETS)
+    results["regressor"] = [reg.certificate_.primal, reg.certificate_.dual, reg.certificate_.converged, reg.beta_]
+    rows = regularization_path(
+        X, TARGETS, loss="squared", head="mlp", beta_ratios=[0.3, 0.1], random_state=0, **options
+    )
+    results["path"] = [[row["objective"], row["train_score"]] for row in rows]
+    return results
+
+
+def launch(processes, tmp_path, *tasks):
+    """Let several processes do ``tasks``: how each ended, and what it printed and complained."""
+    out = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
+    out.mkdir()
+    command = [sys.executable, __file__, str(processes), str(out), *map(str, tasks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    texts = [[(out / f"{kind}-{rank}").read_text() for rank in range(processes)] for kind in ("stdout", "stderr")]
+    return json.loads(done.stdout), *texts
+
+
+@pytest.mark.parametrize(("processes", "cases"), [(2, ()), (4, ("factored", "ridge"))], ids=["2", "4"])
+def test_several_processes_give_the_result_of_one(processes, cases, tmp_path):
+    codes, outputs, errors = launch(processes, tmp_path, "everything", *cases)
+    assert codes == [0] * processes, errors
+    assert len(set(outputs)) == 1, "every process comes to the same, to the last bit"
+    together, alone = json.loads(outputs[0]), everything(*cases)
+    assert together.keys() == alone.keys()
+    for case in alone.keys() - {"unseeded", "path"}:
+        (primal, dual, converged, beta), (one, bound, same, weight) = together[case], alone[case]
+        assert converged == same is True
+        tol = CASES.get(case, {"tol": 1e-3})["tol"]
+        assert beta == pytest.approx(weight, rel=1e-6)
+        assert primal == pytest.approx(one, rel=max(1e-6, tol))
+        assert dual <= one * (1 + 1e-9)
+        assert bound <= primal * (1 + 1e-9)
+    if not cases:
+        assert np.shape(together["unseeded"]) == np.shape(alone["unseeded"])
+        np.testing.assert_allclose(together["path"], alone["path"], rtol=1e-3)
+
+
+def test_a_lost_worker_ends_the_run_and_any_number_goes_on(tmp_path):
+    folder = tmp_path / "checkpoint"
+    codes, outputs, errors = launch(3, tmp_path, "lose", folder)
+    assert codes == [1, -9, 1]
+    assert not any(outputs)
+    for rank in (0, 2):
+        assert "another process of this run has stopped: see its message, then run the same again" in errors[rank]
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    assert len(manifest["parts"]) == 3
+    done = [row["objective"] for row in manifest["about"]["history"]]
+    assert len(done) >= 10
+    shutil.copytree(folder, tmp_path / "copy")
+    codes, outputs, errors = launch(2, tmp_path, "resume", tmp_path / "copy")
+    assert codes == [0, 0], errors
+    assert outputs[0] == outputs[1]
+    calm = fit("factored").certificate_
+    for primal, dual, converged, history in (json.loads(outputs[0]), resume(folder)):
+        assert converged
+        assert history[: len(done)] == done, "nothing was resumed"
+        assert primal == pytest.approx(calm.primal, rel=1e-6)
+        assert dual <= calm.primal
+
+
+def test_the_clock_and_an_interrupt_stop_all_together(tmp_path):
+    codes, outputs, errors = launch(2, tmp_path, "stop")
+    assert codes == [0, 0], errors
+    assert outputs[0] == outputs[1]
+    clock, interrupt = json.loads(outputs[0])
+    assert "max_time" in clock[0]
+    assert "interrupted" in interrupt[0]
+    assert interrupt[1] > 0
+    assert 8 <= interrupt[2] < 40
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a link between them: what to begin a command with on each."""
+    names, links = ("convexhead-a", "convexhead-b"), ("cvxhd-a", "cvxhd-b")
+    commands = [f"netns add {name}" for name in names]
+    commands.append(f"link add {links[0]} type veth peer name {links[1]}")
+    for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
+        commands += [f"link set {link} netns {name}", f"-n {name} addr add 10.77.0.{number}/24 dev {link}"]
+        commands += [f"-n {name} link set lo up", f"-n {name} link set {link} up"]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+        yield [
+            [
+                *["ip", "netns", "exec", name, "env", "MASTER_ADDR=10.77.0.1", "MASTER_PORT=29500", "WORLD_SIZE=2"],
+                *[f"RANK={rank}", f"GLOO_SOCKET_IFNAME={links[rank]}", sys.executable, __file__],
+            ]
+            for rank, name in enumerate(names)
+        ]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs the ip command")
+def test_two_hosts_and_one_that_vanishes(two_hosts, tmp_path):
+    command = ["vanish", str(tmp_path / "checkpoint")]
+    hosts = [
+        subprocess.Popen([*begin, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for begin in two_hosts
+    ]
+    outputs, errors = zip(*(host.communicate(timeout=60) for host in hosts), strict=True)
+    assert [host.returncode for host in hosts] == [1, 1], errors
+    assert outputs[0] == outputs[1]
+    primal, dual, converged, _ = json.loads(outputs[0])["factored"]
+    alone = fit("factored").certificate_
+    assert converged
+    assert primal == pytest.approx(alone.primal, rel=1e-6)
+    assert dual <= alone.primal
+    assert all("another process of this run has stopped" in error for error in errors)
+    assert (tmp_path / "checkpoint" / "checkpoint.json").exists()
+
+
+def test_command_line(tmp_path):
+    store = extract("sklearn:digits", "patches:2", tmp_path / "store", channels=3)
+    options = ["--head", "mlp", "--activation", "gated-relu", "--n-gates", "3", "--json", "--tol", "1e-5"]
+    command = ["fit", str(store.path), *options, "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "convexhead", *command]
+    torchrun += [str(tmp_path / "two"), "--checkpoint", "0"]
+    done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)["certificate"]  # of one process, or this would be no JSON
+    one = json.loads(CliRunner().invoke(app, [*command, str(tmp_path / "one")]).stdout)["certificate"]
+    assert two["converged"]
+    assert two["primal"] == pytest.approx(one["primal"], rel=2e-5)
+    heads = [ch.load(tmp_path / name).predict_proba(store["test"]) for name in ("one", "two")]
+    np.testing.assert_allclose(*heads, atol=0.05)
+    assert not (tmp_path / "two.checkpoint").exists()
+
+
+def test_too_many_processes():
+    with pytest.raises(InputError, match="3 samples cannot be shared by 4 processes: start fewer"):
+        Ranks(0, 4).share(3)
+    shares = [Ranks(rank, 4).share(11) for rank in range(4)]
+    assert [row for share in shares for row in range(11)[share]] == list(range(11))
+
+
+def resume(folder, **options):
+    """What comes of the run that was lost."""
+    clf = fit("factored", checkpoint=folder, **options)
+    certificate = clf.certificate_
+    return certificate.primal, certificate.dual, certificate.converged, [row["objective"] for row in clf.history_]
+
+
+def stopped(**options):
+    """A run that the clock of one process ends, and one whose second process is interrupted."""
+    rank, rows = int(os.environ["RANK"]), []
+
+    def interrupt(row):
+        rows.append(row)
+        if rank == 1 and len(rows) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    for clf in (
+        fit("factored", max_time=1e-3 if rank else 1e6, **options),
+        fit("factored", callback=interrupt, **options),
+    ):
+        yield clf.stop_reason_, clf.certificate_.gap, len(clf.history_)
+
+
+def lose(folder, **options):
+    """A run whose second process is killed."""
+    rows = []
+
+    def kill(row):
+        rows.append(row)
+        if os.environ["RANK"] == "1" and len(rows) == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return resume(folder, callback=kill, **options)
+
+
+def vanish(folder, **options):
+    """A run that two hosts finish, and one whose second host is cut off."""
+    print(json.dumps(everything("factored", **options)), flush=True)
+    rows = []
+
+    def cut(row):
+        rows.append(row)
+        if os.environ["RANK"] == "1" and len(rows) == 20:
+            subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
+
+    return resume(folder, callback=cut, **options)
+
+
+def work(task, *arguments):
+    """What one process does; its exit code."""
+    warnings.simplefilter("ignore")
+    tasks = {"everything": everything, "resume": resume, "stop": stopped, "lose": lose, "vanish": vanish}
+    try:
+        result = tasks[task](*arguments, distributed=True)
+        print(json.dumps(result if isinstance(result, (dict, tuple)) else list(result)), flush=True)
+    except ConvexHeadError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def fork(size, out, *task):
+    """Processes of a run on this machine, forked so that they need not import everything; how they ended."""
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ["RANK"] = str(rank)
+            sys.stdout, sys.stderr = (open(out / f"{kind}-{rank}", "w") for kind in ("stdout", "stderr"))  # noqa: SIM115
+            torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=size)
+            os._exit(work(*task))
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        ranks.PATIENCE = timedelta(seconds=6)
+        torch.distributed.init_process_group("gloo")
+        os._exit(work(*sys.argv[1:]))
+    print(json.dumps(fork(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])))
