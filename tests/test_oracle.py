@@ -207,7 +207,8 @@ def test_the_krylov_bound_is_never_below_the_norm():
         R = problem.residual(problem.outputs(atoms))
         exact = instance.dense.norm(R.numpy())
         directions, _ = balance(atoms, drop=0.0)
-        bound = _KrylovBound(GradientMatrices(problem, R), directions, 1e-3, 1e-6, rng)
+        G = GradientMatrices(problem, R)
+        bound = _KrylovBound(G, G, directions, 1e-3, 1e-6, rng)
         while bound.step():
             comparisons += 1
             assert bound.lower <= exact * (1 + 1e-10)

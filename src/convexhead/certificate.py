@@ -150,7 +150,8 @@ def certify_atoms(
             best = dual.spectral(upper)
         else:
             failure = failure_probability
-            bound = _KrylovBound(G, directions, tol, failure, generator)
+            fast = GradientMatrices(problem, R.to(problem.dtype)) if problem.products == problem.dtype else G
+            bound = _KrylovBound(G, fast, directions, tol, failure, generator)
             enough, steps = False, 0
             while bound.step() and not enough and (steps := steps + 1) < max_steps:
                 if bound.upper < math.inf:
@@ -233,6 +234,7 @@ class _KrylovBound:
     def __init__(
         self,
         G: GradientMatrices,
+        fast: GradientMatrices,
         directions: Atoms,
         tol: float,
         failure_probability: float,
@@ -245,7 +247,7 @@ class _KrylovBound:
         self.order, self.failure = G.order, failure_probability / j
         self.lower, self.upper, self._settled = 0.0, math.inf, 0.0
         self.floor = 0.0  # what `upper` cannot fall below, as far as this splitting of directions goes
-        self.deflated = split_off_leading(G, directions, extra=4, steps=12, generator=generator, rtol=0.1 * tol)
+        self.deflated = split_off_leading(G, fast, directions, extra=4, steps=12, generator=generator, rtol=0.1 * tol)
         # Many starts share one pass over the tokens; with many blocks a pass is full already.
         starts = min(8 if j == 1 else 2, G.order)
         blocks = torch.arange(j, device=G.R.device)

@@ -53,6 +53,11 @@ class Loss(ABC):
         directions = torch.eye(len(zero), dtype=f.dtype, device=f.device)
         return torch.stack([torch.func.jvp(mean_residual, (zero,), (e,))[1] for e in directions])
 
+    def hessian_root(self, f: Batch, y: Batch, z: Batch) -> Batch | None:
+        """``L_i z_i`` with ``L_i L_iᵀ = ∇²ℓ(f_i, y_i)``: draws ``z`` of mean 0 and covariance 1 become draws whose
+        covariance is the Hessian. None where that is not known, and solvers do without."""
+        return None
+
     def value_and_residual(self, f: Batch, y: Batch) -> tuple[Tensor, Batch]:
         """Both at once, for losses that can share work between them."""
         return self.value(f, y), self.residual(f, y)
@@ -96,6 +101,12 @@ class CrossEntropy(Loss):
         shrink = torch.where(y > q, y / (y - q).clamp_min(torch.finfo(y.dtype).tiny), torch.inf)
         return max(1.0, float(shrink.min()))
 
+    def hessian_root(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        # (D^½ − p√pᵀ)(D^½ − √p pᵀ) = D − ppᵀ for D = diag(p), Σ p = 1
+        p = torch.softmax(f, -1)
+        rooted = p.sqrt() * z
+        return rooted - p * rooted.sum(-1, keepdim=True)
+
 
 class Squared(Loss):
     """``ℓ(f, y) = ½‖f − y‖²``, ``ℓ*(g) = ½‖g‖² + ⟨g, y⟩``."""
@@ -107,6 +118,9 @@ class Squared(Loss):
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         return f - y
+
+    def hessian_root(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return z
 
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
         return (g.square() / 2 + g * y).sum((-2, -1))
@@ -140,6 +154,9 @@ class Huber(Loss):
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         return (f - y).clamp(-self.delta, self.delta)
+
+    def hessian_root(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return z * ((f - y).abs() <= self.delta)
 
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
         inside = (g.abs() <= self.delta * (1 + 8 * torch.finfo(g.dtype).eps)).all(-1).all(-1)

@@ -16,7 +16,7 @@ samples: each passes over its own, and `Problem.sum` adds up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
@@ -270,6 +270,14 @@ class Problem:
                 f[rows] += M.flatten(2) @ V
         return f
 
+    @one_pass
+    def mixed(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "n r k e"]:
+        """Mixed, pooled tokens of every sample: large."""
+        out = U.new_empty(len(self.Y), self.head.r, len(U), self.head.value_rows)
+        for rows, data in self.batches(len(U)):
+            out[rows] = self.activation.mix(data, U, block)
+        return out
+
     def data_term(self, f: Float[Tensor, "n r c"]) -> float:
         """``F = (1/n) Σ_i ℓ(f_i, y_i)``, summed in float64."""
         return self.mean_of(self.loss.value, f, self.Y)
@@ -334,6 +342,41 @@ class Problem:
             M = self.activation.mix(data, U, block)
             out += (M.flatten(2).flatten(0, 1).T @ R[rows].flatten(0, 1)).view(out.shape)
         return self.mask_values(self.sum(out)[0], block)
+
+    @one_pass
+    def value_grams(self, atoms: Atoms, groups: Sequence[Tensor]) -> list[Tensor]:
+        """``(1/n) Σ_i M_iᵀ M_i (g·e, g·e)`` of the mixed tokens ``M_i (r, g·e)``, for each group ``(g,)`` of atoms."""
+        e = self.head.value_rows
+        grams = [torch.zeros(len(g) * e, len(g) * e, dtype=self.dtype, device=self.device) for g in groups]
+        for _, data in self.batches(len(atoms)):
+            M = self.activation.mix(data, atoms.U, atoms.block).flatten(0, 1)
+            for group, gram in zip(groups, grams, strict=True):
+                flat = M[:, group].flatten(1)
+                gram += flat.T @ flat
+        return [gram / self.n for gram in self.sum(*grams)]
+
+    @one_pass
+    def pair_covariance(self, basis: Atoms, probes: Float[Tensor, "n r c"], n_blocks: int) -> Float[Tensor, "jmm jmm"]:
+        """Covariance of ``⟨P mix(X_i, U_a) V_b, z_i⟩`` over the samples, for all pairs ``(a, b)`` of a block's basis.
+
+        Parameters
+        ----------
+        basis : Atoms
+            ``m`` of each of ``n_blocks`` blocks, block by block.
+        probes : Tensor (n, r, c)
+            ``z``: with draws whose covariance is the loss's Hessian, the result is that of the data term in the
+            coefficients ``M`` of ``Σ_ab M_ab mix(X, U_a) V_b``.
+        """
+        V = basis.V.flatten(0, 1).T
+        size = len(basis) ** 2 // n_blocks
+        out = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+        for rows, data in self.batches(len(basis)):
+            M = self.activation.mix(data, basis.U, basis.block)
+            T = (probes[rows] @ V).view(M.shape)
+            M, T = (part.unflatten(2, (n_blocks, -1)).movedim(1, 2) for part in (M, T))  # (b, j, r, m, e)
+            pairs = torch.einsum("bjrke,bjrle->bjkl", M, T).flatten(1)
+            out += pairs.T @ pairs
+        return self.sum(out)[0] / self.n
 
     def features(self) -> Float[Tensor, "j nr pe"]:
         """Every block's linear map as a dense matrix: row ``(i, row)``, column ``(entry of U, row of V)``."""

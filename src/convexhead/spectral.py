@@ -86,6 +86,12 @@ def orthonormalise(x: Float[Tensor, "j big b"], basis: Float[Tensor, "j big m"])
     return x
 
 
+def independent(x: Float[Tensor, "big m"]) -> Float[Tensor, "big l"]:
+    """An orthonormal basis of the columns' span, without what rounding would make of dependent ones."""
+    Q, R = torch.linalg.qr(x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny))
+    return Q[:, R.diagonal().abs() > 1e-4]
+
+
 class BlockKrylov:
     """Rayleigh–Ritz approximation of the top of a batch of Gram operators, one Krylov step at a time.
 
@@ -309,13 +315,26 @@ def leading(
 
 
 def split_off_leading(
-    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator, rtol: float
+    G: GradientMatrices,
+    fast: GradientMatrices,
+    atoms: Atoms,
+    *,
+    extra: int,
+    steps: int,
+    generator: torch.Generator,
+    rtol: float,
 ) -> Deflated:
-    """``G_j`` without its `leading` singular directions in the blocks that have atoms."""
-    krylov, active, count = leading(G, atoms, extra=extra, steps=steps, generator=generator, rtol=rtol)
+    """``G_j`` without its `leading` singular directions in the blocks that have atoms.
+
+    They are looked for in ``fast``, the same matrices in a precision that may be lower: whatever is split off, the
+    bound of `Deflated` holds.
+    """
+    krylov, active, count = leading(
+        fast, atoms.to(fast.R.device, fast.R.dtype), extra=extra, steps=steps, generator=generator, rtol=rtol
+    )
     if krylov is None:
         return split_off_model(G, atoms)
-    x = krylov.vectors(int(count.max()))
+    x = torch.linalg.qr(krylov.vectors(int(count.max())).to(G.R.dtype)).Q
     y = G.times(x, active) if G.on_values else G.transpose_times(x, active)
     other = torch.linalg.qr(y).Q  # of nested spans: dropping the tail of both sides keeps them matched
     kept = (torch.arange(x.shape[2], device=x.device) < count.unsqueeze(1)).unsqueeze(1)

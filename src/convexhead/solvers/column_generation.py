@@ -1,34 +1,51 @@
 """Column generation on factors, for problems whose ``Z`` is too large to form.
 
-    repeat
-        price:   singular triples (σ, a, b) of the gradient matrices, the model's own directions split off
-        grow:    append atoms (−√t a, √t b) for σ > β, with t from a line search
-        descend: L-BFGS over all factors
-        prune:   drop small atoms that the penalty is shrinking to nothing
-        stop:    when the scaled dual point says that the gap is small enough
+    until the dual point says that the gap is small enough
+        price:    leading singular triples (σ, a, b) of the gradient matrices
+        far away: append atoms (−√t a, √t b) for σ > β, with t from a line search; L-BFGS over all factors; prune
+        near:     proximal Newton over the span of the model and of the leading directions, which settles the rank;
+                  L-BFGS over the factors again where that span was what held it up
 
-Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012). Splitting the model's own directions
-off matters: in the tail the largest singular values exceed β only because those directions are not settled yet, and
-more atoms there would slow the descent down. So does pruning early: an atom on its way out decays slowly.
+Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012) at first, active subspace selection
+(Hsieh & Olsen 2014) in the end: factors turn towards new directions fast, but atoms come and go slowly there, for which
+the nuclear norm on a small matrix is made.
 
-The dual point is not taken at the iterate but at a running average of the iterates' outputs: any outputs give a
-feasible point, and quasi-Newton steps that still swing around the optimum average out. That halves the gap for nothing.
+While descending, the dual point is not taken at the iterate but at a running average of the iterates' outputs: any
+outputs give a feasible point, and quasi-Newton steps that still swing around the optimum average out.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem
+from convexhead.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
-from convexhead.spectral import GradientMatrices, leading, split_off_model, top_singular
+from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
+from convexhead.solvers.whitening import Whitening, mean_curvature
+from convexhead.spectral import (
+    BlockKrylov,
+    Deflated,
+    GradientMatrices,
+    independent,
+    leading,
+    split_off_model,
+    top_singular,
+)
+
+
+class Directions(NamedTuple):
+    """Singular triples of every block, falling: ``sigma (j, m)``, ``left (j, p, m)``, ``right (j, q, m)``."""
+
+    sigma: Tensor
+    left: Tensor
+    right: Tensor
 
 
 class ColumnGeneration:
@@ -45,13 +62,15 @@ class ColumnGeneration:
     max_heads : int or None
         Atoms the model may have.
     generator : torch.Generator
-        Source of the random starts of pricing.
+        Source of random starts and draws.
     """
 
     batch = 32
     """Atoms that the first pricing may add."""
-    descent_steps = 20
-    """L-BFGS iterations between two pricings."""
+    descent_steps = 15
+    """L-BFGS iterations of a round."""
+    near = 0.1
+    """Relative gap under which Newton steps begin."""
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     max_rounds = 2000
@@ -72,18 +91,12 @@ class ColumnGeneration:
         max_heads: int | None,
         generator: torch.Generator,
     ) -> None:
-        self.problem, self.beta, self.monitor = problem, beta, monitor
-        self.max_heads, self.generator = max_heads, generator
-        self._start = start
-        self._running: FactoredDescent | None = None
+        self.beta, self.monitor, self.max_heads, self.generator = beta, monitor, max_heads, generator
         self._warm: Tensor | None = None
         self._average: Tensor | None = None
         self._resumed: tuple[float, ...] = ()
-
-    @property
-    def _descent(self) -> FactoredDescent:
-        assert self._running is not None, "no atoms yet"
-        return self._running
+        self._atoms = start
+        self.refine(problem)
 
     def witness(self) -> Float[Tensor, "n r c"] | None:
         """Outputs to take the dual point at; None for the model's own."""
@@ -91,156 +104,195 @@ class ColumnGeneration:
 
     def atoms(self) -> Atoms:
         """The current model."""
-        return self._start if self._running is None else self._descent.atoms
+        return self._atoms
 
     def refine(self, problem: Problem) -> None:
         """Go on from the current model with the same problem in another precision."""
-        self._start = self.atoms().to(problem.device, problem.dtype)
-        self.problem, self._running, self._average = problem, None, None
+        self.problem, self._average = problem, None
+        halved = problem.with_half_products() if problem.products == problem.dtype else None
+        self._rough = halved or problem
+        self._atoms = self._atoms.to(problem.device, problem.dtype)
         if self._warm is not None:
             self._warm = self._warm.to(problem.dtype)
 
     def _state(self, *between: float | int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the rounds to come depend on, given what `advance` knows between two of them."""
-        shared = {"round": torch.tensor([*between, self.small], dtype=torch.float64)}
-        shared.update(self.atoms().state() if self._running is None else self._running.state())
-        rows = {} if self._running is None else {"outputs": self.problem.last_outputs}
+        shared = {"round": torch.tensor([*between, self.small], dtype=torch.float64), **self._atoms.state()}
         if self._warm is not None:
             shared["warm"] = self._warm
-        if self._average is not None:
-            rows["average"] = self._average
-        return shared, rows
+        return shared, {} if self._average is None else {"average": self._average}
 
     def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
         """Go on from a checkpoint: its tensors, and those of this process's samples."""
         *between, self.small = shared["round"].tolist()
         self._resumed = tuple(between)
         self._warm, self._average = shared.get("warm"), rows.get("average")
-        if "outputs" in rows:
-            self._running = FactoredDescent.restored(self.problem, shared, self.beta)
-            self.problem.last_outputs = rows["outputs"]
-        else:
-            self._start = Atoms.restored(shared)
+        self._atoms = Atoms.restored(shared)
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
-        stuck, gap, best, since = self._resumed or (0, 1.0, float("inf"), 0)
+        gap, best, since, settled = self._resumed or (1.0, float("inf"), 0, False)
         self._resumed = ()
-        patience = self.patience[self.problem.products]
         for _ in range(self.max_rounds):
-            self.monitor.offer(partial(self._state, stuck, gap, best, since))
-            pruned = self._prune(min(0.02, 2 * gap))
-            gap, new = self._price()
+            self.monitor.offer(partial(self._state, gap, best, since, settled))
+            before, near = gap, self._can_settle(gap)
+            f = self.problem.outputs(self._atoms)
+            gap, directions = self._price(f, lacking=not near)
             if gap <= target:
                 return Stop.CONVERGED
             best, since = (gap, 0) if gap < 0.95 * best else (best, since + 1)
-            if since > patience:
-                return Stop.STALLED
-            if new is None and not len(self.atoms()):
-                return Stop.STALLED
-            if new is not None and pruned:
-                self.small /= 2  # what was dropped may just have come back
-            self._grow(new)
-            before = self._descent.value
-            moved = self._descend(target)
+            if since > self.patience[self.problem.products]:
+                return self._ended()
+            if near and (not settled or gap < 0.5 * before):
+                self._settle(directions, gap)
+                settled = True
+            else:
+                if not near:
+                    self._prune(f, min(0.02, 2 * gap))
+                    self._grow(f, directions)
+                if not len(self._atoms) or not self._descend():
+                    return self._ended()
+                settled = False
             if self.monitor.out_of_time():
                 return Stop.TIME
-            resting = not moved or before - self._descent.value <= self.noise[self.problem.products] * abs(before)
-            if resting and self.problem.products != self.problem.dtype:
-                return Stop.STALLED
-            if resting:
-                self._average = None  # nothing to average out any more
-            stuck = stuck + 1 if new is None and resting else 0
-            if stuck == 2:
-                full = self.max_heads is not None and len(self.atoms()) >= self.max_heads
-                return Stop.HEADS if full else Stop.STALLED
         return Stop.STALLED
 
-    def _descend(self, target: float) -> bool:
-        """Up to `descent_steps` iterations, fewer when the gap may have closed; False if nothing moved."""
+    def _ended(self) -> Stop:
+        """Why there is no more to gain."""
+        full = self.max_heads is not None and len(self._atoms) >= self.max_heads
+        return Stop.HEADS if full else Stop.STALLED
+
+    # -- far away -----------------------------------------------------------------------------------------------------
+    def _descend(self) -> bool:
+        """A round of L-BFGS over the factors; False if the objective did not move."""
+        descent = FactoredDescent(self.problem, self._atoms, self.beta, Whitening(self.problem, self._atoms, self.beta))
+        before, self._average, blind = descent.value, None, False
         for step in range(self.descent_steps):
-            if self.monitor.out_of_time():
-                return True
-            if not self._descent.step():
-                return step > 0
-            latest = self.problem.last_outputs
-            self._average = latest if self._average is None else torch.lerp(latest, self._average, self.memory)
-            if step % 5 == 4:
-                gap = self.monitor.record(self._descent.value, -torch.inf, len(self._descent.atoms))
-                best_case = scaled_dual(self.problem, latest, self._inner_norm(), self.beta)
-                if gap > target and self._descent.value - best_case <= 0.5 * target * abs(self._descent.value):
-                    return True
-        return True
+            if self.monitor.out_of_time() or not descent.step():
+                break
+            if step >= self.descent_steps // 2:
+                latest = self.problem.last_outputs
+                self._average = latest if self._average is None else torch.lerp(latest, self._average, self.memory)
+            # Many evaluations a step are a sign that rounding hides the decrease.
+            blind = descent.lbfgs.evaluations > 1.5 * self.descent_steps
+            if blind:
+                break
+        self._atoms = balance(descent.atoms, drop=1e-7)[0]
+        self.monitor.record(descent.value, -torch.inf, len(self._atoms))
+        moved = before - descent.value > self.noise[self.problem.products] * abs(before)
+        return moved and not (blind and self.problem.products != self.problem.dtype)
 
-    def _alignment(self) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-        """Size ``‖U_k‖‖V_k‖`` of each atom, and ``−⟨u, G v⟩/β`` for its unit directions: 1 at a stationary point."""
-        atoms, gradient = self._descent.atoms, self._descent.gradient
-        U, V = atoms.U.flatten(1), atoms.V.flatten(1)
-        size = (U.norm(dim=1) * V.norm(dim=1)).clamp_min(torch.finfo(U.dtype).tiny)
-        along = ((gradient.U.flatten(1) - self.beta * U) * U).sum(1)
-        return size, -along / (self.beta * size)
+    def _prune(self, f: Tensor, margin: float) -> None:
+        """Drop small atoms on their way out, the gradient along them below β by ``margin``."""
+        atoms = self._atoms
+        if not len(atoms):
+            return
+        R = self.problem.residual(f if self._average is None else self._average)
+        size = atoms.U.flatten(1).square().sum(1)  # of balanced atoms
+        along = (self._rough.adjoint_times_mixing(R, atoms.U, atoms.block) * atoms.V).sum((1, 2))
+        keep = (size > self.small * size.max()) | (-along > (1 - margin) * self.beta * size)
+        self._atoms = atoms.select(keep)
 
-    def _inner_norm(self) -> float:
-        """``‖G V (VᵀV)^{-1/2}‖ ≤ ‖G‖``, largest over blocks: all that the gradient of the factors says of the norm."""
-        atoms, gradient = self._descent.atoms, self._descent.gradient
-        largest = 0.0
-        for block in torch.unique(atoms.block).tolist():
-            mine = atoms.block == block
-            V = atoms.V[mine].flatten(1).double()
-            scale = V.norm(dim=1, keepdim=True).clamp_min(1e-300)
-            GV = (gradient.U[mine].flatten(1) - self.beta * atoms.U[mine].flatten(1)).double() / scale
-            values, Q = torch.linalg.eigh((V / scale) @ (V / scale).T)
-            whitened = (Q / values.clamp_min(1e-10).sqrt()).T @ GV
-            largest = max(largest, float(torch.linalg.eigvalsh(whitened @ whitened.T)[-1].clamp_min(0).sqrt()))
-        return largest
-
-    def _prune(self, margin: float) -> bool:
-        """Drop small atoms on their way out, the gradient along them below β by ``margin``; whether there were any."""
-        if self._running is None:
-            return False
-        self._descent.principal()
-        size, alignment = self._alignment()
-        keep = (size > self.small * size.max()) | (alignment > 1 - margin)
-        keep &= size > 1e-9 * size.max()
-        if bool(keep.all()):
-            return False
-        self._descent.change(keep, None)
-        return True
-
-    def _grow(self, new: Atoms | None) -> None:
-        if self._running is None:
-            atoms = self._start if new is None else self._start.append(new)
-            self._running = FactoredDescent(self.problem, atoms, self.beta)
-        elif new is not None:
-            self._average = None
-            everything = torch.ones(len(self.atoms()), dtype=torch.bool, device=self.problem.device)
-            self._descent.change(everything, new)
-
-    def _price(self) -> tuple[float, Atoms | None]:
-        """The estimated relative gap, recorded, and new atoms, None where there are none to add."""
-        problem, atoms = self.problem, self.atoms()
-        f = problem.outputs(atoms) if self._running is None else problem.last_outputs
-        point = f if self._average is None else self._average
-        G = GradientMatrices(problem, problem.residual(point))
-        lacking = split_off_model(G, atoms)
-        sigma, left, right = self._triples(lacking, G)
-        norm = float(sigma.max())
-        objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
-        if len(atoms):
-            krylov, *_ = leading(G, atoms, extra=2, steps=2, generator=self.generator)
-            norm = max(norm, float(lacking.inner.max() if krylov is None else krylov.values.max().sqrt()))
-        gap = self.monitor.record(objective, scaled_dual(problem, point, norm, self.beta), len(atoms))
-        room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(atoms))
+    def _grow(self, f: Float[Tensor, "n r c"], directions: Directions) -> None:
+        """Append atoms in the directions with ``σ > β``."""
+        sigma, left, right = directions
+        room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(self._atoms))
         picked = (sigma > self.beta * (1 + 1e-6)).nonzero()
         if not len(picked) or room <= 0:
-            return gap, None
+            return
         strength = sigma[picked[:, 0], picked[:, 1]]
         j, k = picked[strength.argsort(descending=True)[:room]].unbind(1)
-        return gap, self._new_atoms(f, sigma[j, k], left[j, :, k], right[j, :, k], j)
+        new = self._new_atoms(f, sigma[j, k], left[j, :, k], right[j, :, k], j)
+        self._average = None
+        self._atoms = self._atoms.append(new)
 
-    def _triples(self, lacking, G: GradientMatrices):  # type: ignore[no-untyped-def]
-        """Leading singular triples of what the model lacks; from random vectors first, then from the last ones."""
+    # -- near ---------------------------------------------------------------------------------------------------------
+    def _can_settle(self, gap: float) -> bool:
+        """Whether Newton steps over the model's span and more are affordable, and the model is near enough."""
+        if gap > self.near or self.max_heads is not None or not len(self._atoms):
+            return False
+        if self.problem.products != self.problem.dtype or mean_curvature(self.problem, self.problem.Y) == 0:
+            return False
+        counts = torch.bincount(self._atoms.block)
+        return self.problem.n_blocks * (2 * int(counts.max()) + self._extra()) ** 2 <= MOST_COEFFICIENTS
+
+    def _extra(self) -> int:
+        """Directions a block that is looked for beside as many as the model has."""
+        return 6 if self.problem.n_blocks == 1 else 1
+
+    def _settle(self, directions: Directions, gap: float) -> None:
+        """Proximal Newton steps over the span of the model and of the leading directions."""
         problem = self.problem
+        left, right = self._with_model(directions.left, directions.right)
+        blocks = torch.arange(problem.n_blocks, device=problem.device)
+        subspace = Subspace(problem, self._rough, left, right, blocks, self._atoms.intercept)
+        M = left.new_zeros(problem.n_blocks, left.shape[2], left.shape[2])
+        for block in torch.unique(self._atoms.block).tolist():
+            mine = self._atoms.block == block
+            U, V = self._atoms.U[mine].flatten(1), self._atoms.V[mine].flatten(1)
+            M[block] = (U @ left[block]).T @ (V @ right[block])
+        M, _ = subspace.solve(M, self.beta, until=0.25 * gap, generator=self.generator)
+        self._atoms, self._average = subspace.atoms(M), None
+
+    def _with_model(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Orthonormal bases of the model and of more directions, block by block; zero columns where fewer."""
+        atoms, blocks = self._atoms, torch.arange(len(left), device=left.device).repeat_interleave(right.shape[2])
+        right = self.problem.mask_values(right.mT.reshape(-1, *self.problem.value_shape), blocks)
+        right = right.view(len(left), -1, self.problem.head.value_rows * self.problem.c).mT
+        widest = int(torch.bincount(atoms.block).max())
+        A, B = (part.new_zeros(*part.shape[:2], widest + part.shape[2]) for part in (left, right))
+        for block in range(len(left)):
+            mine = atoms.block == block
+            for out, weights, more in ((A, atoms.U, left), (B, atoms.V, right)):
+                Q = independent(torch.cat([weights[mine].flatten(1).T, more[block]], dim=1))
+                out[block, :, : Q.shape[1]] = Q
+        return A, B
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+    def _price(self, f: Float[Tensor, "n r c"], *, lacking: bool) -> tuple[float, Directions]:
+        """The estimated relative gap, recorded, and leading directions: of the gradient matrices, or of what the model
+        is ``lacking``."""
+        problem, atoms = self.problem, self._atoms
+        point = f if self._average is None else self._average
+        R = problem.residual(point)
+        G = GradientMatrices(self._rough, R)
+        model = split_off_model(G, atoms)
+        if lacking:
+            directions = self._lacking(model)
+            norm = float(directions.sigma.max())
+            if len(atoms):
+                krylov, *_ = leading(G, atoms, extra=2, steps=2, generator=self.generator)
+                norm = max(norm, float(model.inner.max() if krylov is None else krylov.values.max().sqrt()))
+        else:
+            directions = self._leading(model, GradientMatrices(problem, R))
+            norm = float(directions.sigma.max())
+        objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
+        gap = self.monitor.record(objective, scaled_dual(problem, point, norm, self.beta), len(atoms))
+        return gap, directions
+
+    def _leading(self, model: Deflated, exact: GradientMatrices) -> Directions:
+        """Of every block, as many as the widest has atoms and some more; looked for from the model's, the last round's
+        and random ones in rough products, and their size then taken from ``exact`` ones."""
+        G, extra = model.G, self._extra()
+        blocks = torch.arange(self.problem.n_blocks, device=self.problem.device)
+        near = model.B if G.on_values else model.A
+        known = [near] if self._warm is None else [near, self._warm[:, :, :extra]]
+        noise = G.random_start(blocks, extra, self.generator)
+        start = torch.linalg.qr(torch.cat([*known, noise], 2)[:, :, : G.order]).Q
+        krylov = BlockKrylov(G.gram, start, blocks, G.order)
+        krylov.step()
+        while krylov.steps < 3 and krylov.can_step():
+            krylov.step()
+        x = krylov.vectors(min(near.shape[2] + extra, G.order))
+        self._warm = x[:, :, -extra:]
+        y = exact.times(x, blocks) if G.on_values else exact.transpose_times(x, blocks)
+        other = torch.linalg.qr(y).Q
+        left, right = (other, x) if G.on_values else (x, other)
+        return Directions(torch.linalg.svdvals(y), left, right)
+
+    def _lacking(self, model: Deflated) -> Directions:
+        """Of what the model lacks; from random vectors first, then from the last ones."""
+        G, problem = model.G, self.problem
         blocks = torch.arange(problem.n_blocks, device=problem.device)
         several = problem.n_blocks > 1
         if self._warm is None:
@@ -248,9 +300,9 @@ class ColumnGeneration:
         else:
             noise = G.random_start(blocks, self._warm.shape[2], self.generator) / self._warm.shape[1] ** 0.5
             start = self._warm + 0.1 * noise
-        sigma, left, right, warm = top_singular(lacking, start, rtol=2e-3, max_steps=30)
+        sigma, left, right, warm = top_singular(model, start, rtol=2e-3, max_steps=30)
         self._warm = warm[:, :, : min(2 if several else 8, warm.shape[2])]
-        return sigma, left, right
+        return Directions(sigma, left, right)
 
     def _new_atoms(
         self,
@@ -258,7 +310,7 @@ class ColumnGeneration:
         sigma: Float[Tensor, " k"],
         left: Float[Tensor, "k p"],
         right: Float[Tensor, "k q"],
-        block: Tensor,
+        block: Int[Tensor, " k"],
     ) -> Atoms:
         """Atoms ``−t w_k a_k b_kᵀ``, ``w_k = σ_k − β``, with the best common ``t``: the outputs are linear in it."""
         problem = self.problem

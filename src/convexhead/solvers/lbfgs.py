@@ -51,24 +51,6 @@ class Pairs:
         self.SY[row, :filled] = (self.Y[:filled] @ s).double().cpu()
         self.YY[:filled, row] = self.YY[row, :filled] = (self.Y[:filled] @ y).double().cpu()
 
-    def move(self, move: Callable[[Vector], Vector], *, orthogonal: bool) -> None:
-        """Take all pairs through a linear map; an ``orthogonal`` one leaves their products as they are."""
-        if not self.order:
-            return
-        filled = len(self.order)
-        S, Y = (torch.vmap(move)(part[:filled]) for part in (self.S, self.Y))
-        if not orthogonal:
-            SY, YY = (S @ Y.T).double().cpu(), (Y @ Y.T).double().cpu()
-            norms = (S.square().sum(1).double().cpu() * YY.diagonal()).sqrt()
-            # A pair may have lost its positive curvature with what was taken away.
-            kept = [row for row in self.order if SY[row, row] > torch.finfo(S.dtype).eps * norms[row]]
-            S, Y = S[kept], Y[kept]
-            filled, self.order = len(kept), list(range(len(kept)))
-            self.SY, self.YY = torch.zeros_like(self.SY), torch.zeros_like(self.YY)
-            self.SY[:filled, :filled], self.YY[:filled, :filled] = SY[kept][:, kept], YY[kept][:, kept]
-        self.S, self.Y = S.new_empty(self.memory, S.shape[1]), S.new_empty(self.memory, S.shape[1])
-        self.S[:filled], self.Y[:filled] = S, Y
-
     def apply(self, g: Vector) -> Vector:
         """``H g``."""
         filled, order = len(self.order), self.order
@@ -139,18 +121,6 @@ class LBFGS:
             pairs.S, pairs.Y = (self.x.new_empty(pairs.memory, len(self.x)) for _ in range(2))
             pairs.S[:filled], pairs.Y[:filled] = state["steps"], state["differences"]
             pairs.SY, pairs.YY = state["SY"].cpu(), state["YY"].cpu()
-
-    def reshape(self, x: Vector, move: Callable[[Vector], Vector]) -> None:
-        """Go on from ``x`` in another space; ``move`` takes remembered steps and gradient differences there."""
-        self.pairs.move(move, orthogonal=False)
-        self.x = x
-        self.value, self.gradient = self.function(x)
-        self.evaluations += 1
-
-    def rotate(self, move: Callable[[Vector], Vector]) -> None:
-        """Change coordinates by an orthogonal map: everything remembered goes along, nothing is evaluated."""
-        self.pairs.move(move, orthogonal=True)
-        self.x, self.gradient = move(self.x), move(self.gradient)
 
     def step(self) -> bool:
         """Move to the next iterate; False where no decrease can be found in this precision."""

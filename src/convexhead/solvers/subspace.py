@@ -1,0 +1,181 @@
+"""Proximal Newton steps on the convex program restricted to a few directions on both sides.
+
+    Z_j = A_j M_j B_jᵀ:     minimise over M   F(Σ_j 𝒜_j(A_j M_j B_jᵀ)) + β Σ_j ‖M_j‖_*
+
+with orthonormal ``A_j (p, m)``, ``B_j (q, m)`` that span the model and the leading singular directions of the gradient
+(active subspace selection: Hsieh & Olsen 2014). Factors move slowly where singular values of the gradient crowd around
+β; the nuclear norm of ``M`` decides there at once which directions stay.
+
+The Hessian of ``F`` in ``M`` is estimated from random draws (`Problem.pair_covariance`), the quadratic model with its
+nuclear norm minimised by proximal gradient steps on small matrices, and the step's length found exactly, since outputs
+are linear in ``M``: an iteration costs two passes over the data, with gradient and objective exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from convexhead.problem import Atoms, Problem
+from convexhead.solvers.base import scaled_dual
+from convexhead.solvers.whitening import probes
+
+DRAWS = 10
+"""Draws for the Hessian, as a multiple of the number of coefficients."""
+MOST_COEFFICIENTS = 2500
+MOST_STEPS = 6
+MIXED_BYTES = 1e9
+"""Mixed tokens of the directions are kept where they take no more, and made anew in each pass elsewhere."""
+
+
+class Subspace:
+    """The program over ``M``.
+
+    Parameters
+    ----------
+    problem : Problem
+        Its values and gradients are what converges.
+    rough : Problem
+        The same with cheaper products: for the Hessian.
+    left, right : Tensor (j, p, m), (j, q, m)
+        ``A`` and ``B``: orthonormal columns, or zero ones.
+    blocks : Tensor (j,)
+        The blocks that have directions.
+    intercept : Tensor (c,)
+        ``b``, which stays as it is.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        rough: Problem,
+        left: Float[Tensor, "j p m"],
+        right: Float[Tensor, "j q m"],
+        blocks: Int[Tensor, " j"],
+        intercept: Float[Tensor, " c"],
+    ) -> None:
+        self.problem, self.rough, self.left, self.right, self.blocks = problem, rough, left, right, blocks
+        m = left.shape[2]
+        self.basis = Atoms(
+            left.mT.reshape(-1, *problem.head.mixing_shape),
+            right.mT.reshape(-1, *problem.value_shape),
+            blocks.repeat_interleave(m),
+            intercept,
+        )
+        size = len(problem.Y) * problem.head.r * self.basis.V[..., 0].nbytes
+        room = min(MIXED_BYTES, problem.samples.memory - problem.samples.bytes)
+        self.mixed = problem.mixed(self.basis.U, self.basis.block) if size <= room else None
+
+    def outputs(self, M: Float[Tensor, "j m m"], *, change: bool = False) -> Float[Tensor, "n r c"]:
+        """``f`` at ``M``, or by how much ``M`` changes it."""
+        V = torch.bmm(M, self.right.mT).view(self.basis.V.shape)
+        if self.mixed is not None:
+            f = self.mixed.flatten(2) @ V.flatten(0, 1)
+            return f if change else f + self.basis.intercept
+        b = torch.zeros_like(self.basis.intercept) if change else self.basis.intercept
+        return self.problem.outputs(replace(self.basis, V=V, intercept=b))
+
+    def gradient(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "j m m"]:
+        """``A_jᵀ 𝒜_j*(R) B_j``."""
+        R = self.problem.residual(f)
+        if self.mixed is None:
+            rows = self.problem.adjoint_times_mixing(R, self.basis.U, self.basis.block)
+        else:
+            (rows,) = self.problem.sum(self.mixed.flatten(2).flatten(0, 1).T @ R.flatten(0, 1))
+        return torch.bmm(rows.view(*self.left.shape[::2], -1), self.right)
+
+    def hessian(self, f: Float[Tensor, "n r c"], generator: torch.Generator) -> NDArray[np.float64]:
+        """Of ``F`` in ``M``, estimated."""
+        size = self.left.shape[0] * self.left.shape[2] ** 2
+        H = torch.zeros(size, size, dtype=self.problem.dtype, device=self.problem.device)
+        times = -(-DRAWS * size // self.problem.n)
+        for _ in range(times):
+            z = probes(self.problem, f, generator)
+            assert z is not None, "the caller has asked"
+            H += self.rough.pair_covariance(self.basis, z, len(self.left)) / times
+        return H.double().cpu().numpy()
+
+    def solve(
+        self, M: Float[Tensor, "j m m"], beta: float, *, until: float, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "j m m"], Float[Tensor, "n r c"]]:
+        """The last ``M`` and ``f`` of steps from ``M`` until its relative gap in the subspace is at most ``until``."""
+        problem = self.problem
+        f = self.outputs(M)
+        H = self.hessian(f, generator)
+        for _ in range(MOST_STEPS):
+            G = self.gradient(f)
+            nuclear = float(torch.linalg.svdvals(M).sum())
+            objective = problem.data_term(f) + beta * nuclear
+            norm = float(torch.linalg.matrix_norm(G, 2).max())
+            gap = (objective - scaled_dual(problem, f, norm, beta)) / abs(objective)
+            if gap <= until:
+                break
+            D = torch.from_numpy(_minimise_model(H, _numpy(G), _numpy(M), beta, gap)).to(M)
+            df = self.outputs(D, change=True)
+
+            def along(t: float, M=M, D=D, f=f, df=df) -> float:  # type: ignore[no-untyped-def]
+                return problem.data_term(f + t * df) + beta * float(torch.linalg.svdvals(M + t * D).sum())
+
+            t = minimize_scalar(along, bounds=(0.0, 2.0), method="bounded", options={"maxiter": 12, "xatol": 0.02})
+            if t.fun >= objective:
+                break
+            M, f = M + float(t.x) * D, f + float(t.x) * df
+        return M, f
+
+    def atoms(self, M: Float[Tensor, "j m m"]) -> Atoms:
+        """``M`` as balanced atoms."""
+        left, sigma, right = torch.linalg.svd(M)
+        kept = sigma > 1e-6 * sigma.max()
+        root = sigma.sqrt().unsqueeze(1)
+        U, V = torch.bmm(self.left, left * root).mT[kept], torch.bmm(self.right, right.mT * root).mT[kept]
+        return Atoms(
+            U.view(-1, *self.problem.head.mixing_shape),
+            V.view(-1, *self.problem.value_shape),
+            self.blocks.unsqueeze(1).expand_as(sigma)[kept],
+            self.basis.intercept,
+        )
+
+
+def _numpy(x: Tensor) -> NDArray[np.float64]:
+    return x.double().cpu().numpy()
+
+
+def _minimise_model(
+    H: NDArray[np.float64], G: NDArray[np.float64], M: NDArray[np.float64], beta: float, gap: float
+) -> NDArray[np.float64]:
+    """``argmin_D ⟨G, D⟩ + ½⟨D, H D⟩ + β Σ_j ‖M_j + D_j‖_*``, by FISTA with restart, to a fraction of ``gap``."""
+    size = len(H)
+    v = np.ones(size) / np.sqrt(size)
+    for _ in range(20):
+        v = H @ v
+        L = float(np.linalg.norm(v))
+        v /= L or 1.0
+    L *= 1.1
+    Z = E = M
+    HZ = HE = np.zeros_like(M)
+    momentum, scale = 1.0, beta * np.linalg.svd(M, compute_uv=False).sum() + abs(float((G * M).sum()))
+    for iteration in range(3000):
+        left, sigma, right = np.linalg.svd(E - (G + HE) / L)
+        sigma = np.maximum(sigma - beta / L, 0.0)
+        new = (left * sigma[:, None, :]) @ right
+        H_new = (H @ (new - M).ravel()).reshape(M.shape)
+        if float(((E - new) * (new - Z)).sum()) > 0:
+            momentum = 1.0
+        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        weight, momentum = (momentum - 1) / following, following
+        E, HE = new + weight * (new - Z), H_new + weight * (H_new - HZ)
+        Z, HZ = new, H_new
+        if iteration % 25 == 24:
+            slope = G + HZ
+            above = np.linalg.norm(slope, 2, axis=(1, 2)).max() / beta - 1
+            slack = abs(float((slope * Z).sum()) + beta * float(sigma.sum()))
+            if above <= 0.1 * gap and slack <= 0.05 * gap * max(scale, 1e-300):
+                break
+    step: NDArray[np.float64] = Z - M
+    return step
