@@ -114,7 +114,7 @@ def test_a_lost_worker_ends_the_run_and_any_number_goes_on(tmp_path):
     manifest = json.loads((folder / "checkpoint.json").read_text())
     assert len(manifest["parts"]) == 3
     done = [row["objective"] for row in manifest["about"]["history"]]
-    assert len(done) >= 10
+    assert len(done) >= 3
     shutil.copytree(folder, tmp_path / "copy")
     codes, outputs, errors = launch(2, tmp_path, "resume", tmp_path / "copy")
     assert codes == [0, 0], errors
@@ -236,7 +236,7 @@ def lose(folder, **options):
 
     def kill(row):
         rows.append(row)
-        if os.environ["RANK"] == "1" and len(rows) == 20:
+        if os.environ["RANK"] == "1" and len(rows) == 6:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return resume(folder, callback=kill, **options)
@@ -249,7 +249,7 @@ def vanish(folder, **options):
 
     def cut(row):
         rows.append(row)
-        if os.environ["RANK"] == "1" and len(rows) == 20:
+        if os.environ["RANK"] == "1" and len(rows) == 6:
             subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
 
     return resume(folder, callback=cut, **options)

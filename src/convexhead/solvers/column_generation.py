@@ -28,7 +28,7 @@ from convexhead.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
-from convexhead.solvers.whitening import Whitening, mean_curvature
+from convexhead.solvers.whitening import Whitening
 from convexhead.spectral import (
     BlockKrylov,
     Deflated,
@@ -145,16 +145,17 @@ class ColumnGeneration:
                 return self._ended()
             if near and (not settled or gap < 0.5 * before):
                 self._settle(directions, gap)
-                settled = True
+                settled = moved = True
             else:
                 if not near:
                     self._prune(f, min(0.02, 2 * gap))
                     self._grow(f, directions)
-                if not len(self._atoms) or not self._descend():
-                    return self._ended()
+                moved = len(self._atoms) > 0 and self._descend()
                 settled = False
             if self.monitor.out_of_time():
                 return Stop.TIME
+            if not moved:
+                return self._ended()
         return Stop.STALLED
 
     def _ended(self) -> Stop:
@@ -211,7 +212,8 @@ class ColumnGeneration:
         """Whether Newton steps over the model's span and more are affordable, and the model is near enough."""
         if gap > self.near or self.max_heads is not None or not len(self._atoms):
             return False
-        if self.problem.products != self.problem.dtype or mean_curvature(self.problem, self.problem.Y) == 0:
+        one = self.problem.Y[:1]
+        if self.problem.products != self.problem.dtype or self.problem.loss.hessian_root(one, one, one) is None:
             return False
         counts = torch.bincount(self._atoms.block)
         return self.problem.n_blocks * (2 * int(counts.max()) + self._extra()) ** 2 <= MOST_COEFFICIENTS

@@ -78,7 +78,10 @@ def mean_curvature(problem: Problem, f: Float[Tensor, "n r c"]) -> float:
 
 def probes(problem: Problem, f: Float[Tensor, "n r c"], generator: torch.Generator) -> Float[Tensor, "n r c"] | None:
     """Draws whose covariance is the loss's Hessian at ``f``; None where the loss does not say."""
-    signs = torch.randint(0, 2, f.shape, generator=generator, dtype=torch.int8).to(f.device, f.dtype) * 2 - 1
+    # Processes have different numbers of samples, and must still agree on the generator afterwards.
+    seed = int(torch.randint(2**31, (1,), generator=generator)) + problem.ranks.rank
+    own = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, f.shape, generator=own, dtype=torch.int8).to(f.device, f.dtype) * 2 - 1
     return problem.loss.hessian_root(f, problem.Y, signs)
 
 
