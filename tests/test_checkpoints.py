@@ -141,7 +141,8 @@ def test_what_the_clock_or_a_person_stopped_goes_on(stop, tmp_path, monkeypatch)
     assert same(ch.ConvexHeadClassifier(**parameters).fit(X, Y, checkpoint=tmp_path / "c"), calm)
 
 
-def test_unseeded_runs_go_on_with_their_own_gates(tmp_path):
+@pytest.mark.parametrize("random_state", [None, np.random.RandomState(0)], ids=["none", "generator"])
+def test_unseeded_runs_go_on_with_their_own_gates(random_state, tmp_path):
     def fit(rows=10**9):
         seen = []
 
@@ -150,7 +151,8 @@ def test_unseeded_runs_go_on_with_their_own_gates(tmp_path):
             if len(seen) == rows:
                 raise Killed
 
-        clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates=3, beta_ratio=0.05, tol=1e-6)
+        parameters = {"n_gates": 3, "beta_ratio": 0.05, "tol": 1e-6, "random_state": random_state}
+        clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", **parameters)
         return clf.fit(X, Y, callback=count, checkpoint=tmp_path / "c", checkpoint_minutes=0.0)
 
     with pytest.raises(Killed):
