@@ -49,7 +49,7 @@ def run(request, monkeypatch):
         monkeypatch.setattr("convexhead.estimators.SMALL_TOKENS", 0)
         monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
     if request.param == "single then double precision":
-        patience = {**ColumnGeneration.patience, torch.float32: 0}
+        patience = {**ColumnGeneration.patience, torch.float32: -1}
         monkeypatch.setattr(ColumnGeneration, "patience", patience)
     if request.param == "bfloat16 first":
         monkeypatch.setattr("convexhead.problem.has_fast_bfloat16", lambda device: True)
@@ -65,6 +65,7 @@ def run(request, monkeypatch):
         clf = ch.ConvexHeadClassifier(head, **{"beta_ratio": 0.05, "random_state": 3, **parameters, **others})
         return clf.fit(X, Y, callback=count, checkpoint=folder, checkpoint_minutes=0.0), len(rows)
 
+    fit.kind = request.param
     return fit
 
 
@@ -92,13 +93,17 @@ def same(one, other):
 def test_a_resumed_run_makes_the_same_iterates(run, tmp_path):
     calm, total = run()
     assert total >= 3
+    stages = []
     for stop_at in sorted({2, total // 2, 3 * total // 4, total - 1} - {0, 1}):
         folder = tmp_path / str(stop_at)
         with pytest.raises(Killed):
             run(folder, stop_at=stop_at)
+        stages.append(json.loads((folder / "checkpoint.json").read_text())["about"]["stage"])
         resumed, rest = run(folder)
         assert rest < total or stop_at < total // 2, "nothing was resumed"
         assert same(resumed, calm)
+    reached = {"single then double precision": "double", "bfloat16 first": "rough"}.get(run.kind)
+    assert reached is None or any(stage[reached] for stage in stages)
     again, rest = run(folder)  # of a finished run the last moments are repeated
     assert same(again, calm)
 
@@ -141,7 +146,8 @@ def test_what_the_clock_or_a_person_stopped_goes_on(stop, tmp_path, monkeypatch)
     assert same(ch.ConvexHeadClassifier(**parameters).fit(X, Y, checkpoint=tmp_path / "c"), calm)
 
 
-def test_unseeded_runs_go_on_with_their_own_gates(tmp_path):
+@pytest.mark.parametrize("random_state", [None, np.random.RandomState(0)], ids=["none", "generator"])
+def test_unseeded_runs_go_on_with_their_own_gates(random_state, tmp_path):
     def fit(rows=10**9):
         seen = []
 
@@ -150,7 +156,8 @@ def test_unseeded_runs_go_on_with_their_own_gates(tmp_path):
             if len(seen) == rows:
                 raise Killed
 
-        clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates=3, beta_ratio=0.05, tol=1e-6)
+        parameters = {"n_gates": 3, "beta_ratio": 0.05, "tol": 1e-6, "random_state": random_state}
+        clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", **parameters)
         return clf.fit(X, Y, callback=count, checkpoint=tmp_path / "c", checkpoint_minutes=0.0)
 
     with pytest.raises(Killed):

@@ -686,6 +686,8 @@ def _described(value: Any) -> Any:
         return inputs.content_hash(value, None)
     if isinstance(value, Loss):
         return f"{type(value).__name__}({vars(value)})"
+    if isinstance(value, np.random.RandomState):
+        return None  # like no seed at all: what was drawn is in the checkpoint
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
