@@ -300,8 +300,9 @@ class ColumnGeneration:
         if self._warm is None:
             start = G.random_start(blocks, min(4 if several else self.batch, G.order), self.generator)
         else:
-            noise = G.random_start(blocks, self._warm.shape[2], self.generator) / self._warm.shape[1] ** 0.5
-            start = self._warm + 0.1 * noise
+            # Fresh ones too: what the last round's vectors do not see would never be found.
+            fresh = G.random_start(blocks, min(2, G.order), self.generator) / self._warm.shape[1] ** 0.5
+            start = torch.cat([self._warm, fresh], 2)[:, :, : G.order]
         sigma, left, right, warm = top_singular(model, start, rtol=2e-3, max_steps=30)
         self._warm = warm[:, :, : min(2 if several else 8, warm.shape[2])]
         return Directions(sigma, left, right)
