@@ -12,7 +12,7 @@ A ReLU atom's block is its channel group; what is known about its optimum is in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -30,8 +30,9 @@ PullBack = Callable[[Tensor], Tensor]
 class Activation(Protocol):
     """Mixes tokens for atoms of given blocks, and pulls gradients back to their mixing weights."""
 
+    name: ClassVar[str]
     n_blocks: int
-    convex: bool
+    convex: ClassVar[bool]
     """Whether mixing is linear in ``U``: only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""
 
     def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool) -> Data:
@@ -64,7 +65,8 @@ class Activation(Protocol):
 class LinearActivation:
     """``σ(A) = A``."""
 
-    convex = True
+    name: ClassVar[str] = "linear"
+    convex: ClassVar[bool] = True
 
     def __init__(self, head: Head) -> None:
         self.head = head
@@ -99,7 +101,8 @@ class GatedReLU:
         The gate vectors ``g_j``; explicit, or from `sample_gates`.
     """
 
-    convex = True
+    name: ClassVar[str] = "gated-relu"
+    convex: ClassVar[bool] = True
 
     def __init__(self, head: Head, gates: Float[Tensor, "J ..."]) -> None:
         _check_mixing(head)
@@ -161,7 +164,8 @@ class ReLU:
     The derivative at a zero entry is taken to be 0.
     """
 
-    convex = False
+    name: ClassVar[str] = "relu"
+    convex: ClassVar[bool] = False
 
     def __init__(self, head: Head) -> None:
         _check_mixing(head)
@@ -212,9 +216,32 @@ def make_activation(name: str, head: Head, gates: Tensor | None) -> Activation:
     return GatedReLU(head, gates)
 
 
-def sample_gates(head: Head, n_gates: int, generator: torch.Generator) -> Float[Tensor, "J ..."]:
-    """``n_gates`` standard normal gates, float64 ``(J, *head.gate_shape)``: continuous, so ties have probability 0."""
-    return torch.randn(n_gates, *head.gate_shape, generator=generator, dtype=torch.float64)
+def sample_gates(
+    head: Head, n_gates: int, generator: torch.Generator, X: Float[Tensor, "n s d"] | None = None
+) -> Float[Tensor, "J ..."]:
+    """``n_gates`` random gates, float64 ``(J, *head.gate_shape)``: continuous, so ties have probability 0.
+
+    Parameters
+    ----------
+    head : Head
+    n_gates : int
+        ``J``.
+    generator : torch.Generator
+        Decides everything: equal states give equal gates.
+    X : Tensor (n, s, d) or None
+        None: standard normal gates. Tokens: gates ``K_Sᵀ z`` with ``z`` standard normal and ``K_S`` the pre-activations
+        of eight random samples as linear functions of the gate: normal gates in the metric of the data, whose
+        patterns cut through where the tokens are.
+    """
+    if X is None:
+        return torch.randn(n_gates, *head.gate_shape, generator=generator, dtype=torch.float64)
+    gates = []
+    group = torch.arange(head.n_groups, device=X.device)
+    for _ in range(n_gates):
+        chosen = X[torch.randint(len(X), (min(8, len(X)),), generator=generator).to(X.device)].double()
+        z = torch.randn(len(chosen), head.n_groups, head.p, head.score_width, generator=generator, dtype=torch.float64)
+        gates.append(head.preactivation_adjoint(head.prepare(chosen), z.to(X.device), group).cpu())
+    return torch.stack(gates).view(n_gates, *head.gate_shape) if gates else torch.zeros(0, *head.gate_shape).double()
 
 
 def pack_bits(mask: Bool[Tensor, "... m"]) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexhead.errors import InputError
@@ -98,17 +98,30 @@ def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Te
 
 def hyperplanes(K: Float[Tensor, "m u"]) -> Float[Tensor, "N u"]:
     """The distinct hyperplanes as unit rows: zero rows dropped, parallel ones kept once."""
+    return hyperplanes_of(K)[0]
+
+
+def hyperplanes_of(K: Float[Tensor, "m u"]) -> tuple[Float[Tensor, "N u"], Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """The distinct hyperplanes as unit rows, the one of each row, and the signed scale: ``K_i = scale_i planes[of_i]``.
+
+    Zero rows have scale 0 and belong to the first.
+    """
     norm = K.norm(dim=1)
-    K = K[norm > PARALLEL * norm.max()] if len(K) else K
-    K = K / K.norm(dim=1, keepdim=True)
-    kept: list[int] = []
-    for i in range(len(K)):
+    of, scale = torch.zeros(len(K), dtype=torch.int64, device=K.device), torch.zeros_like(norm)
+    rows = (norm > PARALLEL * norm.max()).nonzero().squeeze(1) if len(K) else of
+    if not len(rows):
+        return K[:0], of, scale
+    unit = K[rows] / norm[rows].unsqueeze(1)
+    first = []  # of the rows that each is parallel to
+    for part in unit.split(1024):
         # For unit vectors, ‖a ∓ b‖² ≈ 2(1 − |⟨a, b⟩|) loses half of the digits; the distances themselves do not.
-        others = K[kept]
-        apart = torch.minimum((others - K[i]).norm(dim=1), (others + K[i]).norm(dim=1))
-        if not len(kept) or float(apart.min()) > PARALLEL:
-            kept.append(i)
-    return K[kept]
+        apart = (torch.cdist(part, q, compute_mode="donot_use_mm_for_euclid_dist") for q in (unit, -unit))
+        first.append((torch.minimum(*apart) <= PARALLEL).int().argmax(1))
+    leader = torch.cat(first)
+    leaders, of[rows] = torch.unique(leader[leader], return_inverse=True)
+    planes = unit[leaders]
+    scale[rows] = norm[rows] * (unit * planes[of[rows]]).sum(1).sign()
+    return planes, of, scale
 
 
 def _cells(K: Float[Tensor, "N r"]) -> Float[Tensor, "J r"]:

@@ -8,10 +8,11 @@ import torch
 
 from convexhead.certificate import Certificate, certify_atoms
 from convexhead.intercept import solve_intercept
-from convexhead.problem import Atoms, Problem, balance
+from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Progress, Solution, Stop
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.fista import Fista
+from convexhead.solvers.relu import ReLUColumnGeneration
 from convexhead.solvers.ridge import RidgeDescent
 
 DENSE_FEATURES = 5e6
@@ -24,6 +25,9 @@ ROUGH = 0.05
 """Relative gap down to which large products are made in bfloat16 where that is faster."""
 DENSE_ORDER = 128
 """Order of the matrices whose eigendecomposition a proximal step may need."""
+
+
+Method = Fista | ColumnGeneration | RidgeDescent | ReLUColumnGeneration
 
 
 def is_small(problem: Problem) -> bool:
@@ -69,7 +73,7 @@ def solve(
     """
     monitor = Monitor(max_time, callback)
     monitor.dual = known_dual
-    method: Fista | ColumnGeneration | RidgeDescent | None = None
+    method: Method | None = None
     model, dual, target, stop = start or _zero_model(problem), known_dual, 0.8 * tol, Stop.STALLED
     failure = 0.0  # of all certificates so far, whose best bound is kept: their shares add up to less than the whole
     share = FAILURE_PROBABILITY
@@ -100,6 +104,9 @@ def solve(
             dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
             failure = certificate.failure_probability
             if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
+                break
+            if certificate.scope == "estimated" and stop is Stop.CONVERGED:
+                stop = Stop.SEARCHED  # all that can be had
                 break
             if stop is Stop.STALLED:
                 if problem.dtype == torch.float64:
@@ -149,7 +156,7 @@ def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -
     """
     atoms = atoms.to(problem.device, torch.float64)
     if problem.head.learns_mixing:
-        atoms, singular_values = balance(atoms, drop=0.0)
+        atoms, singular_values = problem.balance(atoms)
         atoms.V = problem.mask_values(atoms.V, atoms.block)  # balancing leaves rounding there
         if len(atoms):
             sigma = torch.cat(singular_values)
@@ -174,9 +181,11 @@ def _method(
     monitor: Monitor,
     max_heads: int | None,
     generator: torch.Generator,
-) -> Fista | ColumnGeneration | RidgeDescent:
+) -> Method:
     if not problem.head.learns_mixing:
         return RidgeDescent(problem, beta, start, monitor)
+    if not problem.activation.convex:
+        return ReLUColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)
     if is_small(problem) and problem.dtype == torch.float64 and max_heads is None:
         return Fista(problem, beta, start, monitor)
     return ColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)

@@ -1,0 +1,195 @@
+"""What is known of the dual norm of a ReLU head,
+
+    h(R) = max_{‖u‖ ≤ 1} ‖Σ_i (P mix(X_i, u))ᵀ R_i‖_F
+
+the largest reward that any mixing weight can have. Two statements, never mixed: an *upper bound*, a proof, and the
+largest value that a *search* has found. How the bound is had depends on the size of the problem:
+
+``branch and bound``   the sphere is covered, where the data sees few mixing dimensions (`bound`): as tight as asked for;
+``patterns``           every activation pattern is gone through, where they can be enumerated: the norm of the gradient
+                       matrix of each, for scalar values restricted to the pattern's own cone, which makes it exact;
+``product of norms``   ``max(t, 0) = (t + |t|)/2`` gives ``½‖Kᵀ C‖₂ + ½‖K‖₂‖C‖₂``: always valid, never tight;
+``none``               the problem is too large to write its scores out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.optimize import nnls
+from torch import Tensor
+
+from convexhead.patterns import MAX_PATTERNS, cells, most_cells
+from convexhead.problem import Atoms, Problem
+from convexhead.relu.ascent import Peaks, ascend, starts
+from convexhead.relu.bound import MAX_DIMENSION, ROUNDING, largest_norm
+from convexhead.relu.scores import Form, Scores, scores_of
+
+WRITTEN_OUT = 2e7
+"""Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
+TIGHT = ("branch and bound", "patterns")
+"""Bounds whose only error is what the problem's geometry leaves."""
+
+
+@dataclass(frozen=True)
+class DualNorm:
+    """Bounds ``peaks.values[0] ≤ h(R) ≤ upper``.
+
+    Attributes
+    ----------
+    upper : float
+        Proven, rounding included; infinite where nothing is known.
+    method : str
+        How it was had; see the module's text.
+    peaks : Peaks
+        What the search found.
+    ascents : int
+        Starts of the search.
+    """
+
+    upper: float
+    method: str
+    peaks: Peaks
+    ascents: int
+
+    @property
+    def lower(self) -> float:
+        """The largest value found."""
+        return float(self.peaks.values[0]) if len(self.peaks.values) else 0.0
+
+
+class NormOracle:
+    """``h(R)`` of one problem, for any residuals: what depends on the tokens alone is found once.
+
+    Parameters
+    ----------
+    problem : Problem
+        In float64, with a ReLU.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        head = problem.head
+        rows = problem.n * head.p * head.score_width
+        small = rows * max(head.mixing_size, problem.value_shape[0] * problem.c) * head.n_groups <= WRITTEN_OUT
+        self.scores: list[Scores] | None = scores_of(problem) if small else None
+        self.method = "none" if self.scores is None else self._method(self.scores)
+        self._cells: dict[int, Tensor] = {}
+
+    @staticmethod
+    def _method(scores: list[Scores]) -> str:
+        if all(s.dimension <= MAX_DIMENSION for s in scores):
+            return "branch and bound"
+        if all(most_cells(len(s.planes), s.dimension) <= MAX_PATTERNS for s in scores):
+            return "patterns"
+        return "product of norms"
+
+    @property
+    def tight(self) -> bool:
+        """Whether the bound is worth calling a certificate."""
+        return self.method in TIGHT
+
+    def __call__(
+        self,
+        R: Float[Tensor, "n r c"],
+        *,
+        warm: Atoms | None = None,
+        generator: torch.Generator,
+        n_starts: int = 16,
+        iterations: int = 30,
+        rtol: float = 1e-6,
+        enough: float = 0.0,
+    ) -> DualNorm:
+        """Search, and then bound.
+
+        Parameters
+        ----------
+        warm : Atoms or None
+            Weights to start from besides the random ones.
+        n_starts : int
+            Random starts for each channel group.
+        iterations : int
+            Of each ascent.
+        rtol : float
+            Relative width at which branch and bound ends.
+        enough : float
+            An upper bound that need not be improved on.
+        """
+        problem = self.problem
+        U, block = starts(problem, n_starts, generator)
+        if warm is not None and len(warm):
+            U, block = torch.cat([warm.U, U]), torch.cat([warm.block, block])
+        peaks = ascend(problem, R, U, block, iterations=iterations)
+        if self.scores is None:
+            return DualNorm(math.inf, self.method, peaks, len(U))
+        upper, best = 0.0, []
+        for scores in self.scores:
+            form = scores.weights(problem, R)
+            if self.method == "branch and bound":
+                lower = float(peaks.values[:1].sum())
+                bound, _, u = largest_norm(form, lower=lower, rtol=rtol, enough=enough)
+                best.append(u @ scores.basis)
+            elif self.method == "patterns":
+                bound = _over_patterns(form, self._gates(scores))
+            else:
+                bound = product_of_norms(form)
+            upper = max(upper, bound)
+        if best:
+            U = torch.stack(best).view(-1, *problem.head.mixing_shape)
+            block = torch.arange(len(U), device=U.device)
+            seen = U.flatten(1).norm(dim=1) > 0
+            better = ascend(problem, R, U[seen], block[seen], iterations=iterations)
+            peaks = merge_peaks(peaks, better)
+        return DualNorm(max(upper, float(peaks.values[:1].sum())), self.method, peaks, len(U))
+
+    def _gates(self, scores: Scores) -> Float[Tensor, "J w"]:
+        if scores.group not in self._cells:
+            self._cells[scores.group] = cells(scores.planes)
+        return self._cells[scores.group]
+
+
+def merge_peaks(a: Peaks, b: Peaks) -> Peaks:
+    """Both, highest first."""
+    values = torch.cat([a.values, b.values])
+    merged = Peaks(values, torch.cat([a.U, b.U]), torch.cat([a.G, b.G]), torch.cat([a.block, b.block]))
+    return merged.select(values.argsort(descending=True))
+
+
+def product_of_norms(form: Form) -> float:
+    """``‖(L + ½ Kᵀ c)ᵀ‖₂ + ½ ‖K‖₂ ‖c‖₂``."""
+    linear = torch.linalg.matrix_norm(form.L + form.K.T @ form.c / 2, 2)
+    rest = torch.linalg.matrix_norm(form.K, 2) * torch.linalg.matrix_norm(form.c, 2) / 2
+    return float(linear + rest) * (1 + ROUNDING) + form.neglected
+
+
+def _over_patterns(form: Form, gates: Float[Tensor, "J w"]) -> float:
+    """The largest, over patterns ``D``, of the norm of ``M_D = L + Kᵀ D c``; for scalar values in the pattern's cone.
+
+    For one column ``m`` and ``K_D = (2D − I) K``: ``max{±mᵀu : K_D u ≥ 0, ‖u‖ ≤ 1} = min_{λ ≥ 0} ‖±m + K_Dᵀ λ‖``,
+    so that every ``λ ≥ 0`` gives a bound, whatever a solver made of it.
+    """
+    signs = (gates @ form.K.T >= 0).double()
+    M = torch.einsum("jh,hw,hq->jwq", signs, form.K, form.c) + form.L
+    norms = torch.linalg.matrix_norm(M, 2)
+    upper = 0.0
+    order = norms.argsort(descending=True)
+    for j in order.tolist():
+        if float(norms[j]) <= upper:
+            break  # the rest cannot be larger
+        upper = max(upper, _in_cone(M[j, :, 0], (2 * signs[j] - 1).unsqueeze(1) * form.K) if M.shape[2] == 1 else float(norms[j]))
+    return upper * (1 + ROUNDING) + form.neglected
+
+
+def _in_cone(m: Float[Tensor, " w"], K: Float[Tensor, "h w"]) -> float:
+    """``max |mᵀu|`` over ``K u ≥ 0``, ``‖u‖ ≤ 1``."""
+    A = K.T.numpy(force=True)
+    bounds = []
+    for sign in (1.0, -1.0):
+        target = -sign * m.numpy(force=True)
+        lam, _ = nnls(A, target)
+        bounds.append(float(np.linalg.norm(A @ np.maximum(lam, 0.0) - target)))
+    return max(bounds)
