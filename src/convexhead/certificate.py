@@ -65,9 +65,9 @@ class Certificate:
     failure_probability : float
         Probability, over the random starts, that the raised value is not a bound; 0 for an exact SVD.
     scope : str
-        What the gap is to: ``"global"``, the optimum of all heads of this kind; ``"sampled-gates"``, that of the program
-        with these gates; ``"estimated"``: of a ReLU head too large for a tight proof. Then ``dual``, ``gap`` and
-        ``relative_gap`` are still proven, but loose, and the fields below say what a search suggests.
+        What the gap is to. ``"global"``: the optimum over all heads of this kind. ``"sampled-gates"``: that of the
+        program with these gates. ``"estimated"``: a ReLU head too large for a tight proof; ``dual``, ``gap`` and
+        ``relative_gap`` are still proven, but loose, and the last fields say what a search suggests.
     converged : bool
         Whether ``relative_gap ≤ tol``; never where ``scope`` is ``"estimated"``.
     bound : str
@@ -175,7 +175,9 @@ def certify_atoms(
     if not problem.head.learns_mixing:
         best, how = dual.ridge(), "Frobenius norm"
     elif not problem.activation.convex:
-        reward = (oracle or NormOracle(exact))(R, warm=directions, generator=generator, rtol=0.02 * tol)
+        oracle = oracle or NormOracle(exact)
+        peaks = oracle.search(R, warm=directions, generator=generator, n_starts=32, iterations=50, rtol=1e-6)
+        reward = oracle.bound(R, peaks, rtol=0.02 * tol)
         best, how = dual.spectral(reward.upper), reward.method
     else:
         G = GradientMatrices(exact, R)

@@ -44,11 +44,17 @@ class Peaks:
         """The peaks that ``index`` picks."""
         return Peaks(self.values[index], self.U[index], self.G[index], self.block[index])
 
+    def merge(self, other: Peaks) -> Peaks:
+        """These and ``other``'s, highest first."""
+        pairs = ((self.values, other.values), (self.U, other.U), (self.G, other.G), (self.block, other.block))
+        merged = Peaks(*(torch.cat(pair) for pair in pairs))
+        return merged.select(merged.values.argsort(descending=True))
+
     def distinct(self, *, cosine: float = 0.999) -> Peaks:
         """Of peaks in one block whose directions agree to ``cosine`` only the highest."""
         flat = self.U.flatten(1)
         same = (flat @ flat.T > cosine) & (self.block.unsqueeze(1) == self.block)
-        return self.select(same.int().argmax(1) == torch.arange(len(flat), device=flat.device))
+        return self.select(~same.tril(-1).any(1))
 
 
 def ascend(
@@ -104,6 +110,10 @@ def starts(problem: Problem, k: int, generator: torch.Generator) -> tuple[Float[
     head, groups = problem.head, problem.head.n_groups
     gates = torch.cat([sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, problem.X)])
     U = gates.to(problem.device, problem.dtype).view(-1, *head.mixing_shape)
+    span = head.mixing_span()
+    if span is not None:
+        span = span.to(U)
+        U = (U.flatten(1) @ span.T @ span).view_as(U)
     return U, torch.arange(len(U), device=problem.device) % groups
 
 

@@ -10,9 +10,9 @@ the cone of angle ``θ`` around it, ``u = cos φ (u₀ + tan φ v)`` with ``v �
 * what is left is linear, ``Mᵀ u``, and with ``q = ‖Mᵀ u₀‖²``, ``b`` the norm of the part of ``M Mᵀ u₀`` orthogonal to
   ``u₀`` and ``λ`` the largest eigenvalue of ``M Mᵀ`` there, ``‖Mᵀ u‖² ≤ q cos² φ + 2b sin φ cos φ + λ sin² φ``.
 
-Boxes whose bound is not above the best value found are done; the others are halved. Every state gives a valid bound, so
-the search may stop at any time. Its error falls with the square of the boxes where ``g`` is smooth and with the boxes at
-its kinks, where the maximum is as sharp: few boxes survive at any size, in the few dimensions that this is meant for.
+Boxes whose bound is not above the best value found are done; the others are halved. Every state gives a valid bound,
+so the search may stop at any time. The error of a box falls with the square of its size where ``g`` is smooth and with
+its size at kinks, where maxima are as sharp: few boxes survive at any size, in the few dimensions this is meant for.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def largest_norm(
 
 
 def _cover(w: int, like: Tensor) -> tuple[Float[Tensor, "b w"], Float[Tensor, "b w"]]:
-    """Centres and half-widths of boxes that cover the faces of the cube ``[−1, 1]^w``, none wider than a cone of 30°."""
+    """Centres and half-widths of boxes that cover the faces of the cube ``[−1, 1]^w``, in cones of at most 30°."""
     parts = max(1, math.ceil(2 * math.sqrt(w - 1)))
     ticks = (2 * torch.arange(parts, dtype=like.dtype, device=like.device) + 1) / parts - 1
     within = torch.cartesian_prod(*[ticks] * (w - 1)).view(-1, w - 1) if w > 1 else like.new_zeros(1, 0)

@@ -5,7 +5,8 @@
 the largest reward that any mixing weight can have. Two statements, never mixed: an *upper bound*, a proof, and the
 largest value that a *search* has found. How the bound is had depends on the size of the problem:
 
-``branch and bound``   the sphere is covered, where the data sees few mixing dimensions (`bound`): as tight as asked for;
+``faces``              every face of the arrangement of scores is gone through (`faces`): exact, for few samples;
+``branch and bound``   the sphere is covered (`bound`): as tight as asked for, where few mixing dimensions are seen;
 ``patterns``           every activation pattern is gone through, where they can be enumerated: the norm of the gradient
                        matrix of each, for scalar values restricted to the pattern's own cone, which makes it exact;
 ``product of norms``   ``max(t, 0) = (t + |t|)/2`` gives ``½‖Kᵀ C‖₂ + ½‖K‖₂‖C‖₂``: always valid, never tight;
@@ -27,11 +28,12 @@ from convexhead.patterns import MAX_PATTERNS, cells, most_cells
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.ascent import Peaks, ascend, starts
 from convexhead.relu.bound import MAX_DIMENSION, ROUNDING, largest_norm
+from convexhead.relu.faces import LIMITS, count_faces, faces, largest_norm_on_faces
 from convexhead.relu.scores import Form, Scores, scores_of
 
 WRITTEN_OUT = 2e7
 """Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
-TIGHT = ("branch and bound", "patterns")
+TIGHT = ("faces", "branch and bound", "patterns")
 """Bounds whose only error is what the problem's geometry leaves."""
 
 
@@ -68,7 +70,14 @@ class NormOracle:
     Parameters
     ----------
     problem : Problem
-        In float64, with a ReLU.
+        With a ReLU. Searches run in its precision, bounds always in float64.
+
+    Attributes
+    ----------
+    scores : list of Scores or None
+        Of each channel group; None where they would take too much memory.
+    method : str
+        How bounds are had; see the module's text.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -76,24 +85,17 @@ class NormOracle:
         head = problem.head
         rows = problem.n * head.p * head.score_width
         small = rows * max(head.mixing_size, problem.value_shape[0] * problem.c) * head.n_groups <= WRITTEN_OUT
-        self.scores: list[Scores] | None = scores_of(problem) if small else None
-        self.method = "none" if self.scores is None else self._method(self.scores)
-        self._cells: dict[int, Tensor] = {}
-
-    @staticmethod
-    def _method(scores: list[Scores]) -> str:
-        if all(s.dimension <= MAX_DIMENSION for s in scores):
-            return "branch and bound"
-        if all(most_cells(len(s.planes), s.dimension) <= MAX_PATTERNS for s in scores):
-            return "patterns"
-        return "product of norms"
+        self.scores = scores_of(problem) if small else None
+        self.method = "none" if self.scores is None else _affordable(self.scores)
+        self._faces = [faces(s.planes) for s in self.scores or [] if self.method == "faces"]
+        self._cells = [cells(s.planes) for s in self.scores or [] if self.method == "patterns"]
 
     @property
     def tight(self) -> bool:
-        """Whether the bound is worth calling a certificate."""
+        """Whether bounds are tight enough to be called a certificate."""
         return self.method in TIGHT
 
-    def __call__(
+    def search(
         self,
         R: Float[Tensor, "n r c"],
         *,
@@ -101,62 +103,60 @@ class NormOracle:
         generator: torch.Generator,
         n_starts: int = 16,
         iterations: int = 30,
-        rtol: float = 1e-6,
-        enough: float = 0.0,
-    ) -> DualNorm:
-        """Search, and then bound.
+        rtol: float = 1e-7,
+    ) -> Peaks:
+        """The best that ascents find, from ``n_starts`` random starts for each channel group and from ``warm``'s."""
+        U, block = starts(self.problem, n_starts, generator)
+        if warm is not None and len(warm):
+            U, block = torch.cat([warm.U.to(U), U]), torch.cat([warm.block, block])
+        return ascend(self.problem, R.to(U.dtype), U, block, iterations=iterations, rtol=rtol)
+
+    def bound(self, R: Float[Tensor, "n r c"], peaks: Peaks, *, rtol: float = 1e-6, enough: float = 0.0) -> DualNorm:
+        """A proven bound beside the ``peaks`` of a search, to which it adds what it has found itself.
 
         Parameters
         ----------
-        warm : Atoms or None
-            Weights to start from besides the random ones.
-        n_starts : int
-            Random starts for each channel group.
-        iterations : int
-            Of each ascent.
         rtol : float
             Relative width at which branch and bound ends.
         enough : float
-            An upper bound that need not be improved on.
+            A bound that need not be improved on.
         """
-        problem = self.problem
-        U, block = starts(problem, n_starts, generator)
-        if warm is not None and len(warm):
-            U, block = torch.cat([warm.U, U]), torch.cat([warm.block, block])
-        peaks = ascend(problem, R, U, block, iterations=iterations)
+        ascents, lower = len(peaks.values), float(peaks.values[:1].sum())
         if self.scores is None:
-            return DualNorm(math.inf, self.method, peaks, len(U))
+            return DualNorm(math.inf, self.method, peaks, ascents)
         upper, best = 0.0, []
         for scores in self.scores:
-            form = scores.weights(problem, R)
-            if self.method == "branch and bound":
-                lower = float(peaks.values[:1].sum())
-                bound, _, u = largest_norm(form, lower=lower, rtol=rtol, enough=enough)
+            form = scores.weights(self.problem, R.double())
+            if self.method == "faces":
+                bound, u = largest_norm_on_faces(form, self._faces[scores.group])
+                bound = bound * (1 + ROUNDING) + form.neglected
+                best.append(u @ scores.basis)
+            elif self.method == "branch and bound":
+                bound, _, u = largest_norm(form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough)
                 best.append(u @ scores.basis)
             elif self.method == "patterns":
-                bound = _over_patterns(form, self._gates(scores))
+                bound = _over_patterns(form, self._cells[scores.group])
             else:
                 bound = product_of_norms(form)
             upper = max(upper, bound)
         if best:
-            U = torch.stack(best).view(-1, *problem.head.mixing_shape)
+            U = torch.stack(best).to(peaks.U).view(-1, *self.problem.head.mixing_shape)
             block = torch.arange(len(U), device=U.device)
-            seen = U.flatten(1).norm(dim=1) > 0
-            better = ascend(problem, R, U[seen], block[seen], iterations=iterations)
-            peaks = merge_peaks(peaks, better)
-        return DualNorm(max(upper, float(peaks.values[:1].sum())), self.method, peaks, len(U))
-
-    def _gates(self, scores: Scores) -> Float[Tensor, "J w"]:
-        if scores.group not in self._cells:
-            self._cells[scores.group] = cells(scores.planes)
-        return self._cells[scores.group]
+            found = U.flatten(1).norm(dim=1) > 0
+            peaks = peaks.merge(ascend(self.problem, R.to(U.dtype), U[found], block[found], iterations=30))
+        return DualNorm(upper, self.method, peaks, ascents)
 
 
-def merge_peaks(a: Peaks, b: Peaks) -> Peaks:
-    """Both, highest first."""
-    values = torch.cat([a.values, b.values])
-    merged = Peaks(values, torch.cat([a.U, b.U]), torch.cat([a.G, b.G]), torch.cat([a.block, b.block]))
-    return merged.select(values.argsort(descending=True))
+def _affordable(scores: list[Scores]) -> str:
+    """The tightest bound that can be had."""
+    sizes = [(len(s.planes), s.dimension) for s in scores]
+    if all(count <= limit for size in sizes for count, limit in zip(count_faces(*size), LIMITS, strict=True)):
+        return "faces"
+    if all(dimension <= MAX_DIMENSION for _, dimension in sizes):
+        return "branch and bound"
+    if all(most_cells(*size) <= MAX_PATTERNS for size in sizes):
+        return "patterns"
+    return "product of norms"
 
 
 def product_of_norms(form: Form) -> float:
@@ -180,7 +180,10 @@ def _over_patterns(form: Form, gates: Float[Tensor, "J w"]) -> float:
     for j in order.tolist():
         if float(norms[j]) <= upper:
             break  # the rest cannot be larger
-        upper = max(upper, _in_cone(M[j, :, 0], (2 * signs[j] - 1).unsqueeze(1) * form.K) if M.shape[2] == 1 else float(norms[j]))
+        if M.shape[2] == 1:
+            upper = max(upper, _in_cone(M[j, :, 0], (2 * signs[j] - 1).unsqueeze(1) * form.K))
+        else:
+            upper = float(norms[j])
     return upper * (1 + ROUNDING) + form.neglected
 
 

@@ -10,7 +10,8 @@ by ``max(−t, 0) = max(t, 0) − t``, which leaves a linear part:
 
     Σ_ρ C_ρ max(K_ρ u, 0) = Lᵀ u + Σ_h c_h max(k_hᵀ u, 0)
 
-and mixing directions that no row sees are dropped: ``u = wᵀ basis`` with ``w`` in the span of the rows.
+Mixing directions that no row sees, and those that a head can do without (`Head.mixing_span`), are dropped:
+``u = wᵀ basis``.
 """
 
 from __future__ import annotations
@@ -98,11 +99,16 @@ def scores_of(problem: Problem) -> list[Scores]:
     found = []
     for group in range(problem.head.n_groups):
         rows = preactivation_rows(problem.head, problem.X.double(), group)
+        enough = problem.head.mixing_span()
+        if enough is not None:
+            rows = rows @ enough.to(rows).T
         _, sigma, span = torch.linalg.svd(rows, full_matrices=False)
         seen = sigma > RANK * sigma[:1]
         basis = span[seen]
         planes, plane, scale = hyperplanes_of(rows @ basis.T)
         unseen = float(sigma[~seen].max()) if not bool(seen.all()) else 0.0
+        if enough is not None:
+            basis = basis @ enough.to(rows)
         found.append(Scores(group, basis, planes, plane, scale, unseen))
     return found
 

@@ -100,6 +100,7 @@ def solve(
                 witness=method.witness(),
                 failure_probability=share,
                 generator=generator,
+                oracle=method.oracle if isinstance(method, ReLUColumnGeneration) else None,
             )
             dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
             failure = certificate.failure_probability

@@ -21,7 +21,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from convexhead.problem import Atoms, Problem, rescale
-from convexhead.relu.norm import DualNorm, NormOracle
+from convexhead.relu.ascent import Peaks
+from convexhead.relu.norm import NormOracle
 from convexhead.relu.scores import Scores
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent, Passes
@@ -82,7 +83,7 @@ class ReLUColumnGeneration:
         best, since = float("inf"), 0
         for _ in range(self.max_rounds):
             f = self.problem.outputs(self.model)
-            found, gap = self._price(f, target)
+            peaks, gap = self._price(f, target)
             if gap <= target:
                 return Stop.CONVERGED
             if self.monitor.out_of_time():
@@ -91,12 +92,12 @@ class ReLUColumnGeneration:
             if since > self.patience:
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
-            new = self._new_atoms(f, found)
+            new = self._new_atoms(f, peaks)
             model = self.model if new is None else self.model.append(new)
             if not len(model):
                 return Stop.STALLED
             self.model = self._tidy(self._descend(self.problem, model))
-            if self.oracle.scores is not None:
+            if self.oracle.scores is not None and self.oracle.tight:
                 self.model = self._settle(self.model, self.oracle.scores)
         return Stop.STALLED
 
@@ -104,24 +105,29 @@ class ReLUColumnGeneration:
         return self.problem.data_term(self.problem.outputs(atoms)) + self.beta * self.problem.penalty(atoms)
 
     # -- price and grow -----------------------------------------------------------------------------------------------
-    def _price(self, f: Float[Tensor, "n r c"], target: float) -> tuple[DualNorm, float]:
+    def _price(self, f: Float[Tensor, "n r c"], target: float) -> tuple[Peaks, float]:
         """What a search finds at outputs ``f``, and the relative gap that follows, recorded."""
-        found = self.oracle(
-            self.problem.residual(f),
+        R, tight = self.problem.residual(f), self.oracle.tight
+        peaks = self.oracle.search(
+            R,
             warm=self.model,
             generator=self.generator,
-            rtol=0.1 * target,
-            enough=(1 + 0.1 * target) * self.beta,
+            n_starts=16 if tight else 8,
+            iterations=30 if tight else 12,
+            rtol=1e-7 if tight else 1e-4,
         )
+        norm = float(peaks.values[:1].sum())
+        if tight:
+            found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
+            peaks, norm = found.peaks, found.upper
         objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
-        norm = found.upper if self.oracle.tight else found.lower
         gap = self.monitor.record(objective, scaled_dual(self.problem, f, norm, self.beta), len(self.model))
-        return found, gap
+        return peaks, gap
 
-    def _new_atoms(self, f: Float[Tensor, "n r c"], found: DualNorm) -> Atoms | None:
+    def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks) -> Atoms | None:
         """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, with the best common ``t``; None where none pays."""
         problem = self.problem
-        peaks = found.peaks.select(found.peaks.values > self.beta * (1 + 1e-9)).distinct()
+        peaks = peaks.select(peaks.values > self.beta * (1 + 1e-9)).distinct()
         room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(self.model))
         peaks = peaks.select(torch.arange(len(peaks.values)) < room)
         if not len(peaks.values):
