@@ -112,13 +112,19 @@ def hyperplanes_of(K: Float[Tensor, "m u"]) -> tuple[Float[Tensor, "N u"], Int[T
     if not len(rows):
         return K[:0], of, scale
     unit = K[rows] / norm[rows].unsqueeze(1)
-    first = []  # of the rows that each is parallel to
-    for part in unit.split(1024):
-        # For unit vectors, ‖a ∓ b‖² ≈ 2(1 − |⟨a, b⟩|) loses half of the digits; the distances themselves do not.
-        apart = (torch.cdist(part, q, compute_mode="donot_use_mm_for_euclid_dist") for q in (unit, -unit))
-        first.append((torch.minimum(*apart) <= PARALLEL).int().argmax(1))
-    leader = torch.cat(first)
-    leaders, of[rows] = torch.unique(leader[leader], return_inverse=True)
+    # Rows are parallel if they agree, up to sign, along a few random directions: sorting finds them.
+    directions = torch.randn(K.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    along = unit @ (directions / directions.norm(dim=0)).to(unit)
+    sign = torch.where(along[:, :1] < 0, -1.0, 1.0).to(unit)
+    same = torch.zeros(len(rows), dtype=torch.int64, device=K.device)
+    for t in (along * sign).T:
+        order = torch.argsort(t)
+        order = order[torch.argsort(same[order], stable=True)]
+        differs = (same[order].diff() != 0) | (t[order].diff() > PARALLEL)
+        same[order] = torch.nn.functional.pad(differs.long().cumsum(0), (1, 0))
+    first = torch.full((int(same.max()) + 1,), len(rows), device=K.device)
+    first = first.scatter_reduce(0, same, torch.arange(len(rows), device=K.device), "amin")
+    leaders, of[rows] = torch.unique(first[same], return_inverse=True)
     planes = unit[leaders]
     scale[rows] = norm[rows] * (unit * planes[of[rows]]).sum(1).sign()
     return planes, of, scale

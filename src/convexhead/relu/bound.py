@@ -17,6 +17,7 @@ its size at kinks, where maxima are as sharp: few boxes survive at any size, in 
 
 from __future__ import annotations
 
+import heapq
 import math
 
 import torch
@@ -31,6 +32,8 @@ ROUNDING = 1e-11
 """Relative amount by which a bound is raised to cover rounding in float64."""
 NUMBERS = 4_000_000
 """Numbers of workspace a batch of boxes may take."""
+FEW, BATCH = 200, 512
+"""Hyperplanes up to which boxes share one function, and boxes examined at once then."""
 
 
 def largest_norm(
@@ -39,7 +42,7 @@ def largest_norm(
     lower: float = 0.0,
     rtol: float = 1e-6,
     enough: float = 0.0,
-    max_boxes: int = 400_000,
+    work: float = 3e8,
 ) -> tuple[float, float, Float[Tensor, " w"]]:
     """Bounds on ``max_{‖u‖ ≤ 1} ‖g(u)‖``.
 
@@ -53,8 +56,8 @@ def largest_norm(
         Relative width of the bounds at which the search ends.
     enough : float
         An upper bound that need not be improved on.
-    max_boxes : int
-        Boxes examined at most.
+    work : float
+        Scores evaluated at most: the sum over boxes of the hyperplanes that cut them.
 
     Returns
     -------
@@ -69,28 +72,41 @@ def largest_norm(
     best_u = form.L.new_zeros(w)
     if w == 0:
         return form.neglected, lower, best_u
-    centers, halves = _cover(w, form.L)
-    below = 0.0  # largest bound among the boxes that are done
-    examined = 0
-    bounds = form.L.new_zeros(0)
-    found = 0.0
-    while len(centers):
-        value, bounds, u = _examine(form, centers, halves)
-        examined += len(centers)
+    found = below = done = 0.0
+    # Best first: the largest bound of a batch of boxes, halved already, and g as it is within them.
+    heap: list[tuple[float, int, Form, Tensor, Tensor]] = [(-math.inf, 0, form, *_cover(w, form.L))]
+    count = 0
+    while heap:
+        target = max(lower * (1 + rtol), enough)
+        if -heap[0][0] <= target or done > work:
+            break
+        _, _, local, centers, halves = heapq.heappop(heap)
+        value, bounds, u = _examine(local, centers, halves)
+        done += len(centers) * (len(local.K) + 20)
         top = int(value.argmax())
         if float(value[top]) > found:
             found, best_u = float(value[top]), u[top]
             lower = max(lower, found)
         target = max(lower * (1 + rtol), enough)
-        open_ = bounds > target
-        if not bool(open_.all()):
-            below = max(below, float(bounds[~open_].max()))
-        centers, halves, bounds = centers[open_], halves[open_], bounds[open_]
-        if examined + 2 * len(centers) > max_boxes:
-            break
-        centers, halves = _halve(centers, halves)
-    upper = max(below, float(bounds.max()) if len(bounds) else 0.0, lower)
+        left = bounds > target
+        below = max(below, float(torch.where(left, 0.0, bounds).max()))
+        order = bounds.argsort(descending=True)[: int(left.sum())]
+        # Many hyperplanes: a box is worth a function of its own, without those that do not cut it.
+        for boxes in order.split(1 if len(local.K) > FEW else BATCH) if len(order) else ():
+            inner = _within(local, centers[boxes], halves[boxes]) if len(local.K) > FEW else local
+            count += 1
+            heapq.heappush(heap, (-float(bounds[boxes[0]]), count, inner, *_halve(centers[boxes], halves[boxes])))
+    upper = max(below, lower, -heap[0][0] if heap else 0.0)
     return upper * (1 + ROUNDING) + form.neglected, lower, best_u
+
+
+def _within(form: Form, center: Float[Tensor, "1 w"], half: Float[Tensor, "1 w"]) -> Form:
+    """``g`` within one box: scores that keep their sign are linear there."""
+    norm = center.norm()
+    a = form.K @ (center[0] / norm)
+    cut = a.abs() < torch.asin(half.norm() / norm).tan() * (1 - a.square()).clamp_min(0).sqrt() * (1 + ROUNDING)
+    on = ~cut & (a > 0)
+    return Form(form.L + form.K[on].T @ form.c[on], form.K[cut], form.c[cut])
 
 
 def _cover(w: int, like: Tensor) -> tuple[Float[Tensor, "b w"], Float[Tensor, "b w"]]:
@@ -112,8 +128,6 @@ def _halve(
     centers: Float[Tensor, "b w"], halves: Float[Tensor, "b w"]
 ) -> tuple[Float[Tensor, "l w"], Float[Tensor, "l w"]]:
     """Each box cut in two across its longest side."""
-    if not len(centers):
-        return centers, halves
     longest = halves.argmax(1, keepdim=True)
     quarter = torch.zeros_like(halves).scatter_(1, longest, halves.gather(1, longest) / 2)
     halves = halves - quarter

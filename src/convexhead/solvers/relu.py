@@ -117,10 +117,11 @@ class ReLUColumnGeneration:
             rtol=1e-7 if tight else 1e-4,
         )
         norm = float(peaks.values[:1].sum())
-        if tight:
+        objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
+        hopeful = objective - scaled_dual(self.problem, f, norm, self.beta) <= target * abs(objective)
+        if tight and (hopeful or self.oracle.method == "faces"):
             found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
             peaks, norm = found.peaks, found.upper
-        objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
         gap = self.monitor.record(objective, scaled_dual(self.problem, f, norm, self.beta), len(self.model))
         return peaks, gap
 
