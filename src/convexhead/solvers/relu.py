@@ -47,13 +47,13 @@ class ReLUColumnGeneration:
 
     batch = 16
     """Atoms that one pricing may add."""
-    descent_steps = 60
+    descent_steps = 200
     """L-BFGS iterations between two pricings."""
     max_rounds = 200
+    settled = 1e-4
+    """Relative decrease of the objective in ten iterations, in units of the gap asked for, at which a descent ends."""
     patience = 8
     """Rounds without a better gap after which the run has stalled."""
-    together = 1 - 1e-6
-    """Cosine from which atoms have one direction."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class ReLUColumnGeneration:
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
         best, since = float("inf"), 0
+        self.noise = max(self.settled * target, torch.finfo(self.problem.dtype).eps)
         for _ in range(self.max_rounds):
             f = self.problem.outputs(self.model)
             peaks, gap = self._price(f, target)
@@ -93,10 +94,15 @@ class ReLUColumnGeneration:
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
             new = self._new_atoms(f, peaks)
-            model = self.model if new is None else self.model.append(new)
-            if not len(model):
+            grown = self.model if new is None else self.model.append(new)
+            if not len(grown):
                 return Stop.STALLED
-            self.model = self._tidy(self._descend(self.problem, model))
+            # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
+            fewer = self._tidy(grown, min(1e-3, 0.1 * gap))
+            model = self._descend(self.problem, fewer)
+            if len(fewer) < len(grown) and self._objective(model) > self._objective(self.model):
+                model = self._descend(self.problem, grown)
+            self.model = self._tidy(model)
             if self.oracle.scores is not None and self.oracle.tight:
                 self.model = self._settle(self.model, self.oracle.scores)
         return Stop.STALLED
@@ -158,21 +164,28 @@ class ReLUColumnGeneration:
     def _descend(self, passes: Passes, atoms: Atoms) -> Atoms:
         """Up to `descent_steps` iterations."""
         descent = FactoredDescent(passes, atoms, self.beta)
+        before = descent.value
         for step in range(self.descent_steps):
             if not descent.step() or self.monitor.out_of_time():
                 break
             if step % 10 == 9:
                 self.monitor.record(descent.value, -torch.inf, len(atoms))
+                if before - descent.value <= self.noise * abs(before):
+                    break
+                before = descent.value
         return descent.atoms
 
-    def _tidy(self, atoms: Atoms) -> Atoms:
-        """Balanced atoms, those of one direction merged (a smaller penalty for the same outputs), tiny ones dropped."""
+    def _tidy(self, atoms: Atoms, apart: float = 1e-9) -> Atoms:
+        """Balanced atoms; those merged whose directions differ by less than ``apart`` in cosine, tiny ones dropped.
+
+        Atoms of one direction do the same work for a larger penalty.
+        """
         atoms, sizes = rescale(atoms)
         if not len(atoms):
             return atoms
         size = torch.cat(sizes)
         unit = atoms.U.flatten(1) / atoms.U.flatten(1).norm(dim=1, keepdim=True)
-        same = (unit @ unit.T > self.together) & (atoms.block.unsqueeze(1) == atoms.block)
+        same = (unit @ unit.T > 1 - apart) & (atoms.block.unsqueeze(1) == atoms.block)
         leader = same.int().argmax(1)
         V = torch.zeros_like(atoms.V).index_add_(
             0, leader, atoms.V * (size.sqrt() / size[leader].sqrt()).view(-1, 1, 1)
