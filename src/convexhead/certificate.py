@@ -31,7 +31,7 @@ from torch import Tensor
 from convexhead.errors import InputError
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem
-from convexhead.relu.norm import TIGHT, NormOracle
+from convexhead.relu.norm import NormOracle
 from convexhead.spectral import (
     BlockKrylov,
     GradientMatrices,
@@ -204,7 +204,7 @@ def certify_atoms(
     scope = "global" if problem.masks is None else "sampled-gates"
     searched: dict[str, Any] = {}
     if reward is not None:
-        if reward.method not in TIGHT and relative > tol:
+        if reward.loose and relative > tol:
             scope = "estimated"
         likely = max(dual.spectral(reward.lower), best)
         searched = {

@@ -34,6 +34,8 @@ NUMBERS = 4_000_000
 """Numbers of workspace a batch of boxes may take."""
 FEW, BATCH = 200, 512
 """Hyperplanes up to which boxes share one function, and boxes examined at once then."""
+OVERHEAD = 20_000
+"""What a batch of boxes costs besides its scores, in scores."""
 
 
 def largest_norm(
@@ -42,7 +44,7 @@ def largest_norm(
     lower: float = 0.0,
     rtol: float = 1e-6,
     enough: float = 0.0,
-    work: float = 3e8,
+    work: float = 6e7,
 ) -> tuple[float, float, Float[Tensor, " w"]]:
     """Bounds on ``max_{‖u‖ ≤ 1} ‖g(u)‖``.
 
@@ -57,7 +59,7 @@ def largest_norm(
     enough : float
         An upper bound that need not be improved on.
     work : float
-        Scores evaluated at most: the sum over boxes of the hyperplanes that cut them.
+        Scores evaluated at most: the sum over boxes of the hyperplanes that cut them, overhead included.
 
     Returns
     -------
@@ -82,7 +84,7 @@ def largest_norm(
             break
         _, _, local, centers, halves = heapq.heappop(heap)
         value, bounds, u = _examine(local, centers, halves)
-        done += len(centers) * (len(local.K) + 20)
+        done += len(centers) * len(local.K) + OVERHEAD
         top = int(value.argmax())
         if float(value[top]) > found:
             found, best_u = float(value[top]), u[top]

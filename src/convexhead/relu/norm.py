@@ -33,8 +33,12 @@ from convexhead.relu.scores import Form, Scores, scores_of
 
 WRITTEN_OUT = 2e7
 """Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
-TIGHT = ("faces", "branch and bound", "patterns")
-"""Bounds whose only error is what the problem's geometry leaves."""
+WORK = 6e7
+"""Of one branch and bound: some seconds."""
+FEW_PLANES = 1_000
+"""Hyperplanes up to which branch and bound is worth its time again and again, in more than three dimensions."""
+LOOSE = 1.05
+"""A bound this many times what a search found proves less than it should."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ class DualNorm:
     method: str
     peaks: Peaks
     ascents: int
+
+    @property
+    def loose(self) -> bool:
+        """Whether the bound is far above what the search found: better searches will not close the gap."""
+        return self.upper > LOOSE * self.lower
 
     @property
     def lower(self) -> float:
@@ -92,8 +101,10 @@ class NormOracle:
 
     @property
     def tight(self) -> bool:
-        """Whether bounds are tight enough to be called a certificate."""
-        return self.method in TIGHT
+        """Whether tight bounds are to be expected, at a price that a solver can pay."""
+        if self.method == "branch and bound":
+            return all(s.dimension <= 3 or len(s.planes) <= FEW_PLANES for s in self.scores or [])
+        return self.method in ("faces", "patterns")
 
     def search(
         self,
@@ -132,7 +143,7 @@ class NormOracle:
                 bound = bound * (1 + ROUNDING) + form.neglected
                 best.append(u @ scores.basis)
             elif self.method == "branch and bound":
-                bound, _, u = largest_norm(form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough)
+                bound, _, u = largest_norm(form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=WORK)
                 best.append(u @ scores.basis)
             elif self.method == "patterns":
                 bound = _over_patterns(form, self._cells[scores.group])

@@ -98,7 +98,7 @@ class ReLUColumnGeneration:
             if not len(grown):
                 return Stop.STALLED
             # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
-            fewer = self._tidy(grown, min(1e-3, 0.1 * gap))
+            fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
             model = self._descend(self.problem, fewer)
             if len(fewer) < len(grown) and self._objective(model) > self._objective(self.model):
                 model = self._descend(self.problem, grown)
@@ -184,8 +184,9 @@ class ReLUColumnGeneration:
         if not len(atoms):
             return atoms
         size = torch.cat(sizes)
-        unit = atoms.U.flatten(1) / atoms.U.flatten(1).norm(dim=1, keepdim=True)
+        unit = torch.nn.functional.normalize(atoms.U.flatten(1).double())
         same = (unit @ unit.T > 1 - apart) & (atoms.block.unsqueeze(1) == atoms.block)
+        same.fill_diagonal_(True)
         leader = same.int().argmax(1)
         V = torch.zeros_like(atoms.V).index_add_(
             0, leader, atoms.V * (size.sqrt() / size[leader].sqrt()).view(-1, 1, 1)
