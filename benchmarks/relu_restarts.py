@@ -49,11 +49,11 @@ def restarts(
     def objective_and_gradient(U, V):
         M, pull_back = problem.activation.mix_with_pull_back(data, U, block)  # (n, r, B·m, e)
         n, r = M.shape[:2]
-        f = torch.einsum("nrbx,bxc->bnrc", M.view(n, r, B, m * e), V.view(B, m * e, c))
+        f = torch.einsum("nrbx,bxc->bnrc", M.reshape(n, r, B, m * e), V.view(B, m * e, c))
         Y = problem.Y.repeat(B, 1, 1)
         loss, R = problem.loss.value_and_residual(f.reshape(B * n, r, c), Y)
         R = R.view(B, n, r, c) / n
-        gV = torch.einsum("nrbx,bnrc->bxc", M.view(n, r, B, m * e), R).reshape(V.shape) + beta * V
+        gV = torch.einsum("nrbx,bnrc->bxc", M.reshape(n, r, B, m * e), R).reshape(V.shape) + beta * V
         T = torch.einsum("bnrc,bxc->nrbx", R, V.view(B, m * e, c)).reshape(M.shape)
         gU = pull_back(T) + beta * U
         penalty = (U.flatten(1).square().sum(1) + V.flatten(1).square().sum(1)).view(B, m).sum(1) / 2

@@ -79,11 +79,13 @@ def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
     return [FacesOfDimension(torch.cat(spans), torch.cat(signs)) for spans, signs in found.values() if spans]
 
 
-def largest_norm_on_faces(form: Form, arrangement: list[FacesOfDimension]) -> tuple[float, Float[Tensor, " w"]]:
-    """The maximum (doubts included, rounding not), and a unit vector near which it is attained."""
+def largest_norm_on_faces(
+    form: Form, arrangement: list[FacesOfDimension], *, several: int = 16
+) -> tuple[float, Float[Tensor, "k w"]]:
+    """The maximum (doubts included, rounding not), and the unit maximisers of ``several`` faces, best first."""
     h, (w, q) = len(form.K), form.L.shape
     outer = (form.K.unsqueeze(2) * form.c.unsqueeze(1)).view(h, w * q)
-    largest, best = 0.0, form.L.new_zeros(w)
+    values_found, found = [form.L.new_zeros(1)], [form.L.new_zeros(1, w)]
     for group in arrangement:
         M = ((group.signs > 0).to(outer) @ outer).view(-1, w, q) + form.L
         inner = group.span @ M
@@ -95,10 +97,9 @@ def largest_norm_on_faces(form: Form, arrangement: list[FacesOfDimension]) -> tu
         counted = outside <= DOUBT
         if values.shape[1] > 1:
             counted |= values[:, -1] - values[:, -2] <= DOUBT * values[:, -1]
-        if bool(counted.any()):
-            top = torch.where(counted, top, 0.0)
-            f = int(top.argmax())
-            if float(top[f]) > largest:
-                largest = float(top[f])
-                best = u[f] if float(along[f].sum()) >= 0 else -u[f]
-    return largest, best
+        top, u = top[counted], u[counted] * torch.where(along[counted].sum(1, keepdim=True) >= 0, 1.0, -1.0)
+        first = top.topk(min(several, len(top))).indices
+        values_found.append(top[first])
+        found.append(u[first])
+    best = torch.cat(values_found).sort(descending=True)
+    return float(best.values[0]), torch.cat(found)[best.indices[:several]]

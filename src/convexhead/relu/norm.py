@@ -31,7 +31,7 @@ from convexhead.relu.bound import MAX_DIMENSION, ROUNDING, largest_norm
 from convexhead.relu.faces import LIMITS, count_faces, faces, largest_norm_on_faces
 from convexhead.relu.scores import Form, Scores, scores_of
 
-WRITTEN_OUT = 2e7
+WRITTEN_OUT = 2e6
 """Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
 WORK = 6e7
 """Of one branch and bound: some seconds."""
@@ -144,15 +144,15 @@ class NormOracle:
                 best.append(u @ scores.basis)
             elif self.method == "branch and bound":
                 bound, _, u = largest_norm(form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=WORK)
-                best.append(u @ scores.basis)
+                best.append(u.unsqueeze(0) @ scores.basis)
             elif self.method == "patterns":
                 bound = _over_patterns(form, self._cells[scores.group])
             else:
                 bound = product_of_norms(form)
             upper = max(upper, bound)
         if best:
-            U = torch.stack(best).to(peaks.U).view(-1, *self.problem.head.mixing_shape)
-            block = torch.arange(len(U), device=U.device)
+            U = torch.cat(best).to(peaks.U).view(-1, *self.problem.head.mixing_shape)
+            block = torch.cat([torch.full((len(u),), group, device=U.device) for group, u in enumerate(best)])
             found = U.flatten(1).norm(dim=1) > 0
             peaks = peaks.merge(ascend(self.problem, R.to(U.dtype), U[found], block[found], iterations=30))
         return DualNorm(upper, self.method, peaks, ascents)

@@ -3,7 +3,8 @@
     repeat
         price:   the mixing weights u that the residual rewards most, h(R) = max ‖Σ_i (P mix(X_i, u))ᵀ R_i‖
         grow:    append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search
-        descend: L-BFGS over all factors of the ReLU network
+        weigh:   L-BFGS over the values and the lengths of all mixing weights: a convex problem, a group lasso
+    descend: L-BFGS over all factors of the ReLU network
         tidy:    merge atoms of one direction, drop those that the penalty has shrunk
         settle:  (small problems) put weights that lie close to hyperplanes on them, and descend along these
         stop:    when the scaled dual point says that the gap is small enough
@@ -50,8 +51,9 @@ class ReLUColumnGeneration:
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
     max_rounds = 200
-    settled = 1e-4
-    """Relative decrease of the objective in ten iterations, in units of the gap asked for, at which a descent ends."""
+    settled = 1e-2
+    """Relative decrease of the objective in ten iterations, over the square of the gap asked for, that ends a descent:
+    the dual lags behind the objective as a gradient does."""
     patience = 8
     """Rounds without a better gap after which the run has stalled."""
 
@@ -81,7 +83,7 @@ class ReLUColumnGeneration:
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
         best, since = float("inf"), 0
-        self.noise = max(self.settled * target, torch.finfo(self.problem.dtype).eps)
+        self.noise = max(self.settled * target**2, torch.finfo(self.problem.dtype).eps)
         for _ in range(self.max_rounds):
             f = self.problem.outputs(self.model)
             peaks, gap = self._price(f, target)
@@ -97,6 +99,7 @@ class ReLUColumnGeneration:
             grown = self.model if new is None else self.model.append(new)
             if not len(grown):
                 return Stop.STALLED
+            grown = self._descend(Rays(self.problem, grown), grown)
             # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
             fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
             model = self._descend(self.problem, fewer)
@@ -200,15 +203,31 @@ class ReLUColumnGeneration:
     def _settle(self, atoms: Atoms, scores: list[Scores]) -> Atoms:
         """Put weights on the hyperplanes that they are close to, and descend along these; kept where that is better."""
         best, value = atoms, self._objective(atoms)
-        for near in (1e-1, 1e-2, 1e-3):
+        tried: list[list[int]] = [[]]
+        for near in (1e-2, 1e-4, 1e-7):
             faces = Faces(self.problem, atoms, scores, near)
-            if faces.empty:
+            if faces.held in tried:
                 continue
+            tried.append(faces.held)
             trial = self._tidy(self._descend(faces, faces.put(atoms)))
             trial_value = self._objective(trial)
             if trial_value < value:
                 best, value = trial, trial_value
         return best
+
+
+class Rays:
+    """Passes of a problem with each atom's mixing weights kept on their ray, where the objective has no kinks."""
+
+    def __init__(self, problem: Problem, atoms: Atoms) -> None:
+        self.problem = problem
+        self.unit = torch.nn.functional.normalize(atoms.U.flatten(1))
+
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+        """As `Problem.value_and_gradient`, the gradient along the rays only."""
+        value, gU, gV, gb = self.problem.value_and_gradient(atoms, beta)
+        along = (gU.flatten(1) * self.unit).sum(1, keepdim=True)
+        return value, (along * self.unit).view_as(gU), gV, gb
 
 
 class Faces:
@@ -222,6 +241,8 @@ class Faces:
 
     def __init__(self, problem: Problem, atoms: Atoms, scores: list[Scores], near: float) -> None:
         self.problem = problem
+        self.held: list[int] = []
+        """The atoms that are held, each followed by the number of its hyperplanes."""
         self.projectors: dict[int, Tensor] = {}
         for k, (u, j) in enumerate(zip(atoms.U.flatten(1), atoms.block.tolist(), strict=True)):
             own = scores[j]
@@ -233,11 +254,7 @@ class Faces:
             rows = rows[sigma > 1e-9 * sigma[0]]
             if len(rows) < own.dimension:
                 self.projectors[k] = rows @ own.basis
-
-    @property
-    def empty(self) -> bool:
-        """Whether no atom is close to a hyperplane."""
-        return not self.projectors
+                self.held += [k, len(close)]
 
     def put(self, atoms: Atoms) -> Atoms:
         """The nearest atoms on their hyperplanes."""
