@@ -64,11 +64,11 @@ def run(part: str, index: int) -> dict[str, object]:
     beta = weight(problem, index)
     tol = 1e-6 if part == "scalar" else 1e-3
     began = time.perf_counter()
-    solution = solve(problem, beta, tol=tol, max_time=15, generator=torch.Generator().manual_seed(index))
+    solution = solve(problem, beta, tol=tol, max_time=10, generator=torch.Generator().manual_seed(index))
     seconds = time.perf_counter() - began
     certificate = solution.certificate
     began = time.perf_counter()
-    reached = restarts(problem, beta, n_restarts=50 if c == 1 else 100, n_heads=8, steps=1000, seed=index)
+    reached = restarts(problem, beta, n_restarts=50 if c == 1 else 100, n_heads=8, steps=600, seed=index)
     row: dict[str, object] = {
         "problem": index, "head": head, "n": problem.n, "tokens": s, "channels": d, "outputs": c,
         "pool": problem.head.pool, "loss": problem.loss.name, "beta": beta,
@@ -93,12 +93,12 @@ def main() -> None:
     parser.add_argument("part", choices=("scalar", "vector"))
     parser.add_argument("--problems", type=int, default=100)
     args = parser.parse_args()
+    where = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions("torch", "numpy", "cvxpy")}
     rows = []
     for index in range(args.problems):
         rows.append(run(args.part, index))
+        write_csv(f"relu_{args.part}", [row | where for row in rows])
         print({key: rows[-1][key] for key in ("problem", "head", "relative_gap", "seconds")}, flush=True)
-    where = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions("torch", "numpy", "cvxpy")}
-    write_csv(f"relu_{args.part}", [row | where for row in rows])
 
     def column(name: str) -> np.ndarray:
         return np.array([row[name] for row in rows], dtype=float)

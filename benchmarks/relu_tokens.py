@@ -1,6 +1,6 @@
 """True ReLU heads on image tokens: our network, the gated program at the same β, and Adam on the ReLU network.
 
-    python benchmarks/relu_tokens.py NAME --store STORE [--classes N --channels D] [--max-time S]
+    python benchmarks/relu_tokens.py NAME --store STORE [--heads mlp,...] [--classes N --channels D] [--max-time S]
 
 STORE is a token store with a train and a test split: of `convexhead demo` (digits), or of CIFAR-100 images. Three seeds
 of everything; Adam's learning rate is the best of three for the first seed's training objective. Adds rows to
@@ -22,7 +22,7 @@ import convexhead as ch
 from common import RESULTS, cpu_name, versions, write_csv
 from convexhead.training import train_adam, tune_learning_rate
 
-HEADS = ("mlp", "fno", "block-fno", "mlp-mixer", "self-attention")
+HEADS = "mlp,self-attention,mlp-mixer,fno,block-fno"
 SEEDS = (0, 1, 2)
 
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--store", required=True)
+    parser.add_argument("--heads", default=HEADS)
     parser.add_argument("--classes", type=int)
     parser.add_argument("--channels", type=int)
     parser.add_argument("--beta-ratio", type=float, default=0.03)
@@ -67,7 +68,7 @@ def main() -> None:
         rows.append(row | where)
         write_csv("relu_tokens", rows)
 
-    for head in HEADS:
+    for head in args.heads.split(","):
         common = {"grid": grid, "tol": 1e-3, "n_blocks": 4, "n_gates": 8, "max_time": args.max_time}
         beta = args.beta_ratio * ch.beta_max(X, y, head=head, activation="relu", random_state=0, **common)
         fits = []

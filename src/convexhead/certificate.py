@@ -176,7 +176,7 @@ def certify_atoms(
         best, how = dual.ridge(), "Frobenius norm"
     elif not problem.activation.convex:
         oracle = oracle or NormOracle(exact)
-        peaks = oracle.search(R, warm=directions, generator=generator, n_starts=32, iterations=25, rtol=1e-5)
+        peaks = oracle.search(R, warm=directions, generator=generator, n_starts=32, iterations=15, rtol=1e-4)
         reward = oracle.bound(R, peaks, rtol=0.02 * tol)
         best, how = dual.spectral(reward.upper), reward.method
     else:

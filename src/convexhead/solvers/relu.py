@@ -3,7 +3,7 @@
     repeat
         price:   the mixing weights u that the residual rewards most, h(R) = max ‖Σ_i (P mix(X_i, u))ᵀ R_i‖
         grow:    append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search
-        weigh:   L-BFGS over the values and the lengths of all mixing weights: a convex problem, a group lasso
+        weigh:   (small problems) L-BFGS over values and lengths of the mixing weights: a convex problem, a group lasso
     descend: L-BFGS over all factors of the ReLU network
         tidy:    merge atoms of one direction, drop those that the penalty has shrunk
         settle:  (small problems) put weights that lie close to hyperplanes on them, and descend along these
@@ -99,7 +99,8 @@ class ReLUColumnGeneration:
             grown = self.model if new is None else self.model.append(new)
             if not len(grown):
                 return Stop.STALLED
-            grown = self._descend(Rays(self.problem, grown), grown)
+            if self.oracle.tight:
+                grown = self._descend(Rays(self.problem, grown), grown)
             # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
             fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
             model = self._descend(self.problem, fewer)
