@@ -13,7 +13,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from relu_restarts import restarts
 
 from convexhead.activation import GatedReLU, ReLU
 from convexhead.heads import make_head
@@ -21,6 +20,7 @@ from convexhead.losses import CrossEntropy
 from convexhead.patterns import all_gates
 from convexhead.problem import Problem
 from convexhead.solvers import solve
+from relu_restarts import restarts
 
 OUT = Path(__file__).parents[1] / "docs" / "images" / "relu-interval.svg"
 UPPER, LOWER, RUNS = "#0072b2", "#009e73", "#999999"

@@ -54,7 +54,11 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     if path.exists():
         with path.open() as file:
-            rows = [row for row in csv.DictReader(file) if row["data"] != args.name]
+            rows = [
+                row
+                for row in csv.DictReader(file)
+                if row["data"] != args.name or row["head"] not in args.heads.split(",")
+            ]
     where = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions("torch", "numpy")}
 
     def note(head: str, method: str, seed: int, objective: float, model, seconds: float, **more: object) -> None:

@@ -23,13 +23,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
 
 from convexhead import inputs
-from convexhead.activation import ACTIVATIONS, make_activation, sample_gates
+from convexhead.activation import ACTIVATIONS, make_activation
 from convexhead.errors import InputError, choose
 from convexhead.heads import Head, make_head
 from convexhead.intercept import solve_intercept
 from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
-from convexhead.patterns import all_gates
+from convexhead.patterns import all_gates, sample_patterns
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.norm import NormOracle
 from convexhead.solvers import Progress, Solution, solve
@@ -94,7 +94,9 @@ class _ConvexHead(BaseEstimator):
         if self.activation != "gated-relu":
             return None
         if self.gates is None:
-            return all_gates(head, X) if self.n_gates == "all" else sample_gates(head, int(self.n_gates), generator)
+            if self.n_gates == "all":
+                return all_gates(head, X)
+            return sample_patterns(head, X, int(self.n_gates), generator)
         try:
             return torch.as_tensor(np.asarray(self.gates, dtype=np.float64))
         except (TypeError, ValueError) as error:
@@ -300,7 +302,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     grid : (int, int) or None
         ``(h, w)`` of the tokens; None: square if ``s`` is a square, else ``(s, 1)``.
     n_gates : int or "all"
-        Gates sampled for the gated ReLU; ``"all"``: one for every activation pattern, for small problems only.
+        Gates sampled for the gated ReLU, of different patterns (fewer where there are fewer); ``"all"``: one for every
+        activation pattern, for small problems only.
     gates : array (J, \\*mixing_shape) or None
         Explicit gates; block-fno: ``(J, n_blocks, s, d/n_blocks)``.
     n_blocks : int

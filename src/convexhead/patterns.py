@@ -1,4 +1,4 @@
-"""All activation patterns of a small problem: the cells of a hyperplane arrangement.
+"""Activation patterns: random ones, all different, and all of a small problem, the cells of a hyperplane arrangement.
 
 A pre-activation is linear in the mixing weights, ``K u`` with one row for every entry of every sample's score. Gates in
 general position have as patterns ``1[K g ≥ 0]`` the open cells of the arrangement of hyperplanes ``K_i^⊥``:
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.activation import GatedReLU, sample_gates
 from convexhead.errors import InputError
 from convexhead.heads.base import Head
 
@@ -59,6 +60,51 @@ def all_gates(head: Head, X: Float[Tensor, "n s d"], *, max_patterns: int = MAX_
     most = max(map(len, of_group))
     padded = [torch.cat([points, points[-1:].expand(most - len(points), -1)]) for points in of_group]
     return torch.stack(padded, dim=1).reshape(most, *head.gate_shape)
+
+
+def sample_patterns(
+    head: Head, X: Float[Tensor, "n s d"], n_gates: int, generator: torch.Generator, *, data_driven: bool = False
+) -> Float[Tensor, "J ..."]:
+    """Random gates whose patterns on the tokens are all different, ``n_gates`` of them or as many as are found.
+
+    Parameters
+    ----------
+    head : Head
+        Decides what a pre-activation is.
+    X : Tensor (n, s, d)
+        Tokens.
+    generator : torch.Generator
+        Decides everything: equal states give equal gates.
+    data_driven : bool
+        Draw gates in the metric of the data instead of standard normal ones; see `sample_gates`.
+
+    Returns
+    -------
+    Tensor (J, *head.gate_shape)
+        float64. Fewer than ``n_gates`` where so many draws in a row brought no new pattern.
+    """
+    gates = torch.zeros(0, *head.gate_shape, dtype=torch.float64)
+    while len(gates) < n_gates:
+        more = sample_gates(head, n_gates, generator, X if data_driven else None)
+        found = _distinct_gates(head, X, torch.cat([gates, more]))
+        if len(found) == len(gates):
+            break
+        gates = found
+    return gates[:n_gates]
+
+
+def _distinct_gates(head: Head, X: Float[Tensor, "n s d"], gates: Float[Tensor, "J ..."]) -> Float[Tensor, "l ..."]:
+    """The first gate of each pattern."""
+    rows = 64  # nearly always enough to tell all of them apart
+    while True:
+        masks = GatedReLU(head, gates).pack_masks(X[:rows])  # (n, J · groups, bytes)
+        patterns = masks.transpose(0, 1).reshape(len(gates), -1)
+        first: dict[bytes, int] = {}
+        for j, pattern in enumerate(pack_signs(patterns)):
+            first.setdefault(pattern, j)
+        if len(first) == len(gates) or rows >= len(X):
+            return gates[list(first.values())]
+        rows = len(X)
 
 
 def preactivation_rows(head: Head, X: Float[Tensor, "n s d"], group: int = 0) -> Float[Tensor, "m u"]:
@@ -162,5 +208,5 @@ def _distinct(points: Float[Tensor, "m r"], K: Float[Tensor, "i r"]) -> Float[Te
 
 
 def pack_signs(signs: Tensor) -> list[bytes]:
-    """Each row of booleans as bytes, to compare and to count."""
+    """Each row as bytes, to compare and to count."""
     return [row.tobytes() for row in signs.cpu().numpy()]
