@@ -36,7 +36,7 @@ def build(name, seed, *, c=1, n=6, s=1, d=2, pool="mean", intercept=False):
 
 
 def run(problem, beta, **options):
-    options = {"tol": 1e-3, "max_time": 20.0, "generator": torch.Generator().manual_seed(0)} | options
+    options = {"tol": 1e-3, "max_time": 30.0, "generator": torch.Generator().manual_seed(0)} | options
     return solve(problem, beta, **options)
 
 
@@ -63,8 +63,8 @@ def test_no_training_run_is_below_the_bound(seed):
         seed % 5
     ]
     problem = build(name, seed, c=2 + seed % 3, s=s, d=d, pool=("mean", "cls")[seed % 2])
-    beta = 0.02
-    solution = run(problem, beta)
+    beta = 0.04
+    solution = run(problem, beta, tol=0.01)
     bound = solution.certificate.dual
     assert solution.certificate.scope == "global"
     assert solution.certificate.relative_gap <= 0.01
@@ -72,7 +72,7 @@ def test_no_training_run_is_below_the_bound(seed):
     for start in range(3):
         trained = train_adam(problem, beta, n_heads=6, lr=0.03, epochs=150, seed=start)
         assert trained.convex_objective >= bound * (1 - 1e-12)
-    again = run(problem, beta, generator=torch.Generator().manual_seed(1)).certificate
+    again = run(problem, beta, tol=0.1, generator=torch.Generator().manual_seed(1)).certificate
     assert again.primal >= bound
     assert solution.certificate.primal >= again.dual
 
@@ -91,14 +91,14 @@ def test_weights_at_and_above_beta_max_give_the_zero_model():
 def test_gated_relaxation_lies_below():
     """``val(G) ≤ val(R)`` when all patterns are gates."""
     X, y = np.random.default_rng(3).normal(size=(7, 1, 2)), np.arange(7) % 2
-    relu = ch.ConvexHeadClassifier("mlp", activation="relu", beta=0.02, tol=1e-5).fit(X, y).certificate_
-    gated = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates="all", beta=0.02, tol=1e-5).fit(X, y)
+    relu = ch.ConvexHeadClassifier("mlp", activation="relu", beta=0.02).fit(X, y).certificate_
+    gated = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates="all", beta=0.02).fit(X, y)
     assert gated.certificate_.dual <= relu.primal
 
 
 def test_intercept():
     problem = build("mlp", 1, c=3, n=9, intercept=True)
-    certificate = run(problem, 0.02).certificate
+    certificate = run(problem, 0.02, tol=0.01).certificate
     assert certificate.relative_gap <= 0.01
     assert certificate.scope == "global"
 
@@ -145,7 +145,7 @@ def test_audit_of_weights_that_others_trained():
     trained = train_adam(problem, 0.02, n_heads=4, lr=0.03, epochs=100)
     atoms = trained.module.to_atoms()
     X, y = problem.X.numpy(), problem.Y[:, 0].numpy()
-    ours = run(problem, 0.02, tol=1e-5).certificate
+    ours = run(problem, 0.02).certificate
     factors = ([atoms.U.numpy()], [atoms.V.numpy()])
     for weights in (trained.module, factors):
         audit = ch.certify(weights, X, y, beta=0.02, head="mlp", activation="relu", loss="squared", lower_bound=ours)
@@ -164,7 +164,7 @@ def test_twin_is_the_same_network(name):
     loss = problem.loss.value(module(problem.X).unsqueeze(1), problem.Y).mean() + 0.1 * module.penalty()
     loss.backward()
     value, gU, gV, _ = problem.value_and_gradient(module.to_atoms(), 0.1)
-    assert float(loss) == pytest.approx(value)
+    assert float(loss.detach()) == pytest.approx(value)
     torch.testing.assert_close(module.mixing.grad, gU)
     torch.testing.assert_close(module.values.grad, gV)
     full, balanced = objectives(problem, module.to_atoms(), 0.1)
@@ -201,8 +201,8 @@ def test_the_linear_head_has_no_relu():
 
 def test_a_run_may_be_bounded():
     problem = build("mlp", 4, c=3, n=10)
-    solution = run(problem, 0.005, max_heads=1, tol=1e-6)
+    solution = run(problem, 0.005, max_heads=1, tol=1e-6, max_time=2.0)
     assert len(solution.atoms) <= 1
     assert solution.stop in (Stop.HEADS, Stop.TIME)
     assert not solution.certificate.converged
-    assert solution.certificate.dual <= run(problem, 0.005).certificate.primal
+    assert solution.certificate.dual <= run(problem, 0.005, tol=0.1).certificate.primal
