@@ -343,3 +343,36 @@ def dense_program(
             columns.append(slice(group * part, (group + 1) * part) if grouped else slice(0, c))
     value_rows = d if head in ("self-attention", "mlp-mixer", "linear") else 1
     return DenseProgram(maps, columns, Y, loss, value_rows, ridge=head == "linear", intercept=intercept)
+
+
+# -- the cone-constrained program of a ReLU head with scalar values -------------------------------------------------
+def relu_optimum(
+    head: str, X: np.ndarray, y: np.ndarray, gates: np.ndarray, *, pool: str, grid: tuple[int, int], beta: float
+) -> float:
+    """The optimum of the ReLU network with one output, squared loss, by CVXPY: a second-order cone program.
+
+        min  (1/2n) ‖Σ_j Φ_j (z_j − w_j) − y‖² + β Σ_j (‖z_j‖ + ‖w_j‖)   over   K_j z_j ≥ 0, K_j w_j ≥ 0
+
+    Parameters
+    ----------
+    X : ndarray (n, s, d)
+    y : ndarray (n,)
+    gates : ndarray (J, *mixing_shape)
+        One in each activation pattern; then the program has the network's optimal value.
+    """
+    import cvxpy as cp
+
+    n, s, d = X.shape
+    shape = mixing_shape(head, s, d, 1)
+    basis = np.eye(math.prod(shape)).reshape(-1, *shape)
+    used = slice(0, 1) if pool == "cls" else slice(None)
+    K = np.array([[reference.preactivation(head, x, u, grid, 0)[used, 0] for u in basis] for x in X])  # (n, p, rows)
+    rows = K.transpose(0, 2, 1).reshape(-1, len(basis))  # every pre-activation
+    signs = np.where(gates.reshape(len(gates), -1) @ rows.T >= 0, 1.0, -1.0)  # (J, n·rows)
+    active = np.einsum("jnr,npr->njp", signs.reshape(len(gates), n, -1) > 0, K) / K.shape[2]
+    parts = [cp.Variable((len(gates), len(basis))) for _ in range(2)]
+    f = active.reshape(n, -1) @ cp.vec(parts[0] - parts[1], order="C")
+    penalty = sum(cp.sum(cp.norm(Z, axis=1)) for Z in parts)
+    objective = cp.Minimize(cp.sum_squares(f - y) / (2 * n) + beta * penalty)
+    constraints = [cp.multiply(signs, Z @ rows.T) >= 0 for Z in parts]
+    return float(cp.Problem(objective, constraints).solve(solver="CLARABEL"))

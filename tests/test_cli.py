@@ -178,3 +178,18 @@ def test_a_real_process():
         [sys.executable, "-m", "convexhead", "--version"], capture_output=True, text=True, check=True, timeout=120
     )
     assert run.stdout.strip().count(".") == 2
+
+
+def test_relu_head_by_every_command(work, capsys):
+    """Fit, twin and audit of a true ReLU head; what is estimated is called so."""
+    options = ("--head", "mlp", "--activation", "relu", "--beta-ratio", "0.3")
+    assert call("fit", work / "tokens", "--out", work / "relu", *options, "--max-time", "2", "--json") == 0
+    fitted = json.loads(capsys.readouterr().out)["certificate"]
+    assert fitted["scope"] in ("global", "estimated")
+    assert fitted["ascents"] > 0
+    assert call("twin", work / "tokens", "--out", work / "relu-twin", *options, "--epochs", "2", "--json") == 0
+    capsys.readouterr()
+    assert call("audit", work / "relu-twin", work / "tokens", "--json") == 0
+    audited = json.loads(capsys.readouterr().out)["certificate"]
+    assert audited["primal"] >= fitted["dual"]
+    assert audited["scope"] != "estimated" or not audited["converged"]

@@ -14,7 +14,15 @@ import convexhead as ch
 from convexhead.activation import GatedReLU
 from convexhead.errors import InputError
 from convexhead.heads import make_head
-from convexhead.patterns import all_gates, cells, hyperplanes, most_cells, pack_signs, preactivation_rows
+from convexhead.patterns import (
+    all_gates,
+    cells,
+    hyperplanes,
+    most_cells,
+    pack_signs,
+    preactivation_rows,
+    sample_patterns,
+)
 
 
 def brute_force(K: torch.Tensor) -> set[bytes]:
@@ -107,3 +115,30 @@ def test_too_many_patterns_are_refused():
         ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates="all").fit(
             rng.normal(size=(200, 5)), np.arange(200) % 2
         )
+
+
+@pytest.mark.parametrize("data_driven", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "block-fno", "self-attention"])
+def test_sampled_patterns_are_distinct_and_seeded(name, data_driven):
+    X = torch.randn(70, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    head = make_head(name, 4, 2, n_blocks=2)
+
+    def draw(tokens, n_gates, seed):
+        return sample_patterns(head, tokens, n_gates, torch.Generator().manual_seed(seed), data_driven=data_driven)
+
+    gates = draw(X, 12, 0)
+    assert tuple(gates.shape) == (12, *head.gate_shape)
+    assert torch.equal(gates, draw(X, 12, 0))
+    assert not torch.equal(gates, draw(X, 12, 1))
+    few = draw(X[:1, :, :], 5000, 0) if name == "mlp" else None
+    if few is not None:  # four tokens in the plane have eight patterns
+        assert len(few) == 8
+        packed = GatedReLU(head, few).pack_masks(X[:1]).transpose(0, 1).reshape(8, -1)
+        assert len({bytes(row.numpy()) for row in packed}) == 8
+
+
+def test_more_gates_than_patterns():
+    X, y = np.random.default_rng(0).normal(size=(3, 1, 2)), np.array([0, 1, 0])
+    clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates=50, beta_ratio=0.3).fit(X, y)
+    assert len(clf.gates_) == 6
+    assert clf.certificate_.converged

@@ -2,14 +2,17 @@
 
 ``LinearActivation``  σ(A) = A: pooling moves inside and each head takes its cheap path.
 ``GatedReLU``         σ(A) = D_j ⊙ A with masks ``D_j = 1[pre(X, g_j) ≥ 0]`` decided by fixed gates ``g_j``.
+``ReLU``              σ(A) = max(A, 0): each atom's own pre-activation decides its mask.
 
-Both are linear in the mixing weights, so the training problem is a convex program with one nuclear norm for each
-*block*: gate-major, then channel group, ``block = gate · n_groups + group``. Atoms carry the block they belong to.
+The first two are linear in the mixing weights, so the training problem is a convex program with one nuclear norm for
+each *block*: gate-major, then channel group, ``block = gate · n_groups + group``. Atoms carry the block they belong to.
+A ReLU atom's block is its channel group; what is known about its optimum is in `convexhead.relu`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -18,14 +21,19 @@ from torch import Tensor
 from convexhead.errors import InputError
 from convexhead.heads.base import Data, Head
 
-ACTIVATIONS = ("linear", "gated-relu")
+ACTIVATIONS = ("linear", "gated-relu", "relu")
+PullBack = Callable[[Tensor], Tensor]
+"""``T (b, r, k, e) -> (k, *mixing_shape)``: the adjoint of the derivative of a mix in ``U``, summed over the batch."""
 
 
 @runtime_checkable
 class Activation(Protocol):
-    """Mixes tokens for atoms of given blocks, with its adjoint; linear in the mixing weights."""
+    """Mixes tokens for atoms of given blocks, and pulls gradients back to their mixing weights."""
 
+    name: ClassVar[str]
     n_blocks: int
+    convex: ClassVar[bool]
+    """Whether mixing is linear in ``U``: only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""
 
     def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool) -> Data:
         """Per-sample tensors that `mix` and `mix_adjoint` want at hand.
@@ -39,8 +47,16 @@ class Activation(Protocol):
     def mix(self, data: Data, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "b r k e"]:
         """Mixed, pooled tokens ``P mix(X, U)`` of every atom."""
 
-    def mix_adjoint(self, data: Data, T: Float[Tensor, "b r k e"], block: Int[Tensor, " k"]) -> Float[Tensor, "k ..."]:
-        """Adjoint of `mix` in ``U``, summed over the batch."""
+    def mix_adjoint(
+        self, data: Data, T: Float[Tensor, "b r k e"], block: Int[Tensor, " k"], at: Float[Tensor, "k ..."] | None
+    ) -> Float[Tensor, "k ..."]:
+        """Adjoint of the derivative of `mix` ``at`` given weights, summed over the batch; where mixing is linear they
+        do not matter."""
+
+    def mix_with_pull_back(
+        self, data: Data, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
+    ) -> tuple[Float[Tensor, "b r k e"], PullBack]:
+        """`mix` at ``U`` and `mix_adjoint` there, which share work."""
 
     def workspace(self, k: int) -> int:
         """Numbers held per sample while ``k`` atoms are mixed: sets the batch size of a pass."""
@@ -48,6 +64,9 @@ class Activation(Protocol):
 
 class LinearActivation:
     """``σ(A) = A``."""
+
+    name: ClassVar[str] = "linear"
+    convex: ClassVar[bool] = True
 
     def __init__(self, head: Head) -> None:
         self.head = head
@@ -62,8 +81,11 @@ class LinearActivation:
     def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
         return self.head.linear_mix(data, U, block)
 
-    def mix_adjoint(self, data: Data, T: Tensor, block: Tensor) -> Tensor:
+    def mix_adjoint(self, data: Data, T: Tensor, block: Tensor, at: Tensor | None = None) -> Tensor:
         return self.head.linear_mix_adjoint(data, T, block)
+
+    def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
+        return self.mix(data, U, block), lambda T: self.mix_adjoint(data, T, block)
 
     def workspace(self, k: int) -> int:
         return k * self.head.r * self.head.value_rows
@@ -79,9 +101,11 @@ class GatedReLU:
         The gate vectors ``g_j``; explicit, or from `sample_gates`.
     """
 
+    name: ClassVar[str] = "gated-relu"
+    convex: ClassVar[bool] = True
+
     def __init__(self, head: Head, gates: Float[Tensor, "J ..."]) -> None:
-        if not head.learns_mixing:
-            raise InputError("the linear head takes activation='linear' only; use head='mlp' for a gated one")
+        _check_mixing(head)
         if gates.ndim == 0 or tuple(gates.shape[1:]) != head.gate_shape or not len(gates):
             raise InputError(
                 f"gates have shape {tuple(gates.shape)}, but this head needs (J, "
@@ -120,24 +144,104 @@ class GatedReLU:
     def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
         return self.head.gated_mix(data, U, block % self.head.n_groups, *self._masks(data, block))
 
-    def mix_adjoint(self, data: Data, T: Tensor, block: Tensor) -> Tensor:
+    def mix_adjoint(self, data: Data, T: Tensor, block: Tensor, at: Tensor | None = None) -> Tensor:
         return self.head.gated_mix_adjoint(data, T, block % self.head.n_groups, *self._masks(data, block))
+
+    def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
+        group, masks = block % self.head.n_groups, self._masks(data, block)  # unpacked once for both
+        return (
+            self.head.gated_mix(data, U, group, *masks),
+            lambda T: self.head.gated_mix_adjoint(data, T, group, *masks),
+        )
 
     def workspace(self, k: int) -> int:
         return k * self.head.p * max(self.head.score_width, self.head.d)
+
+
+class ReLU:
+    """``σ(A) = max(A, 0)``: positively homogeneous in ``U`` and linear on the cone of each activation pattern.
+
+    The derivative at a zero entry is taken to be 0.
+    """
+
+    name: ClassVar[str] = "relu"
+    convex: ClassVar[bool] = False
+
+    def __init__(self, head: Head) -> None:
+        _check_mixing(head)
+        self.head = head
+        self.n_blocks = head.n_groups
+
+    def prepare(self, X: Tensor, *, reuse: bool) -> Data:
+        return self.head.prepare(X)
+
+    def pack_masks(self, X: Tensor) -> None:
+        return None
+
+    def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
+        return self._read(data, self.head.preactivation(data, U, block))
+
+    def mix_adjoint(self, data: Data, T: Tensor, block: Tensor, at: Tensor | None) -> Tensor:
+        assert at is not None, "a ReLU has a derivative at given weights only"
+        return self.mix_with_pull_back(data, at, block)[1](T)
+
+    def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
+        head, A = self.head, self.head.preactivation(data, U, block)
+
+        def pull_back(T: Tensor) -> Tensor:
+            S = head.pool_rows_adjoint(head.read_adjoint(data, T))
+            return head.preactivation_adjoint(data, S * (A > 0), block)
+
+        return self._read(data, A), pull_back
+
+    def _read(self, data: Data, A: Tensor) -> Tensor:
+        return self.head.read(data, self.head.pool_rows(A.relu()))
+
+    def workspace(self, k: int) -> int:
+        return k * self.head.p * max(self.head.score_width, self.head.d)
+
+
+def _check_mixing(head: Head) -> None:
+    if not head.learns_mixing:
+        raise InputError("the linear head takes activation='linear' only; use head='mlp' for one with a ReLU")
 
 
 def make_activation(name: str, head: Head, gates: Tensor | None) -> Activation:
     """The activation called ``name`` over ``head``; ``gates`` are needed by the gated ReLU alone."""
     if name == "linear":
         return LinearActivation(head)
+    if name == "relu":
+        return ReLU(head)
     assert gates is not None, "the gated ReLU needs gates"
     return GatedReLU(head, gates)
 
 
-def sample_gates(head: Head, n_gates: int, generator: torch.Generator) -> Float[Tensor, "J ..."]:
-    """``n_gates`` standard normal gates, float64 ``(J, *head.gate_shape)``: continuous, so ties have probability 0."""
-    return torch.randn(n_gates, *head.gate_shape, generator=generator, dtype=torch.float64)
+def sample_gates(
+    head: Head, n_gates: int, generator: torch.Generator, X: Float[Tensor, "n s d"] | None = None
+) -> Float[Tensor, "J ..."]:
+    """``n_gates`` random gates, float64 ``(J, *head.gate_shape)``: continuous, so ties have probability 0.
+
+    Parameters
+    ----------
+    head : Head
+    n_gates : int
+        ``J``.
+    generator : torch.Generator
+        Decides everything: equal states give equal gates.
+    X : Tensor (n, s, d) or None
+        None: standard normal gates. Tokens: gates ``K_Sᵀ z`` with ``z`` standard normal and ``K_S`` the pre-activations
+        of eight random samples as linear functions of the gate: normal gates in the metric of the data, whose
+        patterns cut through where the tokens are.
+    """
+    if X is None:
+        return torch.randn(n_gates, *head.gate_shape, generator=generator, dtype=torch.float64)
+    gates = []
+    group = torch.arange(head.n_groups, device=X.device)
+    for _ in range(n_gates):
+        chosen = X[torch.randint(len(X), (min(8, len(X)),), generator=generator).to(X.device)].double()
+        z = torch.randn(len(chosen), head.n_groups, head.p, head.score_width, generator=generator, dtype=torch.float64)
+        gates.append(head.preactivation_adjoint(head.prepare(chosen), z.to(X.device), group).cpu())
+    return torch.stack(gates).view(n_gates, *head.gate_shape) if gates else torch.zeros(0, *head.gate_shape).double()
 
 
 def pack_bits(mask: Bool[Tensor, "... m"]) -> Tensor:

@@ -161,7 +161,7 @@ def _from_factors(
             raise InputError(f"the linear head's coef must be (d, c) = ({head.d}, c), got {tuple(coef.shape)}")
         b = torch.zeros(coef.shape[1]) if intercept is None else torch.as_tensor(np.asarray(intercept))
         return head, Atoms(torch.ones(1).double(), coef[None], torch.zeros(1, dtype=torch.int64), b.double())
-    count = head.n_groups * (1 if activation == "linear" else len(gates))
+    count = head.n_groups * (len(gates) if activation == "gated-relu" else 1)
     if count == 1 and not isinstance(mixing, (list, tuple)):
         mixing, values = [mixing], [values]
     mixing, values = ([np.asarray(w, dtype=np.float64) for w in part] for part in (mixing, values))

@@ -4,7 +4,8 @@ Fenchel duality: for any weights, with ``R_i = ∇ℓ(f_i, y_i)/n`` and ``σ = m
 
     P* ≥ D(τ) = −(1/n) Σ_i ℓ*(n τ R_i, y_i)      for every  0 ≤ τ ≤ β/σ  that stays in the domain of ℓ*
 
-and ``gap = P − max_τ D(τ)``. Three things must be honest about it.
+and ``gap = P − max_τ D(τ)``. For a ReLU ``σ`` is the dual norm ``h(R)`` (`convexhead.relu.norm`). Three things must be
+honest about it.
 
 * ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise its
   approximate leading singular directions are split off, the norm of what is left is at most ``σ̂/√(1 − ε)`` from random
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,7 +30,8 @@ from torch import Tensor
 
 from convexhead.errors import InputError
 from convexhead.intercept import solve_intercept
-from convexhead.problem import Atoms, Problem, balance
+from convexhead.problem import Atoms, Problem
+from convexhead.relu.norm import NormOracle
 from convexhead.spectral import (
     BlockKrylov,
     GradientMatrices,
@@ -62,9 +65,19 @@ class Certificate:
     failure_probability : float
         Probability, over the random starts, that the raised value is not a bound; 0 for an exact SVD.
     scope : str
-        ``"global"`` for a linear activation; ``"sampled-gates"``: optimal for the program with these gates.
+        What the gap is to. ``"global"``: the optimum over all heads of this kind. ``"sampled-gates"``: that of the
+        program with these gates. ``"estimated"``: a ReLU head too large for a tight proof; ``dual``, ``gap`` and
+        ``relative_gap`` are still proven, but loose, and the last fields say what a search suggests.
     converged : bool
-        Whether ``relative_gap ≤ tol``.
+        Whether ``relative_gap ≤ tol``; never where ``scope`` is ``"estimated"``.
+    bound : str
+        How the largest singular value, or a ReLU's dual norm, was bounded.
+    estimated_gap : float or None
+        Of a ReLU: the relative gap if the search found the largest reward there is. Not proven.
+    ascents : int
+        Starts of that search.
+    rewards : list of float
+        The highest rewards it found, in units of β, repeats left out: above 1 the head can be improved.
     """
 
     primal: float
@@ -75,12 +88,24 @@ class Certificate:
     failure_probability: float
     scope: str
     converged: bool
+    bound: str = ""
+    estimated_gap: float | None = None
+    ascents: int = 0
+    rewards: list[float] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, float | str | bool]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.scope == "estimated":
+            best = self.rewards[0] - 1 if self.rewards else 0.0
+            return (
+                f"objective {self.primal:.6g}, not proven to be near the global optimum: {self.ascents} searches found "
+                + (f"a change worth {100 * best:.2g}% more than it costs" if best > 1e-3 else "nothing to improve")
+                + f", which suggests a gap of about {100 * (self.estimated_gap or 0.0):.2g}% (an estimate); proven is "
+                f"only that no head of this kind goes below {self.dual:.3g}"
+            )
         where = {"global": "global optimum", "sampled-gates": "optimum for these gates"}[self.scope]
         return (
             f"objective {self.primal:.6g} is within {self.gap:.2g} ({100 * self.relative_gap:.2g}%) of the {where}"
@@ -103,6 +128,7 @@ def certify_atoms(
     failure_probability: float = 1e-6,
     generator: torch.Generator | None = None,
     max_steps: int = 400,
+    oracle: NormOracle | None = None,
 ) -> Certificate:
     """Certificate of ``atoms`` for the convex program of ``problem`` at weight ``beta``.
 
@@ -121,14 +147,19 @@ def certify_atoms(
         Of the bound on σ, over all blocks together.
     generator : torch.Generator or None
         Source of the random starts; a fresh, unpredictable one where None.
+    oracle : NormOracle or None
+        Of this problem with a ReLU, where one is at hand.
     """
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
     exact = problem.in_double()
     atoms = atoms.to(exact.device, torch.float64)
     if not torch.equal(atoms.V, exact.mask_values(atoms.V, atoms.block)):
         raise InputError("values are not zero outside the output group of their block")
     f = exact.outputs(atoms)
     if problem.head.learns_mixing:
-        directions, sigma = balance(atoms, drop=0.0)
+        directions, sigma = exact.balance(atoms)
         penalty = float(sum(values.sum() for values in sigma))
     else:
         directions, penalty = atoms, exact.penalty(atoms)
@@ -140,14 +171,19 @@ def certify_atoms(
     R = exact.residual(f)
     dual = _Dual(exact, f, R, beta)
 
-    slack, failure = 0.0, 0.0
+    slack, failure, reward = 0.0, 0.0, None
     if not problem.head.learns_mixing:
-        best = dual.ridge()
+        best, how = dual.ridge(), "Frobenius norm"
+    elif not problem.activation.convex:
+        oracle = oracle or NormOracle(exact)
+        peaks = oracle.search(R, warm=directions, generator=generator, n_starts=32, iterations=15, rtol=1e-4)
+        reward = oracle.bound(R, peaks, rtol=0.02 * tol)
+        best, how = dual.spectral(reward.upper), reward.method
     else:
         G = GradientMatrices(exact, R)
         if worth_forming(G):
             upper = max(float(torch.linalg.matrix_norm(exact.gradient_matrix(R, j), 2)) for j in range(exact.n_blocks))
-            best = dual.spectral(upper)
+            best, how = dual.spectral(upper), "singular value decomposition"
         else:
             failure = failure_probability
             fast = GradientMatrices(problem, R.to(problem.dtype)) if problem.products == problem.dtype else G
@@ -158,7 +194,7 @@ def certify_atoms(
                     reached = primal - dual.value(dual.largest(bound.upper)) <= tol * abs(primal)
                     hopeless = primal - dual.value(dual.largest(bound.floor)) > tol * abs(primal)
                     enough = reached or (hopeless and bound.upper <= 1.01 * bound.floor)
-            best = dual.spectral(bound.upper)
+            best, how = dual.spectral(bound.upper), "Lanczos from random starts"
             slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
     terms = data_term + abs(best) + exact.n * exact.mean_of(lambda R, Y: (R * Y).abs().sum(2).mean(1), R, exact.Y)
     best = max(best - 1e-13 * terms, known_dual)
@@ -166,6 +202,17 @@ def certify_atoms(
         raise RuntimeError(f"lower bound {best!r} above the objective {primal!r}: please report this as a bug")
     gap = max(primal - best, 0.0)
     relative = gap / abs(primal) if primal else (0.0 if gap == 0 else math.inf)
+    scope = "global" if problem.masks is None else "sampled-gates"
+    searched: dict[str, Any] = {}
+    if reward is not None:
+        if reward.loose and relative > tol:
+            scope = "estimated"
+        likely = max(dual.spectral(reward.lower), best)
+        searched = {
+            "estimated_gap": max(primal - likely, 0.0) / abs(primal) if primal else 0.0,
+            "ascents": reward.ascents,
+            "rewards": [float(value) / beta for value in reward.peaks.distinct().values[:10]],
+        }
     return Certificate(
         primal=primal,
         dual=min(best, primal),
@@ -173,8 +220,10 @@ def certify_atoms(
         relative_gap=relative,
         sigma_slack=slack,
         failure_probability=min(1.0, failure + known_failure),
-        scope="global" if problem.masks is None else "sampled-gates",
+        scope=scope,
         converged=relative <= tol,
+        bound=how,
+        **searched,
     )
 
 
@@ -238,11 +287,8 @@ class _KrylovBound:
         directions: Atoms,
         tol: float,
         failure_probability: float,
-        generator: torch.Generator | None,
+        generator: torch.Generator,
     ) -> None:
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
         j = G.problem.n_blocks
         self.order, self.failure = G.order, failure_probability / j
         self.lower, self.upper, self._settled = 0.0, math.inf, 0.0

@@ -49,7 +49,7 @@ RunPath = Annotated[Path, typer.Argument(help="Folder of a trained head, made by
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Head = Annotated[str, typer.Option(help="self-attention, mlp-mixer, fno, block-fno, mlp or linear.")]
-Activation = Annotated[str, typer.Option(help="linear or gated-relu.")]
+Activation = Annotated[str, typer.Option(help="linear, gated-relu or relu.")]
 BetaRatio = Annotated[float, typer.Option(help="β as a share of β_max, the weight at which the head vanishes.")]
 Beta = Annotated[Optional[float], typer.Option(help="Absolute β; overrides --beta-ratio.")]
 Pool = Annotated[str, typer.Option(help="mean, or cls for the first token.")]

@@ -23,16 +23,17 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
 
 from convexhead import inputs
-from convexhead.activation import ACTIVATIONS, make_activation, sample_gates
+from convexhead.activation import ACTIVATIONS, make_activation
 from convexhead.checkpoint import Checkpoint
 from convexhead.errors import InputError, choose
 from convexhead.heads import Head, make_head
 from convexhead.intercept import solve_intercept
 from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
-from convexhead.patterns import all_gates
+from convexhead.patterns import all_gates, sample_patterns
 from convexhead.problem import Atoms, Problem
 from convexhead.ranks import Ranks, join_ranks
+from convexhead.relu.norm import NormOracle
 from convexhead.samples import default_memory
 from convexhead.solvers import Progress, Solution, solve
 from convexhead.spectral import spectral_norm
@@ -80,12 +81,10 @@ class _ConvexHead(BaseEstimator):
             value = getattr(self, name)
             if not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
                 raise InputError(f"{name} must be a positive number, got {value!r}")
-        for name, other in (("n_gates", "all"), ("n_blocks", ...), ("max_heads", None)):
+        for name, others in (("n_gates", ("all",)), ("n_blocks", ()), ("max_heads", (None,))):
             value = getattr(self, name)
-            if value is other or (isinstance(value, str) and value == other):
-                continue
-            if not isinstance(value, numbers.Integral) or value < 1:
-                allowed = "" if other is ... else f" or {other!r}"
+            if not (isinstance(value, numbers.Integral) and int(value) >= 1) and value not in others:
+                allowed = "".join(f" or {other!r}" for other in others)
                 raise InputError(f"{name} must be a positive integer{allowed}, got {value!r}")
 
     def _make_head(self, n_tokens: int, n_channels: int) -> Head:
@@ -100,12 +99,12 @@ class _ConvexHead(BaseEstimator):
         )
 
     def _make_gates(self, head: Head, X: Tokens, generator: torch.Generator) -> torch.Tensor | None:
-        if self.activation == "linear":
+        if self.activation != "gated-relu":
             return None
         if self.gates is None and self.n_gates == "all":
             return all_gates(head, X if isinstance(X, torch.Tensor) else X.read())
         if self.gates is None:
-            return sample_gates(head, int(self.n_gates), generator)
+            return sample_patterns(head, X, int(self.n_gates), generator)
         try:
             return torch.as_tensor(np.asarray(self.gates, dtype=np.float64))
         except (TypeError, ValueError) as error:
@@ -116,6 +115,10 @@ class _ConvexHead(BaseEstimator):
         ranks, device = self._ranks(), inputs.pick_device(self.device)
         head = self._make_head(X.shape[1], X.shape[2])
         gates = self._make_gates(head, X, generator)
+        if self.activation == "relu":
+            if ranks.size > 1:
+                raise InputError("activation='relu' is solved in one process: start it without torchrun")
+            X = X if isinstance(X, torch.Tensor) else X.read()  # its dual norm needs all of them at once
         rows = ranks.share(len(X))
         return Problem(
             X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
@@ -142,6 +145,8 @@ class _ConvexHead(BaseEstimator):
         """The checkpoint of this fit, its seed among the notes; None without a folder."""
         if folder is None:
             return None
+        if self.activation == "relu":
+            raise InputError("activation='relu' has no checkpoints: leave checkpoint out")
         ranks = self._ranks()
         settings = {name: value for name, value in self.get_params().items() if name not in NOT_SETTINGS}
         settings = {name: _described(value) for name, value in settings.items()}
@@ -195,9 +200,12 @@ class _ConvexHead(BaseEstimator):
         self.history_ = [row.to_dict() for row in solution.history]
         self.stop_reason_ = solution.stop.value
         if not solution.certificate.converged:
+            certificate = solution.certificate
+            told = f"certified relative gap {certificate.relative_gap:.2g} > tol={self.tol:g}"
+            if certificate.scope == "estimated":
+                told = f"estimated relative gap {certificate.estimated_gap:.2g}, tol={self.tol:g}"
             warnings.warn(
-                f"certified relative gap {solution.certificate.relative_gap:.2g} > tol={self.tol:g}: "
-                f"{solution.stop.value}",
+                f"{told}: {solution.stop.value}",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -329,8 +337,10 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     ----------
     head : {"self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear"}
         How tokens are mixed.
-    activation : {"linear", "gated-relu"}
-        With ``"gated-relu"`` the program is convex for the given gates, and the certificate is for them.
+    activation : {"linear", "gated-relu", "relu"}
+        With ``"gated-relu"`` the program is convex for the given gates, and the certificate is for them. ``"relu"``
+        trains the true ReLU network; it is certified where a problem is small enough for a proof, else its
+        certificate is an estimate and says so.
     beta : float or None
         ``β > 0``; where None, ``beta_ratio · beta_max_``.
     beta_ratio : float
@@ -340,7 +350,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     grid : (int, int) or None
         ``(h, w)`` of the tokens; None: square if ``s`` is a square, else ``(s, 1)``.
     n_gates : int or "all"
-        Gates sampled for the gated ReLU; ``"all"``: one for every activation pattern, for small problems only.
+        Gates sampled for the gated ReLU, of different patterns (fewer where there are fewer); ``"all"``: one for every
+        activation pattern, for small problems only.
     gates : array (J, \\*mixing_shape) or None
         Explicit gates; block-fno: ``(J, n_blocks, s, d/n_blocks)``.
     n_blocks : int
@@ -376,7 +387,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     n_heads_ : int
         Heads found: the rank of the solution over all blocks.
     singular_values_ : list of ndarray
-        Of each block's ``Z_j``, falling.
+        Of each block's ``Z_j``, falling; for a ReLU ``‖U_k‖‖V_k‖`` of its heads.
     mixing_, values_ : lists of ndarray
         For each block ``(k, *mixing_shape)`` and ``(k, e, c)``: ``f = Σ mix(X, U_k) V_k``. The linear head has
         ``coef_ (d, c)`` instead.
@@ -721,9 +732,17 @@ def atoms_from_blocks(
 
 
 def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
-    """``β_max = max_j ‖𝒜_j*(R at Z = 0)‖₂``: the smallest weight at which the optimum is zero."""
+    """``β_max = max_j ‖𝒜_j*(R at Z = 0)‖₂``: the smallest weight at which the optimum is zero.
+
+    For a ReLU it is the dual norm ``h(R)``, or the largest value that a search finds where there is no tight bound.
+    """
     exact = problem.in_double()
     f = exact.outputs(exact.empty())
     if exact.fit_intercept:
         f = f + solve_intercept(exact, f)
-    return spectral_norm(exact, exact.residual(f), generator)
+    R = exact.residual(f)
+    if problem.activation.convex:
+        return spectral_norm(exact, R, generator)
+    oracle = NormOracle(exact)
+    peaks = oracle.search(R, generator=generator)
+    return oracle.bound(R, peaks).upper if oracle.tight else float(peaks.values[:1].sum())

@@ -67,7 +67,7 @@ class HeadModule(nn.Module):
     ----------
     head : Head
         How tokens are mixed, with its pooling and grid.
-    activation : {"linear", "gated-relu"}
+    activation : {"linear", "gated-relu", "relu"}
     gates : Tensor (J, *head.gate_shape) or None
         Fixed gates of the gated ReLU.
     block : Tensor (k,) or int
@@ -103,7 +103,7 @@ class HeadModule(nn.Module):
         super().__init__()
         self.head = head
         self.activation_name = choose("activation", activation, ACTIVATIONS)
-        if (gates is None) != (activation == "linear"):
+        if (gates is None) != (activation != "gated-relu"):
             raise InputError("gates go with activation='gated-relu', and only with it")
         self.register_buffer("gates", None if gates is None else gates.detach().double().clone())
         n_blocks = self._activation(self.gates).n_blocks

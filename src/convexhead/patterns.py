@@ -1,4 +1,4 @@
-"""All activation patterns of a small problem: the cells of a hyperplane arrangement.
+"""Activation patterns: random ones, all different, and all of a small problem, the cells of a hyperplane arrangement.
 
 A pre-activation is linear in the mixing weights, ``K u`` with one row for every entry of every sample's score. Gates in
 general position have as patterns ``1[K g ≥ 0]`` the open cells of the arrangement of hyperplanes ``K_i^⊥``:
@@ -18,11 +18,13 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.activation import GatedReLU, sample_gates
 from convexhead.errors import InputError
 from convexhead.heads.base import Head
+from convexhead.stored_tokens import Tokens
 
 PARALLEL = 1e-9
 """Unit rows closer than this are one hyperplane, and rows this small relative to the largest none at all."""
@@ -59,6 +61,51 @@ def all_gates(head: Head, X: Float[Tensor, "n s d"], *, max_patterns: int = MAX_
     most = max(map(len, of_group))
     padded = [torch.cat([points, points[-1:].expand(most - len(points), -1)]) for points in of_group]
     return torch.stack(padded, dim=1).reshape(most, *head.gate_shape)
+
+
+def sample_patterns(
+    head: Head, X: Tokens, n_gates: int, generator: torch.Generator, *, data_driven: bool = False
+) -> Float[Tensor, "J ..."]:
+    """Random gates whose patterns on the tokens are all different, ``n_gates`` of them or as many as are found.
+
+    Parameters
+    ----------
+    head : Head
+        Decides what a pre-activation is.
+    X : Tensor (n, s, d) or StoredTokens
+        Tokens.
+    generator : torch.Generator
+        Decides everything: equal states give equal gates.
+    data_driven : bool
+        Draw gates in the metric of the data instead of standard normal ones; see `sample_gates`.
+
+    Returns
+    -------
+    Tensor (J, *head.gate_shape)
+        float64. Fewer than ``n_gates`` where so many draws in a row brought no new pattern.
+    """
+    gates = torch.zeros(0, *head.gate_shape, dtype=torch.float64)
+    while len(gates) < n_gates:
+        more = sample_gates(head, n_gates, generator, X[:] if data_driven else None)
+        found = _distinct_gates(head, X, torch.cat([gates, more]))
+        if len(found) == len(gates):
+            break
+        gates = found
+    return gates[:n_gates]
+
+
+def _distinct_gates(head: Head, X: Tokens, gates: Float[Tensor, "J ..."]) -> Float[Tensor, "l ..."]:
+    """The first gate of each pattern."""
+    rows = 64  # nearly always enough to tell all of them apart
+    while True:
+        masks = GatedReLU(head, gates).pack_masks(X[:rows])  # (n, J · groups, bytes)
+        patterns = masks.transpose(0, 1).reshape(len(gates), -1)
+        first: dict[bytes, int] = {}
+        for j, pattern in enumerate(pack_signs(patterns)):
+            first.setdefault(pattern, j)
+        if len(first) == len(gates) or rows >= len(X):
+            return gates[list(first.values())]
+        rows = len(X)
 
 
 def preactivation_rows(head: Head, X: Float[Tensor, "n s d"], group: int = 0) -> Float[Tensor, "m u"]:
@@ -98,17 +145,36 @@ def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Te
 
 def hyperplanes(K: Float[Tensor, "m u"]) -> Float[Tensor, "N u"]:
     """The distinct hyperplanes as unit rows: zero rows dropped, parallel ones kept once."""
+    return hyperplanes_of(K)[0]
+
+
+def hyperplanes_of(K: Float[Tensor, "m u"]) -> tuple[Float[Tensor, "N u"], Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """The distinct hyperplanes as unit rows, the one of each row, and the signed scale: ``K_i = scale_i planes[of_i]``.
+
+    Zero rows have scale 0 and belong to the first.
+    """
     norm = K.norm(dim=1)
-    K = K[norm > PARALLEL * norm.max()] if len(K) else K
-    K = K / K.norm(dim=1, keepdim=True)
-    kept: list[int] = []
-    for i in range(len(K)):
-        # For unit vectors, ‖a ∓ b‖² ≈ 2(1 − |⟨a, b⟩|) loses half of the digits; the distances themselves do not.
-        others = K[kept]
-        apart = torch.minimum((others - K[i]).norm(dim=1), (others + K[i]).norm(dim=1))
-        if not len(kept) or float(apart.min()) > PARALLEL:
-            kept.append(i)
-    return K[kept]
+    of, scale = torch.zeros(len(K), dtype=torch.int64, device=K.device), torch.zeros_like(norm)
+    rows = (norm > PARALLEL * norm.max()).nonzero().squeeze(1) if len(K) else of
+    if not len(rows):
+        return K[:0], of, scale
+    unit = K[rows] / norm[rows].unsqueeze(1)
+    # Rows are parallel if they agree, up to sign, along a few random directions: sorting finds them.
+    directions = torch.randn(K.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    along = unit @ (directions / directions.norm(dim=0)).to(unit)
+    sign = torch.where(along[:, :1] < 0, -1.0, 1.0).to(unit)
+    same = torch.zeros(len(rows), dtype=torch.int64, device=K.device)
+    for t in (along * sign).T:
+        order = torch.argsort(t)
+        order = order[torch.argsort(same[order], stable=True)]
+        differs = (same[order].diff() != 0) | (t[order].diff() > PARALLEL)
+        same[order] = torch.nn.functional.pad(differs.long().cumsum(0), (1, 0))
+    first = torch.full((int(same.max()) + 1,), len(rows), device=K.device)
+    first = first.scatter_reduce(0, same, torch.arange(len(rows), device=K.device), "amin")
+    leaders, of[rows] = torch.unique(first[same], return_inverse=True)
+    planes = unit[leaders]
+    scale[rows] = norm[rows] * (unit * planes[of[rows]]).sum(1).sign()
+    return planes, of, scale
 
 
 def _cells(K: Float[Tensor, "N r"]) -> Float[Tensor, "J r"]:
@@ -143,5 +209,5 @@ def _distinct(points: Float[Tensor, "m r"], K: Float[Tensor, "i r"]) -> Float[Te
 
 
 def pack_signs(signs: Tensor) -> list[bytes]:
-    """Each row of booleans as bytes, to compare and to count."""
+    """Each row as bytes, to compare and to count."""
     return [row.tobytes() for row in signs.cpu().numpy()]

@@ -199,6 +199,10 @@ class Problem:
         """Tokens of this process's samples."""
         return self.samples.X
 
+    def tokens(self) -> Float[Tensor, "n s d"]:
+        """All of them in memory, read where they are not."""
+        return self.X if isinstance(self.X, Tensor) else self.X.read()
+
     # -- sums over the samples ----------------------------------------------------------------------------------------
     def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sums over all samples, of what was summed over this process's: the one place where processes meet."""
@@ -286,6 +290,13 @@ class Problem:
         """``R_i = ∇ℓ(f_i, y_i) / n``."""
         return self.loss.residual(f, self.Y) / self.n
 
+    def balance(self, atoms: Atoms) -> tuple[Atoms, list[Tensor]]:
+        """The same function with balanced atoms and the least penalty known for it, and ``‖U_k‖‖V_k‖`` by block.
+
+        Blocks of a convex program take an SVD (`balance`), atoms of a ReLU are only rescaled (`rescale`).
+        """
+        return balance(atoms, drop=0.0) if self.activation.convex else rescale(atoms)
+
     def penalty(self, atoms: Atoms) -> float:
         """``½ Σ_k (‖U_k‖² + ‖V_k‖²)``, or ``½‖V‖²`` where the mixing is not learned."""
         parts = [atoms.V, atoms.U] if self.head.learns_mixing else [atoms.V]
@@ -301,7 +312,7 @@ class Problem:
         gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows, data in self.batches(len(atoms)):
-            M = self.activation.mix(data, atoms.U, atoms.block)
+            M, pull_back = self.activation.mix_with_pull_back(data, atoms.U, atoms.block)
             flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
             f = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
             self.last_outputs[rows] = f
@@ -311,7 +322,7 @@ class Problem:
             gV += (flat.T @ R).view(gV.shape)
             gb += R.sum(0)
             if self.head.learns_mixing:
-                gU += self.activation.mix_adjoint(data, (R @ V.T).view(M.shape), atoms.block)
+                gU += pull_back((R @ V.T).view(M.shape))
         total, gU, gV, gb = self.sum(total, gU, gV, gb)
         if self.head.learns_mixing:
             gU = gU + beta * atoms.U
@@ -322,21 +333,25 @@ class Problem:
 
     @one_pass
     def adjoint_times_values(
-        self, R: Float[Tensor, "n r c"], V: Float[Tensor, "k e c"], block: Int[Tensor, " k"]
+        self,
+        R: Float[Tensor, "n r c"],
+        V: Float[Tensor, "k e c"],
+        block: Int[Tensor, " k"],
+        at: Float[Tensor, "k ..."] | None = None,
     ) -> Float[Tensor, "k ..."]:
-        """``𝒜_j*(R) V_k`` for each ``V_k`` in its block."""
+        """``𝒜_j*(R) V_k`` for each ``V_k`` in its block; of a ReLU with the masks that the weights ``at`` decide."""
         V = self.mask_values(V, block)
         out = V.new_zeros(len(V), *self.head.mixing_shape)
         for rows, data in self.batches(len(V)):
             T = (R[rows] @ V.flatten(0, 1).T).unflatten(-1, V.shape[:2])
-            out += self.activation.mix_adjoint(data, T, block)
+            out += self.activation.mix_adjoint(data, T, block, at)
         return self.sum(out)[0]
 
     @one_pass
     def adjoint_times_mixing(
         self, R: Float[Tensor, "n r c"], U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
     ) -> Float[Tensor, "k e c"]:
-        """``𝒜_j*(R)ᵀ U_k`` for each ``U_k`` in its block."""
+        """``𝒜_j*(R)ᵀ U_k`` for each ``U_k`` in its block: ``Σ_i (P mix(X_i, U_k))ᵀ R_i``, whatever the activation."""
         out = U.new_zeros(len(U), *self.value_shape)
         for rows, data in self.batches(len(U)):
             M = self.activation.mix(data, U, block)
@@ -452,3 +467,25 @@ def balance(atoms: Atoms, *, drop: float) -> tuple[Atoms, list[Tensor]]:
         if m:
             values.append(sigma[:m])
     return kept, values
+
+
+def rescale(atoms: Atoms) -> tuple[Atoms, list[Tensor]]:
+    """The same function with ``‖U_k‖ = ‖V_k‖``, which every positively homogeneous activation allows.
+
+    Returns
+    -------
+    atoms : Atoms
+        Ordered by block, then by falling ``‖U_k‖‖V_k‖``; atoms that do nothing are dropped.
+    sizes : list of Tensor
+        ``‖U_k‖‖V_k‖``, one ``(k_j,)`` for each block that has atoms, in the atoms' order.
+    """
+    nU, nV = atoms.U.flatten(1).norm(dim=1), atoms.V.flatten(1).norm(dim=1)
+    size = nU * nV
+    order = torch.argsort(size, descending=True)
+    order = order[torch.argsort(atoms.block[order], stable=True)]
+    order = order[size[order] > 0]
+    kept, size = atoms.select(order), size[order]
+    root = size.sqrt()
+    kept.U = kept.U * (root / nU[order]).view(-1, *[1] * (kept.U.ndim - 1))
+    kept.V = kept.V * (root / nV[order]).view(-1, 1, 1)
+    return kept, [size[kept.block == j] for j in torch.unique(kept.block).tolist()]

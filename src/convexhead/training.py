@@ -26,7 +26,7 @@ from torch import Tensor
 from convexhead.activation import GatedReLU
 from convexhead.errors import InputError, choose
 from convexhead.modules import HeadModule
-from convexhead.problem import Atoms, Problem, balance
+from convexhead.problem import Atoms, Problem
 
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = {
@@ -62,7 +62,7 @@ class TrainingResult:
         Φ on all data in float64, infinite where the run diverged.
     convex_objective : float
         The convex program's objective at the same function: the factored penalty is replaced by the nuclear
-        norm, which balancing the factors reaches. Never above ``objective``.
+        norm (for a ReLU by ``Σ_k ‖U_k‖‖V_k‖``), which balancing the factors reaches. Never above ``objective``.
     history : list of TrainingRow
         Φ along the run.
     seconds : float
@@ -220,11 +220,10 @@ def tune_learning_rate(
 def make_twin(problem: Problem, n_heads: int, seed: int) -> HeadModule:
     """The untrained twin of ``problem``: its start is scaled on up to 64 samples spread over the data."""
     activation = problem.activation
-    gates = activation.gates if isinstance(activation, GatedReLU) else None
     module = HeadModule(
         problem.head,
-        "linear" if gates is None else "gated-relu",
-        gates,
+        activation.name,
+        activation.gates if isinstance(activation, GatedReLU) else None,
         n_heads,
         problem.c,
         intercept=problem.fit_intercept,
@@ -249,7 +248,7 @@ def objectives(problem: Problem, atoms: Atoms, beta: float) -> tuple[float, floa
     if not math.isfinite(data_term + beta * penalty):
         return math.inf, math.inf
     if problem.head.learns_mixing:
-        nuclear = float(sum(sigma.sum() for sigma in balance(atoms, drop=0.0)[1]))
+        nuclear = float(sum(sizes.sum() for sizes in problem.balance(atoms)[1]))
     return data_term + beta * penalty, data_term + beta * min(nuclear, penalty)
 
 

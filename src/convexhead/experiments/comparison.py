@@ -84,7 +84,7 @@ class Settings:
     def cells(self) -> list[tuple[str, str]]:
         """``(head, activation)`` of every row."""
         pairs = [(head, activation) for activation in self.activations for head in self.heads]
-        return [(head, activation) for head, activation in pairs if (head, activation) != ("linear", "gated-relu")]
+        return [(head, activation) for head, activation in pairs if head != "linear" or activation == "linear"]
 
 
 @dataclass

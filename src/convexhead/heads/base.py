@@ -82,6 +82,10 @@ class Head(ABC):
         """Shape of one gate: `mixing_shape`, behind the number of channel groups where there are several."""
         return (self.n_groups, *self.mixing_shape) if self.n_groups > 1 else self.mixing_shape
 
+    def mixing_span(self) -> Float[Tensor, "w p"] | None:
+        """Orthonormal float64 rows whose span holds a best mixing weight for any residuals; None: the whole space."""
+        return None
+
     def output_mask(self, n_outputs: int) -> Bool[Tensor, "g c"] | None:
         """Which outputs each channel group writes; None where all write all."""
         return None

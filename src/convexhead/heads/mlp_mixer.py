@@ -28,6 +28,12 @@ class MLPMixer(Head):
     def score_width(self) -> int:
         return self.d
 
+    def mixing_span(self) -> Tensor | None:
+        # Under a mean the rows of U do the same work: ‖Σ_p g(U_p)‖ ≤ Σ_p ‖U_p‖ max ‖g‖ is largest with equal rows.
+        if self.pool != "mean":
+            return None
+        return torch.eye(self.s, dtype=torch.float64).repeat(1, self.s) / self.s**0.5
+
     def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
         return self.prepare(X)
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from convexhead.certificate import Certificate, certify_atoms
 from convexhead.checkpoint import Checkpoint, Snapshot
 from convexhead.intercept import solve_intercept
-from convexhead.problem import Atoms, Problem, balance
+from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Progress, Resumable, Solution, Stop
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.fista import Fista
+from convexhead.solvers.relu import ReLUColumnGeneration
 from convexhead.solvers.ridge import RidgeDescent
 
-Method = Fista | ColumnGeneration | RidgeDescent
+Method = Fista | ColumnGeneration | RidgeDescent | ReLUColumnGeneration
 
 DENSE_FEATURES = 5e6
 """Numbers that the dense features may take."""
@@ -111,6 +112,7 @@ def solve(
             witness=witness,
             failure_probability=stage.share,
             generator=generator,
+            oracle=method.oracle if isinstance(method, ReLUColumnGeneration) else None,
         )
 
     with monitor.interruptible():
@@ -121,7 +123,7 @@ def solve(
             rough = problem.with_half_products() if isinstance(method, ColumnGeneration) and stage.rough else None
             if rough is not None and isinstance(method, ColumnGeneration):
                 method.refine(rough)
-            if saved is not None:
+            if saved is not None and not isinstance(method, ReLUColumnGeneration):
                 generator.set_state(saved.shared.pop("generator"))
                 method.restore(
                     *({name: t.to(problem.device) for name, t in part.items()} for part in (saved.shared, saved.rows))
@@ -142,6 +144,9 @@ def solve(
                 stage.dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
                 stage.failure = certificate.failure_probability
                 if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
+                    break
+                if certificate.scope == "estimated" and stop is Stop.CONVERGED:
+                    stop = Stop.SEARCHED  # all that can be had
                     break
                 if stop is Stop.STALLED:
                     if problem.dtype == torch.float64:
@@ -199,7 +204,7 @@ def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -
     """
     atoms = atoms.to(problem.device, torch.float64)
     if problem.head.learns_mixing:
-        atoms, singular_values = balance(atoms, drop=0.0)
+        atoms, singular_values = problem.balance(atoms)
         atoms.V = problem.mask_values(atoms.V, atoms.block)  # balancing leaves rounding there
         if len(atoms):
             sigma = torch.cat(singular_values)
@@ -237,6 +242,8 @@ def _method(
 ) -> Method:
     if not problem.head.learns_mixing:
         return RidgeDescent(problem, beta, start, monitor)
+    if not problem.activation.convex:
+        return ReLUColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)
     if is_small(problem) and problem.dtype == torch.float64 and max_heads is None:
         return Fista(problem, beta, start, monitor)
     return ColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)

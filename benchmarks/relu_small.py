@@ -1,0 +1,120 @@
+"""Small ReLU heads: the certified interval against CVXPY and against the best of many restarts.
+
+    python benchmarks/relu_small.py scalar      100 problems with one output; all patterns; 50 restarts each
+    python benchmarks/relu_small.py vector      100 problems with 2 to 4 outputs, 4 heads; 100 restarts each
+
+Writes benchmarks/results/relu_scalar.csv or relu_vector.csv, a row a problem, and prints what they add up to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cpu_name, versions, write_csv
+from convexhead.activation import ReLU
+from convexhead.heads import make_head
+from convexhead.losses import CrossEntropy, Squared
+from convexhead.patterns import all_gates
+from convexhead.problem import Problem
+from convexhead.relu.norm import NormOracle
+from convexhead.solvers import solve
+from relu_restarts import restarts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import oracle
+
+SCALAR = [("mlp", 1, 2), ("mlp", 2, 2), ("mlp", 1, 3), ("fno", 2, 1), ("fno", 2, 2)]
+"""Head, tokens, channels."""
+VECTOR = [("mlp", 2, 2), ("mlp", 3, 3), ("fno", 2, 2), ("mlp-mixer", 3, 2), ("self-attention", 2, 2)]
+
+
+def random_problem(head: str, s: int, d: int, c: int, seed: int) -> Problem:
+    """Normal tokens and targets; with several outputs, class labels every other time."""
+    generator = torch.Generator().manual_seed(seed)
+    n = 6 + seed % 5
+    X = torch.randn(n, s, d, generator=generator, dtype=torch.float64)
+    mixer = make_head(head, s, d, pool="mean" if seed % 3 else "cls")
+    if c > 1 and seed % 2:
+        Y = torch.nn.functional.one_hot(torch.arange(n) % c, c).double().unsqueeze(1)
+        return Problem(X, Y, mixer, ReLU(mixer), CrossEntropy())
+    Y = torch.randn(n, 1, c, generator=generator, dtype=torch.float64)
+    return Problem(X, Y, mixer, ReLU(mixer), Squared())
+
+
+def weight(problem: Problem, seed: int) -> float:
+    """``β`` as a share of ``β_max`` that changes from problem to problem."""
+    R = problem.residual(problem.outputs(problem.empty()))
+    norm = NormOracle(problem)
+    peaks = norm.search(R, generator=torch.Generator().manual_seed(seed))
+    return (0.3, 0.1, 0.05, 0.02)[seed // 5 % 4] * norm.bound(R, peaks).upper
+
+
+def run(part: str, index: int) -> dict[str, object]:
+    """One problem: our interval, the restarts, and CVXPY's optimum where there is one output."""
+    cases = SCALAR if part == "scalar" else VECTOR
+    head, s, d = cases[index % len(cases)]
+    c = 1 if part == "scalar" else 2 + index % 3
+    problem = random_problem(head, s, d, c, index)
+    beta = weight(problem, index)
+    tol = 1e-6 if part == "scalar" else 1e-3
+    began = time.perf_counter()
+    solution = solve(problem, beta, tol=tol, max_time=10, generator=torch.Generator().manual_seed(index))
+    seconds = time.perf_counter() - began
+    certificate = solution.certificate
+    began = time.perf_counter()
+    reached = restarts(problem, beta, n_restarts=50 if c == 1 else 100, n_heads=8, steps=600, seed=index)
+    row: dict[str, object] = {
+        "problem": index, "head": head, "n": problem.n, "tokens": s, "channels": d, "outputs": c,
+        "pool": problem.head.pool, "loss": problem.loss.name, "beta": beta,
+        "objective": certificate.primal, "lower_bound": certificate.dual,
+        "relative_gap": certificate.relative_gap, "bound": certificate.bound, "scope": certificate.scope,
+        "converged": certificate.converged, "heads": len(solution.atoms), "seconds": round(seconds, 2),
+        "best_restart": float(reached[0]), "median_restart": float(reached.median()), "restarts": len(reached),
+        "restart_seconds": round(time.perf_counter() - began, 2),
+    }  # fmt: skip
+    if part == "scalar":
+        gates = all_gates(problem.head, problem.X).numpy()
+        row["patterns"] = len(gates)
+        row["cvxpy"] = oracle.relu_optimum(
+            head, problem.X.numpy(), problem.Y[:, 0, 0].numpy(), gates,
+            pool=problem.head.pool, grid=problem.head.grid, beta=beta,
+        )  # fmt: skip
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("scalar", "vector"))
+    parser.add_argument("--problems", type=int, default=100)
+    args = parser.parse_args()
+    where = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": versions("torch", "numpy", "cvxpy")}
+    rows = []
+    for index in range(args.problems):
+        rows.append(run(args.part, index))
+        write_csv(f"relu_{args.part}", [row | where for row in rows])
+        print({key: rows[-1][key] for key in ("problem", "head", "relative_gap", "seconds")}, flush=True)
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=float)
+
+    ours, lower = column("objective"), column("lower_bound")
+    best, median = column("best_restart"), column("median_restart")
+    gap = (ours - lower) / ours
+    print(f"lower bound above the best value found: {int((lower > np.minimum(ours, best)).sum())} of {len(rows)}")
+    print(f"interval: median {np.median(gap):.2g}, 90% at most {np.quantile(gap, 0.9):.2g}, largest {gap.max():.2g}")
+    print(f"a restart below our objective by more than 1e-6: {int((best < ours - 1e-6).sum())}")
+    print(f"a restart that meets it to 1e-5 relative: {int((best <= ours * (1 + 1e-5)).sum())}")
+    print(f"ours at least as good as the median restart: {int((ours <= median * (1 + 1e-9)).sum())}")
+    print(f"best restart within our interval: {int(((best >= lower) & (best <= ours * (1 + 1e-12))).sum())}")
+    if args.part == "scalar":
+        print(f"largest difference from CVXPY, relative: {np.abs(ours / column('cvxpy') - 1).max():.2g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The largest norm of a piecewise linear function on the unit sphere, exactly, face by face.
+
+    max_{‖u‖ ≤ 1} ‖g(u)‖,      g(u) = Lᵀ u + Σ_h c_h max(k_hᵀ u, 0)
+
+The hyperplanes ``k_h^⊥`` cut space into faces, from open cells down to rays. A maximiser lies in the relative interior
+of exactly one. On the closure of a cell ``g`` is linear, ``M_Dᵀ u``, and so, on the span ``B`` of a face, the maximiser
+is a local, hence a global maximiser of ``‖(B M_D)ᵀ w‖`` over unit ``w``: a leading left singular vector of ``B M_D``.
+The maximum is therefore the largest ``σ_max(B M_D)`` over those faces that hold their leading singular vector.
+
+Where a singular value is nearly double or its vector nearly on the border of its face, the face is counted: that can
+only raise the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.patterns import PARALLEL, cells, most_cells
+from convexhead.relu.scores import Form
+
+LIMITS = (100_000, 2_500)
+"""Faces that are enumerated at most, and intersections of hyperplanes that are gone through."""
+DOUBT = 1e-7
+"""A leading vector this far outside of its face, or a singular value relatively this close to the next, is counted."""
+
+
+@dataclass(frozen=True)
+class FacesOfDimension:
+    """The faces of one dimension.
+
+    Attributes
+    ----------
+    span : Tensor (f, m, w)
+        Orthonormal rows.
+    signs : Tensor (f, h)
+        Of every row of ``K`` on the face; 0 where it vanishes.
+    """
+
+    span: Float[Tensor, "f m w"]
+    signs: Float[Tensor, "f h"]
+
+
+def count_faces(n_planes: int, dimension: int) -> tuple[int, int]:
+    """The most ``(faces, flats)`` that so many hyperplanes can have: ``Σ_k C(N, k) · cells(N − k, ρ − k)``."""
+    flats = [math.comb(n_planes, k) for k in range(dimension)]
+    return sum(m * max(2, most_cells(n_planes - k, dimension - k)) for k, m in enumerate(flats)), sum(flats)
+
+
+def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
+    """All faces of the arrangement of the distinct unit rows ``K`` that span the space, grouped by dimension."""
+    h, w = K.shape
+    found: dict[int, tuple[list[Tensor], list[Tensor]]] = {m: ([], []) for m in range(1, w + 1)}
+    seen: set[bytes] = set()
+    todo = [(torch.eye(w, dtype=K.dtype, device=K.device), -1)]
+    while todo:
+        span, last = todo.pop()
+        seen_by = K @ span.T  # each row within the flat
+        vanish = seen_by.norm(dim=1) <= PARALLEL
+        key = vanish.cpu().numpy().tobytes()
+        if key in seen:
+            continue
+        seen.add(key)
+        inside = cells(seen_by[~vanish]) if not bool(vanish.all()) else span.new_ones(1, 1)
+        signs = (inside @ seen_by.T).sign()
+        signs[:, vanish] = 0.0
+        spans, all_signs = found[len(span)]
+        spans.append(span.expand(len(signs), -1, -1))
+        all_signs.append(signs)
+        if len(span) > 1:
+            for i in range(last + 1, h):
+                if not vanish[i]:
+                    _, _, basis = torch.linalg.svd(seen_by[i : i + 1])
+                    todo.append((basis[1:] @ span, i))
+    return [FacesOfDimension(torch.cat(spans), torch.cat(signs)) for spans, signs in found.values() if spans]
+
+
+def largest_norm_on_faces(
+    form: Form, arrangement: list[FacesOfDimension], *, several: int = 16
+) -> tuple[float, Float[Tensor, "k w"]]:
+    """The maximum (doubts included, rounding not), and the unit maximisers of ``several`` faces, best first."""
+    h, (w, q) = len(form.K), form.L.shape
+    outer = (form.K.unsqueeze(2) * form.c.unsqueeze(1)).view(h, w * q)
+    values_found, found = [form.L.new_zeros(1)], [form.L.new_zeros(1, w)]
+    for group in arrangement:
+        M = ((group.signs > 0).to(outer) @ outer).view(-1, w, q) + form.L
+        inner = group.span @ M
+        values, vectors = torch.linalg.eigh(inner @ inner.mT)
+        top = (inner.mT @ vectors[..., -1:]).squeeze(-1).norm(dim=1)
+        u = torch.einsum("fm,fmw->fw", vectors[..., -1], group.span)
+        along = (u @ form.K.T) * group.signs
+        outside = torch.minimum(along.amin(1).neg(), along.amax(1)).clamp_min(0)
+        counted = outside <= DOUBT
+        if values.shape[1] > 1:
+            counted |= values[:, -1] - values[:, -2] <= DOUBT * values[:, -1]
+        top, u = top[counted], u[counted] * torch.where(along[counted].sum(1, keepdim=True) >= 0, 1.0, -1.0)
+        first = top.topk(min(several, len(top))).indices
+        values_found.append(top[first])
+        found.append(u[first])
+    best = torch.cat(values_found).sort(descending=True)
+    return float(best.values[0]), torch.cat(found)[best.indices[:several]]

@@ -1,0 +1,209 @@
+"""What is known of the dual norm of a ReLU head,
+
+    h(R) = max_{‖u‖ ≤ 1} ‖Σ_i (P mix(X_i, u))ᵀ R_i‖_F
+
+the largest reward that any mixing weight can have. Two statements, never mixed: an *upper bound*, a proof, and the
+largest value that a *search* has found. How the bound is had depends on the size of the problem:
+
+``faces``              every face of the arrangement of scores is gone through (`faces`): exact, for few samples;
+``branch and bound``   the sphere is covered (`bound`): as tight as asked for, where few mixing dimensions are seen;
+``patterns``           every activation pattern is gone through, where they can be enumerated: the norm of the gradient
+                       matrix of each, for scalar values restricted to the pattern's own cone, which makes it exact;
+``product of norms``   ``max(t, 0) = (t + |t|)/2`` gives ``½‖Kᵀ C‖₂ + ½‖K‖₂‖C‖₂``: always valid, never tight;
+``none``               the problem is too large to write its scores out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.optimize import nnls
+from torch import Tensor
+
+from convexhead.patterns import MAX_PATTERNS, cells, most_cells
+from convexhead.problem import Atoms, Problem
+from convexhead.relu.ascent import Peaks, ascend, starts
+from convexhead.relu.bound import MAX_DIMENSION, ROUNDING, largest_norm
+from convexhead.relu.faces import LIMITS, count_faces, faces, largest_norm_on_faces
+from convexhead.relu.scores import Form, Scores, scores_of
+
+WRITTEN_OUT = 2e6
+"""Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
+WORK = 6e7
+"""Of one branch and bound: some seconds."""
+FEW_PLANES = 1_000
+"""Hyperplanes up to which branch and bound is worth its time again and again, in more than three dimensions."""
+LOOSE = 1.05
+"""A bound this many times what a search found proves less than it should."""
+
+
+@dataclass(frozen=True)
+class DualNorm:
+    """Bounds ``peaks.values[0] ≤ h(R) ≤ upper``.
+
+    Attributes
+    ----------
+    upper : float
+        Proven, rounding included; infinite where nothing is known.
+    method : str
+        How it was had; see the module's text.
+    peaks : Peaks
+        What the search found.
+    ascents : int
+        Starts of the search.
+    """
+
+    upper: float
+    method: str
+    peaks: Peaks
+    ascents: int
+
+    @property
+    def loose(self) -> bool:
+        """Whether the bound is far above what the search found: better searches will not close the gap."""
+        return self.upper > LOOSE * self.lower
+
+    @property
+    def lower(self) -> float:
+        """The largest value found."""
+        return float(self.peaks.values[0]) if len(self.peaks.values) else 0.0
+
+
+class NormOracle:
+    """``h(R)`` of one problem, for any residuals: what depends on the tokens alone is found once.
+
+    Parameters
+    ----------
+    problem : Problem
+        With a ReLU. Searches run in its precision, bounds always in float64.
+
+    Attributes
+    ----------
+    scores : list of Scores or None
+        Of each channel group; None where they would take too much memory.
+    method : str
+        How bounds are had; see the module's text.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        head = problem.head
+        rows = problem.n * head.p * head.score_width
+        small = rows * max(head.mixing_size, problem.value_shape[0] * problem.c) * head.n_groups <= WRITTEN_OUT
+        self.scores = scores_of(problem) if small else None
+        self.method = "none" if self.scores is None else _affordable(self.scores)
+        self._faces = [faces(s.planes) for s in self.scores or [] if self.method == "faces"]
+        self._cells = [cells(s.planes) for s in self.scores or [] if self.method == "patterns"]
+
+    @property
+    def tight(self) -> bool:
+        """Whether tight bounds are to be expected, at a price that a solver can pay."""
+        if self.method == "branch and bound":
+            return all(s.dimension <= 3 or len(s.planes) <= FEW_PLANES for s in self.scores or [])
+        return self.method in ("faces", "patterns")
+
+    def search(
+        self,
+        R: Float[Tensor, "n r c"],
+        *,
+        warm: Atoms | None = None,
+        generator: torch.Generator,
+        n_starts: int = 16,
+        iterations: int = 30,
+        rtol: float = 1e-7,
+    ) -> Peaks:
+        """The best that ascents find, from ``n_starts`` random starts for each channel group and from ``warm``'s."""
+        U, block = starts(self.problem, n_starts, generator)
+        if warm is not None and len(warm):
+            U, block = torch.cat([warm.U.to(U), U]), torch.cat([warm.block, block])
+        return ascend(self.problem, R.to(U.dtype), U, block, iterations=iterations, rtol=rtol)
+
+    def bound(self, R: Float[Tensor, "n r c"], peaks: Peaks, *, rtol: float = 1e-6, enough: float = 0.0) -> DualNorm:
+        """A proven bound beside the ``peaks`` of a search, to which it adds what it has found itself.
+
+        Parameters
+        ----------
+        rtol : float
+            Relative width at which branch and bound ends.
+        enough : float
+            A bound that need not be improved on.
+        """
+        ascents, lower = len(peaks.values), float(peaks.values[:1].sum())
+        if self.scores is None:
+            return DualNorm(math.inf, self.method, peaks, ascents)
+        upper, best = 0.0, []
+        for scores in self.scores:
+            form = scores.weights(self.problem, R.double())
+            if self.method == "faces":
+                bound, u = largest_norm_on_faces(form, self._faces[scores.group])
+                bound = bound * (1 + ROUNDING) + form.neglected
+                best.append(u @ scores.basis)
+            elif self.method == "branch and bound":
+                bound, _, u = largest_norm(form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=WORK)
+                best.append(u.unsqueeze(0) @ scores.basis)
+            elif self.method == "patterns":
+                bound = _over_patterns(form, self._cells[scores.group])
+            else:
+                bound = product_of_norms(form)
+            upper = max(upper, bound)
+        if best:
+            U = torch.cat(best).to(peaks.U).view(-1, *self.problem.head.mixing_shape)
+            block = torch.cat([torch.full((len(u),), group, device=U.device) for group, u in enumerate(best)])
+            found = U.flatten(1).norm(dim=1) > 0
+            peaks = peaks.merge(ascend(self.problem, R.to(U.dtype), U[found], block[found], iterations=30))
+        return DualNorm(upper, self.method, peaks, ascents)
+
+
+def _affordable(scores: list[Scores]) -> str:
+    """The tightest bound that can be had."""
+    sizes = [(len(s.planes), s.dimension) for s in scores]
+    if all(count <= limit for size in sizes for count, limit in zip(count_faces(*size), LIMITS, strict=True)):
+        return "faces"
+    if all(dimension <= MAX_DIMENSION for _, dimension in sizes):
+        return "branch and bound"
+    if all(most_cells(*size) <= MAX_PATTERNS for size in sizes):
+        return "patterns"
+    return "product of norms"
+
+
+def product_of_norms(form: Form) -> float:
+    """``‖(L + ½ Kᵀ c)ᵀ‖₂ + ½ ‖K‖₂ ‖c‖₂``."""
+    linear = torch.linalg.matrix_norm(form.L + form.K.T @ form.c / 2, 2)
+    rest = torch.linalg.matrix_norm(form.K, 2) * torch.linalg.matrix_norm(form.c, 2) / 2
+    return float(linear + rest) * (1 + ROUNDING) + form.neglected
+
+
+def _over_patterns(form: Form, gates: Float[Tensor, "J w"]) -> float:
+    """The largest, over patterns ``D``, of the norm of ``M_D = L + Kᵀ D c``; for scalar values in the pattern's cone.
+
+    For one column ``m`` and ``K_D = (2D − I) K``: ``max{±mᵀu : K_D u ≥ 0, ‖u‖ ≤ 1} = min_{λ ≥ 0} ‖±m + K_Dᵀ λ‖``,
+    so that every ``λ ≥ 0`` gives a bound, whatever a solver made of it.
+    """
+    signs = (gates @ form.K.T >= 0).double()
+    M = torch.einsum("jh,hw,hq->jwq", signs, form.K, form.c) + form.L
+    norms = torch.linalg.matrix_norm(M, 2)
+    upper = 0.0
+    order = norms.argsort(descending=True)
+    for j in order.tolist():
+        if float(norms[j]) <= upper:
+            break  # the rest cannot be larger
+        if M.shape[2] == 1:
+            upper = max(upper, _in_cone(M[j, :, 0], (2 * signs[j] - 1).unsqueeze(1) * form.K))
+        else:
+            upper = float(norms[j])
+    return upper * (1 + ROUNDING) + form.neglected
+
+
+def _in_cone(m: Float[Tensor, " w"], K: Float[Tensor, "h w"]) -> float:
+    """``max |mᵀu|`` over ``K u ≥ 0``, ``‖u‖ ≤ 1``."""
+    A = K.T.numpy(force=True)
+    bounds = []
+    for sign in (1.0, -1.0):
+        target = -sign * m.numpy(force=True)
+        lam, _ = nnls(A, target)
+        bounds.append(float(np.linalg.norm(A @ np.maximum(lam, 0.0) - target)))
+    return max(bounds)

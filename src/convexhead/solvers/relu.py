@@ -1,0 +1,273 @@
+"""Column generation on the mixing weights themselves, for ReLU heads.
+
+    repeat
+        price:   the mixing weights u that the residual rewards most, h(R) = max ‖Σ_i (P mix(X_i, u))ᵀ R_i‖
+        grow:    append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search
+        weigh:   (small problems) L-BFGS over values and lengths of the mixing weights: a convex problem, a group lasso
+    descend: L-BFGS over all factors of the ReLU network
+        tidy:    merge atoms of one direction, drop those that the penalty has shrunk
+        settle:  (small problems) put weights that lie close to hyperplanes on them, and descend along these
+        stop:    when the scaled dual point says that the gap is small enough
+
+No gates are sampled: a stationary point whose largest reward is at most β is a global optimum of the network of any
+width. Optimal weights often lie on hyperplanes where some pre-activations vanish. The objective has kinks there, at
+which quasi-Newton steps crawl; within the hyperplanes it is smooth again.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from convexhead.problem import Atoms, Problem, rescale
+from convexhead.relu.ascent import Peaks
+from convexhead.relu.norm import NormOracle
+from convexhead.relu.scores import Scores
+from convexhead.solvers.base import Monitor, Stop, scaled_dual
+from convexhead.solvers.factored import FactoredDescent, Passes
+
+
+class ReLUColumnGeneration:
+    """See the module's text. State survives between calls of `advance`.
+
+    Parameters
+    ----------
+    problem : Problem
+    beta : float
+    start : Atoms
+        Where to begin.
+    monitor : Monitor
+        Clock and history.
+    max_heads : int or None
+        Atoms that the model may have.
+    generator : torch.Generator
+        Source of the random starts of the search.
+    """
+
+    batch = 16
+    """Atoms that one pricing may add."""
+    descent_steps = 200
+    """L-BFGS iterations between two pricings."""
+    max_rounds = 200
+    settled = 1e-2
+    """Relative decrease of the objective in ten iterations, over the square of the gap asked for, that ends a descent:
+    the dual lags behind the objective as a gradient does."""
+    patience = 8
+    """Rounds without a better gap after which the run has stalled."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        beta: float,
+        start: Atoms,
+        monitor: Monitor,
+        *,
+        max_heads: int | None,
+        generator: torch.Generator,
+    ) -> None:
+        self.problem, self.beta, self.monitor = problem, beta, monitor
+        self.max_heads, self.generator = max_heads, generator
+        self.oracle = NormOracle(problem)
+        self.model = start
+
+    def atoms(self) -> Atoms:
+        """The current model."""
+        return self.model
+
+    def witness(self) -> None:
+        """The dual point is taken at the model's own outputs."""
+        return None
+
+    def advance(self, target: float) -> Stop:
+        """Rounds until the estimated relative gap is at most ``target``."""
+        best, since = float("inf"), 0
+        self.noise = max(self.settled * target**2, torch.finfo(self.problem.dtype).eps)
+        for _ in range(self.max_rounds):
+            f = self.problem.outputs(self.model)
+            peaks, gap = self._price(f, target)
+            if gap <= target:
+                return Stop.CONVERGED
+            if self.monitor.out_of_time():
+                return Stop.TIME
+            best, since = (gap, 0) if gap < 0.9 * best else (best, since + 1)
+            if since > self.patience:
+                full = self.max_heads is not None and len(self.model) >= self.max_heads
+                return Stop.HEADS if full else Stop.STALLED
+            new = self._new_atoms(f, peaks)
+            grown = self.model if new is None else self.model.append(new)
+            if not len(grown):
+                return Stop.STALLED
+            if self.oracle.tight:
+                grown = self._descend(Rays(self.problem, grown), grown)
+            # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
+            fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
+            model = self._descend(self.problem, fewer)
+            if len(fewer) < len(grown) and self._objective(model) > self._objective(self.model):
+                model = self._descend(self.problem, grown)
+            self.model = self._tidy(model)
+            if self.oracle.scores is not None and self.oracle.tight:
+                self.model = self._settle(self.model, self.oracle.scores)
+        return Stop.STALLED
+
+    def _objective(self, atoms: Atoms) -> float:
+        return self.problem.data_term(self.problem.outputs(atoms)) + self.beta * self.problem.penalty(atoms)
+
+    # -- price and grow -----------------------------------------------------------------------------------------------
+    def _price(self, f: Float[Tensor, "n r c"], target: float) -> tuple[Peaks, float]:
+        """What a search finds at outputs ``f``, and the relative gap that follows, recorded."""
+        R, tight = self.problem.residual(f), self.oracle.tight
+        peaks = self.oracle.search(
+            R,
+            warm=self.model,
+            generator=self.generator,
+            n_starts=16 if tight else 8,
+            iterations=30 if tight else 12,
+            rtol=1e-7 if tight else 1e-4,
+        )
+        norm = float(peaks.values[:1].sum())
+        objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
+        hopeful = objective - scaled_dual(self.problem, f, norm, self.beta) <= target * abs(objective)
+        if tight and (hopeful or self.oracle.method == "faces"):
+            found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
+            peaks, norm = found.peaks, found.upper
+        gap = self.monitor.record(objective, scaled_dual(self.problem, f, norm, self.beta), len(self.model))
+        return peaks, gap
+
+    def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks) -> Atoms | None:
+        """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, with the best common ``t``; None where none pays."""
+        problem = self.problem
+        peaks = peaks.select(peaks.values > self.beta * (1 + 1e-9)).distinct()
+        room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(self.model))
+        peaks = peaks.select(torch.arange(len(peaks.values)) < room)
+        if not len(peaks.values):
+            return None
+        excess = peaks.values - self.beta
+        root = excess.sqrt()
+        new = Atoms(
+            peaks.U * root.view(-1, *[1] * (peaks.U.ndim - 1)),
+            -peaks.G * (root / peaks.values).view(-1, 1, 1),
+            peaks.block,
+            f.new_zeros(problem.c),
+        )
+        change = problem.outputs(new)
+        slope = float(excess.square().sum())
+        step = slope / max(float(change.double().square().sum()) / problem.n, 1e-300)
+        best = minimize_scalar(
+            lambda t: problem.data_term(f + t * change) + t * self.beta * float(excess.sum()),
+            bounds=(0.0, 20 * step),
+            method="bounded",
+            options={"maxiter": 30},
+        ).x
+        scale = float(best) ** 0.5
+        new.U, new.V = scale * new.U, scale * new.V
+        return new
+
+    # -- descend and tidy ---------------------------------------------------------------------------------------------
+    def _descend(self, passes: Passes, atoms: Atoms) -> Atoms:
+        """Up to `descent_steps` iterations."""
+        descent = FactoredDescent(passes, atoms, self.beta)
+        before = descent.value
+        for step in range(self.descent_steps):
+            if not descent.step() or self.monitor.out_of_time():
+                break
+            if step % 10 == 9:
+                self.monitor.record(descent.value, -torch.inf, len(atoms))
+                if before - descent.value <= self.noise * abs(before):
+                    break
+                before = descent.value
+        return descent.atoms
+
+    def _tidy(self, atoms: Atoms, apart: float = 1e-9) -> Atoms:
+        """Balanced atoms; those merged whose directions differ by less than ``apart`` in cosine, tiny ones dropped.
+
+        Atoms of one direction do the same work for a larger penalty.
+        """
+        atoms, sizes = rescale(atoms)
+        if not len(atoms):
+            return atoms
+        size = torch.cat(sizes)
+        unit = torch.nn.functional.normalize(atoms.U.flatten(1).double())
+        same = (unit @ unit.T > 1 - apart) & (atoms.block.unsqueeze(1) == atoms.block)
+        same.fill_diagonal_(True)
+        leader = same.int().argmax(1)
+        V = torch.zeros_like(atoms.V).index_add_(
+            0, leader, atoms.V * (size.sqrt() / size[leader].sqrt()).view(-1, 1, 1)
+        )
+        merged = Atoms(atoms.U, V, atoms.block, atoms.intercept).select(leader.unique())
+        merged, sizes = rescale(merged)
+        size = torch.cat(sizes) if sizes else size[:0]
+        return merged.select(size > 1e-7 * size.sum())
+
+    # -- settle -------------------------------------------------------------------------------------------------------
+    def _settle(self, atoms: Atoms, scores: list[Scores]) -> Atoms:
+        """Put weights on the hyperplanes that they are close to, and descend along these; kept where that is better."""
+        best, value = atoms, self._objective(atoms)
+        tried: list[list[int]] = [[]]
+        for near in (1e-2, 1e-4, 1e-7):
+            faces = Faces(self.problem, atoms, scores, near)
+            if faces.held in tried:
+                continue
+            tried.append(faces.held)
+            trial = self._tidy(self._descend(faces, faces.put(atoms)))
+            trial_value = self._objective(trial)
+            if trial_value < value:
+                best, value = trial, trial_value
+        return best
+
+
+class Rays:
+    """Passes of a problem with each atom's mixing weights kept on their ray, where the objective has no kinks."""
+
+    def __init__(self, problem: Problem, atoms: Atoms) -> None:
+        self.problem = problem
+        self.unit = torch.nn.functional.normalize(atoms.U.flatten(1))
+
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+        """As `Problem.value_and_gradient`, the gradient along the rays only."""
+        value, gU, gV, gb = self.problem.value_and_gradient(atoms, beta)
+        along = (gU.flatten(1) * self.unit).sum(1, keepdim=True)
+        return value, (along * self.unit).view_as(gU), gV, gb
+
+
+class Faces:
+    """Passes of a problem with each atom's mixing weights kept on some hyperplanes.
+
+    Parameters
+    ----------
+    near : float
+        Sine of the angle to a hyperplane up to which an atom is kept on it.
+    """
+
+    def __init__(self, problem: Problem, atoms: Atoms, scores: list[Scores], near: float) -> None:
+        self.problem = problem
+        self.held: list[int] = []
+        """The atoms that are held, each followed by the number of its hyperplanes."""
+        self.projectors: dict[int, Tensor] = {}
+        for k, (u, j) in enumerate(zip(atoms.U.flatten(1), atoms.block.tolist(), strict=True)):
+            own = scores[j]
+            w = own.basis @ u
+            close = own.planes[(own.planes @ w).abs() <= near * w.norm()]
+            if not len(close):
+                continue
+            _, sigma, rows = torch.linalg.svd(close, full_matrices=False)
+            rows = rows[sigma > 1e-9 * sigma[0]]
+            if len(rows) < own.dimension:
+                self.projectors[k] = rows @ own.basis
+                self.held += [k, len(close)]
+
+    def put(self, atoms: Atoms) -> Atoms:
+        """The nearest atoms on their hyperplanes."""
+        return Atoms(self._project(atoms.U), atoms.V, atoms.block, atoms.intercept)
+
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+        """As `Problem.value_and_gradient`, the gradient along the hyperplanes only."""
+        value, gU, gV, gb = self.problem.value_and_gradient(atoms, beta)
+        return value, self._project(gU), gV, gb
+
+    def _project(self, U: Float[Tensor, "k ..."]) -> Float[Tensor, "k ..."]:
+        U = U.clone()
+        for k, rows in self.projectors.items():
+            U[k] -= ((rows @ U[k].flatten()) @ rows).view_as(U[k])
+        return U

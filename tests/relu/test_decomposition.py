@@ -1,0 +1,97 @@
+"""Cone decomposition: the same training outputs from true ReLU heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convexhead.activation import GatedReLU, LinearActivation, sample_gates
+from convexhead.errors import InputError
+from convexhead.heads import HEADS, make_head
+from convexhead.losses import Squared
+from convexhead.problem import Problem
+from convexhead.relu import cone_decomposition
+from convexhead.relu import decomposition as module
+
+MIXING = [name for name in HEADS if name != "linear"]
+
+
+def gated(name, *, pool="mean", outputs="shared", gates=None, seed=0, X=None):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(10, 4, 4, generator=generator, dtype=torch.float64) if X is None else X
+    head = make_head(name, X.shape[1], X.shape[2], pool=pool, n_blocks=2, outputs=outputs)
+    gates = sample_gates(head, 3, generator) if gates is None else gates
+    Y = torch.randn(len(X), head.r, 2, generator=generator, dtype=torch.float64)
+    problem = Problem(X, Y, head, GatedReLU(head, gates), Squared())
+    atoms = problem.empty()
+    k = 2 * problem.n_blocks
+    atoms.block = torch.arange(k) % problem.n_blocks
+    atoms.U = torch.randn(k, *head.mixing_shape, generator=generator, dtype=torch.float64)
+    atoms.V = problem.mask_values(
+        torch.randn(k, *problem.value_shape, generator=generator, dtype=torch.float64), atoms.block
+    )
+    atoms.intercept = torch.randn(2, generator=generator, dtype=torch.float64)
+    return problem, atoms
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
+@pytest.mark.parametrize("name", MIXING)
+def test_training_outputs_are_the_same(name, pool, monkeypatch):
+    problem, atoms = gated(name, pool=pool, outputs="grouped")
+    split = cone_decomposition(problem, atoms)
+    f, g = problem.outputs(atoms), split.problem.outputs(split.atoms)
+    assert float((f - g).abs().max() / f.abs().max()) <= 1e-10
+    assert split.output_error <= 1e-10
+    assert split.border_rows == 0
+    assert len(split.atoms) <= 2 * len(atoms)
+    assert split.norm_growth >= 1 - 1e-12
+    # along the gate alone, as for many rows: also exact, never cheaper
+    monkeypatch.setattr(module, "QUADRATIC", 0)
+    along = cone_decomposition(problem, atoms)
+    assert along.output_error <= 1e-9
+    assert along.norm_growth >= split.norm_growth * (1 - 1e-9)
+
+
+def test_split_has_the_least_norm():
+    """Against CVXPY."""
+    import cvxpy as cp
+
+    problem, atoms = gated("mlp")
+    K = problem.X.flatten(0, 1).numpy()
+    for u, j in zip(atoms.U, atoms.block.tolist(), strict=True):
+        signs = torch.sign(torch.from_numpy(K) @ problem.activation.gates[j]).numpy()
+        w = cp.Variable(4)
+        cone = signs[:, None] * K
+        cp.Problem(
+            cp.Minimize(cp.sum_squares(u.numpy() + w) + cp.sum_squares(w)), [cone @ w >= 0, cone @ (u.numpy() + w) >= 0]
+        ).solve(solver="CLARABEL")
+        split = module._Splitter(problem.head, problem.X, 0, problem.activation.gates[j])
+        mine = split(u)
+        assert float(module._cost(mine, u)) <= float(module._cost(torch.from_numpy(w.value), u)) * (1 + 1e-6)
+
+
+def test_rows_on_the_border_are_reported():
+    X = torch.randn(6, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X[0, 0] = torch.tensor([1.0, 0.0, 0.0])
+    X[1] = 0.0  # a zero token has no side, and needs none
+    gate = torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64)
+    problem, atoms = gated("mlp", X=X, gates=gate)
+    split = cone_decomposition(problem, atoms)
+    assert split.border_rows == 1
+    f, g = problem.outputs(atoms), split.problem.outputs(split.atoms)
+    torch.testing.assert_close(f[1:], g[1:])
+    assert split.output_error == pytest.approx(float((f - g).abs().max() / f.abs().max()))
+
+
+def test_only_gated_heads_are_split():
+    problem, atoms = gated("mlp")
+    linear = Problem(problem.X, problem.Y, problem.head, LinearActivation(problem.head), Squared())
+    with pytest.raises(InputError, match="gated ReLU"):
+        cone_decomposition(linear, atoms)
+
+
+def test_no_atoms():
+    problem, _ = gated("mlp")
+    split = cone_decomposition(problem, problem.empty())
+    assert len(split.atoms) == 0
+    assert split.norm_growth == 1.0
