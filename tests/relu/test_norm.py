@@ -92,7 +92,7 @@ def test_number_of_faces_in_general_position():
         assert sum((-1) ** part.span.shape[1] * len(part.signs) for part in found) == -1 + (-1) ** w
 
 
-@pytest.mark.parametrize("work", [0, 3e4, 1e6])
+@pytest.mark.parametrize("work", [0.0, 3e4, 1e6])
 @pytest.mark.parametrize("h", [20, 400])
 def test_branch_and_bound_may_stop_at_any_time(work, h):
     for seed in range(3):

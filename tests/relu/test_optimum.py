@@ -122,7 +122,7 @@ def test_large_problems_are_estimated_and_say_so(name, tmp_path):
     assert clf.certificate_.primal < math.log(3)
     # ‖U_k‖‖V_k‖, balanced
     for U, V, size in zip(clf.mixing_, clf.values_, clf.singular_values_, strict=True):
-        norms = [np.sqrt((w.reshape(len(w), -1) ** 2).sum(1)) for w in (U, V)]
+        norms = [np.sqrt((w**2).sum(tuple(range(1, w.ndim)))) for w in (U, V)]
         np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
         np.testing.assert_allclose(norms[0] * norms[1], size, rtol=1e-6)
     # the same function as a module and from disk
