@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -148,7 +149,10 @@ def solve(
                 if certificate.scope == "estimated" and stop is Stop.CONVERGED:
                     stop = Stop.SEARCHED  # all that can be had
                     break
-                if stop is Stop.STALLED:
+                # Rounding can also hide from the solver that there is a gap at all.
+                deceived = problem.dtype != torch.float64 and certificate.relative_gap > 0.9 * stage.gap
+                stage.gap = certificate.relative_gap
+                if stop is Stop.STALLED or deceived:
                     if problem.dtype == torch.float64:
                         break
                     problem, method = _in_double(problem, method, model, generator)
@@ -180,6 +184,8 @@ class Stage:
     failure: float = 0.0
     """Of all certificates so far, whose best bound is kept: their shares add up to less than the whole."""
     share: float = FAILURE_PROBABILITY
+    gap: float = math.inf
+    """Relative gap of the last certificate."""
     attempt: int = 0
     rough: bool = True
     """Whether large products are still made in bfloat16, where that is faster."""
