@@ -17,7 +17,7 @@ outputs give a feasible point, and quasi-Newton steps that still swing around th
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -27,25 +27,10 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
-from convexhead.spectral import (
-    BlockKrylov,
-    Deflated,
-    GradientMatrices,
-    independent,
-    leading,
-    split_off_model,
-    top_singular,
-)
-
-
-class Directions(NamedTuple):
-    """Singular triples of every block, falling: ``sigma (j, m)``, ``left (j, p, m)``, ``right (j, q, m)``."""
-
-    sigma: Tensor
-    left: Tensor
-    right: Tensor
+from convexhead.spectral import GradientMatrices, leading, split_off_model
 
 
 class ColumnGeneration:
@@ -147,9 +132,8 @@ class ColumnGeneration:
                 self._settle(directions, gap)
                 settled = moved = True
             else:
-                if not near:
-                    self._prune(f, min(0.02, 2 * gap))
-                    self._grow(f, directions)
+                if not near and self._prune(f, min(0.02, 2 * gap)) & self._grow(f, directions):
+                    self.small /= 2  # what was dropped may just have come back
                 moved = len(self._atoms) > 0 and self._descend()
                 settled = False
             if self.monitor.out_of_time():
@@ -183,29 +167,31 @@ class ColumnGeneration:
         moved = before - descent.value > self.noise[self.problem.products] * abs(before)
         return moved and not (blind and self.problem.products != self.problem.dtype)
 
-    def _prune(self, f: Tensor, margin: float) -> None:
-        """Drop small atoms on their way out, the gradient along them below β by ``margin``."""
+    def _prune(self, f: Float[Tensor, "n r c"], margin: float) -> bool:
+        """Drop small atoms on their way out, the gradient along them below β by ``margin``; whether there were any."""
         atoms = self._atoms
         if not len(atoms):
-            return
+            return False
         R = self.problem.residual(f if self._average is None else self._average)
         size = atoms.U.flatten(1).square().sum(1)  # of balanced atoms
         along = (self._rough.adjoint_times_mixing(R, atoms.U, atoms.block) * atoms.V).sum((1, 2))
         keep = (size > self.small * size.max()) | (-along > (1 - margin) * self.beta * size)
         self._atoms = atoms.select(keep)
+        return not bool(keep.all())
 
-    def _grow(self, f: Float[Tensor, "n r c"], directions: Directions) -> None:
-        """Append atoms in the directions with ``σ > β``."""
+    def _grow(self, f: Float[Tensor, "n r c"], directions: Directions) -> bool:
+        """Append atoms in the directions with ``σ > β``; whether there are any."""
         sigma, left, right = directions
         room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(self._atoms))
         picked = (sigma > self.beta * (1 + 1e-6)).nonzero()
         if not len(picked) or room <= 0:
-            return
+            return False
         strength = sigma[picked[:, 0], picked[:, 1]]
         j, k = picked[strength.argsort(descending=True)[:room]].unbind(1)
         new = self._new_atoms(f, sigma[j, k], left[j, :, k], right[j, :, k], j)
         self._average = None
         self._atoms = self._atoms.append(new)
+        return True
 
     # -- near ---------------------------------------------------------------------------------------------------------
     def _can_settle(self, gap: float) -> bool:
@@ -224,31 +210,9 @@ class ColumnGeneration:
 
     def _settle(self, directions: Directions, gap: float) -> None:
         """Proximal Newton steps over the span of the model and of the leading directions."""
-        problem = self.problem
-        left, right = self._with_model(directions.left, directions.right)
-        blocks = torch.arange(problem.n_blocks, device=problem.device)
-        subspace = Subspace(problem, self._rough, left, right, blocks, self._atoms.intercept)
-        M = left.new_zeros(problem.n_blocks, left.shape[2], left.shape[2])
-        for block in torch.unique(self._atoms.block).tolist():
-            mine = self._atoms.block == block
-            U, V = self._atoms.U[mine].flatten(1), self._atoms.V[mine].flatten(1)
-            M[block] = (U @ left[block]).T @ (V @ right[block])
-        M, _ = subspace.solve(M, self.beta, until=0.25 * gap, generator=self.generator)
+        subspace = Subspace(self.problem, self._rough, self._atoms, directions)
+        M = subspace.solve(self.beta, until=0.25 * gap, generator=self.generator)
         self._atoms, self._average = subspace.atoms(M), None
-
-    def _with_model(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Orthonormal bases of the model and of more directions, block by block; zero columns where fewer."""
-        atoms, blocks = self._atoms, torch.arange(len(left), device=left.device).repeat_interleave(right.shape[2])
-        right = self.problem.mask_values(right.mT.reshape(-1, *self.problem.value_shape), blocks)
-        right = right.view(len(left), -1, self.problem.head.value_rows * self.problem.c).mT
-        widest = int(torch.bincount(atoms.block).max())
-        A, B = (part.new_zeros(*part.shape[:2], widest + part.shape[2]) for part in (left, right))
-        for block in range(len(left)):
-            mine = atoms.block == block
-            for out, weights, more in ((A, atoms.U, left), (B, atoms.V, right)):
-                Q = independent(torch.cat([weights[mine].flatten(1).T, more[block]], dim=1))
-                out[block, :, : Q.shape[1]] = Q
-        return A, B
 
     # -- both ---------------------------------------------------------------------------------------------------------
     def _price(self, f: Float[Tensor, "n r c"], *, lacking: bool) -> tuple[float, Directions]:
@@ -260,52 +224,18 @@ class ColumnGeneration:
         G = GradientMatrices(self._rough, R)
         model = split_off_model(G, atoms)
         if lacking:
-            directions = self._lacking(model)
+            directions, self._warm = lacking_directions(model, self._warm, self.batch, self.generator)
             norm = float(directions.sigma.max())
             if len(atoms):
                 krylov, *_ = leading(G, atoms, extra=2, steps=2, generator=self.generator)
                 norm = max(norm, float(model.inner.max() if krylov is None else krylov.values.max().sqrt()))
         else:
-            directions = self._leading(model, GradientMatrices(problem, R))
+            exact = GradientMatrices(problem, R)
+            directions, self._warm = leading_directions(model, exact, self._warm, self._extra(), self.generator)
             norm = float(directions.sigma.max())
         objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
         gap = self.monitor.record(objective, scaled_dual(problem, point, norm, self.beta), len(atoms))
         return gap, directions
-
-    def _leading(self, model: Deflated, exact: GradientMatrices) -> Directions:
-        """Of every block, as many as the widest has atoms and some more; looked for from the model's, the last round's
-        and random ones in rough products, and their size then taken from ``exact`` ones."""
-        G, extra = model.G, self._extra()
-        blocks = torch.arange(self.problem.n_blocks, device=self.problem.device)
-        near = model.B if G.on_values else model.A
-        known = [near] if self._warm is None else [near, self._warm[:, :, :extra]]
-        noise = G.random_start(blocks, extra, self.generator)
-        start = torch.linalg.qr(torch.cat([*known, noise], 2)[:, :, : G.order]).Q
-        krylov = BlockKrylov(G.gram, start, blocks, G.order)
-        krylov.step()
-        while krylov.steps < 3 and krylov.can_step():
-            krylov.step()
-        x = krylov.vectors(min(near.shape[2] + extra, G.order))
-        self._warm = x[:, :, -extra:]
-        y = exact.times(x, blocks) if G.on_values else exact.transpose_times(x, blocks)
-        other = torch.linalg.qr(y).Q
-        left, right = (other, x) if G.on_values else (x, other)
-        return Directions(torch.linalg.svdvals(y), left, right)
-
-    def _lacking(self, model: Deflated) -> Directions:
-        """Of what the model lacks; from random vectors first, then from the last ones."""
-        G, problem = model.G, self.problem
-        blocks = torch.arange(problem.n_blocks, device=problem.device)
-        several = problem.n_blocks > 1
-        if self._warm is None:
-            start = G.random_start(blocks, min(4 if several else self.batch, G.order), self.generator)
-        else:
-            # Fresh ones too: what the last round's vectors do not see would never be found.
-            fresh = G.random_start(blocks, min(2, G.order), self.generator) / self._warm.shape[1] ** 0.5
-            start = torch.cat([self._warm, fresh], 2)[:, :, : G.order]
-        sigma, left, right, warm = top_singular(model, start, rtol=2e-3, max_steps=30)
-        self._warm = warm[:, :, : min(2 if several else 8, warm.shape[2])]
-        return Directions(sigma, left, right)
 
     def _new_atoms(
         self,

@@ -17,14 +17,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import scaled_dual
+from convexhead.solvers.pricing import Directions
 from convexhead.solvers.whitening import probes
+from convexhead.spectral import independent
 
 DRAWS = 10
 """Draws for the Hessian, as a multiple of the number of coefficients."""
@@ -43,34 +45,40 @@ class Subspace:
         Its values and gradients are what converges.
     rough : Problem
         The same with cheaper products: for the Hessian.
+    atoms : Atoms
+        The model, whose span is in the subspace.
+    directions : Directions
+        What else is.
+
+    Attributes
+    ----------
     left, right : Tensor (j, p, m), (j, q, m)
         ``A`` and ``B``: orthonormal columns, or zero ones.
-    blocks : Tensor (j,)
-        The blocks that have directions.
-    intercept : Tensor (c,)
-        ``b``, which stays as it is.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        rough: Problem,
-        left: Float[Tensor, "j p m"],
-        right: Float[Tensor, "j q m"],
-        blocks: Int[Tensor, " j"],
-        intercept: Float[Tensor, " c"],
-    ) -> None:
-        self.problem, self.rough, self.left, self.right, self.blocks = problem, rough, left, right, blocks
-        m = left.shape[2]
+    def __init__(self, problem: Problem, rough: Problem, atoms: Atoms, directions: Directions) -> None:
+        self.problem, self.rough, self.model = problem, rough, atoms
+        self.left, self.right = _span(problem, atoms, directions)
+        j, _, m = self.left.shape
+        self.blocks = torch.arange(j, device=problem.device)
         self.basis = Atoms(
-            left.mT.reshape(-1, *problem.head.mixing_shape),
-            right.mT.reshape(-1, *problem.value_shape),
-            blocks.repeat_interleave(m),
-            intercept,
+            self.left.mT.reshape(-1, *problem.head.mixing_shape),
+            self.right.mT.reshape(-1, *problem.value_shape),
+            self.blocks.repeat_interleave(m),
+            atoms.intercept,
         )
         size = len(problem.Y) * problem.head.r * self.basis.V[..., 0].nbytes
         room = min(MIXED_BYTES, problem.samples.memory - problem.samples.bytes)
         self.mixed = problem.mixed(self.basis.U, self.basis.block) if size <= room else None
+
+    def coefficients(self) -> Float[Tensor, "j m m"]:
+        """``M`` of the model."""
+        M = self.left.new_zeros(len(self.left), self.left.shape[2], self.left.shape[2])
+        for block in torch.unique(self.model.block).tolist():
+            mine = self.model.block == block
+            U, V = self.model.U[mine].flatten(1), self.model.V[mine].flatten(1)
+            M[block] = (U @ self.left[block]).T @ (V @ self.right[block])
+        return M
 
     def outputs(self, M: Float[Tensor, "j m m"], *, change: bool = False) -> Float[Tensor, "n r c"]:
         """``f`` at ``M``, or by how much ``M`` changes it."""
@@ -101,11 +109,9 @@ class Subspace:
             H += self.rough.pair_covariance(self.basis, z, len(self.left)) / times
         return H.double().cpu().numpy()
 
-    def solve(
-        self, M: Float[Tensor, "j m m"], beta: float, *, until: float, generator: torch.Generator
-    ) -> tuple[Float[Tensor, "j m m"], Float[Tensor, "n r c"]]:
-        """The last ``M`` and ``f`` of steps from ``M`` until its relative gap in the subspace is at most ``until``."""
-        problem = self.problem
+    def solve(self, beta: float, *, until: float, generator: torch.Generator) -> Float[Tensor, "j m m"]:
+        """The last ``M`` of steps from the model until the relative gap in the subspace is at most ``until``."""
+        problem, M = self.problem, self.coefficients()
         f = self.outputs(M)
         H = self.hessian(f, generator)
         for _ in range(MOST_STEPS):
@@ -126,7 +132,7 @@ class Subspace:
             if t.fun >= objective:
                 break
             M, f = M + float(t.x) * D, f + float(t.x) * df
-        return M, f
+        return M
 
     def atoms(self, M: Float[Tensor, "j m m"]) -> Atoms:
         """``M`` as balanced atoms."""
@@ -140,6 +146,24 @@ class Subspace:
             self.blocks.unsqueeze(1).expand_as(sigma)[kept],
             self.basis.intercept,
         )
+
+
+def _span(
+    problem: Problem, atoms: Atoms, directions: Directions
+) -> tuple[Float[Tensor, "j p m"], Float[Tensor, "j q m"]]:
+    """Orthonormal bases of the model and of more directions, block by block; zero columns where fewer."""
+    _, left, right = directions
+    blocks = torch.arange(len(left), device=left.device).repeat_interleave(right.shape[2])
+    right = problem.mask_values(right.mT.reshape(-1, *problem.value_shape), blocks).flatten(1)
+    right = right.view(len(left), -1, right.shape[1]).mT
+    widest = int(torch.bincount(atoms.block).max())
+    A, B = (part.new_zeros(*part.shape[:2], widest + part.shape[2]) for part in (left, right))
+    for block in range(len(left)):
+        mine = atoms.block == block
+        for out, weights, more in ((A, atoms.U, left), (B, atoms.V, right)):
+            Q = independent(torch.cat([weights[mine].flatten(1).T, more[block]], dim=1))
+            out[block, :, : Q.shape[1]] = Q
+    return A, B
 
 
 def _numpy(x: Tensor) -> NDArray[np.float64]:

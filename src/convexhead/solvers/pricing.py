@@ -1,0 +1,77 @@
+"""Directions in which a model may gain: leading singular triples of the gradient matrices, as estimates.
+
+Both searches begin at the vectors that the last one ended with, and at some random ones: what those do not see would
+never be found.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, top_singular
+
+
+class Directions(NamedTuple):
+    """Singular triples of every block, falling: ``sigma (j, m)``, ``left (j, p, m)``, ``right (j, q, m)``."""
+
+    sigma: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def lacking_directions(
+    model: Deflated, warm: Float[Tensor, "j big w"] | None, first: int, generator: torch.Generator
+) -> tuple[Directions, Float[Tensor, "j big w"]]:
+    """Of the matrices without the model's own directions, and what to begin the next search with.
+
+    Parameters
+    ----------
+    model : Deflated
+        With the model's directions split off.
+    warm : Tensor (j, N, w) or None
+        What the last search returned.
+    first : int
+        Directions that a first search looks for where there is one block.
+    """
+    G, several = model.G, model.G.problem.n_blocks > 1
+    blocks = torch.arange(G.problem.n_blocks, device=G.R.device)
+    if warm is None:
+        start = G.random_start(blocks, min(4 if several else first, G.order), generator)
+    else:
+        fresh = G.random_start(blocks, min(2, G.order), generator) / warm.shape[1] ** 0.5
+        start = torch.cat([warm, fresh], 2)[:, :, : G.order]
+    sigma, left, right, warm = top_singular(model, start, rtol=2e-3, max_steps=30)
+    return Directions(sigma, left, right), warm[:, :, : min(2 if several else 8, warm.shape[2])]
+
+
+def leading_directions(
+    model: Deflated,
+    exact: GradientMatrices,
+    warm: Float[Tensor, "j big w"] | None,
+    extra: int,
+    generator: torch.Generator,
+) -> tuple[Directions, Float[Tensor, "j big w"]]:
+    """Of every block, as many as the widest has atoms and ``extra`` more, and what to begin the next search with.
+
+    They are looked for in the products of ``model``'s problem, which may be rough; their sizes are then taken from
+    ``exact`` ones.
+    """
+    G = model.G
+    blocks = torch.arange(G.problem.n_blocks, device=G.R.device)
+    near = model.B if G.on_values else model.A
+    known = [near] if warm is None else [near, warm[:, :, :extra]]
+    noise = G.random_start(blocks, extra, generator)
+    start = torch.linalg.qr(torch.cat([*known, noise], 2)[:, :, : G.order]).Q
+    krylov = BlockKrylov(G.gram, start, blocks, G.order)
+    krylov.step()
+    while krylov.steps < 3 and krylov.can_step():
+        krylov.step()
+    x = krylov.vectors(min(near.shape[2] + extra, G.order))
+    y = exact.times(x, blocks) if G.on_values else exact.transpose_times(x, blocks)
+    other = torch.linalg.qr(y).Q
+    left, right = (other, x) if G.on_values else (x, other)
+    return Directions(torch.linalg.svdvals(y), left, right), x[:, :, -extra:]
