@@ -52,6 +52,7 @@ def environment() -> Any:
     made.filters.update(
         accuracy=tables.accuracy,
         relative=tables.relative,
+        gap=tables.gap,
         seconds=tables.seconds,
         count=_count,
         probability=tables.probability,
@@ -68,9 +69,7 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
     def inline(figure: Figure, alt: str) -> Any:
         return safe(inline_svg(figure, f"f{next(counter)}-", alt))
 
-    gaps = "; ".join(
-        f"{figures.name_of(row)}: certified gap {tables.relative(row['certificate']['relative_gap'])}" for row in rows
-    )
+    gaps = "; ".join(f"{figures.name_of(row)}: gap {tables.gap(row['certificate'])}" for row in rows)
     alt = f"Distance from the best possible objective, on a logarithmic scale. {gaps}."
     activations = dict.fromkeys(row["activation"] for row in rows)
     return {
@@ -102,7 +101,7 @@ def _said_convergence(row: Row) -> str:
     certificate = row["certificate"]
     text = (
         f"{figures.name_of(row)}: the convex solve ends after {tables.seconds(row['fit_seconds'])} "
-        f"within {tables.relative(certificate['relative_gap'])} of the optimum"
+        f"within {tables.gap(certificate)} of the optimum"
     )
     worst = tables.twin_summary(row)["excess_worst"]
     return text + ("." if worst is None else f"; Adam's worst run ends {tables.relative(worst)} above it.")

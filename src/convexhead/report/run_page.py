@@ -14,7 +14,7 @@ from convexhead.report.gallery import BUDGET, clusters, gallery
 from convexhead.report.page import environment, inline_svg
 from convexhead.report.pictures import thumbnails
 from convexhead.report.runs import read_run
-from convexhead.report.tables import relative
+from convexhead.report.tables import gap as gap_in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _tell_apart(runs: list[dict[str, Any]]) -> None:
 
 def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
     """Every figure of one run, in groups that the template names."""
-    own, gap = run["id"], relative(run["certificate"]["relative_gap"])
+    own, gap = run["id"], gap_in_words(run["certificate"])
     made: dict[str, Any] = {
         "curves": [],
         "spectra": [],
@@ -131,7 +131,7 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
                 f"{own}-gap",
                 "Relative gap as the solver estimates it; diamond: certified at the end",
                 run_figures.gap([run]),
-                f"The relative gap over time; certified at the end: {gap}.",
+                f"The relative gap over time; at the end: {gap}.",
             ),
         ]
     steps = run["path"] or [run]

@@ -97,19 +97,19 @@ def describe(model: Any, name: str) -> dict[str, Any]:
 def certificate_in_words(model: Any) -> str:
     """What was proved, in a sentence for people."""
     c = model.certificate_
+    if c.scope == "estimated":
+        return f"{str(c)[0].upper()}{str(c)[1:]}."
     gap = f"{100 * c.relative_gap:.2g}%"
     whose = "Adam's weights are" if model.stop_reason_.startswith("trained by") else "these weights are"
     more = "could bring the objective down by more"
     where = {
         "global": f"the global optimum: no weights whatever, with any number of heads, {more}",
         "sampled-gates": f"the optimum for these gates: no weights with the same gates {more}",
-        "estimated": "the optimum; the search behind the bound may have missed something, so this is no proof",
     }[c.scope]
     chance = probability(c.failure_probability)
     doubt = f" The bound may fail with a probability of {chance}." if c.failure_probability else ""
-    verb = "estimated" if c.scope == "estimated" else "certified"
     tolerance = "" if c.converged else f" The tolerance that was asked for ({model.tol:g}) was not reached."
-    return f"By the {verb} bound {whose} within {gap} of {where}.{doubt}{tolerance}"
+    return f"By the certified bound {whose} within {gap} of {where}.{doubt}{tolerance}"
 
 
 def _atoms(model: Any) -> list[dict[str, Any]]:

@@ -101,10 +101,18 @@ def twin_summary(row: Row) -> dict[str, float | None]:
     }
 
 
+def gap(certificate: Mapping[str, Any]) -> str:
+    """The certified relative gap; of a ReLU head without a tight proof the estimated one, and that it is."""
+    if certificate["scope"] == "estimated":
+        return f"{relative(certificate['estimated_gap'])} (estimated)"
+    return relative(certificate["relative_gap"])
+
+
 def cells(row: Row) -> list[str]:
     """One row of the table as text, in the order of `COLUMNS`."""
     certificate, twin = row["certificate"], twin_summary(row)
-    gap = relative(certificate["relative_gap"]) + ("" if certificate["converged"] else " (stopped early)")
+    early = not certificate["converged"] and certificate["scope"] != "estimated"
+    distance = gap(certificate) + (" (stopped early)" if early else "")
     spread = accuracy(twin["accuracy_mean"])
     if twin["accuracy_sd"] is not None:
         spread += f" ± {100 * twin['accuracy_sd']:.1f}"
@@ -117,7 +125,7 @@ def cells(row: Row) -> list[str]:
         str(row["head"]),
         str(row["activation"]),
         accuracy(row["test_accuracy"]),
-        gap,
+        distance,
         str(row["heads"]),
         seconds(row["seconds"]),
         spread,

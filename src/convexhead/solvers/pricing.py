@@ -25,7 +25,7 @@ class Directions(NamedTuple):
 
 def lacking_directions(
     model: Deflated, warm: Float[Tensor, "j big w"] | None, first: int, generator: torch.Generator
-) -> tuple[Directions, Float[Tensor, "j big w"]]:
+) -> tuple[Directions, Float[Tensor, "j big v"]]:
     """Of the matrices without the model's own directions, and what to begin the next search with.
 
     Parameters
@@ -54,7 +54,7 @@ def leading_directions(
     warm: Float[Tensor, "j big w"] | None,
     extra: int,
     generator: torch.Generator,
-) -> tuple[Directions, Float[Tensor, "j big w"]]:
+) -> tuple[Directions, Float[Tensor, "j big v"]]:
     """Of every block, as many as the widest has atoms and ``extra`` more, and what to begin the next search with.
 
     They are looked for in the products of ``model``'s problem, which may be rough; their sizes are then taken from
