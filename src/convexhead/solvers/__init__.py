@@ -121,15 +121,15 @@ def solve(
             method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
             if stage.double:
                 problem, method = _in_double(problem, method, model, generator)
-            rough = problem.with_half_products() if isinstance(method, ColumnGeneration) and stage.rough else None
-            if rough is not None and isinstance(method, ColumnGeneration):
+            rough = method.rough if isinstance(method, ColumnGeneration) and stage.rough else problem
+            if rough is not problem and isinstance(method, ColumnGeneration):
                 method.refine(rough)
             if saved is not None and not isinstance(method, ReLUColumnGeneration):
                 generator.set_state(saved.shared.pop("generator"))
                 method.restore(
                     *({name: t.to(problem.device) for name, t in part.items()} for part in (saved.shared, saved.rows))
                 )
-            if rough is not None and isinstance(method, ColumnGeneration):
+            if rough is not problem and isinstance(method, ColumnGeneration):
                 method.advance(max(stage.target, ROUGH))
                 method.refine(problem)
                 monitor.dual = known_dual  # what rounded products said of it is worth nothing

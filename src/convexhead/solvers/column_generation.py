@@ -21,13 +21,12 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from convexhead.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
-from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions
+from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions, with_best_step
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
 from convexhead.spectral import GradientMatrices, leading, split_off_model
@@ -95,7 +94,7 @@ class ColumnGeneration:
         """Go on from the current model with the same problem in another precision."""
         self.problem, self._average = problem, None
         halved = problem.with_half_products() if problem.products == problem.dtype else None
-        self._rough = halved or problem
+        self.rough = halved or problem
         self._atoms = self._atoms.to(problem.device, problem.dtype)
         if self._warm is not None:
             self._warm = self._warm.to(problem.dtype)
@@ -174,7 +173,7 @@ class ColumnGeneration:
             return False
         R = self.problem.residual(f if self._average is None else self._average)
         size = atoms.U.flatten(1).square().sum(1)  # of balanced atoms
-        along = (self._rough.adjoint_times_mixing(R, atoms.U, atoms.block) * atoms.V).sum((1, 2))
+        along = (self.rough.adjoint_times_mixing(R, atoms.U, atoms.block) * atoms.V).sum((1, 2))
         keep = (size > self.small * size.max()) | (-along > (1 - margin) * self.beta * size)
         self._atoms = atoms.select(keep)
         return not bool(keep.all())
@@ -210,7 +209,7 @@ class ColumnGeneration:
 
     def _settle(self, directions: Directions, gap: float) -> None:
         """Proximal Newton steps over the span of the model and of the leading directions."""
-        subspace = Subspace(self.problem, self._rough, self._atoms, directions)
+        subspace = Subspace(self.problem, self.rough, self._atoms, directions)
         M = subspace.solve(self.beta, until=0.25 * gap, generator=self.generator)
         self._atoms, self._average = subspace.atoms(M), None
 
@@ -221,7 +220,7 @@ class ColumnGeneration:
         problem, atoms = self.problem, self._atoms
         point = f if self._average is None else self._average
         R = problem.residual(point)
-        G = GradientMatrices(self._rough, R)
+        G = GradientMatrices(self.rough, R)
         model = split_off_model(G, atoms)
         if lacking:
             directions, self._warm = lacking_directions(model, self._warm, self.batch, self.generator)
@@ -254,16 +253,4 @@ class ColumnGeneration:
             block,
             f.new_zeros(problem.c),
         )
-        change = problem.outputs(new)
-        added = self.beta * float((sigma - self.beta).sum())
-        slope = float((sigma - self.beta).square().sum())
-        step = slope / problem.mean(change.double().square().sum((1, 2)))
-        best = minimize_scalar(
-            lambda t: problem.data_term(f + t * change) + t * added,
-            bounds=(0.0, 20 * step),
-            method="bounded",
-            options={"maxiter": 30},
-        ).x
-        scale = float(best) ** 0.5
-        new.U, new.V = scale * new.U, scale * new.V
-        return new
+        return with_best_step(problem, f, new, sigma - self.beta, self.beta)

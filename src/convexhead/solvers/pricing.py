@@ -6,12 +6,15 @@ never be found.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from convexhead.problem import Atoms, Problem
 from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, top_singular
 
 
@@ -75,3 +78,31 @@ def leading_directions(
     other = torch.linalg.qr(y).Q
     left, right = (other, x) if G.on_values else (x, other)
     return Directions(torch.linalg.svdvals(y), left, right), x[:, :, -extra:]
+
+
+def with_best_step(
+    problem: Problem, f: Float[Tensor, "n r c"], new: Atoms, excess: Float[Tensor, " k"], beta: float
+) -> Atoms:
+    """``new`` atoms times ``√t`` on both sides, with the common ``t`` that lowers the objective most.
+
+    Outputs are linear in ``t``, also those of a ReLU head.
+
+    Parameters
+    ----------
+    f : Tensor (n, r, c)
+        Outputs of the model that they are added to.
+    new : Atoms
+        Of sizes ``excess``.
+    excess : Tensor (k,)
+        ``σ_k − β``: what each gains, to first order, in units of its size.
+    """
+    change = problem.outputs(new)
+    added, slope = beta * float(excess.sum()), float(excess.square().sum())
+    step = slope / max(problem.mean(change.double().square().sum((1, 2))), 1e-300)
+    t = minimize_scalar(
+        lambda t: problem.data_term(f + t * change) + t * added,
+        bounds=(0.0, 20 * step),
+        method="bounded",
+        options={"maxiter": 30},
+    ).x
+    return replace(new, U=float(t) ** 0.5 * new.U, V=float(t) ** 0.5 * new.V)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from convexhead.problem import Atoms, Problem, rescale
@@ -27,6 +26,7 @@ from convexhead.relu.norm import NormOracle
 from convexhead.relu.scores import Scores
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent, Passes
+from convexhead.solvers.pricing import with_best_step
 
 
 class ReLUColumnGeneration:
@@ -151,18 +151,7 @@ class ReLUColumnGeneration:
             peaks.block,
             f.new_zeros(problem.c),
         )
-        change = problem.outputs(new)
-        slope = float(excess.square().sum())
-        step = slope / max(float(change.double().square().sum()) / problem.n, 1e-300)
-        best = minimize_scalar(
-            lambda t: problem.data_term(f + t * change) + t * self.beta * float(excess.sum()),
-            bounds=(0.0, 20 * step),
-            method="bounded",
-            options={"maxiter": 30},
-        ).x
-        scale = float(best) ** 0.5
-        new.U, new.V = scale * new.U, scale * new.V
-        return new
+        return with_best_step(problem, f, new, excess, self.beta)
 
     # -- descend and tidy ---------------------------------------------------------------------------------------------
     def _descend(self, passes: Passes, atoms: Atoms) -> Atoms:

@@ -1,0 +1,76 @@
+"""What solvers take for curvature, against Hessians and gradients by automatic differentiation."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from convexhead.activation import make_activation
+from convexhead.heads import make_head
+from convexhead.losses import LOSSES, make_loss
+from convexhead.problem import Atoms, Problem
+from convexhead.solvers.pricing import Directions
+from convexhead.solvers.subspace import Subspace
+from convexhead.solvers.whitening import Whitening
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def build(n=40, loss="cross-entropy"):
+    head = make_head("self-attention", 4, 3)
+    Y = torch.eye(3, dtype=torch.float64)[torch.arange(n) % 3].unsqueeze(1)
+    problem = Problem(normal(n, 4, 3), Y, head, make_activation("linear", head, None), make_loss(loss))
+    block = torch.zeros(2, dtype=torch.int64)
+    return problem, Atoms(normal(2, 3, 3, seed=1), normal(2, 3, 3, seed=2), block, torch.zeros(3).double())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_root_of_the_hessian(name):
+    loss, f, y = make_loss(name), normal(1, 1, 5), torch.eye(5, dtype=torch.float64)[None, :1]
+    hessian = torch.func.hessian(lambda v: loss.value(v.view(1, 1, 5), y).sum())(f.flatten())
+    root = torch.cat([loss.hessian_root(f, y, e.view(1, 1, 5)).view(1, 5) for e in torch.eye(5).double()]).T
+    torch.testing.assert_close(root @ root.T, hessian)
+
+
+def test_whitening_is_a_change_of_coordinates():
+    problem, atoms = build()
+    whitening, other = Whitening(problem, atoms, 0.1), build()[1]
+    back = whitening.weights(whitening.whiten(other))
+    for field in fields(Atoms):
+        torch.testing.assert_close(getattr(back, field.name), getattr(other, field.name))
+
+    def product(a, b):
+        return sum((getattr(a, part) * getattr(b, part)).sum() for part in ("U", "V", "intercept"))
+
+    # <gradient, weights(x)> = <pull(gradient), x>
+    torch.testing.assert_close(product(atoms, whitening.weights(other)), product(whitening.pull(atoms), other))
+    gram = problem.value_grams(atoms, [torch.arange(2)])[0]
+    mixed = problem.mixed(atoms.U, atoms.block).flatten(2).flatten(0, 1)
+    torch.testing.assert_close(gram, mixed.T @ mixed / problem.n)
+
+
+def test_a_subspace_has_the_gradient_and_hessian_of_the_data_term():
+    problem, atoms = build()
+    left, right = (torch.linalg.qr(normal(1, 9, 1, seed=s)).Q for s in (3, 4))
+    subspace = Subspace(problem, problem, atoms, Directions(normal(1, 1), left, right))
+    M = subspace.coefficients()
+    f = subspace.outputs(M)
+    torch.testing.assert_close(f, problem.outputs(atoms))
+
+    def value(m):
+        V = torch.bmm(m.view_as(M), subspace.right.mT).view(subspace.basis.V.shape)
+        return problem.loss.value(subspace.mixed.flatten(2) @ V.flatten(0, 1), problem.Y).mean()
+
+    torch.testing.assert_close(subspace.gradient(f).flatten(), torch.func.grad(value)(M.flatten()))
+    exact = torch.func.hessian(value)(M.flatten())
+    generator = torch.Generator().manual_seed(0)
+    drawn = sum(torch.from_numpy(subspace.hessian(f, generator)) for _ in range(300)) / 300
+    assert torch.linalg.matrix_norm(drawn - exact, 2) < 0.05 * torch.linalg.matrix_norm(exact, 2)
+
+    def objective(m):
+        return float(value(m.flatten())) + 0.05 * float(torch.linalg.svdvals(m).sum())
+
+    best = subspace.solve(0.05, until=1e-4, generator=generator)
+    assert objective(best) < objective(M)
