@@ -4,8 +4,8 @@
     python benchmarks/extract_cifar100.py --images DIR --out DIR --memory
 
 ``DIR`` of the images has ``train/CLASS/*.png`` and ``test/CLASS/*.png``. Run it again after any interruption:
-it continues. Segments of extraction alternate with segments of the bare backbone (the same model on batches
-that lie ready in memory, nothing loaded or written), so that a busy machine slows both alike, once as one
+it continues. Segments of extraction alternate with segments of the bare backbone (the model as timm gives it, on
+batches that lie ready in memory, nothing loaded or written), so that a busy machine slows both alike, once as one
 batch a core, as extraction does, and once as one batch over all cores. Extraction keeps freed memory in the
 process, which speeds these up as well; so ``plain`` is the better of the two ways in a fresh process without,
 what a loop over the backbone would reach. Every finished store writes a row of results/extract_cifar100.csv.
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 import convexhead
-from convexhead.tokens import ImageSource, TokenStore, extract, open_backbone, open_source
+from convexhead.tokens import Backbone, ImageSource, TokenStore, extract, open_backbone, open_source, timm_backbone
 from convexhead.tokens.job import ExtractionJob, Task
 from convexhead.tokens.manifest import Manifest
 from convexhead.tokens.parallel import map_on_cores
@@ -86,14 +86,14 @@ class Limited:
 class Stopwatch:
     """Writes shards in segments, each followed by bare forward passes; one line of ``log`` a segment."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, bare_backbone: Backbone) -> None:
+        self.log, self.backbone = log, bare_backbone
         self._write = ExtractionJob.write
         self.batches: list[torch.Tensor] = []
 
     def write(self, job: ExtractionJob, tasks: list[Task], manifest: Manifest, meter: ProgressMeter) -> None:
         """Stand in for `ExtractionJob.write`."""
-        backbone, source = job.extractor.backbone, job.extractor.source
+        backbone, source = self.backbone, job.extractor.source
         rows = np.linspace(0, len(source.labels("train")), 8 * job.batch_size, endpoint=False, dtype=int)
         ready = torch.stack([backbone.prepare(source.load("train", int(row))) for row in rows])
         self.batches = list(ready.split(job.batch_size))
@@ -148,6 +148,12 @@ class Stopwatch:
         }
 
 
+def open_bare(spec: str, options: dict[str, Any]) -> Backbone:
+    """Open the backbone of a store as its library gives it, without what extraction does to make it faster."""
+    with mock.patch.object(timm_backbone, "fold_batch_norm", lambda model: model):
+        return open_backbone(spec, **{key: value for key, value in options.items() if key != "channels"})
+
+
 def batch_a_core(backbone: Any, batches: Iterator[torch.Tensor]) -> Iterator[Any]:
     def forward(batch: torch.Tensor) -> None:
         with torch.inference_mode():
@@ -178,7 +184,7 @@ def run_store(name: str, args: argparse.Namespace) -> None:
     source = open_source(args.images)
     source = Limited(source, args.limit) if args.limit else source
     args.out.mkdir(parents=True, exist_ok=True)
-    stopwatch = Stopwatch(args.out / f"{name}.segments")
+    stopwatch = Stopwatch(args.out / f"{name}.segments", open_bare(spec, options))
     start = time.perf_counter()
     with mock.patch.object(ExtractionJob, "write", partialmethod(_measured, stopwatch)):
         store = extract(source, spec, args.out / name, dtype=args.dtype, **options)
@@ -198,9 +204,9 @@ def run_bare(name: str, args: argparse.Namespace, seconds: float = 10.0) -> None
     """Print the better rate of forward passes alone in this process, which has done nothing else."""
     spec, options = STORES[name]
     spec += str(args.vit_weights) if spec == VIT else ""
-    backbone = open_backbone(spec, **{key: value for key, value in options.items() if key != "channels"})
+    backbone = open_bare(spec, options)
     source = open_source(args.images)
-    stopwatch = Stopwatch(Path())
+    stopwatch = Stopwatch(Path(), backbone)
     ready = torch.stack([backbone.prepare(source.load("train", i)) for i in range(64)])
     stopwatch.batches = list(ready.split(8))
     print(max(round(stopwatch.bare(way, backbone, seconds)[0], 2) for way in (batch_a_core, batch_over_cores)))
