@@ -32,7 +32,7 @@ RUNS = {
         "mlp",
         {"activation": "gated-relu", "n_gates": 3, "tol": 2e-4, "fit_intercept": True},
     ),
-    "bfloat16 first": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
+    "products in bfloat16": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
     "ridge": ("linear", {"tol": 1e-12, "beta_ratio": 1e-6}),
 }
 
@@ -51,7 +51,7 @@ def run(request, monkeypatch):
     if request.param == "single then double precision":
         patience = {**ColumnGeneration.patience, torch.float32: -1}
         monkeypatch.setattr(ColumnGeneration, "patience", patience)
-    if request.param == "bfloat16 first":
+    if request.param == "products in bfloat16":
         monkeypatch.setattr("convexhead.problem.has_fast_bfloat16", lambda device: True)
 
     def fit(folder=None, *, stop_at=None, error=Killed, **others):
@@ -102,8 +102,7 @@ def test_a_resumed_run_makes_the_same_iterates(run, tmp_path):
         resumed, rest = run(folder)
         assert rest < total or stop_at < total // 2, "nothing was resumed"
         assert same(resumed, calm)
-    reached = {"single then double precision": "double", "bfloat16 first": "rough"}.get(run.kind)
-    assert reached is None or any(stage[reached] for stage in stages)
+    assert run.kind != "single then double precision" or any(stage["double"] for stage in stages)
     again, rest = run(folder)  # of a finished run the last moments are repeated
     assert same(again, calm)
 
@@ -239,7 +238,7 @@ out = Path(sys.argv[1])
 def attempt(name, seconds):
     child = os.fork()
     if child == 0:
-        clf = ch.ConvexHeadClassifier(beta_ratio=0.02, tol=1e-8, random_state=0)
+        clf = ch.ConvexHeadClassifier(beta_ratio=0.02, tol=1e-6, random_state=0)
         clf.fit(X, Y, checkpoint=out / f"{name}.checkpoint", checkpoint_minutes=0.0)
         clf.history_ = [{**row, "seconds": 0} for row in clf.history_]
         clf.save(out / name)

@@ -36,7 +36,7 @@ def test_the_root_of_the_hessian(name):
 
 def test_whitening_is_a_change_of_coordinates():
     problem, atoms = build()
-    whitening, other = Whitening(problem, atoms, 0.1), build()[1]
+    whitening, other = Whitening(problem, atoms, problem.outputs(atoms), 0.1), build()[1]
     back = whitening.weights(whitening.whiten(other))
     for field in fields(Atoms):
         torch.testing.assert_close(getattr(back, field.name), getattr(other, field.name))
@@ -54,10 +54,10 @@ def test_whitening_is_a_change_of_coordinates():
 def test_a_subspace_has_the_gradient_and_hessian_of_the_data_term():
     problem, atoms = build()
     left, right = (torch.linalg.qr(normal(1, 9, 1, seed=s)).Q for s in (3, 4))
-    subspace = Subspace(problem, problem, atoms, Directions(normal(1, 1), left, right))
-    M = subspace.coefficients()
-    f = subspace.outputs(M)
-    torch.testing.assert_close(f, problem.outputs(atoms))
+    f = problem.outputs(atoms)
+    subspace = Subspace(problem, problem, atoms, f, Directions(normal(1, 1), left, right))
+    M = subspace.start
+    torch.testing.assert_close(subspace.change(M) + atoms.intercept, f)
 
     def value(m):
         V = torch.bmm(m.view_as(M), subspace.right.mT).view(subspace.basis.V.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from convexhead.activation import make_activation, sample_gates
 from convexhead.heads import make_head
 from convexhead.losses import CrossEntropy
 from convexhead.problem import Atoms, Problem
+from convexhead.solvers.increments import Increments
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +56,46 @@ def test_every_pass_is_close_to_float32(name, activation):
         assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("activation", ["linear", "gated-relu"])
+@pytest.mark.parametrize("name", ["self-attention", "mlp-mixer", "mlp"])
+def test_around_an_anchor_rounding_is_relative_to_the_distance(name, activation, pool):
+    single = make_problem(name, activation, pool=pool)
+    single.fit_intercept = True
+    half, exact = single.with_half_products(), single.in_double()
+    generator = torch.Generator().manual_seed(1)
+
+    def atoms(scale):
+        shapes = (4, *single.head.mixing_shape), (4, *single.value_shape), (3,)
+        U, V, b = (scale * torch.randn(*shape, generator=generator) for shape in shapes)
+        return Atoms(U, V, torch.arange(4) % single.n_blocks, b)
+
+    anchor = atoms(0.5)
+    increments = Increments(single, half, anchor)
+    assert Increments.affordable(single, half, anchor)
+    assert not Increments.affordable(single, single, anchor)
+    rounded = half.value_and_gradient(anchor, 0.1)
+    for distance in (0.0, 1e-3, 1e-1):
+        step = atoms(distance)
+        moved = replace(anchor, U=anchor.U + step.U, V=anchor.V + step.V, intercept=anchor.intercept + step.intercept)
+        true = exact.value_and_gradient(moved.to(exact.device, torch.float64), 0.1)
+        ours = increments.value_and_gradient(moved, 0.1)
+        off = (increments.last_outputs - exact.last_outputs).norm() / exact.last_outputs.norm()
+        assert float(off) < 1e-6 + 0.05 * distance
+        assert abs(ours[0] - true[0]) <= (1e-6 + 0.02 * distance) * abs(true[0])
+        for mine, theirs, rough in zip(ours[1:], true[1:], rounded[1:], strict=True):
+            error = float((mine - theirs).norm() / theirs.norm())
+            assert error < 2e-6 + 0.3 * distance
+            if distance == 0.0:
+                assert error < 0.05 * float((rough - theirs).norm() / theirs.norm())
+
+
 def test_refused_where_nothing_is_gained():
     assert make_problem("self-attention", "linear", dtype=torch.float64).with_half_products() is None
     assert make_problem("fno", "gated-relu").with_half_products() is None
 
 
-def test_a_solve_that_began_in_bfloat16_is_certified_in_float64(monkeypatch):
+def test_a_solve_with_rounded_products_is_certified_in_float64(monkeypatch):
     monkeypatch.setattr(estimators, "SMALL_TOKENS", 0)
     monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)
     used = []

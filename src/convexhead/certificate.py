@@ -153,7 +153,7 @@ def certify_atoms(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    exact = problem.in_double()
+    exact = problem.in_double(reuse=True)
     atoms = atoms.to(exact.device, torch.float64)
     if not torch.equal(atoms.V, exact.mask_values(atoms.V, atoms.block)):
         raise InputError("values are not zero outside the output group of their block")
@@ -186,7 +186,7 @@ def certify_atoms(
             best, how = dual.spectral(upper), "singular value decomposition"
         else:
             failure = failure_probability
-            fast = GradientMatrices(problem, R.to(problem.dtype)) if problem.products == problem.dtype else G
+            fast = GradientMatrices(problem, R.to(problem.dtype))
             bound = _KrylovBound(G, fast, directions, tol, failure, generator)
             enough, steps = False, 0
             while bound.step() and not enough and (steps := steps + 1) < max_steps:
@@ -295,7 +295,7 @@ class _KrylovBound:
         self.floor = 0.0  # what `upper` cannot fall below, as far as this splitting of directions goes
         self.deflated = split_off_leading(G, fast, directions, extra=4, steps=12, generator=generator, rtol=0.1 * tol)
         # Many starts share one pass over the tokens; with many blocks a pass is full already.
-        starts = min(8 if j == 1 else 2, G.order)
+        starts = min(4 if j == 1 else 2, G.order)
         blocks = torch.arange(j, device=G.R.device)
         self.krylov = BlockKrylov(self.deflated.gram, G.random_start(blocks, starts, generator), blocks, G.order)
 

@@ -168,6 +168,8 @@ class Problem:
 
     def in_double(self, *, reuse: bool = False) -> Problem:
         """The same problem in float64; unless ``reuse``, each batch is prepared anew and little memory is taken."""
+        if self.dtype == torch.float64:
+            return self
         exact = copy(self)
         exact.dtype = exact.products = torch.float64
         exact.Y = self.targets.to(self.device, torch.float64)
@@ -277,7 +279,7 @@ class Problem:
     @one_pass
     def mixed(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "n r k e"]:
         """Mixed, pooled tokens of every sample: large."""
-        out = U.new_empty(len(self.Y), self.head.r, len(U), self.head.value_rows)
+        out = torch.empty(len(self.Y), self.head.r, len(U), self.head.value_rows, dtype=self.products, device=U.device)
         for rows, data in self.batches(len(U)):
             out[rows] = self.activation.mix(data, U, block)
         return out
@@ -371,7 +373,13 @@ class Problem:
         return [gram / self.n for gram in self.sum(*grams)]
 
     @one_pass
-    def pair_covariance(self, basis: Atoms, probes: Float[Tensor, "n r c"], n_blocks: int) -> Float[Tensor, "jmm jmm"]:
+    def pair_covariance(
+        self,
+        basis: Atoms,
+        probes: Float[Tensor, "n r c"],
+        n_blocks: int,
+        mixed: Float[Tensor, "n r k e"] | None = None,
+    ) -> Float[Tensor, "jmm jmm"]:
         """Covariance of ``⟨P mix(X_i, U_a) V_b, z_i⟩`` over the samples, for all pairs ``(a, b)`` of a block's basis.
 
         Parameters
@@ -381,17 +389,38 @@ class Problem:
         probes : Tensor (n, r, c)
             ``z``: with draws whose covariance is the loss's Hessian, the result is that of the data term in the
             coefficients ``M`` of ``Σ_ab M_ab mix(X, U_a) V_b``.
+        mixed : Tensor (n, r, k, e) or None
+            The basis's `mixed` tokens where they are at hand.
         """
         V = basis.V.flatten(0, 1).T
         size = len(basis) ** 2 // n_blocks
         out = torch.zeros(size, size, dtype=self.dtype, device=self.device)
-        for rows, data in self.batches(len(basis)):
-            M = self.activation.mix(data, basis.U, basis.block)
+        waiting: list[Tensor] = []
+
+        def add() -> None:  # the product is large beside a batch: many batches share one
+            pairs = torch.cat(waiting)
+            out.add_(pairs.T @ pairs)
+            waiting.clear()
+
+        for rows, M in self._mixed_batches(basis, mixed):
             T = (probes[rows] @ V).view(M.shape)
             M, T = (part.unflatten(2, (n_blocks, -1)).movedim(1, 2) for part in (M, T))  # (b, j, r, m, e)
-            pairs = torch.einsum("bjrke,bjrle->bjkl", M, T).flatten(1)
-            out += pairs.T @ pairs
+            waiting.append(torch.einsum("bjrke,bjrle->bjkl", M, T).flatten(1))
+            if sum(map(len, waiting)) >= 2 * size:
+                add()
+        if waiting:
+            add()
         return self.sum(out)[0] / self.n
+
+    def _mixed_batches(self, basis: Atoms, mixed: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of samples with their mixed tokens, from those at hand or made anew."""
+        if mixed is None:
+            for rows, data in self.batches(len(basis)):
+                yield rows, self.activation.mix(data, basis.U, basis.block)
+        else:
+            step = self._batch_size(2 * mixed[0].numel())
+            for i in range(0, len(mixed), step):
+                yield slice(i, i + step), mixed[i : i + step]
 
     def features(self) -> Float[Tensor, "j nr pe"]:
         """Every block's linear map as a dense matrix: row ``(i, row)``, column ``(entry of U, row of V)``."""

@@ -27,8 +27,6 @@ FAILURE_PROBABILITY = 1e-6
 """Of a solve's lower bound, over the random starts of all its certificates together."""
 MAX_ATTEMPTS = 20
 """Certificates asked for before a solve gives up; each asks the solver for half the gap of the one before."""
-ROUGH = 0.05
-"""Relative gap down to which large products are made in bfloat16 where that is faster."""
 DENSE_ORDER = 128
 """Order of the matrices whose eigendecomposition a proximal step may need."""
 
@@ -121,20 +119,11 @@ def solve(
             method = _method(problem, beta, model.to(problem.device, problem.dtype), monitor, max_heads, generator)
             if stage.double:
                 problem, method = _in_double(problem, method, model, generator)
-            rough = method.rough if isinstance(method, ColumnGeneration) and stage.rough else problem
-            if rough is not problem and isinstance(method, ColumnGeneration):
-                method.refine(rough)
             if saved is not None and not isinstance(method, ReLUColumnGeneration):
                 generator.set_state(saved.shared.pop("generator"))
                 method.restore(
                     *({name: t.to(problem.device) for name, t in part.items()} for part in (saved.shared, saved.rows))
                 )
-            if rough is not problem and isinstance(method, ColumnGeneration):
-                method.advance(max(stage.target, ROUGH))
-                method.refine(problem)
-                monitor.dual = known_dual  # what rounded products said of it is worth nothing
-                del rough
-            stage.rough = False
             while stage.attempt < MAX_ATTEMPTS:
                 stop = method.advance(stage.target)
                 stage.attempt += 1
@@ -187,8 +176,6 @@ class Stage:
     gap: float = math.inf
     """Relative gap of the last certificate."""
     attempt: int = 0
-    rough: bool = True
-    """Whether large products are still made in bfloat16, where that is faster."""
     double: bool = False
     """Whether single precision has given what it can."""
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.increments import Increments
 from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions, with_best_step
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
@@ -49,7 +50,7 @@ class ColumnGeneration:
         Source of random starts and draws.
     """
 
-    batch = 32
+    batch = 16
     """Atoms that the first pricing may add."""
     descent_steps = 15
     """L-BFGS iterations of a round."""
@@ -58,10 +59,10 @@ class ColumnGeneration:
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     max_rounds = 2000
-    patience: ClassVar = {torch.bfloat16: 3, torch.float32: 15, torch.float64: 60}
-    """Rounds without a better gap after which a precision of the products has given what it can."""
-    noise: ClassVar = {torch.bfloat16: 1e-3, torch.float32: 5e-7, torch.float64: 1e-15}
-    """Relative decrease of the objective in a round that means nothing in a precision of the products."""
+    patience: ClassVar = {torch.float32: 15, torch.float64: 60}
+    """Rounds without a better gap after which a precision has given what it can."""
+    noise: ClassVar = {torch.float32: 5e-7, torch.float64: 1e-15}
+    """Relative decrease of the objective in a round that means nothing in a precision."""
     memory = 0.85
     """Weight of the past in the running average of outputs."""
 
@@ -93,8 +94,7 @@ class ColumnGeneration:
     def refine(self, problem: Problem) -> None:
         """Go on from the current model with the same problem in another precision."""
         self.problem, self._average = problem, None
-        halved = problem.with_half_products() if problem.products == problem.dtype else None
-        self.rough = halved or problem
+        self.rough = problem.with_half_products() or problem
         self._atoms = self._atoms.to(problem.device, problem.dtype)
         if self._warm is not None:
             self._warm = self._warm.to(problem.dtype)
@@ -125,10 +125,10 @@ class ColumnGeneration:
             if gap <= target:
                 return Stop.CONVERGED
             best, since = (gap, 0) if gap < 0.95 * best else (best, since + 1)
-            if since > self.patience[self.problem.products]:
+            if since > self.patience[self.problem.dtype]:
                 return self._ended()
             if near and (not settled or gap < 0.5 * before):
-                self._settle(directions, gap)
+                self._settle(f, directions, gap)
                 settled = moved = True
             else:
                 if not near and self._prune(f, min(0.02, 2 * gap)) & self._grow(f, directions):
@@ -149,22 +149,22 @@ class ColumnGeneration:
     # -- far away -----------------------------------------------------------------------------------------------------
     def _descend(self) -> bool:
         """A round of L-BFGS over the factors; False if the objective did not move."""
-        descent = FactoredDescent(self.problem, self._atoms, self.beta, Whitening(self.problem, self._atoms, self.beta))
-        before, self._average, blind = descent.value, None, False
+        problem, rough, start = self.problem, self.rough, self._atoms
+        passes = Increments(problem, rough, start) if Increments.affordable(problem, rough, start) else problem
+        f = passes.outputs if isinstance(passes, Increments) else problem.outputs(start)
+        descent = FactoredDescent(passes, start, self.beta, Whitening(rough, start, f, self.beta))
+        before, self._average = descent.value, None
         for step in range(self.descent_steps):
             if self.monitor.out_of_time() or not descent.step():
                 break
             if step >= self.descent_steps // 2:
-                latest = self.problem.last_outputs
+                latest = passes.last_outputs
                 self._average = latest if self._average is None else torch.lerp(latest, self._average, self.memory)
-            # Many evaluations a step are a sign that rounding hides the decrease.
-            blind = descent.lbfgs.evaluations > 1.5 * self.descent_steps
-            if blind:
-                break
+            if descent.lbfgs.evaluations > 2 * self.descent_steps:
+                break  # many evaluations a step are a sign that rounding hides the decrease
         self._atoms = balance(descent.atoms, drop=1e-7)[0]
         self.monitor.record(descent.value, -torch.inf, len(self._atoms))
-        moved = before - descent.value > self.noise[self.problem.products] * abs(before)
-        return moved and not (blind and self.problem.products != self.problem.dtype)
+        return before - descent.value > self.noise[problem.dtype] * abs(before)
 
     def _prune(self, f: Float[Tensor, "n r c"], margin: float) -> bool:
         """Drop small atoms on their way out, the gradient along them below β by ``margin``; whether there were any."""
@@ -198,7 +198,7 @@ class ColumnGeneration:
         if gap > self.near or self.max_heads is not None or not len(self._atoms):
             return False
         one = self.problem.Y[:1]
-        if self.problem.products != self.problem.dtype or self.problem.loss.hessian_root(one, one, one) is None:
+        if self.problem.loss.hessian_root(one, one, one) is None:
             return False
         counts = torch.bincount(self._atoms.block)
         return self.problem.n_blocks * (2 * int(counts.max()) + self._extra()) ** 2 <= MOST_COEFFICIENTS
@@ -207,9 +207,9 @@ class ColumnGeneration:
         """Directions a block that is looked for beside as many as the model has."""
         return 6 if self.problem.n_blocks == 1 else 1
 
-    def _settle(self, directions: Directions, gap: float) -> None:
+    def _settle(self, f: Float[Tensor, "n r c"], directions: Directions, gap: float) -> None:
         """Proximal Newton steps over the span of the model and of the leading directions."""
-        subspace = Subspace(self.problem, self.rough, self._atoms, directions)
+        subspace = Subspace(self.problem, self.rough, self._atoms, f, directions)
         M = subspace.solve(self.beta, until=0.25 * gap, generator=self.generator)
         self._atoms, self._average = subspace.atoms(M), None
 

@@ -8,7 +8,8 @@ with orthonormal ``A_j (p, m)``, ``B_j (q, m)`` that span the model and the lead
 
 The Hessian of ``F`` in ``M`` is estimated from random draws (`Problem.pair_covariance`), the quadratic model with its
 nuclear norm minimised by proximal gradient steps on small matrices, and the step's length found exactly, since outputs
-are linear in ``M``: an iteration costs two passes over the data, with gradient and objective exact.
+are linear in ``M``. Mixed tokens of the directions may be rounded: outputs and gradients at the start are exact, and
+what follows is added to them, so that errors are relative to the steps (see `convexhead.solvers.increments`).
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ class Subspace:
     Parameters
     ----------
     problem : Problem
-        Its values and gradients are what converges.
+        Its outputs and gradients are what converges.
     rough : Problem
-        The same with cheaper products: for the Hessian.
+        The same with cheaper products, or the same.
     atoms : Atoms
         The model, whose span is in the subspace.
+    f : Tensor (n, r, c)
+        Its outputs.
     directions : Directions
         What else is.
 
@@ -54,10 +57,14 @@ class Subspace:
     ----------
     left, right : Tensor (j, p, m), (j, q, m)
         ``A`` and ``B``: orthonormal columns, or zero ones.
+    start : Tensor (j, m, m)
+        ``M`` of the model.
     """
 
-    def __init__(self, problem: Problem, rough: Problem, atoms: Atoms, directions: Directions) -> None:
-        self.problem, self.rough, self.model = problem, rough, atoms
+    def __init__(
+        self, problem: Problem, rough: Problem, atoms: Atoms, f: Float[Tensor, "n r c"], directions: Directions
+    ) -> None:
+        self.problem, self.rough, self.f, self.R = problem, rough, f, problem.residual(f)
         self.left, self.right = _span(problem, atoms, directions)
         j, _, m = self.left.shape
         self.blocks = torch.arange(j, device=problem.device)
@@ -67,35 +74,40 @@ class Subspace:
             self.blocks.repeat_interleave(m),
             atoms.intercept,
         )
-        size = len(problem.Y) * problem.head.r * self.basis.V[..., 0].nbytes
-        room = min(MIXED_BYTES, problem.samples.memory - problem.samples.bytes)
-        self.mixed = problem.mixed(self.basis.U, self.basis.block) if size <= room else None
+        self.start = self._coefficients(atoms)
+        numbers = len(problem.Y) * problem.head.r * self.basis.V[..., 0].numel()
+        room = min(MIXED_BYTES, rough.samples.memory - rough.samples.bytes)
+        fits = numbers * rough.products.itemsize <= room
+        self.mixed = rough.mixed(self.basis.U, self.basis.block) if fits else None
+        self.slope = self._project(problem.adjoint_times_mixing(self.R, self.basis.U, self.basis.block))
 
-    def coefficients(self) -> Float[Tensor, "j m m"]:
-        """``M`` of the model."""
+    def _coefficients(self, atoms: Atoms) -> Float[Tensor, "j m m"]:
         M = self.left.new_zeros(len(self.left), self.left.shape[2], self.left.shape[2])
-        for block in torch.unique(self.model.block).tolist():
-            mine = self.model.block == block
-            U, V = self.model.U[mine].flatten(1), self.model.V[mine].flatten(1)
+        for block in torch.unique(atoms.block).tolist():
+            mine = atoms.block == block
+            U, V = atoms.U[mine].flatten(1), atoms.V[mine].flatten(1)
             M[block] = (U @ self.left[block]).T @ (V @ self.right[block])
         return M
 
-    def outputs(self, M: Float[Tensor, "j m m"], *, change: bool = False) -> Float[Tensor, "n r c"]:
-        """``f`` at ``M``, or by how much ``M`` changes it."""
-        V = torch.bmm(M, self.right.mT).view(self.basis.V.shape)
-        if self.mixed is not None:
-            f = self.mixed.flatten(2) @ V.flatten(0, 1)
-            return f if change else f + self.basis.intercept
-        b = torch.zeros_like(self.basis.intercept) if change else self.basis.intercept
-        return self.problem.outputs(replace(self.basis, V=V, intercept=b))
+    def change(self, D: Float[Tensor, "j m m"]) -> Float[Tensor, "n r c"]:
+        """By how much a step ``D`` changes the outputs."""
+        V = torch.bmm(D, self.right.mT).view(self.basis.V.shape)
+        if self.mixed is None:
+            return self.problem.outputs(replace(self.basis, V=V, intercept=torch.zeros_like(self.basis.intercept)))
+        return (self.mixed.flatten(2) @ V.flatten(0, 1).to(self.mixed.dtype)).to(V.dtype)
 
     def gradient(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "j m m"]:
         """``A_jᵀ 𝒜_j*(R) B_j``."""
-        R = self.problem.residual(f)
+        dR = self.problem.residual(f) - self.R
         if self.mixed is None:
-            rows = self.problem.adjoint_times_mixing(R, self.basis.U, self.basis.block)
+            rows = self.problem.adjoint_times_mixing(dR, self.basis.U, self.basis.block)
         else:
-            (rows,) = self.problem.sum(self.mixed.flatten(2).flatten(0, 1).T @ R.flatten(0, 1))
+            product = self.mixed.flatten(2).flatten(0, 1).T @ dR.flatten(0, 1).to(self.mixed.dtype)
+            (rows,) = self.problem.sum(product.to(dR.dtype))
+        return self.slope + self._project(rows)
+
+    def _project(self, rows: Tensor) -> Float[Tensor, "j m m"]:
+        """``A_jᵀ 𝒜_j*(R)`` times ``B_j``."""
         return torch.bmm(rows.view(*self.left.shape[::2], -1), self.right)
 
     def hessian(self, f: Float[Tensor, "n r c"], generator: torch.Generator) -> NDArray[np.float64]:
@@ -106,13 +118,12 @@ class Subspace:
         for _ in range(times):
             z = probes(self.problem, f, generator)
             assert z is not None, "the caller has asked"
-            H += self.rough.pair_covariance(self.basis, z, len(self.left)) / times
+            H += self.rough.pair_covariance(self.basis, z, len(self.left), self.mixed) / times
         return H.double().cpu().numpy()
 
     def solve(self, beta: float, *, until: float, generator: torch.Generator) -> Float[Tensor, "j m m"]:
         """The last ``M`` of steps from the model until the relative gap in the subspace is at most ``until``."""
-        problem, M = self.problem, self.coefficients()
-        f = self.outputs(M)
+        problem, M, f = self.problem, self.start, self.f
         H = self.hessian(f, generator)
         for _ in range(MOST_STEPS):
             G = self.gradient(f)
@@ -123,7 +134,7 @@ class Subspace:
             if gap <= until:
                 break
             D = torch.from_numpy(_minimise_model(H, _numpy(G), _numpy(M), beta, gap)).to(M)
-            df = self.outputs(D, change=True)
+            df = self.change(D)
 
             def along(t: float, M=M, D=D, f=f, df=df) -> float:  # type: ignore[no-untyped-def]
                 return problem.data_term(f + t * df) + beta * float(torch.linalg.svdvals(M + t * D).sum())

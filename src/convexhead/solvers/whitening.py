@@ -33,12 +33,13 @@ class Whitening:
     problem : Problem
     atoms : Atoms
         Where curvature is taken.
+    f : Tensor (n, r, c)
+        Their outputs.
     beta : float
     """
 
-    def __init__(self, problem: Problem, atoms: Atoms, beta: float) -> None:
+    def __init__(self, problem: Problem, atoms: Atoms, f: Float[Tensor, "n r c"], beta: float) -> None:
         self.root_beta = math.sqrt(beta)
-        f = problem.outputs(atoms)
         h = mean_curvature(problem, f)
         self.root_h = math.sqrt(h) or 1.0
         most = max(1, GROUP // problem.head.value_rows)

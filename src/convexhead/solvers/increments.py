@@ -1,0 +1,89 @@
+"""The factored objective around an anchor, its large products in bfloat16 without bfloat16's errors.
+
+With weights ``(U, V) = (U₀ + ΔU, V₀ + ΔV)`` and mixed tokens ``M = P mix(X, U)``, which are linear in ``U``,
+
+    f = f₀ + M₀ ΔV + P mix(X, ΔU) V
+
+    ∇V = ∇V₀ + M₀ᵀ (R − R₀) + (P mix(X, ΔU))ᵀ R          ∇U = ∇U₀ + mix_adjoint((R − R₀) V₀ᵀ + R ΔVᵀ)
+
+Outputs, residuals and gradients at the anchor are made in full precision once, and every rounded product is
+proportional to the distance from it: relative errors of 2⁻⁸ are errors of the step, and vanish with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convexhead.problem import Atoms, Problem
+
+MIXED_BYTES = 2e9
+"""Mixed tokens of the anchor may take no more."""
+
+
+class Increments:
+    """Passes over the data for `FactoredDescent`; see the module's text.
+
+    Parameters
+    ----------
+    problem : Problem
+        Gives what is needed at the anchor.
+    rough : Problem
+        The same with products in bfloat16.
+    anchor : Atoms
+        ``U₀, V₀``, any number of atoms.
+
+    Attributes
+    ----------
+    last_outputs : Tensor (n, r, c)
+        ``f`` of the last call.
+    """
+
+    def __init__(self, problem: Problem, rough: Problem, anchor: Atoms) -> None:
+        self.problem, self.rough, self.anchor = problem, rough, anchor
+        self.mixed = rough.mixed(anchor.U, anchor.block)
+        _, *self.gradient = problem.value_and_gradient(anchor, 0.0)
+        self.outputs = problem.last_outputs
+        self.residual = problem.residual(self.outputs)
+
+    @staticmethod
+    def affordable(problem: Problem, rough: Problem, anchor: Atoms) -> bool:
+        """Whether there are cheaper products, and room for the anchor's mixed tokens."""
+        numbers = len(problem.Y) * problem.head.r * len(anchor) * problem.head.value_rows
+        room = min(MIXED_BYTES, rough.samples.memory - rough.samples.bytes)
+        return rough is not problem and numbers * rough.products.itemsize <= room
+
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+        """As `Problem.value_and_gradient`."""
+        with torch.autocast(self.problem.device.type, self.rough.products):
+            return self._pass(atoms, beta)
+
+    def _pass(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+        problem, anchor, activation = self.problem, self.anchor, self.problem.activation
+        half = self.rough.products
+        dU, dV = atoms.U - anchor.U, (atoms.V - anchor.V).flatten(0, 1).to(half)
+        V, V0 = atoms.V.flatten(0, 1).to(half), anchor.V.flatten(0, 1).to(half)
+        both = torch.cat([V0, dV], dim=1).T  # (2c, k·e)
+        self.last_outputs = torch.empty_like(self.outputs)
+        gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
+        total = torch.zeros((), dtype=torch.float64, device=problem.device)
+        for rows, data in self.rough.batches(len(atoms)):
+            M0 = self.mixed[rows].flatten(2).flatten(0, 1)  # (b·r, k·e)
+            dM, pull_back = activation.mix_with_pull_back(data, dU, atoms.block)
+            flat = dM.flatten(2).flatten(0, 1)
+            df = (M0 @ dV).float() + flat @ V + (atoms.intercept - anchor.intercept)
+            f = self.outputs[rows] + df.view(-1, problem.head.r, problem.c)
+            self.last_outputs[rows] = f
+            loss, R = problem.loss.value_and_residual(f, problem.Y[rows])
+            total += loss.double().sum()
+            R = R / problem.n
+            dR = R - self.residual[rows]
+            gb += dR.sum((0, 1))
+            R, dR = R.flatten(0, 1), dR.flatten(0, 1)
+            gV += ((M0.T @ dR).float() + flat.T @ R).view(gV.shape)
+            gU += pull_back((torch.cat([dR, R], dim=1) @ both).view(dM.shape))
+        total, gU, gV, gb = problem.sum(total, gU, gV, gb)
+        at_U, at_V, at_b = self.gradient
+        gb = gb + at_b if problem.fit_intercept else torch.zeros_like(gb)
+        gU, gV = gU + at_U + beta * atoms.U, problem.mask_values(gV + at_V + beta * atoms.V, atoms.block)
+        return float(total) / problem.n + beta * problem.penalty(atoms), gU, gV, gb
