@@ -35,9 +35,7 @@ class Activation(Protocol):
     convex: ClassVar[bool]
     """Whether mixing is linear in ``U``: only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""
 
-    def prepare(
-        self, X: Float[Tensor, "b s d"], *, reuse: bool, masks: UInt8[Tensor, "b j m"] | None = None
-    ) -> Data:
+    def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool, masks: UInt8[Tensor, "b j m"] | None = None) -> Data:
         """Per-sample tensors that `mix` and `mix_adjoint` want at hand.
 
         With ``reuse`` they serve many passes, and work that only then pays is done (Gram matrices; gated tokens, if

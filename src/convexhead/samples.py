@@ -102,9 +102,7 @@ class Samples:
     def _plan(self, first: Tensor, reuse: bool) -> None:
         """Decide what is brought into memory and how many samples are kept prepared; make room for them."""
         n, tokens = len(self.X), token_bytes(self.X)
-        self.like = self.activation.prepare(
-            first.to(self.dtype), reuse=reuse, masks=self.activation.pack_masks(first)
-        )
+        self.like = self.activation.prepare(first.to(self.dtype), reuse=reuse, masks=self.activation.pack_masks(first))
         same = [key for key, value in self.like.items() if _same(value, first)]
         each = sum(value.nbytes for key, value in self.like.items() if key not in same) if reuse else 0
         if not self._resident() and n * (tokens + each) <= self.memory:

@@ -53,10 +53,11 @@ class BlockFNO(Head):
         return torch.eye(self.n_groups).repeat_interleave(n_outputs // self.n_groups, dim=1) > 0
 
     def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
-        return self._fno.prepare_linear(X, reuse=reuse)
+        return self.prepare(X) if self.pool == "none" else self._fno.prepare_linear(X, reuse=reuse)
 
     def prepare(self, X: Tensor) -> Data:
-        return self._fno.prepare(X)
+        spectrum = self._fno.prepare(X)["spectrum"].unflatten(-1, (self.n_groups, self.width))
+        return {"spectrum": spectrum.transpose(1, 2).contiguous()}  # (b, B, f, d/B): a group's numbers lie together
 
     def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         return self._to_groups(self._fno.linear_mix, data, U, group, atom_dim=2)
@@ -89,7 +90,9 @@ class BlockFNO(Head):
         return math.ceil(self._fno.gated_workspace(k, gates) / self.n_groups)
 
     def _channels(self, data: Data, g: int) -> Data:
-        """The data of channel group ``g``; an FNO keeps channels last in everything it prepares."""
+        """What an FNO of channel group ``g`` would prepare."""
+        if "spectrum" in data:
+            return {"spectrum": data["spectrum"][:, g]}
         return {key: value[..., g * self.width : (g + 1) * self.width] for key, value in data.items()}
 
     def _to_groups(self, mix: Callable[..., Tensor], data: Data, U: Tensor, group: Tensor, *, atom_dim: int) -> Tensor:

@@ -86,19 +86,19 @@ class FNO(Head):
         weights = torch.view_as_real(torch.stack([conjugate, 1j * conjugate]).permute(2, 0, 1, 3))
         product = torch.bmm(weights.reshape(len(weights), 2 * len(U), -1), self._real(data).permute(1, 2, 0))
         product = product.view(-1, len(U), len(data["spectrum"]))  # (f·2, k, b)
-        return (product * gated[:, which]).sum(0).T[:, None, :, None]
+        return (product * gated.index_select(1, which)).sum(0).T[:, None, :, None]
 
     def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
         if self.r > 1:
             return super().gated_mix_adjoint(data, T, group, gated, which)
         spectrum = self._real(data).transpose(0, 1)  # (f, b, d·2)
-        weighted = (gated[:, which] * T[:, 0, :, 0].T).view(len(spectrum), -1, len(T))
+        weighted = (gated.index_select(1, which) * T[:, 0, :, 0].T).view(len(spectrum), -1, len(T))
         parts = torch.bmm(weighted, spectrum).view(len(spectrum), 2, T.shape[2], self.d, 2)
         parts = torch.view_as_complex(parts).conj()
         return self._inverse_fft((parts[:, 0] + 1j * parts[:, 1]).transpose(0, 1))
 
     def gated_workspace(self, k: int, gates: int) -> int:
-        return k * self.s  # also many enough samples that the transforms of U are little beside the products
+        return k * self.s // 3  # many enough samples that the transforms of U are little beside the products
 
     def _real(self, data: Data) -> Tensor:
         """``(b, f, d·2)``: real and imaginary parts in turn."""
