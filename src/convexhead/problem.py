@@ -214,8 +214,10 @@ class Problem:
 
     def mean_of(self, function: Callable[..., Float[Tensor, " b"]], *parts: Float[Tensor, "n r c"]) -> float:
         """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time to save memory."""
-        sums = [function(*(part[rows] for part in parts)).double().sum() for rows in self.rows()]
-        return self.mean(torch.stack(sums))
+        slices = self.rows()
+        if len(slices) == 1:
+            return self.mean(function(*parts))
+        return self.mean(torch.stack([function(*(part[rows] for part in parts)).double().sum() for rows in slices]))
 
     def rows(self) -> list[slice]:
         """This process's samples in slices whose outputs stay in the caches."""

@@ -66,8 +66,8 @@ class FNO(Head):
         correlation = torch.einsum("bfd,bkf->kfd", data["spectrum"].conj(), self._fft(A).squeeze(-1))
         return self._inverse_fft(correlation)
 
-    # With one pooled output it is Parseval's sum over frequencies that pools: P (D ⊙ circ(X) vec(U)) = Σ_a P_a D_a A_a =
-    # (1/s) Σ_ω Re(conj(Ê[ω]) X̂[ω] · Û[ω]) for E = P D. All products are real ones, a frequency each, for all gates at once.
+    # With one pooled output Parseval's sum over frequencies pools: P (D ⊙ circ(X) vec(U)) = Σ_a P_a D_a A_a =
+    # (1/s) Σ_ω Re(conj(Ê[ω]) X̂[ω] · Û[ω]) for E = P D. One real product a frequency serves all gates.
     def gate(self, data: Data, masks: Tensor) -> Tensor:
         if self.r > 1:
             return masks
