@@ -7,8 +7,8 @@ curvature. The proximal step is exact: with ``C = ZᵀZ = Q Λ Qᵀ`` on the sma
 Qᵀ``, an eigendecomposition of a small symmetric matrix instead of an SVD.
 
 Proximal steps find the rank; once it stands still, descent over that many factors finishes, with no decompositions of
-``Z`` at all: by Newton's method where the problem is tiny, else by L-BFGS. Where the rank was wrong the gap says so, and
-proximal steps go on from there.
+``Z`` at all: by Newton's method where the problem is tiny, else by L-BFGS. Where the rank was wrong the gap says so,
+and proximal steps go on from there.
 """
 
 from __future__ import annotations
