@@ -392,7 +392,7 @@ class Problem:
             T = (probes[rows] @ V).view(M.shape)
             M, T = (part.unflatten(2, (n_blocks, -1)).movedim(1, 2) for part in (M, T))  # (b, j, r, m, e)
             pairs = torch.einsum("bjrke,bjrle->bjkl", M, T).flatten(1)
-            out.addmm_(pairs.T, pairs)  # in place: it may be far larger than the batch
+            out += pairs.T @ pairs
         return self.sum(out)[0] / self.n
 
     def features(self) -> Float[Tensor, "j nr pe"]:

@@ -120,10 +120,9 @@ class Samples:
 
     def _fill(self, step: int, *, pack: bool) -> None:
         """Pack the masks of all samples, unless that has been done, and prepare those to be kept."""
-        pack = pack and self.masks is not None
-        for rows, X in self._tokens(0, len(self) if pack else self.kept, step):
-            if self.masks is not None and pack:
-                self.masks[rows] = self.activation.pack_masks(X)
+        for rows, X in self._tokens(0, len(self) if pack and self.masks is not None else self.kept, step):
+            if pack and self.masks is not None and (new := self.activation.pack_masks(X)) is not None:
+                self.masks[rows] = new
             inside = max(0, min(self.kept, rows.stop) - rows.start)
             if inside:
                 packed = None if self.masks is None else self.masks[rows][:inside]
