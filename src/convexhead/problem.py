@@ -255,7 +255,7 @@ class Problem:
     # -- passes over the data -----------------------------------------------------------------------------------------
     def batches(self, k: int) -> Iterator[tuple[slice, Data]]:
         """Slices of samples with their prepared data, sized for ``k`` atoms."""
-        yield from self.samples.batches(max(8, self._batch_size(self.activation.workspace(k))))
+        yield from self.samples.batches(max(self.head.least_batch, self._batch_size(self.activation.workspace(k))))
 
     def _batch_size(self, numbers: int) -> int:
         """Samples whose workspace of so many ``numbers`` each fits the budget."""

@@ -24,6 +24,7 @@ class BlockFNO(Head):
     """``U (s, d/B)``, ``v (1, c)`` or ``(1, c/B)``; scores ``q = 1``."""
 
     name = "block-fno"
+    least_batch = FNO.least_batch
 
     def __init__(
         self, n_tokens: int, n_channels: int, *, n_blocks: int = 4, outputs: str = "shared", **options: object
@@ -87,7 +88,7 @@ class BlockFNO(Head):
         return self._from_groups(adjoint, data, T, group, atom_dim=2)
 
     def gated_workspace(self, k: int, gates: int) -> int:
-        return math.ceil(self._fno.gated_workspace(k, gates) / self.n_groups)
+        return math.ceil(self._fno.gated_workspace(k, gates) / self.n_groups)  # a group at a time
 
     def _channels(self, data: Data, g: int) -> Data:
         """What an FNO of channel group ``g`` would prepare."""

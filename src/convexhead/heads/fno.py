@@ -19,6 +19,7 @@ class FNO(Head):
     """``U (s, d)``, ``v (1, c)``; scores ``q = 1``."""
 
     name = "fno"
+    least_batch = 512  # fewer samples would not repay the transforms of U
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
         super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ class FNO(Head):
         return self._inverse_fft((parts[:, 0] + 1j * parts[:, 1]).transpose(0, 1))
 
     def gated_workspace(self, k: int, gates: int) -> int:
-        return k * self.s // 3  # many enough samples that the transforms of U are little beside the products
+        return k * self.s if self.r == 1 else super().gated_workspace(k, gates)
 
     def _real(self, data: Data) -> Tensor:
         """``(b, f, d·2)``: real and imaginary parts in turn."""
@@ -108,7 +109,9 @@ class FNO(Head):
         """Weights ``(f,)`` that make sums over the half spectrum inner products over tokens."""
         h, w = self.fft_grid
         twice = torch.full((w // 2 + 1,), 2.0 / self.s, dtype=like.dtype, device=like.device)
-        twice[0 :: w // 2 if w % 2 == 0 and w > 1 else w] /= 2  # these frequencies are their own conjugates
+        twice[0] /= 2  # its own conjugate
+        if w % 2 == 0:
+            twice[-1] /= 2
         return twice.repeat(h)
 
     def _reverse(self, X: Tensor) -> Tensor:

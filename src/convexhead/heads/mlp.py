@@ -70,7 +70,7 @@ class MLP(Head):
         return torch.bmm(of_gate, gated.transpose(0, 1))[which, place]
 
     def gated_workspace(self, k: int, gates: int) -> int:
-        return k + gates * self.d // 4
+        return k + gates * self.d // 4 if self.r == 1 else super().gated_workspace(k, gates)
 
 
 def _places(which: Tensor) -> Tensor:

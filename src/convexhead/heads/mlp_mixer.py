@@ -86,4 +86,4 @@ class MLPMixer(Head):
         return U
 
     def gated_workspace(self, k: int, gates: int) -> int:
-        return (gates + math.ceil(k / gates)) * self.p * self.d
+        return (gates + math.ceil(k / gates)) * self.p * self.d + k * self.r * self.d
