@@ -35,10 +35,11 @@ class Activation(Protocol):
     convex: ClassVar[bool]
     """Whether mixing is linear in ``U``: only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""
 
-    def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool) -> Data:
+    def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool, masks: UInt8[Tensor, "b j m"] | None = None) -> Data:
         """Per-sample tensors that `mix` and `mix_adjoint` want at hand.
 
-        With ``reuse`` they serve many passes, and work that only then pays is done (Gram matrices).
+        With ``reuse`` they serve many passes, and work that only then pays is done (Gram matrices; gated tokens, if
+        the samples' packed ``masks`` are given).
         """
 
     def pack_masks(self, X: Float[Tensor, "b s d"]) -> UInt8[Tensor, "b j m"] | None:
@@ -72,7 +73,7 @@ class LinearActivation:
         self.head = head
         self.n_blocks = head.n_groups
 
-    def prepare(self, X: Tensor, *, reuse: bool) -> Data:
+    def prepare(self, X: Tensor, *, reuse: bool, masks: Tensor | None = None) -> Data:
         return self.head.prepare_linear(X, reuse=reuse)
 
     def pack_masks(self, X: Tensor) -> None:
@@ -117,8 +118,11 @@ class GatedReLU:
         self.gates = gates
         self.n_blocks = len(gates) * head.n_groups
 
-    def prepare(self, X: Tensor, *, reuse: bool) -> Data:
-        return self.head.prepare(X)
+    def prepare(self, X: Tensor, *, reuse: bool, masks: Tensor | None = None) -> Data:
+        data = self.head.prepare(X)
+        if reuse and masks is not None and self.head.keeps_gated:
+            data["gated"] = self.head.gate(data, self._unpack(masks, X.dtype))
+        return data
 
     def pack_masks(self, X: Tensor) -> Tensor:
         # In float64 always: a mask must not depend on the precision of the pass that uses it.
@@ -134,28 +138,35 @@ class GatedReLU:
             dim=1,
         )
 
-    def _masks(self, data: Data, block: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks ``(b, j, p, q)`` of the blocks that occur, and which of them each atom has."""
-        used, which = torch.unique(block, return_inverse=True)
+    def _unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Masks ``(b, j, p, q)`` of zeros and ones."""
         shape = self.head.p, self.head.score_width
+        return unpack_bits(packed, shape[0] * shape[1], dtype).unflatten(-1, shape)
+
+    def _gated(self, data: Data, block: Tensor) -> tuple[Tensor, Tensor]:
+        """`Head.gate` of the blocks that occur, and which of them each atom has."""
+        used, which = torch.unique(block, return_inverse=True)
+        if "gated" in data:
+            return data["gated"] if len(used) == self.n_blocks else data["gated"][:, used], which
         dtype = next(tensor for key, tensor in data.items() if key != "masks").real.dtype
-        return unpack_bits(data["masks"][:, used], shape[0] * shape[1], dtype).unflatten(-1, shape), which
+        packed = data["masks"] if len(used) == self.n_blocks else data["masks"][:, used]
+        return self.head.gate(data, self._unpack(packed, dtype)), which
 
     def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
-        return self.head.gated_mix(data, U, block % self.head.n_groups, *self._masks(data, block))
+        return self.head.gated_mix(data, U, block % self.head.n_groups, *self._gated(data, block))
 
     def mix_adjoint(self, data: Data, T: Tensor, block: Tensor, at: Tensor | None = None) -> Tensor:
-        return self.head.gated_mix_adjoint(data, T, block % self.head.n_groups, *self._masks(data, block))
+        return self.head.gated_mix_adjoint(data, T, block % self.head.n_groups, *self._gated(data, block))
 
     def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
-        group, masks = block % self.head.n_groups, self._masks(data, block)  # unpacked once for both
+        group, gated = block % self.head.n_groups, self._gated(data, block)  # made once for both
         return (
-            self.head.gated_mix(data, U, group, *masks),
-            lambda T: self.head.gated_mix_adjoint(data, T, group, *masks),
+            self.head.gated_mix(data, U, group, *gated),
+            lambda T: self.head.gated_mix_adjoint(data, T, group, *gated),
         )
 
     def workspace(self, k: int) -> int:
-        return k * self.head.p * max(self.head.score_width, self.head.d)
+        return self.head.gated_workspace(k, min(k, self.n_blocks))
 
 
 class ReLU:
@@ -172,7 +183,7 @@ class ReLU:
         self.head = head
         self.n_blocks = head.n_groups
 
-    def prepare(self, X: Tensor, *, reuse: bool) -> Data:
+    def prepare(self, X: Tensor, *, reuse: bool, masks: Tensor | None = None) -> Data:
         return self.head.prepare(X)
 
     def pack_masks(self, X: Tensor) -> None:

@@ -76,7 +76,7 @@ class CrossEntropy(Loss):
     name = "cross-entropy"
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
-        return (torch.logsumexp(f, -1) - (f * y).sum(-1)).sum(-1)
+        return -(y * torch.log_softmax(f, -1)).sum((-2, -1))
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         return torch.softmax(f, -1) - y
@@ -93,7 +93,8 @@ class CrossEntropy(Loss):
         p = y + g
         tiny = 64 * torch.finfo(p.dtype).eps  # rounding may leave a probability this much outside [0, 1]
         outside = (p < -tiny).any(-1) | ((p.sum(-1) - 1).abs() > tiny * p.shape[-1])
-        return torch.where(outside, torch.inf, torch.xlogy(p.clamp_min(0), p.clamp_min(0)).sum(-1)).sum(-1)
+        p = p.clamp_min(0)
+        return torch.where(outside, torch.inf, torch.xlogy(p, p).sum(-1)).sum(-1)
 
     def scaled_domain(self, f: Tensor, y: Tensor) -> float:
         # p = y + τ(softmax − y) ≥ 0 wherever softmax < y

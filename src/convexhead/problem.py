@@ -216,8 +216,10 @@ class Problem:
 
     def mean_of(self, function: Callable[..., Float[Tensor, " b"]], *parts: Float[Tensor, "n r c"]) -> float:
         """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time to save memory."""
-        sums = [function(*(part[rows] for part in parts)).double().sum() for rows in self.rows()]
-        return self.mean(torch.stack(sums))
+        slices = self.rows()
+        if len(slices) == 1:
+            return self.mean(function(*parts))
+        return self.mean(torch.stack([function(*(part[rows] for part in parts)).double().sum() for rows in slices]))
 
     def rows(self) -> list[slice]:
         """This process's samples in slices whose outputs stay in the caches."""
@@ -255,7 +257,7 @@ class Problem:
     # -- passes over the data -----------------------------------------------------------------------------------------
     def batches(self, k: int) -> Iterator[tuple[slice, Data]]:
         """Slices of samples with their prepared data, sized for ``k`` atoms."""
-        yield from self.samples.batches(max(8, self._batch_size(self.activation.workspace(k))))
+        yield from self.samples.batches(max(self.head.least_batch, self._batch_size(self.activation.workspace(k))))
 
     def _batch_size(self, numbers: int) -> int:
         """Samples whose workspace of so many ``numbers`` each fits the budget."""

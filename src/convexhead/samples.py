@@ -74,7 +74,7 @@ class Samples:
         first = X[:1].to(self.device)
         self.masks = self._empty_masks(activation.pack_masks(first))
         self._plan(first, reuse)
-        self._fill(step)
+        self._fill(step, pack=True)
 
     def __len__(self) -> int:
         return self._n
@@ -102,7 +102,7 @@ class Samples:
     def _plan(self, first: Tensor, reuse: bool) -> None:
         """Decide what is brought into memory and how many samples are kept prepared; make room for them."""
         n, tokens = len(self.X), token_bytes(self.X)
-        self.like = self.activation.prepare(first.to(self.dtype), reuse=reuse)
+        self.like = self.activation.prepare(first.to(self.dtype), reuse=reuse, masks=self.activation.pack_masks(first))
         same = [key for key, value in self.like.items() if _same(value, first)]
         each = sum(value.nbytes for key, value in self.like.items() if key not in same) if reuse else 0
         if not self._resident() and n * (tokens + each) <= self.memory:
@@ -118,14 +118,15 @@ class Samples:
         for key, value in self.like.items() if self.kept else ():
             self.data[key] = self.X[: self.kept] if key in same else value.new_empty(self.kept, *value.shape[1:])
 
-    def _fill(self, step: int) -> None:
-        for rows, X in self._tokens(0, self.kept if self.masks is None else len(self), step):
-            packed = None if self.masks is None else self.activation.pack_masks(X)
-            if self.masks is not None and packed is not None:
-                self.masks[rows] = packed
+    def _fill(self, step: int, *, pack: bool) -> None:
+        """Pack the masks of all samples, unless that has been done, and prepare those to be kept."""
+        for rows, X in self._tokens(0, len(self) if pack and self.masks is not None else self.kept, step):
+            if pack and self.masks is not None and (new := self.activation.pack_masks(X)) is not None:
+                self.masks[rows] = new
             inside = max(0, min(self.kept, rows.stop) - rows.start)
             if inside:
-                prepared = self.activation.prepare(X[:inside].to(self.dtype), reuse=True)
+                packed = None if self.masks is None else self.masks[rows][:inside]
+                prepared = self.activation.prepare(X[:inside].to(self.dtype), reuse=True, masks=packed)
                 for key, value in prepared.items():
                     if not self._is_tokens(self.data[key]):
                         self.data[key][rows.start : rows.start + inside] = value
@@ -163,10 +164,8 @@ class Samples:
         other = copy(self)
         other.dtype = other.products = dtype
         other.memory = self.memory - self.bytes if self._resident() else 0.0
-        other.masks = None  # they do not depend on the precision: only tokens are prepared anew
         other._plan(self.X[:1].to(self.device), reuse)
-        other._fill(step)
-        other.masks = self.masks
+        other._fill(step, pack=False)  # masks do not depend on the precision: only tokens are prepared anew
         return other
 
     def with_products(self, products: torch.dtype) -> Samples:

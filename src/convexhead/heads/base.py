@@ -26,6 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -59,6 +60,8 @@ class Head(ABC):
     """False for the linear head: nothing to mix, one atom, and a squared Frobenius penalty on V alone."""
     reads_tokens: ClassVar[bool] = False
     """Whether `read` takes the tokens again; else ``pre`` is linear in them."""
+    least_batch: ClassVar[int] = 8
+    """Samples that a pass takes at a time at least, so that what a batch costs whatever its size is repaid."""
     value_rows: int
     mixing_shape: tuple[int, ...]
 
@@ -136,16 +139,23 @@ class Head(ABC):
         return T.transpose(1, 2)
 
     # -- with fixed masks ---------------------------------------------------------------------------------------------
+    @property
+    def keeps_gated(self) -> bool:
+        """Whether what `gate` makes is small, and kept for many passes: its samples come first then."""
+        return False
+
+    def gate(self, data: Data, masks: Float[Tensor, "b j p q"]) -> Tensor:
+        """What a pass needs of the masks of ``j`` gates and the tokens they act on, once for all atoms of a gate.
+
+        The masks themselves, where a head does not know better.
+        """
+        return masks
+
     def gated_mix(
-        self,
-        data: Data,
-        U: Float[Tensor, "k ..."],
-        group: Int[Tensor, " k"],
-        masks: Float[Tensor, "b j p q"],
-        which: Int[Tensor, " k"],
+        self, data: Data, U: Float[Tensor, "k ..."], group: Int[Tensor, " k"], gated: Tensor, which: Int[Tensor, " k"]
     ) -> Float[Tensor, "b r k e"]:
-        """``P read(D ⊙ pre(X, U))`` with the mask ``D = masks[:, which[k]]`` of each atom."""
-        A = self.preactivation(data, U, group) * masks[:, which]
+        """``P read(D ⊙ pre(X, U))`` with the mask ``D = masks[:, which[k]]`` of each atom, ``gated = gate(masks)``."""
+        A = self.preactivation(data, U, group) * gated[:, which]
         return self.read(data, self.pool_rows(A))
 
     def gated_mix_adjoint(
@@ -153,12 +163,16 @@ class Head(ABC):
         data: Data,
         T: Float[Tensor, "b r k e"],
         group: Int[Tensor, " k"],
-        masks: Float[Tensor, "b j p q"],
+        gated: Tensor,
         which: Int[Tensor, " k"],
     ) -> Float[Tensor, "k ..."]:
         """Adjoint of `gated_mix` in ``U``, summed over the batch."""
         S = self.pool_rows_adjoint(self.read_adjoint(data, T))
-        return self.preactivation_adjoint(data, S * masks[:, which], group)
+        return self.preactivation_adjoint(data, S * gated[:, which], group)
+
+    def gated_workspace(self, k: int, gates: int) -> int:
+        """Numbers held per sample while ``k`` atoms of so many ``gates`` are mixed."""
+        return k * self.p * max(self.score_width, self.d)
 
     def pool_rows(self, A: Float[Tensor, "b k p q"]) -> Float[Tensor, "b k r q"]:
         """``P`` applied to the token rows of activated scores."""
@@ -171,6 +185,12 @@ class Head(ABC):
     def pool_tokens(self, X: Float[Tensor, "b s d"]) -> Float[Tensor, "b r d"]:
         """``P X``."""
         return X.mean(1, keepdim=True) if self.pool == "mean" else X[:, self.rows]
+
+
+def atoms_by_gate(which: Int[Tensor, " k"]) -> list[Int[Tensor, " k_j"]]:
+    """Positions of the atoms of each gate."""
+    order = torch.argsort(which, stable=True)
+    return list(order.split(torch.bincount(which).tolist()))
 
 
 def resolve_grid(n_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:

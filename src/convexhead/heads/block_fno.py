@@ -9,6 +9,7 @@ value is held with ``c`` columns that are zero outside its group. Each group has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,7 @@ class BlockFNO(Head):
     """``U (s, d/B)``, ``v (1, c)`` or ``(1, c/B)``; scores ``q = 1``."""
 
     name = "block-fno"
+    least_batch = FNO.least_batch
 
     def __init__(
         self, n_tokens: int, n_channels: int, *, n_blocks: int = 4, outputs: str = "shared", **options: object
@@ -52,10 +54,11 @@ class BlockFNO(Head):
         return torch.eye(self.n_groups).repeat_interleave(n_outputs // self.n_groups, dim=1) > 0
 
     def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
-        return self._fno.prepare_linear(X, reuse=reuse)
+        return self.prepare(X) if self.pool == "none" else self._fno.prepare_linear(X, reuse=reuse)
 
     def prepare(self, X: Tensor) -> Data:
-        return self._fno.prepare(X)
+        spectrum = self._fno.prepare(X)["spectrum"].unflatten(-1, (self.n_groups, self.width))
+        return {"spectrum": spectrum.transpose(1, 2).contiguous()}  # (b, B, f, d/B): a group's numbers lie together
 
     def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         return self._to_groups(self._fno.linear_mix, data, U, group, atom_dim=2)
@@ -69,21 +72,43 @@ class BlockFNO(Head):
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         return self._from_groups(self._fno.preactivation_adjoint, data, A, group, atom_dim=1)
 
+    def gate(self, data: Data, masks: Tensor) -> Tensor:
+        return self._fno.gate(data, masks)
+
+    def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        def mix(data: Data, U: Tensor, mine: Tensor) -> Tensor:
+            return self._fno.gated_mix(data, U, mine, gated, which[mine])
+
+        return self._to_groups(mix, data, U, group, atom_dim=2)
+
+    def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        def adjoint(data: Data, T: Tensor, mine: Tensor) -> Tensor:
+            return self._fno.gated_mix_adjoint(data, T, mine, gated, which[mine])
+
+        return self._from_groups(adjoint, data, T, group, atom_dim=2)
+
+    def gated_workspace(self, k: int, gates: int) -> int:
+        return math.ceil(self._fno.gated_workspace(k, gates) / self.n_groups)  # a group at a time
+
     def _channels(self, data: Data, g: int) -> Data:
-        """The data of channel group ``g``; an FNO keeps channels last in everything it prepares."""
+        """What an FNO of channel group ``g`` would prepare."""
+        if "spectrum" in data:
+            return {"spectrum": data["spectrum"][:, g]}
         return {key: value[..., g * self.width : (g + 1) * self.width] for key, value in data.items()}
 
     def _to_groups(self, mix: Callable[..., Tensor], data: Data, U: Tensor, group: Tensor, *, atom_dim: int) -> Tensor:
-        order, parts = torch.argsort(group, stable=True), []
-        for g in torch.unique(group).tolist():
-            parts.append(mix(self._channels(data, g), U[group == g], group))
+        """``mix(data, U, atoms)`` of the data and the ``atoms`` of each channel group, in the atoms' order."""
+        groups = [(g, (group == g).nonzero().squeeze(1)) for g in torch.unique(group).tolist()]
+        parts = [mix(self._channels(data, g), U[atoms], atoms) for g, atoms in groups]
+        order = torch.cat([atoms for _, atoms in groups])
         return torch.cat(parts, atom_dim).index_select(atom_dim, torch.argsort(order))
 
     def _from_groups(
         self, adjoint: Callable[..., Tensor], data: Data, T: Tensor, group: Tensor, *, atom_dim: int
     ) -> Tensor:
+        """The same for an adjoint, which takes the atoms' share of ``T``."""
         U = T.new_zeros(len(group), *self.mixing_shape)
         for g in torch.unique(group).tolist():
             atoms = (group == g).nonzero().squeeze(1)
-            U[atoms] = adjoint(self._channels(data, g), T.index_select(atom_dim, atoms), group)
+            U[atoms] = adjoint(self._channels(data, g), T.index_select(atom_dim, atoms), atoms)
         return U

@@ -19,6 +19,7 @@ class FNO(Head):
     """``U (s, d)``, ``v (1, c)``; scores ``q = 1``."""
 
     name = "fno"
+    least_batch = 512  # fewer samples would not repay the transforms of U
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
         super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
@@ -65,6 +66,53 @@ class FNO(Head):
             A = torch.cat([A, A.new_zeros(*A.shape[:2], self.s - 1, 1)], dim=2)
         correlation = torch.einsum("bfd,bkf->kfd", data["spectrum"].conj(), self._fft(A).squeeze(-1))
         return self._inverse_fft(correlation)
+
+    # With one pooled output Parseval's sum over frequencies pools: P (D ⊙ circ(X) vec(U)) = Σ_a P_a D_a A_a =
+    # (1/s) Σ_ω Re(conj(Ê[ω]) X̂[ω] · Û[ω]) for E = P D. One real product a frequency serves all gates.
+    def gate(self, data: Data, masks: Tensor) -> Tensor:
+        if self.r > 1:
+            return masks
+        D = masks.squeeze(-1).transpose(0, 1)  # (j, b, p)
+        transform = self._fft(torch.eye(self.s, dtype=D.dtype, device=D.device))[:, : self.p]
+        transform = torch.view_as_real(transform).transpose(1, 2).reshape(-1, self.p)
+        if self.pool == "mean":
+            transform /= self.s
+        return (transform @ D.reshape(-1, self.p).T).view(-1, *D.shape[:2])  # (f·2, j, b)
+
+    def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        if self.r > 1:
+            return super().gated_mix(data, U, group, gated, which)
+        conjugate = (self._fft(U) * self._parseval(U).unsqueeze(1)).conj()
+        # Re and Im of X̂ Û as inner products of (Re X̂, Im X̂) with (Re Û, −Im Û) and (Im Û, Re Û)
+        weights = torch.view_as_real(torch.stack([conjugate, 1j * conjugate]).permute(2, 0, 1, 3))
+        product = torch.bmm(weights.reshape(len(weights), 2 * len(U), -1), self._real(data).permute(1, 2, 0))
+        product = product.view(-1, len(U), len(data["spectrum"]))  # (f·2, k, b)
+        return (product * gated.index_select(1, which)).sum(0).T[:, None, :, None]
+
+    def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        if self.r > 1:
+            return super().gated_mix_adjoint(data, T, group, gated, which)
+        spectrum = self._real(data).transpose(0, 1)  # (f, b, d·2)
+        weighted = (gated.index_select(1, which) * T[:, 0, :, 0].T).view(len(spectrum), -1, len(T))
+        parts = torch.bmm(weighted, spectrum).view(len(spectrum), 2, T.shape[2], self.d, 2)
+        parts = torch.view_as_complex(parts).conj()
+        return self._inverse_fft((parts[:, 0] + 1j * parts[:, 1]).transpose(0, 1))
+
+    def gated_workspace(self, k: int, gates: int) -> int:
+        return k * self.s if self.r == 1 else super().gated_workspace(k, gates)
+
+    def _real(self, data: Data) -> Tensor:
+        """``(b, f, d·2)``: real and imaginary parts in turn."""
+        return torch.view_as_real(data["spectrum"]).flatten(2)
+
+    def _parseval(self, like: Tensor) -> Tensor:
+        """Weights ``(f,)`` that make sums over the half spectrum inner products over tokens."""
+        h, w = self.fft_grid
+        twice = torch.full((w // 2 + 1,), 2.0 / self.s, dtype=like.dtype, device=like.device)
+        twice[0] /= 2  # its own conjugate
+        if w % 2 == 0:
+            twice[-1] /= 2
+        return twice.repeat(h)
 
     def _reverse(self, X: Tensor) -> Tensor:
         """``X[−t mod grid]`` for every shift ``t``: row 0 of ``circ(X)``."""

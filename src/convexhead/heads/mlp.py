@@ -41,3 +41,39 @@ class MLP(Head):
 
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         return torch.einsum("bkp,bpd->kd", A.squeeze(-1), data["X"][:, self.rows])
+
+    # With one pooled output a gate sees the mean of the tokens that it lets pass, y = Σ_p P_p D_p x_p: M = yᵀu.
+    @property
+    def keeps_gated(self) -> bool:
+        return self.r == 1
+
+    def gate(self, data: Data, masks: Tensor) -> Tensor:
+        if self.r > 1:
+            return masks
+        Y = masks.squeeze(-1) @ data["X"][:, self.rows]  # (b, j, d)
+        return Y / self.s if self.pool == "mean" else Y
+
+    def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        if self.r > 1:
+            return super().gated_mix(data, U, group, gated, which)
+        place = _places(which)
+        of_gate = U.new_zeros(gated.shape[1], int(place.max()) + 1, self.d)
+        of_gate[which, place] = U
+        return torch.bmm(of_gate, gated.permute(1, 2, 0))[which, place].T[:, None, :, None]
+
+    def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        if self.r > 1:
+            return super().gated_mix_adjoint(data, T, group, gated, which)
+        place = _places(which)
+        of_gate = T.new_zeros(gated.shape[1], int(place.max()) + 1, len(T))
+        of_gate[which, place] = T[:, 0, :, 0].T
+        return torch.bmm(of_gate, gated.transpose(0, 1))[which, place]
+
+    def gated_workspace(self, k: int, gates: int) -> int:
+        return k + gates * self.d // 4 if self.r == 1 else super().gated_workspace(k, gates)
+
+
+def _places(which: Tensor) -> Tensor:
+    """The number of each atom among those of its gate."""
+    mine = which.unsqueeze(0) == which.unsqueeze(1)
+    return mine.tril(-1).sum(1)

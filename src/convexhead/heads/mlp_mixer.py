@@ -8,10 +8,12 @@ acts: one weight a token.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from convexhead.heads.base import Data, Head
+from convexhead.heads.base import Data, Head, atoms_by_gate
 
 
 class MLPMixer(Head):
@@ -63,3 +65,25 @@ class MLPMixer(Head):
         product = side_by_side @ data["X"].transpose(0, 1).reshape(self.s, -1).T
         U[:, self.rows] = product.view(k, self.p, self.s)
         return U
+
+    # Gate by gate, so that what is masked is still in the cache.
+    def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        X = data["X"]
+        M = X.new_empty(len(X), self.r, len(U), self.d)
+        for D, mine in zip(gated.unbind(1), atoms_by_gate(which), strict=True):
+            rows = U[mine, self.rows].reshape(-1, self.s)
+            A = torch.bmm(rows.expand(len(X), -1, -1), X).view(len(X), len(mine), self.p, self.d)
+            M[:, :, mine] = self.pool_rows(A * D.unsqueeze(1)).transpose(1, 2)
+        return M
+
+    def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        X = data["X"]
+        U = T.new_zeros(T.shape[2], self.s, self.s)
+        for D, mine in zip(gated.unbind(1), atoms_by_gate(which), strict=True):
+            A = self.pool_rows_adjoint(T[:, :, mine].transpose(1, 2)) * D.unsqueeze(1)
+            rows = A.new_zeros(len(mine) * self.p, self.s).addbmm(A.flatten(1, 2), X.mT)
+            U[mine, self.rows] = rows.view(-1, self.p, self.s).to(U.dtype)
+        return U
+
+    def gated_workspace(self, k: int, gates: int) -> int:
+        return (gates + math.ceil(k / gates)) * self.p * self.d + k * self.r * self.d

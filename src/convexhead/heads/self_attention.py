@@ -8,12 +8,12 @@ token correlations (left) and across latent feature/class directions (right).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
 
-from convexhead.heads.base import Data, Head
+from convexhead.heads.base import Data, Head, atoms_by_gate
 
 
 class SelfAttention(Head):
@@ -67,34 +67,40 @@ class SelfAttention(Head):
 
     # With one pooled output, masks and pooling join into gated queries: Σ_p P_p D[p,q] x_pᵀ U x_q = y_qᵀ U x_q with
     # y_q = Σ_p P_p D[p,q] x_p, which the atoms of a gate share.
-    def gated_mix(self, data: Data, U: Tensor, group: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+    def gate(self, data: Data, masks: Tensor) -> Tensor:
         if self.r > 1:
-            return super().gated_mix(data, U, group, masks, which)
+            return masks
+        X = data["X"]
+        queries = X / self.s if self.pool == "mean" else X[:, self.rows]
+        return torch.stack([D.mT @ queries for D in masks.unbind(1)])  # (j, b, s, d)
+
+    def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
+        if self.r > 1:
+            return super().gated_mix(data, U, group, gated, which)
         X = data["X"]
         S = X.new_empty(len(X), len(U), 1, self.s)
-        for j, Y in enumerate(self._gated_queries(X, masks)):
-            mine = which == j
-            YU = torch.einsum("bqd,kde->bqke", Y, U[mine])
-            S[:, mine, 0] = (YU @ X.unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        keys = X.view(-1, self.d, 1)
+        for Y, mine in zip(gated, atoms_by_gate(which), strict=True):
+            YU = Y.view(-1, self.d) @ U[mine].transpose(0, 1).reshape(self.d, -1)
+            YUX = torch.bmm(YU.view(-1, len(mine), self.d), keys)
+            S[:, mine, 0] = YUX.view(len(X), self.s, -1).transpose(1, 2)
         return self.read(data, S)
 
-    def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+    def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
         if self.r > 1:
-            return super().gated_mix_adjoint(data, T, group, masks, which)
+            return super().gated_mix_adjoint(data, T, group, gated, which)
         X = data["X"]
-        S = self.read_adjoint(data, T).squeeze(2)  # (b, k, s)
-        U = X.new_empty(T.shape[2], *self.mixing_shape)
-        for j, Y in enumerate(self._gated_queries(X, masks)):
-            mine = which == j
-            weighted = S[:, mine].transpose(1, 2).unsqueeze(-1) * X.unsqueeze(2)  # (b, s, k_j, d)
-            U[mine] = torch.einsum("bqd,bqke->kde", Y, weighted)
+        S = self.read_adjoint(data, T).squeeze(2).transpose(1, 2)  # (b, s, k)
+        U = T.new_empty(T.shape[2], *self.mixing_shape)
+        for Y, mine in zip(gated, atoms_by_gate(which), strict=True):
+            weighted = (S[:, :, mine].unsqueeze(-1) * X.unsqueeze(2)).view(-1, len(mine) * self.d)
+            U[mine] = (Y.view(-1, self.d).T @ weighted).view(self.d, -1, self.d).transpose(0, 1)
         return U
 
-    def _gated_queries(self, X: Tensor, masks: Tensor) -> Iterator[Tensor]:
-        """``Y (b, s, d)`` of each mask."""
-        queries = X / self.s if self.pool == "mean" else X[:, self.rows]
-        for D in masks.unbind(1):
-            yield D.mT @ queries
+    def gated_workspace(self, k: int, gates: int) -> int:
+        if self.r > 1:
+            return super().gated_workspace(k, gates)
+        return (gates + math.ceil(k / gates)) * self.s * self.d
 
     def read(self, data: Data, S: Tensor) -> Tensor:
         X = data["X"]

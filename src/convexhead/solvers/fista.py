@@ -6,8 +6,9 @@ FISTA (Beck & Teboulle 2009) with gradient restart (O'Donoghue & Candès 2015) a
 curvature. The proximal step is exact: with ``C = ZᵀZ = Q Λ Qᵀ`` on the smaller side, ``prox(Z) = Z Q max(1 − t/√Λ, 0)
 Qᵀ``, an eigendecomposition of a small symmetric matrix instead of an SVD.
 
-Proximal steps find the rank; once it stands still, descent over that many factors finishes, with no decompositions at
-all. Where the rank was wrong the gap says so, and proximal steps go on from there.
+Proximal steps find the rank; once it stands still, descent over that many factors finishes, with no decompositions of
+``Z`` at all: by Newton's method where the problem is tiny, else by L-BFGS. Where the rank was wrong the gap says so,
+and proximal steps go on from there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.dense import DensePasses, singular_values
 from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.newton import FactoredNewton
 
 
 class Fista:
@@ -71,6 +73,7 @@ class Fista:
         momentum, wait, iteration, self.L = shared["known"].tolist()
         self._resumed = shared["Y"], shared["yb"], rows["fY"], momentum, int(wait), int(iteration)
 
+    @torch.inference_mode()
     def advance(self, target: float) -> Stop:
         """Iterate until the estimated relative gap is at most ``target``."""
         f = self._outputs(self.Z, self.b)
@@ -87,8 +90,8 @@ class Fista:
                 gap, rank = self._gap(f, fY, G)
                 if gap <= target:
                     return Stop.CONVERGED
-                self.ranks = [*self.ranks[-2:], rank]
-                if gap < self.polish_below and wait <= 0 and self.ranks == 3 * [rank] and rank:
+                self.ranks = [*self.ranks[-1:], rank]
+                if gap < self.polish_below and wait <= 0 and self.ranks == 2 * [rank] and rank:
                     if self._polish(target, max(60, iteration)):
                         return Stop.CONVERGED
                     wait = max(10, iteration // self.check_every)
@@ -145,10 +148,12 @@ class Fista:
 
     def _polish(self, target: float, iterations: int) -> bool:
         """Descend over the factors of the iterate; whether ``target`` was reached."""
-        descent = FactoredDescent(self.dense, self._factors(), self.beta)
+        factors = self._factors()
+        newton = FactoredNewton.pays(self.dense, factors)
+        descent = (FactoredNewton if newton else FactoredDescent)(self.dense, factors, self.beta)
         for iteration in range(1, iterations + 1):
             moved = descent.step()
-            if iteration % 8 == 0 or not moved:
+            if newton or iteration % 8 == 0 or not moved:
                 f, G = self.dense.last
                 dual = scaled_dual(self.problem, f, float(singular_values(G).max()), self.beta)
                 gap = self.monitor.record(descent.value, dual, len(descent.atoms))

@@ -1,0 +1,102 @@
+"""Newton's method over the factors of a dense problem, where its whole Hessian costs less than the steps it saves.
+
+With ``x = (U, V, b)``, ``J_i = ∂f_i/∂x`` and ``∇²ℓ(f_i, y_i) = L_i L_iᵀ``,
+
+    ∇²Φ = (1/n) Σ_i (L_iᵀ J_i)ᵀ (L_iᵀ J_i) + C + β I,    C what couples U_k and V_k: ∂²⟨G, Σ_k U_k V_kᵀ⟩ / ∂U_k ∂V_k = G
+
+(``b`` is not penalised). Rotations among the atoms of a block leave ``Φ`` as it is, so the Hessian is singular there;
+a little damping, more where a step fails (Levenberg & Marquardt), takes care of that and of what is not convex.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.problem import Atoms
+from convexhead.solvers.dense import DensePasses
+from convexhead.solvers.factored import pack, unpack
+
+MOST_PRODUCTS = 2e7
+"""Products that one Hessian may take: what some tens of evaluations of a tiny problem cost, calls and all."""
+
+
+class FactoredNewton:
+    """Steps over the factors of ``atoms`` (mixing weights rotated); `atoms` and `value` are the current iterate's."""
+
+    max_trials = 12
+
+    def __init__(self, dense: DensePasses, atoms: Atoms, beta: float) -> None:
+        self.dense, self.beta, self._like = dense, beta, atoms
+        self._x = pack(atoms)
+        self.value, self._gradient = self._evaluate(self._x)
+        self._at = dense.last
+        self._damping = 1e-6
+
+    @staticmethod
+    def pays(dense: DensePasses, atoms: Atoms) -> bool:
+        """Whether the Hessian is cheap, and the loss knows its part of it."""
+        problem = dense.problem
+        size = len(pack(atoms))
+        one = problem.Y[:1]
+        few = problem.n * problem.head.r * problem.c * size**2 <= MOST_PRODUCTS
+        return few and problem.loss.hessian_root(one, one, one) is not None
+
+    @property
+    def atoms(self) -> Atoms:
+        return unpack(self._x, self._like)
+
+    def step(self) -> bool:
+        """One iteration; False where no further decrease is possible in this precision."""
+        H = self._hessian()
+        scale = H.diagonal().max()
+        for _ in range(self.max_trials):
+            damped = H + self._damping * scale * torch.eye(len(H), dtype=H.dtype, device=H.device)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed and self._move(factor):
+                self._move(factor)  # a factorisation is worth another evaluation
+                self._damping = max(self._damping / 10, 1e-12)
+                return True
+            self._damping *= 10
+        return False
+
+    def _move(self, factor: Float[Tensor, "m m"]) -> bool:
+        """A step with a factor of the Hessian; whether the objective fell, else nothing has changed."""
+        x = self._x - torch.cholesky_solve(self._gradient.unsqueeze(1), factor).squeeze(1)
+        value, gradient = self._evaluate(x)
+        if value < self.value:
+            self._x, self.value, self._gradient, self._at = x, value, gradient, self.dense.last
+            return True
+        return False
+
+    def _evaluate(self, x: Float[Tensor, " m"]) -> tuple[float, Float[Tensor, " m"]]:
+        atoms = unpack(x, self._like)
+        value, gU, gV, gb = self.dense.value_and_gradient(atoms, self.beta)
+        return value, pack(Atoms(gU, gV, atoms.block, gb))
+
+    def _hessian(self) -> Float[Tensor, "m m"]:
+        problem, atoms = self.dense.problem, self.atoms
+        f, G = self._at
+        k, e, c = atoms.V.shape
+        w = atoms.U.shape[1]
+        features = self.dense.features.view(-1, problem.n_blocks, w, e).index_select(1, atoms.block)  # (n·r, k, w, e)
+        units = torch.eye(c, dtype=f.dtype, device=f.device)[:, None, None].expand(-1, *f.shape)
+        columns = problem.loss.hessian_root(f.repeat(c, 1, 1), problem.Y.repeat(c, 1, 1), units.flatten(0, 1))
+        assert columns is not None  # `pays` has asked
+        L = columns.view(c, -1, c).permute(1, 2, 0)  # (n·r, c, c)
+        of_V = torch.einsum("ikwe,kw->ike", features, atoms.U)
+        of_V = of_V[:, None, :, :, None] * L.mT[:, :, None, None, :]  # (n·r, c, k, e, c)
+        if problem.output_mask is not None:
+            of_V = of_V * problem.output_mask[atoms.block % problem.head.n_groups].unsqueeze(1)
+        of_U = torch.bmm(L.mT, torch.einsum("ikwe,keo->iokw", features, atoms.V).flatten(2))
+        of_b = L.mT if problem.fit_intercept else torch.zeros_like(L)
+        J = torch.cat([of_U, of_V.flatten(2), of_b], 2).flatten(0, 1)
+        H = problem.sum(J.T @ J)[0] / problem.n
+        weights = k * (w + e * c)
+        H.diagonal()[:weights] += self.beta
+        for i, j in enumerate(atoms.block.tolist()):
+            U, V = slice(i * w, (i + 1) * w), slice(k * w + i * e * c, k * w + (i + 1) * e * c)
+            H[U, V] += G[j]
+            H[V, U] += G[j].T
+        return H
