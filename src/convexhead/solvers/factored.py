@@ -33,7 +33,7 @@ class FactoredDescent:
     def __init__(self, passes: Passes, atoms: Atoms, beta: float, coordinates: Whitening | None = None) -> None:
         self.passes, self.beta, self._like, self._coordinates = passes, beta, atoms, coordinates
         start = atoms if coordinates is None else coordinates.whiten(atoms)
-        self.lbfgs = LBFGS(self._function, _pack(start))
+        self.lbfgs = LBFGS(self._function, pack(start))
 
     def state(self) -> dict[str, Tensor]:
         """What `restored` goes on from."""
@@ -50,10 +50,10 @@ class FactoredDescent:
         atoms = self._weights(x)
         value, gU, gV, gb = self.passes.value_and_gradient(atoms, self.beta)
         gradient = Atoms(gU, gV, atoms.block, gb)
-        return value, _pack(gradient if self._coordinates is None else self._coordinates.pull(gradient))
+        return value, pack(gradient if self._coordinates is None else self._coordinates.pull(gradient))
 
     def _weights(self, x: Tensor) -> Atoms:
-        atoms = _unpack(x, self._like)
+        atoms = unpack(x, self._like)
         return atoms if self._coordinates is None else self._coordinates.weights(atoms)
 
     @property
@@ -69,10 +69,10 @@ class FactoredDescent:
         return self.lbfgs.step()
 
 
-def _pack(atoms: Atoms) -> Float[Tensor, " m"]:
+def pack(atoms: Atoms) -> Float[Tensor, " m"]:
     return torch.cat([part.flatten() for part in (atoms.U, atoms.V, atoms.intercept)])
 
 
-def _unpack(x: Float[Tensor, " m"], like: Atoms) -> Atoms:
+def unpack(x: Float[Tensor, " m"], like: Atoms) -> Atoms:
     U, V, b = x.split([like.U.numel(), like.V.numel(), like.intercept.numel()])
     return Atoms(U.view(like.U.shape), V.view(like.V.shape), like.block, b)
