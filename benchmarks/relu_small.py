@@ -3,7 +3,8 @@
     python benchmarks/relu_small.py scalar      100 problems with one output; all patterns; 50 restarts each
     python benchmarks/relu_small.py vector      100 problems with 2 to 4 outputs, 4 heads; 100 restarts each
 
-Writes benchmarks/results/relu_scalar.csv or relu_vector.csv, a row a problem, and prints what they add up to.
+Writes benchmarks/results/relu_scalar.csv or relu_vector.csv, a row a problem, and prints what they add up to. Other
+programs were running when the seconds in those tables were taken.
 """
 
 from __future__ import annotations
