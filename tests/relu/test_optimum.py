@@ -16,7 +16,7 @@ import oracle
 from convexhead.activation import ReLU
 from convexhead.heads import HEADS, make_head
 from convexhead.losses import CrossEntropy, Squared
-from convexhead.patterns import all_gates
+from convexhead.patterns import all_gates, sample_patterns
 from convexhead.problem import Problem
 from convexhead.solvers import Stop, solve
 from convexhead.training import make_twin, objectives, train_adam
@@ -171,27 +171,57 @@ def test_twin_is_the_same_network(name):
     assert balanced <= full == pytest.approx(value)
 
 
-@pytest.mark.parametrize("name", MIXING)
-@pytest.mark.parametrize("what", ["duplicate tokens", "zero tokens", "rank-deficient", "one sample a class"])
-def test_degenerate_inputs(name, what):
-    X, y = np.random.default_rng(1).normal(size=(6, 4, 2)), np.arange(6) % 2
+DEGENERATE = ["duplicate tokens", "zero tokens", "rank-deficient", "one sample a class"]
+
+
+def degenerate(what, n=6, s=4, d=2):
+    X, y = np.random.default_rng(1).normal(size=(n, s, d)), np.arange(n) % 2
     if what == "duplicate tokens":
         X[:, 1:] = X[:, :1]
+        X[-1] = X[0]  # the same sample with both labels
     elif what == "zero tokens":
-        X[:, 2:] = 0.0
+        X[:, s // 2 :] = 0.0
         X[0] = 0.0
     elif what == "rank-deficient":
         X[:, :, 1] = 2 * X[:, :, 0]
     else:
         X, y = X[:2], y[:2]
+    return X, y
+
+
+def check_fit(X, y, name, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clf = ch.ConvexHeadClassifier(name, activation="relu", beta_ratio=0.3, n_blocks=2, tol=0.05, max_time=1).fit(
-            X, y
-        )
+        options = {"beta_ratio": 0.3, "n_blocks": 2, "tol": 0.05, "random_state": 0} | options
+        clf = ch.ConvexHeadClassifier(name, **options).fit(X, y)
     certificate = clf.certificate_
     assert np.isfinite(clf.decision_function(X)).all()
     assert certificate.dual <= certificate.primal <= math.log(2) + 1e-12
+    return clf
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("what", DEGENERATE)
+def test_degenerate_inputs(name, what):
+    X, y = degenerate(what)
+    check_fit(X, y, name, activation="relu", max_time=1)
+    gated = check_fit(X, y, name, activation="gated-relu", n_gates=5)
+    assert gated.certificate_.converged
+    assert 1 <= len(gated.gates_) <= 5
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("what", DEGENERATE)
+def test_degenerate_inputs_with_all_patterns(name, what):
+    """Every pattern once, also where few are left; drawing cannot find more."""
+    X, y = degenerate(what, n=4, s=2)
+    every = check_fit(X, y, name, activation="gated-relu", n_gates="all")
+    assert every.certificate_.converged
+    if name != "block-fno":  # whose gates combine the patterns of its channel groups
+        drawn = sample_patterns(make_head(name, 2, 2), torch.from_numpy(X), 300, torch.Generator().manual_seed(0))
+        assert len(drawn) <= len(every.gates_)
+    relu = check_fit(X, y, name, activation="relu", beta=every.beta_, max_time=1)
+    assert every.certificate_.dual <= relu.certificate_.primal
 
 
 def test_the_linear_head_has_no_relu():

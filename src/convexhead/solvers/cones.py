@@ -12,6 +12,10 @@ Sequential quadratic programming (SLSQP), whose metric is dense: for problems wi
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -28,29 +32,42 @@ ACCURACY = 1e-15
 """Decrease of the objective, in units of its curvature, that ends a descent."""
 
 
-def descend_in_cones(passes: Passes, atoms: Atoms, scores: list[Scores], beta: float) -> Atoms:
-    """A minimiser of the factored objective over the cones that ``atoms`` lie in; unchanged where they are too many.
+class OutOfTimeError(Exception):
+    """Ends a descent early."""
 
-    Where the scores are too many to constrain them all, those stay free whose hyperplanes are farthest from an atom.
+
+def descend_in_cones(
+    passes: Passes, atoms: Atoms, scores: list[Scores], beta: float, out_of_time: Callable[[], bool]
+) -> Atoms:
+    """The best weights found over the cones that ``atoms`` lie in, by the factored objective.
+
+    Where the scores are too many to constrain them all, those stay free whose hyperplanes are farthest from an atom;
+    where the weights are too many for even one each, ``atoms`` are returned.
     """
     x = pack(atoms).numpy(force=True)
     room = int(WORK / max(len(x), 1) ** 2 / max(len(atoms), 1))
     if room < 1 or not len(atoms):
         return atoms
     cones = _cones(atoms, scores, room)
-    scale = 1.0 / beta
+    scale = 1.0 / beta  # the penalty then has curvature one
+    best, best_x = math.inf, x
 
     def function(x: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best, best_x
+        if out_of_time():
+            raise OutOfTimeError
         here = unpack(torch.from_numpy(x).to(atoms.V), atoms)
         value, gU, gV, gb = passes.value_and_gradient(here, beta)
+        if value < best:
+            best, best_x = value, x.copy()
         return scale * value, scale * pack(Atoms(gU, gV, here.block, gb)).numpy(force=True)
 
     inside = {"type": "ineq", "fun": lambda x: cones @ x, "jac": lambda x: cones}
-    found = minimize(
-        function, x, jac=True, method="SLSQP", constraints=inside, options={"maxiter": ITERATIONS, "ftol": ACCURACY}
-    )
-    better = np.isfinite(found.x).all() and function(found.x)[0] < function(x)[0]
-    return unpack(torch.from_numpy(found.x).to(atoms.V), atoms) if better else atoms
+    with contextlib.suppress(OutOfTimeError):
+        minimize(
+            function, x, jac=True, method="SLSQP", constraints=inside, options={"maxiter": ITERATIONS, "ftol": ACCURACY}
+        )
+    return unpack(torch.from_numpy(best_x).to(atoms.V), atoms)
 
 
 def _cones(atoms: Atoms, scores: list[Scores], room: int) -> Float[np.ndarray, "m x"]:

@@ -108,7 +108,10 @@ class ReLUColumnGeneration:
                 model = self._descend(self.problem, grown)
             self.model = self._tidy(model)
             if self.oracle.scores is not None and self.oracle.tight:
-                self.model = self._tidy(descend_in_cones(self.problem, self.model, self.oracle.scores, self.beta))
+                settled = descend_in_cones(
+                    self.problem, self.model, self.oracle.scores, self.beta, self.monitor.out_of_time
+                )
+                self.model = self._tidy(settled)
         return Stop.STALLED
 
     def _objective(self, atoms: Atoms) -> float:
