@@ -17,8 +17,10 @@ from convexhead.activation import ReLU
 from convexhead.heads import HEADS, make_head
 from convexhead.losses import CrossEntropy, Squared
 from convexhead.patterns import all_gates, sample_patterns
-from convexhead.problem import Problem
+from convexhead.problem import Atoms, Problem
+from convexhead.relu.scores import scores_of
 from convexhead.solvers import Stop, solve
+from convexhead.solvers.cones import descend_in_cones
 from convexhead.training import make_twin, objectives, train_adam
 
 MIXING = [name for name in HEADS if name != "linear"]
@@ -45,7 +47,7 @@ def test_scalar_optimum_is_cvxpys(seed):
     name, s, d = [("mlp", 1, 2), ("mlp", 2, 2), ("fno", 2, 1)][seed % 3]
     problem = build(name, seed, s=s, d=d, n=6 + seed % 3)
     beta = (0.05, 0.02)[seed % 2]
-    certificate = run(problem, beta, tol=1e-5).certificate
+    certificate = run(problem, beta, tol=1e-6).certificate
     gates = all_gates(problem.head, problem.X).numpy()
     truth = oracle.relu_optimum(
         name, problem.X.numpy(), problem.Y[:, 0, 0].numpy(), gates, pool="mean", grid=problem.head.grid, beta=beta
@@ -54,6 +56,30 @@ def test_scalar_optimum_is_cvxpys(seed):
     assert certificate.converged
     assert certificate.primal == pytest.approx(truth, rel=1e-5)
     assert certificate.dual <= truth * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_descent_in_cones_keeps_the_pattern(name):
+    """Nothing crosses a hyperplane, the objective falls, and the weights are stationary where no constraint binds."""
+    problem, beta = build(name, 0, c=2, s=2, d=2), 0.05
+    scores = scores_of(problem)
+    U = torch.randn(4, *problem.head.mixing_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    span = problem.head.mixing_span()
+    U = U if span is None else (U.flatten(1) @ span.T @ span).view_as(U)
+    block = torch.arange(4) % problem.n_blocks
+    V = torch.randn(4, *problem.value_shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start = Atoms(U, problem.mask_values(V, block), block, torch.zeros(2, dtype=torch.float64))
+    found = descend_in_cones(problem, start, scores, beta, lambda: False)
+    assert problem.value_and_gradient(found, beta)[0] < problem.value_and_gradient(start, beta)[0]
+    *_, gV, _ = problem.value_and_gradient(found, beta)
+    assert float(gV.abs().max()) <= 1e-4  # values are free
+    for before, after, j in zip(start.U.flatten(1), found.U.flatten(1), block.tolist(), strict=True):
+        sides = (scores[j].planes @ (scores[j].basis @ before)).sign()
+        assert (
+            float((sides * (scores[j].planes @ (scores[j].basis @ after))).min()) >= -1e-5
+        )  # also of weights that vanish
+    same = descend_in_cones(problem, start, scores, beta, lambda: True)
+    torch.testing.assert_close(same.U, start.U)
 
 
 @pytest.mark.parametrize("seed", range(5))
