@@ -5,9 +5,9 @@
 STORE is a token store with a train and a test split: of `convexhead demo` (digits), or of CIFAR-100 images. Three seeds
 of everything; Adam's learning rate is the best of three for the first seed's training objective. Adds rows to
 benchmarks/results/relu_tokens.csv. The table there: digits with --max-time 12, our ReLU runs but the MLP's with
---max-time 40; 20 classes of CIFAR-100 with --classes 20 --channels 32 --max-time 15 --epochs 40. Other programs were
-running on the machine, but for self-attention on CIFAR-100. Block-FNO had only a small share of it: --max-time 220 on
-the digits; 30 on CIFAR-100, where our runs ended far from settled.
+--max-time 40; 20 classes of CIFAR-100 with --classes 20 --channels 32 --max-time 15 --epochs 40, our ReLU MLP with
+--max-time 45. Other programs were running on the machine, but for self-attention on CIFAR-100. Block-FNO had only a
+small share of it: --max-time 220 on the digits; 30 on CIFAR-100, where our runs ended far from settled.
 """
 
 from __future__ import annotations
