@@ -139,6 +139,6 @@ def test_sampled_patterns_are_distinct_and_seeded(name, data_driven):
 
 def test_more_gates_than_patterns():
     X, y = np.random.default_rng(0).normal(size=(3, 1, 2)), np.array([0, 1, 0])
-    clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates=50, beta_ratio=0.3).fit(X, y)
+    clf = ch.ConvexHeadClassifier("mlp", activation="gated-relu", n_gates=50, beta_ratio=0.3, random_state=0).fit(X, y)
     assert len(clf.gates_) == 6
     assert clf.certificate_.converged

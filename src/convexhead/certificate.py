@@ -99,10 +99,11 @@ class Certificate:
 
     def __str__(self) -> str:
         if self.scope == "estimated":
-            best = self.rewards[0] - 1 if self.rewards else 0.0
+            best = self.rewards[0] if self.rewards else 0.0
+            worth = f"{best:.3g} times what it costs" if best >= 2 else f"{100 * (best - 1):.2g}% more than it costs"
             return (
                 f"objective {self.primal:.6g}, not proven to be near the global optimum: {self.ascents} searches found "
-                + (f"a change worth {100 * best:.2g}% more than it costs" if best > 1e-3 else "nothing to improve")
+                + (f"a change worth {worth}" if best > 1.001 else "nothing to improve")
                 + f", which suggests a gap of about {100 * (self.estimated_gap or 0.0):.2g}% (an estimate); proven is "
                 f"only that no head of this kind goes below {self.dual:.3g}"
             )

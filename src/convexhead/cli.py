@@ -464,7 +464,7 @@ def evaluate(
 def audit(
     run: Annotated[Path, typer.Argument(help="A trained head: a folder made by `convexhead fit` or `twin`.")],
     store: StorePath,
-    beta: Beta = None,
+    beta: Annotated[Optional[float], typer.Option(help="Absolute β; default: the one that it was trained at.")] = None,
     reference: Annotated[
         Optional[Path], typer.Option(help="A certified head of the same problem, whose lower bound is used.")
     ] = None,

@@ -16,9 +16,11 @@ import oracle
 from convexhead.activation import ReLU
 from convexhead.heads import HEADS, make_head
 from convexhead.losses import CrossEntropy, Squared
-from convexhead.patterns import all_gates
-from convexhead.problem import Problem
+from convexhead.patterns import all_gates, sample_patterns
+from convexhead.problem import Atoms, Problem
+from convexhead.relu.scores import scores_of
 from convexhead.solvers import Stop, solve
+from convexhead.solvers.cones import descend_in_cones
 from convexhead.training import make_twin, objectives, train_adam
 
 MIXING = [name for name in HEADS if name != "linear"]
@@ -45,7 +47,7 @@ def test_scalar_optimum_is_cvxpys(seed):
     name, s, d = [("mlp", 1, 2), ("mlp", 2, 2), ("fno", 2, 1)][seed % 3]
     problem = build(name, seed, s=s, d=d, n=6 + seed % 3)
     beta = (0.05, 0.02)[seed % 2]
-    certificate = run(problem, beta, tol=1e-5).certificate
+    certificate = run(problem, beta, tol=1e-6).certificate
     gates = all_gates(problem.head, problem.X).numpy()
     truth = oracle.relu_optimum(
         name, problem.X.numpy(), problem.Y[:, 0, 0].numpy(), gates, pool="mean", grid=problem.head.grid, beta=beta
@@ -54,6 +56,30 @@ def test_scalar_optimum_is_cvxpys(seed):
     assert certificate.converged
     assert certificate.primal == pytest.approx(truth, rel=1e-5)
     assert certificate.dual <= truth * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_descent_in_cones_keeps_the_pattern(name):
+    """Nothing crosses a hyperplane, the objective falls, and the weights are stationary where no constraint binds."""
+    problem, beta = build(name, 0, c=2, s=2, d=2), 0.05
+    scores = scores_of(problem)
+    U = torch.randn(4, *problem.head.mixing_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    span = problem.head.mixing_span()
+    U = U if span is None else (U.flatten(1) @ span.T @ span).view_as(U)
+    block = torch.arange(4) % problem.n_blocks
+    V = torch.randn(4, *problem.value_shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start = Atoms(U, problem.mask_values(V, block), block, torch.zeros(2, dtype=torch.float64))
+    found = descend_in_cones(problem, start, scores, beta, lambda: False)
+    assert problem.value_and_gradient(found, beta)[0] < problem.value_and_gradient(start, beta)[0]
+    *_, gV, _ = problem.value_and_gradient(found, beta)
+    assert float(gV.abs().max()) <= 2e-3  # values are free
+    for before, after, j in zip(start.U.flatten(1), found.U.flatten(1), block.tolist(), strict=True):
+        sides = (scores[j].planes @ (scores[j].basis @ before)).sign()
+        assert (
+            float((sides * (scores[j].planes @ (scores[j].basis @ after))).min()) >= -1e-5
+        )  # also of weights that vanish
+    same = descend_in_cones(problem, start, scores, beta, lambda: True)
+    torch.testing.assert_close(same.U, start.U)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -171,27 +197,57 @@ def test_twin_is_the_same_network(name):
     assert balanced <= full == pytest.approx(value)
 
 
-@pytest.mark.parametrize("name", MIXING)
-@pytest.mark.parametrize("what", ["duplicate tokens", "zero tokens", "rank-deficient", "one sample a class"])
-def test_degenerate_inputs(name, what):
-    X, y = np.random.default_rng(1).normal(size=(6, 4, 2)), np.arange(6) % 2
+DEGENERATE = ["duplicate tokens", "zero tokens", "rank-deficient", "one sample a class"]
+
+
+def degenerate(what, n=6, s=4, d=2):
+    X, y = np.random.default_rng(1).normal(size=(n, s, d)), np.arange(n) % 2
     if what == "duplicate tokens":
         X[:, 1:] = X[:, :1]
+        X[-1] = X[0]  # the same sample with both labels
     elif what == "zero tokens":
-        X[:, 2:] = 0.0
+        X[:, s // 2 :] = 0.0
         X[0] = 0.0
     elif what == "rank-deficient":
         X[:, :, 1] = 2 * X[:, :, 0]
     else:
         X, y = X[:2], y[:2]
+    return X, y
+
+
+def check_fit(X, y, name, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clf = ch.ConvexHeadClassifier(name, activation="relu", beta_ratio=0.3, n_blocks=2, tol=0.05, max_time=1).fit(
-            X, y
-        )
+        options = {"beta_ratio": 0.3, "n_blocks": 2, "tol": 0.05, "random_state": 0} | options
+        clf = ch.ConvexHeadClassifier(name, **options).fit(X, y)
     certificate = clf.certificate_
     assert np.isfinite(clf.decision_function(X)).all()
     assert certificate.dual <= certificate.primal <= math.log(2) + 1e-12
+    return clf
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("what", DEGENERATE)
+def test_degenerate_inputs(name, what):
+    X, y = degenerate(what)
+    check_fit(X, y, name, activation="relu", max_time=1)
+    gated = check_fit(X, y, name, activation="gated-relu", n_gates=5)
+    assert gated.certificate_.converged
+    assert 1 <= len(gated.gates_) <= 5
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("what", DEGENERATE)
+def test_degenerate_inputs_with_all_patterns(name, what):
+    """Every pattern once, also where few are left; drawing cannot find more."""
+    X, y = degenerate(what, n=4, s=2)
+    every = check_fit(X, y, name, activation="gated-relu", n_gates="all")
+    assert every.certificate_.converged
+    if name != "block-fno":  # whose gates combine the patterns of its channel groups
+        drawn = sample_patterns(make_head(name, 2, 2), torch.from_numpy(X), 300, torch.Generator().manual_seed(0))
+        assert len(drawn) <= len(every.gates_)
+    relu = check_fit(X, y, name, activation="relu", beta=every.beta_, max_time=1)
+    assert every.certificate_.dual <= relu.certificate_.primal
 
 
 def test_the_linear_head_has_no_relu():

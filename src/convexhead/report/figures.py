@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 INK, RULE = "#23262b", "#d9dadd"
 CONVEX, ADAM = "#0072b2", "#d55e00"
-ACTIVATIONS = {"linear": ("#009e73", "o", "-"), "gated-relu": ("#cc79a7", "s", "--")}
+ACTIVATIONS = {
+    "linear": ("#009e73", "o", "-"),
+    "gated-relu": ("#cc79a7", "s", "--"),
+    "relu": ("#56b4e9", "^", "-."),
+}
 HEADS = {
     "self-attention": ("#d55e00", "o"),
     "mlp-mixer": ("#0072b2", "s"),
@@ -207,6 +211,12 @@ def convergence(results: Results) -> Figure:
     return figure
 
 
+def activation_styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
+    """Of `ACTIVATIONS` those that occur."""
+    present = {row["activation"] for row in rows}
+    return {name: style for name, style in ACTIVATIONS.items() if name in present}
+
+
 def spectra(results: Results) -> Figure:
     """Singular values of Z: one panel a head, one line an activation."""
     groups = by_head(results)
@@ -220,7 +230,7 @@ def spectra(results: Results) -> Figure:
             figure,
             [
                 (name, {"color": color, "marker": marker, "linestyle": dash, "markersize": 3})
-                for name, (color, marker, dash) in ACTIVATIONS.items()
+                for name, (color, marker, dash) in activation_styles(results["rows"]).items()
             ],
         )
     return figure

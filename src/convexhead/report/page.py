@@ -88,7 +88,7 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
             if (group := [row for row in rows if row["activation"] == activation and row["path"]])
         ],
         "head_colors": {row["head"]: themed(figures.head_color(row["head"])) for row in rows},
-        "activation_colors": figures.ACTIVATIONS,
+        "activation_colors": figures.activation_styles(rows),
     }
 
 

@@ -6,12 +6,12 @@
         weigh:   (small problems) L-BFGS over values and lengths of the mixing weights: a convex problem, a group lasso
     descend: L-BFGS over all factors of the ReLU network
         tidy:    merge atoms of one direction, drop those that the penalty has shrunk
-        settle:  (small problems) put weights that lie close to hyperplanes on them, and descend along these
+        settle:  (small problems) descend within the cones of the atoms' activation patterns (`cones`)
         stop:    when the scaled dual point says that the gap is small enough
 
 No gates are sampled: a stationary point whose largest reward is at most β is a global optimum of the network of any
 width. Optimal weights often lie on hyperplanes where some pre-activations vanish. The objective has kinks there, at
-which quasi-Newton steps crawl; within the hyperplanes it is smooth again.
+which quasi-Newton steps crawl; within the cone of one activation pattern it is smooth.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem, rescale
 from convexhead.relu.ascent import Peaks
 from convexhead.relu.norm import NormOracle
-from convexhead.relu.scores import Scores
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
+from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.factored import FactoredDescent, Passes
 from convexhead.solvers.pricing import with_best_step
 
@@ -108,7 +108,10 @@ class ReLUColumnGeneration:
                 model = self._descend(self.problem, grown)
             self.model = self._tidy(model)
             if self.oracle.scores is not None and self.oracle.tight:
-                self.model = self._settle(self.model, self.oracle.scores)
+                settled = descend_in_cones(
+                    self.problem, self.model, self.oracle.scores, self.beta, self.monitor.out_of_time
+                )
+                self.model = self._tidy(settled)
         return Stop.STALLED
 
     def _objective(self, atoms: Atoms) -> float:
@@ -189,22 +192,6 @@ class ReLUColumnGeneration:
         size = torch.cat(sizes) if sizes else size[:0]
         return merged.select(size > 1e-7 * size.sum())
 
-    # -- settle -------------------------------------------------------------------------------------------------------
-    def _settle(self, atoms: Atoms, scores: list[Scores]) -> Atoms:
-        """Put weights on the hyperplanes that they are close to, and descend along these; kept where that is better."""
-        best, value = atoms, self._objective(atoms)
-        tried: list[list[int]] = [[]]
-        for near in (1e-2, 1e-4, 1e-7):
-            faces = Faces(self.problem, atoms, scores, near)
-            if faces.held in tried:
-                continue
-            tried.append(faces.held)
-            trial = self._tidy(self._descend(faces, faces.put(atoms)))
-            trial_value = self._objective(trial)
-            if trial_value < value:
-                best, value = trial, trial_value
-        return best
-
 
 class Rays:
     """Passes of a problem with each atom's mixing weights kept on their ray, where the objective has no kinks."""
@@ -218,45 +205,3 @@ class Rays:
         value, gU, gV, gb = self.problem.value_and_gradient(atoms, beta)
         along = (gU.flatten(1) * self.unit).sum(1, keepdim=True)
         return value, (along * self.unit).view_as(gU), gV, gb
-
-
-class Faces:
-    """Passes of a problem with each atom's mixing weights kept on some hyperplanes.
-
-    Parameters
-    ----------
-    near : float
-        Sine of the angle to a hyperplane up to which an atom is kept on it.
-    """
-
-    def __init__(self, problem: Problem, atoms: Atoms, scores: list[Scores], near: float) -> None:
-        self.problem = problem
-        self.held: list[int] = []
-        """The atoms that are held, each followed by the number of its hyperplanes."""
-        self.projectors: dict[int, Tensor] = {}
-        for k, (u, j) in enumerate(zip(atoms.U.flatten(1), atoms.block.tolist(), strict=True)):
-            own = scores[j]
-            w = own.basis @ u
-            close = own.planes[(own.planes @ w).abs() <= near * w.norm()]
-            if not len(close):
-                continue
-            _, sigma, rows = torch.linalg.svd(close, full_matrices=False)
-            rows = rows[sigma > 1e-9 * sigma[0]]
-            if len(rows) < own.dimension:
-                self.projectors[k] = rows @ own.basis
-                self.held += [k, len(close)]
-
-    def put(self, atoms: Atoms) -> Atoms:
-        """The nearest atoms on their hyperplanes."""
-        return Atoms(self._project(atoms.U), atoms.V, atoms.block, atoms.intercept)
-
-    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
-        """As `Problem.value_and_gradient`, the gradient along the hyperplanes only."""
-        value, gU, gV, gb = self.problem.value_and_gradient(atoms, beta)
-        return value, self._project(gU), gV, gb
-
-    def _project(self, U: Float[Tensor, "k ..."]) -> Float[Tensor, "k ..."]:
-        U = U.clone()
-        for k, rows in self.projectors.items():
-            U[k] -= ((rows @ U[k].flatten()) @ rows).view_as(U[k])
-        return U
