@@ -79,10 +79,7 @@ def measure(run: Callable[[], T], *, runs: int = 5, budget: float = 60.0) -> tup
     The first run of several is a warm-up that is not counted, unless runs are long.
     """
     seconds, result = timed(run)
-    if seconds > 2:
-        times = [seconds]
-    else:
-        times = []
+    times = [seconds] if seconds > 2 else []
     while len(times) < runs and sum(times) + seconds < budget:
         again, result = timed(run)
         times.append(again)

@@ -40,8 +40,8 @@ def draw(instance: str, name: str, rows: Iterable[Row], curves: Iterable[Row]) -
             excess = [max(float(p["objective"]) / dual - 1, 1e-9) for p in points]
             style = {"color": color, "label": label if first else None}
             several = solver in ("adam", "lbfgs")
-            left.plot(seconds, excess, lw=0.7 if several else 1.6, alpha=0.6 if several else 1, marker="o" if len(points) == 1 else "",
-                      **style)  # fmt: skip
+            thin = {"lw": 0.7, "alpha": 0.6} if several else {"lw": 1.6}
+            left.plot(seconds, excess, marker="o" if len(points) == 1 else "", **thin, **style)
             known = [(float(p["seconds"]), float(p["relative_gap"])) for p in points if "relative_gap" in p]
             if known:
                 right.plot(*zip(*known, strict=True), lw=1.6, ls=":" if solver == "convexhead" else "-", **style)

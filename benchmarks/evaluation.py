@@ -28,10 +28,10 @@ from convexhead.problem import Problem
 
 
 def arithmetic(head: Head, c: int, atoms: int, gates: int = 0) -> float:
-    """Operations that one sample's value and gradient take with ``atoms`` atoms, mean pooling, by the cheapest way known to us.
+    """Operations that value and gradient of one sample take with ``atoms`` atoms under mean pooling.
 
-    Products with values are ``3 · 2 e c`` an atom: outputs, and the gradients in ``V`` and in the mixed tokens. Mixing is
-    counted once forward and once back, so twice:
+    Products with values are ``3 · 2 e c`` an atom: outputs, and the gradients in ``V`` and in the mixed tokens. Mixing
+    is counted once forward and once back, so twice, by the cheapest way known to us:
 
     ===============  ===============================================  =============================================
     head             linear, an atom                                  gated, an atom (tokens one by one)

@@ -3,17 +3,18 @@
     python benchmarks/growth.py --store STORE [--channels 128] [--sizes 6000 12000 25000 50000] [--budget-mb 5000]
                                 [--work FOLDER] [--device cpu] [--again]
 
-STORE is a token store of all of CIFAR-100: 50,000 train images. Where it has more stored channels than --channels, they
-are standardised and reduced to that many principal components (fitted on every tenth image); with fewer, all are taken.
-Tokens of EfficientNet-Lite0's last map with exactly 128 channels, 8 minutes on 2 cores:
+STORE is a token store of all of CIFAR-100: 50,000 train images. Where it has more stored channels than --channels,
+they are standardised and reduced to that many principal components (fitted on every tenth image); with fewer, all are
+taken. Tokens of EfficientNet-Lite0's last map with exactly 128 channels, 8 minutes on 2 cores:
 
-    convexhead extract IMAGES --backbone packaged:efficientnet-lite0 --channels 128 --reduce avgpool --crop-pct 1.0 --out STORE
+    convexhead extract IMAGES --backbone packaged:efficientnet-lite0 --channels 128 --reduce avgpool --crop-pct 1 \\
+        --out STORE
 
-Every size takes the first rows of one random order, from a memory map in --work (made once; default: a temporary folder).
-β/β_max = 0.02. --budget-mb is the estimator's `max_memory`: what tokens and what is prepared of them may take. 50,000 x 49
-x 128 with their Gram matrices take 4.6 GB; with less the rest streams. Rows: benchmarks/results/growth.csv; the exponent
-of the growth is a line of its own, the slope of log seconds over log samples by least squares. On 2 cores about 12 minutes
-for all four sizes.
+Every size takes the first rows of one random order, from a memory map in --work (made once; default: a temporary
+folder). β/β_max = 0.02. --budget-mb is the estimator's `max_memory`: what tokens and what is prepared of them may take.
+50,000 x 49 x 128 with their Gram matrices take 4.6 GB; with less the rest streams. Rows: benchmarks/results/growth.csv;
+the exponent of the growth is a line of its own, the slope of log seconds over log samples by least squares. On 2 cores
+about 12 minutes for all four sizes.
 """
 
 from __future__ import annotations

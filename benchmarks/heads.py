@@ -3,9 +3,10 @@
     python benchmarks/heads.py --store STORE [--images FOLDER] [--head NAME ...] [--activation NAME ...] [--gates 50]
                                [--max-time 120] [--every 1] [--runs 1] [--again]
 
-STORE as for suite.py --cifar8k: 8,000 images, 49 tokens x 128 channels, 100 classes; it is made of FOLDER where it is not
-there yet. β/β_max = 0.02. A row is one fit from arrays to the certificate, β_max included, the median of --runs. What is
-not certified within --max-time has the gap that was reached, and `converged` False. --every 4 takes a quarter of the images.
+STORE as for suite.py --cifar8k: 8,000 images, 49 tokens x 128 channels, 100 classes; it is made of FOLDER where it is
+not there yet. β/β_max = 0.02. A row is one fit from arrays to the certificate, β_max included, the median of --runs.
+What is not certified within --max-time has the gap that was reached, and `converged` False. --every 4 takes a quarter
+of the images.
 
 `times_the_arithmetic` is the time of one evaluation (value and gradient, 32 atoms, or one for each block of the gates)
 divided by what its products would take at the GEMM rate of the same run, counted as evaluation.py says.

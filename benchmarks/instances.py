@@ -1,4 +1,4 @@
-"""The problems that solvers are measured on: self-attention linear on tokens, with cross-entropy, at a fraction of β_max.
+"""The problems that solvers are measured on: self-attention linear with cross-entropy, at a fraction of β_max.
 
 Three small ones that every solver can take, and CIFAR-100 through EfficientNet-Lite0 at three sizes.
 """
@@ -118,10 +118,10 @@ def arrays(view) -> tuple[Tensor, Tensor]:
 
 
 def write_tokens(store: str, channels: int, folder: Path, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The train split in a random order, so that the first ``m`` rows are a random sample of any size, as float32 on disk.
+    """The train split in a random order, so that the first rows are a random sample of any size, as float32 on disk.
 
-    Stored channels beyond ``channels`` are standardised and reduced to that many principal components, fitted on every
-    tenth image; others are only standardised, as the store has them. Files that are there already are used.
+    More stored channels than ``channels`` are standardised and reduced to that many principal components, fitted on
+    every tenth image; others are only standardised, as the store has them. Files that are there already are used.
     """
     tokens, labels = folder / f"{Path(store).name}-{channels}.npy", folder / f"{Path(store).name}-{channels}-y.npy"
     if not labels.exists():

@@ -3,13 +3,13 @@
     python benchmarks/mlp_scnn.py --scnn-python ENV/bin/python [--quick]
 
 ENV is an environment of its own with `pip install pyscnn`; scnn_worker.py runs in it and arrays travel as npz. Digits 8
-against the others (±1) from 64 pixels, columns scaled to norm 1 (scnn's own default), constant ones left out; 100 gates,
-the same for both. scnn minimises ``(1/2n)‖Σ_j D_j X w_j − y‖² + λ Σ_j ‖w_j‖``, which is our program of the MLP head with
-``s = 1``, ``c = 1``, ``β = λ``: the script recomputes both objectives from the weights, in float64, by one formula.
+against the others (±1) from 64 pixels, columns scaled to norm 1 (scnn's own default), constant ones left out; 100
+gates, the same for both. scnn minimises ``(1/2n)‖Σ_j D_j X w_j − y‖² + λ Σ_j ‖w_j‖``, which is our program of the MLP
+head with ``s = 1``, ``c = 1``, ``β = λ``: the script recomputes both objectives from the weights by one formula.
 
 Time is that of scnn's own clock at the first objective it notes within 1e-6 of the optimum, data and patterns prepared
-already (``seconds_median``), in float64 (asked for float32 it computes the same); ours is everything from arrays to the certificate.
-The optimum is our solve certified to 1e-8. Rows: benchmarks/results/mlp_scnn.csv; about 4 minutes.
+already (``seconds_median``), in float64 (asked for float32 it computes the same); ours is everything from arrays to the
+certificate. The optimum is our solve certified to 1e-8. Rows: benchmarks/results/mlp_scnn.csv; about 4 minutes.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/suite.py [--instance NAME ...] [--solver NAME ...] [--cifar8k STORE [--images FOLDER]]
                                [--cifar50k STORE [--channels 128]] [--quick] [--again]
 
-Instances: synthetic-200, digits, synthetic-1000 (all self-attention linear, float64), and where there is a token store of
-them cifar2k, cifar8k (see `instances.cifar8k_store`: STORE is made of FOLDER where it is not there yet) and cifar50k (the
-train split of any store, reduced to --channels principal components where it has more).
+Instances: synthetic-200, digits, synthetic-1000 (all self-attention linear, float64), and where there is a token store
+of them cifar2k, cifar8k (see `instances.cifar8k_store`: STORE is made of FOLDER where it is not there yet) and cifar50k
+(the train split of any store, reduced to --channels principal components where it has more).
 Solvers: convexhead, fista, scs, clarabel, adam, lbfgs. All are given β.
 
 Rows go to benchmarks/results/suite.csv as they are made, curves to suite_curves.csv; what has a row is not run again
@@ -154,7 +154,7 @@ class Suite:
         self.table.run(measured, **key)
 
     def adam(self, instance: Instance) -> None:
-        """Small instances: a grid of heads, learning rates and seeds. CIFAR: ever longer runs until one is within 1%."""
+        """Small ones: a grid of heads, learning rates and seeds. CIFAR: ever longer runs until one is within 1%."""
         if instance.small:
             heads, rates, seeds, epochs = ((10, 40), (0.01, 0.03, 0.1), (0, 1, 2), 400)
             if self.quick:
@@ -183,10 +183,7 @@ class Suite:
         return self._factored(instance, "adam", settings, trained)
 
     def lbfgs(self, instance: Instance) -> None:
-        if instance.small:
-            grid = [(m, seed) for m in (10, 40) for seed in (0, 1, 2)]
-        else:
-            grid = [(32, 0)]
+        grid = [(m, seed) for m in (10, 40) for seed in (0, 1, 2)] if instance.small else [(32, 0)]
         iterations = 500 if instance.small else 150
         if self.quick:
             grid, iterations = grid[:1], 20
@@ -251,8 +248,9 @@ class Suite:
             if solver in ("adam", "lbfgs") and of_solver:
                 seconds = statistics.median(float(row["seconds_median"]) for row in of_solver)
                 found = sorted(float(row["excess_certified"]) for row in of_solver)
-                print(f"  {solver:>10}  {seconds:9.4g} s a run, {of_solver[0]['tuning_seconds']} s all {len(found)}; "
-                      f"excess best {found[0]:.2g}, median {statistics.median(found):.2g}, worst {found[-1]:.2g}")  # fmt: skip
+                several = f"{seconds:9.4g} s a run, {of_solver[0]['tuning_seconds']} s all {len(found)}"
+                middle = statistics.median(found)
+                print(f"  {solver:>10}  {several}; excess {found[0]:.2g}, median {middle:.2g}, worst {found[-1]:.2g}")
                 continue
             for row in of_solver:
                 print(f"  {solver:>10}  {float(row['seconds_median']):9.4g} s  {row['settings']}, excess "
