@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--child", type=int)
     args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; nothing else on CPUs
     if args.child:
-        torch.set_float32_matmul_precision("high" if args.device != "cpu" else "highest")
         child(args.store, args.channels, args.work, args.child, 1e6 * args.budget_mb, args.tol, args.device)
         return
     with tempfile.TemporaryDirectory(prefix="convexhead-growth-") as folder:

@@ -3,7 +3,7 @@
     python benchmarks/linear_head.py --store STORE [--images FOLDER] [--ratios 0.02 0.002] [--quick] [--again]
 
 STORE as for suite.py --cifar8k; its stored 1280 channels are standardised and averaged over the tokens: 8,000 x 1280,
-100 classes, no intercept. scikit-learn minimises ``½‖W‖² + C Σ_i ℓ_i``, which is ours times ``n C`` for ``β = 1/(n C)``.
+100 classes, no intercept. scikit-learn minimises ``½‖W‖² + C Σ_i ℓ_i``: ours times ``n C``, ``β = 1/(n C)``.
 Both solvers are timed at the loosest power of ten of their own tolerance whose objective, recomputed in float64, is
 within 1e-6; the optimum is our fit certified to 1e-8. Tokens in float32 and in float64 are both tried. Medians of up to
 5 runs. Rows: benchmarks/results/linear_head.csv; 3 minutes on 2 cores. A last row has the L2 weight that is best of
