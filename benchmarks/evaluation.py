@@ -87,8 +87,8 @@ def evaluation_seconds(problem: Problem, atoms: int, repeats: int = 7) -> float:
     if problem.head.learns_mixing:
         U = torch.randn(atoms, *problem.head.mixing_shape, generator=generator) / math.sqrt(problem.head.mixing_size)
         V = 0.01 * torch.randn(atoms, *problem.value_shape, generator=generator)
-        model.U, model.block = U.to(problem.device), (torch.arange(atoms) % problem.n_blocks).to(problem.device)
-        model.V = problem.mask_values(V.to(problem.device), model.block)
+        model.U, model.block = U.to(model.U), (torch.arange(atoms) % problem.n_blocks).to(problem.device)
+        model.V = problem.mask_values(V.to(model.V), model.block)
     device = problem.device.type
     problem.value_and_gradient(model, 0.1)
     return statistics.median(timed(lambda: problem.value_and_gradient(model, 0.1), device)[0] for _ in range(repeats))
@@ -99,11 +99,12 @@ def described(problem: Problem, atoms: int, gates: int, machine: Row, repeats: i
     seconds = evaluation_seconds(problem, atoms, repeats)
     atoms = atoms if problem.head.learns_mixing else 1
     rate = problem.n * arithmetic(problem.head, problem.c, atoms, gates) / seconds / 1e9
+    gemm = machine[f"gemm_gflops_{str(problem.dtype).removeprefix('torch.')}"]
     return {
         "seconds_median": f"{seconds:.4g}",
         "gflops": f"{rate:.4g}",
-        "share_of_gemm_rate": f"{rate / machine['gemm_gflops_float32']:.3g}",
-        "times_the_arithmetic": f"{machine['gemm_gflops_float32'] / rate:.3g}",
+        "share_of_gemm_rate": f"{rate / gemm:.3g}",
+        "times_the_arithmetic": f"{gemm / rate:.3g}",
     }
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/heads.py --store STORE [--images FOLDER] [--head NAME ...] [--activation NAME ...] [--gates 50]
                                [--max-time 120] [--every 1] [--runs 1] [--again]
+    python benchmarks/heads.py --digits ...        scikit-learn's digits instead: 16 tokens of 2 x 2 pixels, 10 classes
 
 STORE as for suite.py --cifar8k: 8,000 images, 49 tokens x 128 channels, 100 classes; it is made of FOLDER where it is
 not there yet. β/β_max = 0.02. A row is one fit from arrays to the certificate, β_max included, the median of --runs.
@@ -25,12 +26,14 @@ import convexhead as ch
 from common import Row, Table, hardware, measure, read_csv, spread, write_csv
 from convexhead.heads import HEADS
 from evaluation import described
-from instances import cifar8k_store
+from instances import cifar8k_store, digits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--store")
+    what.add_argument("--digits", action="store_true", help="every fourth image is a test image")
     parser.add_argument("--images")
     parser.add_argument("--head", nargs="*", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--activation", nargs="*", choices=("linear", "gated-relu"), default=("linear", "gated-relu"))
@@ -41,13 +44,17 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)  # every row says how far it came
-    store = cifar8k_store(args.store, args.images)
-    train, test = store["train"], store["test"]
-    X, y = train.read()[:: args.every], np.asarray(train.labels)[:: args.every]
-    X_test, y_test = test.read(), np.asarray(test.labels)
+    if args.digits:
+        tokens, labels = (part.numpy() for part in digits())
+        held_out = np.arange(len(labels)) % 4 == 0
+        (X, y), (X_test, y_test) = ((tokens[rows], labels[rows]) for rows in (~held_out, held_out))
+    else:
+        store = cifar8k_store(args.store, args.images)
+        (X, y), (X_test, y_test) = ((store[split].read(), store[split].labels) for split in ("train", "test"))
+    X, y = X[:: args.every], y[:: args.every]
     n, s, d = X.shape
-    name = f"CIFAR n={n} s={s} d={d} c={len(set(y))} ratio=0.02"
-    machine = hardware("scikit-learn") | {"dtype": "float32, certificate float64"}
+    name = f"{'digits' if args.digits else 'CIFAR'} n={n} s={s} d={d} c={len(set(y))} ratio=0.02"
+    machine = hardware("scikit-learn")
     table = Table("heads", ("instance", "head", "activation", "gates", "max_time"), machine, again=args.again)
     for activation in args.activation:
         for head in args.head:
@@ -63,7 +70,6 @@ def main() -> None:
                     n_gates=args.gates,
                     max_time=args.max_time,
                     random_state=0,
-                    grid=train.grid,
                     device="cpu",
                 )
                 times, _ = measure(lambda: clf.fit(X, y), runs=args.runs, budget=args.runs * 2 * args.max_time)
@@ -73,6 +79,7 @@ def main() -> None:
                 atoms = problem.n_blocks if gated else 32
                 one = described(problem, atoms, args.gates if gated else 0, machine, repeats=3 if gated else 7)
                 return {
+                    "dtype": f"{str(problem.dtype).removeprefix('torch.')}, certificate float64",
                     **spread(times),
                     "converged": certificate.converged,
                     "objective": f"{certificate.primal:.9f}",

@@ -112,7 +112,7 @@ def main() -> None:
             return {**spread(times), **excess(weights_of(model)), "relative_gap_certified": f"{gap:.2g}"}
 
         def scnn_row(beta: float = beta, optimum: float = optimum, excess=excess) -> Row:
-            settings = {"tol": 1e-16, "max_iters": 5000 if args.quick else 50_000}
+            settings = {"tol": 1e-14, "max_iters": 5000 if args.quick else 20_000}
             run = scnn(args.scnn_python, X, y, gates, beta, **settings)
             order = [int(np.abs(gates - g).sum(1).argmin()) for g in run["G"].T]
             weights = np.zeros_like(gates)
