@@ -162,7 +162,7 @@ def main() -> None:
 
     _ = instance.beta  # found before the clock runs
     for variant in args.variant:
-        table.run(lambda variant=variant: row(variant), instance=name, variant=variant, max_time=args.max_time)
+        table.run(lambda variant=variant: row(variant), instance=name, variant=variant, max_time=f"{args.max_time:g}")
 
 
 if __name__ == "__main__":

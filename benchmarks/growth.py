@@ -88,7 +88,12 @@ def main() -> None:
         machine = hardware(device=args.device)
         machine["dtype"] = f"{'TF32' if args.device != 'cpu' else 'float32'}, certificate float64"
         table = Table("growth", ("instance", "tol", "budget_mb", "device", "samples"), machine, again=args.again)
-        where = {"instance": name, "tol": args.tol, "budget_mb": args.budget_mb, "device": machine.get("gpu", "cpu")}
+        where = {
+            "instance": name,
+            "tol": f"{args.tol:g}",
+            "budget_mb": f"{args.budget_mb:g}",
+            "device": machine.get("gpu", "cpu"),
+        }
         for n in args.sizes:
 
             def row(n: int = n) -> Row:

@@ -97,7 +97,7 @@ def main() -> None:
 
             gates = args.gates if activation == "gated-relu" else 0
             where = {"instance": name, "head": head, "activation": activation, "gates": gates}
-            table.run(row, **where, max_time=args.max_time)
+            table.run(row, **where, max_time=f"{args.max_time:g}")
     compare()
 
 

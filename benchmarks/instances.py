@@ -144,9 +144,13 @@ def write_tokens(store: str, channels: int, folder: Path, n: int | None = None) 
 
 
 def registry(
-    cifar8k: str | None, cifar50k: str | None, images: str | None = None, channels: int = 128
+    cifar8k: str | None,
+    cifar50k: str | None,
+    images: str | None = None,
+    channels: int = 128,
+    work: str | None = None,
 ) -> dict[str, Callable[[], Instance]]:
-    """Makers of the instances by name; CIFAR's where there is a store."""
+    """Makers of the instances by name; CIFAR's where there is a store. See `write_tokens` for the folder ``work``."""
     made: dict[str, Callable[[], Instance]] = {
         "synthetic-200": lambda: Instance(
             "synthetic n=200 s=16 d=4 c=3 ratio=0.1", *synthetic(200, 16, 4, 3, rank=5, seed=0), 0.1, 1e-5
@@ -173,7 +177,7 @@ def registry(
 
         def of_50k() -> Instance:
             with tempfile.TemporaryDirectory(prefix="convexhead-suite-") as folder:
-                X, y = write_tokens(cifar50k, channels, Path(folder))
+                X, y = write_tokens(cifar50k, channels, Path(work or folder))
                 X = torch.from_numpy(np.array(X))
             name = f"CIFAR-{len(X) // 1000}k s={X.shape[1]} d={X.shape[2]} c=100 ratio=0.02, {Path(cifar50k).name}"
             return Instance(name, X, torch.from_numpy(y), 0.02, 1e-3, small=False)
