@@ -147,7 +147,7 @@ def growth() -> str:
 
 
 def mlp_scnn() -> str:
-    return _two("mlp_scnn", lambda row: row["settings"])
+    return _two("mlp_scnn", lambda row: f"{row['settings']}; whole call {number(row, 'whole_call_seconds')} s")
 
 
 def linear_head() -> str:

@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--images", metavar="FOLDER", help="of which the store is made where it is not there")
     parser.add_argument("--cifar50k", metavar="STORE")
     parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--work", metavar="FOLDER", help="where cifar50k's tokens are written, as growth.py has it")
     parser.add_argument(
         "--quick", action="store_true", help="one short run of each, nothing that takes minutes; files of its own"
     )
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    made = registry(args.cifar8k, args.cifar50k, args.images, args.channels)
+    made = registry(args.cifar8k, args.cifar50k, args.images, args.channels, args.work)
     unknown = set(args.instance or ()) - set(made)
     if unknown:
         parser.error(
