@@ -54,7 +54,8 @@ def suite() -> str:
             cells = [
                 number(row, c) for c in ("seconds_median", "tflop_equivalents", "ratio_to_ours", "excess_certified")
             ]
-            lines.append([row["solver"], *cells, number(row, "relative_gap_certified", 2), row["settings"]])
+            settings = "; ".join(filter(None, (row["settings"], row.get("note"))))
+            lines.append([row["solver"], *cells, number(row, "relative_gap_certified", 2), settings])
         for solver in ("adam", "lbfgs"):
             grid = [row for row in mine if row["solver"] == solver and "objective" in row]
             if grid:
