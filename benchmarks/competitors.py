@@ -7,7 +7,9 @@ formula for all, from what was returned: the convex program's value in float64.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import cvxpy as cp
 import numpy as np
@@ -25,6 +27,8 @@ from instances import Instance
 
 Point = tuple[float, float, float | None]
 """Seconds since the start, objective, and the relative gap that the solver knows then, if it knows one."""
+Audit = Callable[[], Certificate]
+"""Makes the certificate of a trained model, which takes as long as a solver's own."""
 
 
 @dataclass
@@ -155,21 +159,18 @@ def dense_rank(Z: Tensor) -> int:
 
 
 # -- the factored head, as it is trained today ----------------------------------------------------
-def adam(
-    instance: Instance, *, heads: int, lr: float, epochs: int, batch: int | None, seed: int
-) -> tuple[Run, Certificate | None]:
-    """Adam with the L2 term in the loss; recording objectives is not charged. Its model's audit comes with it."""
+def adam(instance: Instance, *, heads: int, lr: float, epochs: int, batch: int | None, seed: int) -> tuple[Run, Audit]:
+    """Adam with the L2 term in the loss; recording objectives is not charged."""
     problem, prepared = _prepared(instance)
     result = train_adam(problem, instance.beta, n_heads=heads, lr=lr, epochs=epochs, batch_size=batch, seed=seed)
     curve: list[Point] = [(prepared + row.seconds, row.objective, None) for row in result.history]
     run = Run(prepared + result.seconds, result.convex_objective, heads, curve=curve)
     if not np.isfinite(run.objective):
         run.note = "diverged"
-        return run, None
-    return run, audit(problem, result.module.to_atoms(), instance)
+    return run, partial(audit, problem, result.module.to_atoms(), instance)
 
 
-def lbfgs(instance: Instance, *, heads: int, seed: int, iterations: int) -> tuple[Run, Certificate]:
+def lbfgs(instance: Instance, *, heads: int, seed: int, iterations: int) -> tuple[Run, Audit]:
     """scipy's L-BFGS-B on all factors at once, from the start that Adam has."""
     problem, prepared = _prepared(instance)
     beta = instance.beta
@@ -196,7 +197,7 @@ def lbfgs(instance: Instance, *, heads: int, seed: int, iterations: int) -> tupl
     curve = [(t, float(value), None) for (t, _, _), value in zip(curve, lowest, strict=True)]
     model = atoms(found.x)
     run = Run(seconds, objectives(problem, model, beta)[1], heads, curve=curve, note=f"{found.nfev} evaluations")
-    return run, audit(problem, model, instance)
+    return run, partial(audit, problem, model, instance)
 
 
 def audit(problem: Problem, atoms: Atoms, instance: Instance) -> Certificate:

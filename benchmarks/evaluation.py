@@ -9,7 +9,7 @@ Tokens are random, which does not matter here. On a GPU products are made in TF3
     python benchmarks/evaluation.py --device cuda --samples 4000 --tokens 196 --channels 256
 
 With gates each of 10, 25 and --gates gates has one atom, at a quarter of the samples. Medians of 7. Rows:
-benchmarks/results/evaluation.csv; 4 minutes on 2 cores.
+benchmarks/results/evaluation.csv; 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
