@@ -28,44 +28,33 @@ from convexhead.problem import Problem
 
 
 def arithmetic(head: Head, c: int, atoms: int, gates: int = 0) -> float:
-    """Operations that value and gradient of one sample take with ``atoms`` atoms under mean pooling.
+    """Operations that value and gradient of one sample take with ``atoms`` atoms under mean pooling, at the least.
 
     Products with values are ``3 · 2 e c`` an atom: outputs, and the gradients in ``V`` and in the mixed tokens. Mixing
-    is counted once forward and once back, so twice, by the cheapest way known to us:
+    is counted forward and back, with ``w = d`` channels (``d/B`` of a block-FNO), ``f`` the frequencies of a real
+    Fourier transform over the grid, and what does not depend on the atoms (Gram matrices, gated means, spectra) at hand:
 
-    ===============  ===============================================  =============================================
-    head             linear, an atom                                  gated, an atom (tokens one by one)
-    ===============  ===============================================  =============================================
-    self-attention   ``2d² + min(2d², 4sd)`` (query, then keys)       ``2sd² + 4sd``; and ``2s²d`` a gate, once
-    mlp-mixer        ``2sd`` (pooled: one weight a token)             ``2s²d``
-    fno              ``2d`` (on pooled tokens)                        ``4sd`` and an FFT of length s, 2.5 s log₂ s
-    block-fno        ``2d/B``                                         ``4sd/B`` and the FFT
-    mlp              ``2d``                                           ``2sd``
-    linear           nothing                                          –
-    ===============  ===============================================  =============================================
+    ===============  =========================================  ================================================
+    head             linear, an atom                            gated, an atom
+    ===============  =========================================  ================================================
+    self-attention   ``4d² + 2 min(2d², 4sd)``                  ``4sd² + 8sd``, and ``2s²d`` a gate
+    mlp-mixer        ``4sd`` (pooled: one weight a token)       ``4s²d``
+    fno, block-fno   ``4w`` (on pooled tokens)                  ``16fw``, and ``4fs`` a gate
+    mlp              ``4d``                                     ``4d``
+    linear           nothing                                    –
+    ===============  =========================================  ================================================
     """
-    s, d, e = head.s, head.d, head.value_rows
-    fft = 2.5 * s * math.log2(max(s, 2))
+    s, d, w = head.s, head.d, head.d // head.n_groups
+    f = head.grid[0] * (head.grid[1] // 2 + 1)
     if head.name == "linear":
-        return 2 * 2 * d * c
-    if not gates:
-        mixing = {
-            "self-attention": 2 * d * d + min(2 * d * d, 4 * s * d),
-            "mlp-mixer": 2 * s * d,
-            "fno": 2 * d,
-            "block-fno": 2 * d / head.n_groups,
-            "mlp": 2 * d,
-        }[head.name]
-        return atoms * (2 * mixing + 6 * e * c)
-    mixing = {
-        "self-attention": 2 * s * d * d + 4 * s * d,
-        "mlp-mixer": 2 * s * s * d,
-        "fno": 4 * s * d + fft,
-        "block-fno": 4 * s * d / head.n_groups + fft,
-        "mlp": 2 * s * d,
-    }[head.name]
-    once = gates * 2 * s * s * d if head.name == "self-attention" else 0
-    return atoms * (2 * mixing + 6 * e * c) + once
+        return 4 * d * c
+    values = 6 * head.value_rows * c
+    if gates:
+        of_atom = {"self-attention": 4 * s * d * d + 8 * s * d, "mlp-mixer": 4 * s * s * d, "mlp": 4 * d}
+        of_gate = {"self-attention": 2 * s * s * d, "mlp-mixer": 0, "mlp": 0}
+        return atoms * (of_atom.get(head.name, 16 * f * w) + values) + gates * of_gate.get(head.name, 4 * f * s)
+    of_atom = {"self-attention": 4 * d * d + 2 * min(2 * d * d, 4 * s * d), "mlp-mixer": 4 * s * d}
+    return atoms * (of_atom.get(head.name, 4 * w) + values)
 
 
 def random_problem(name: str, n: int, s: int, d: int, c: int, gates: int, device: str) -> Problem:
@@ -98,7 +87,7 @@ def described(problem: Problem, atoms: int, gates: int, machine: Row, repeats: i
     """Seconds, and the share of the GEMM rate at which the products that are needed were made."""
     seconds = evaluation_seconds(problem, atoms, repeats)
     atoms = atoms if problem.head.learns_mixing else 1
-    rate = problem.n * arithmetic(problem.head, problem.c, atoms, gates) / seconds / 1e9
+    rate = problem.n * arithmetic(problem.head, problem.c, atoms, problem.n_blocks if gates else 0) / seconds / 1e9
     gemm = machine[f"gemm_gflops_{str(problem.dtype).removeprefix('torch.')}"]
     return {
         "seconds_median": f"{seconds:.4g}",
