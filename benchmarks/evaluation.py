@@ -32,7 +32,7 @@ def arithmetic(head: Head, c: int, atoms: int, gates: int = 0) -> float:
 
     Products with values are ``3 · 2 e c`` an atom: outputs, and the gradients in ``V`` and in the mixed tokens. Mixing
     is counted forward and back, with ``w = d`` channels (``d/B`` of a block-FNO), ``f`` the frequencies of a real
-    Fourier transform over the grid, and what does not depend on the atoms at hand (Gram matrices, gated means, spectra):
+    Fourier transform over the grid, and what does not depend on the atoms at hand (Grams, gated means, spectra):
 
     ===============  =========================================  ================================================
     head             linear, an atom                            gated, an atom
