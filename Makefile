@@ -19,7 +19,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format src tests benchmarks examples
 
 benchmarks: $(VENV)/.dev
-	$(BIN)/python benchmarks/small_instances.py
+	$(BIN)/python benchmarks/suite.py --instance synthetic-200 digits synthetic-1000
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'

@@ -10,6 +10,7 @@ gap: the residuals at the iterate, scaled until the gradient's spectral norm is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,15 @@ def cross_entropy(f: Tensor, y: Tensor) -> float:
 
 
 def fista(
-    features: Tensor, Y: Tensor, p: int, beta: float, tol: float, *, adaptive: bool, max_iterations: int = 100_000
+    features: Tensor,
+    Y: Tensor,
+    p: int,
+    beta: float,
+    tol: float,
+    *,
+    adaptive: bool,
+    max_iterations: int = 100_000,
+    callback: Callable[[float, float], None] = lambda objective, gap: None,
 ) -> Result:
     """Until the relative gap is certified to be at most ``tol``.
 
@@ -51,6 +60,8 @@ def fista(
         Rows of ``Z``.
     adaptive : bool
         Follow the local curvature by backtracking instead of the constant step.
+    callback : callable (objective, relative gap)
+        Called with every gap.
     """
     (n, c), w = Y.shape, features.shape[1]
     gram = features.T @ features if n > w else features @ features.T
@@ -88,6 +99,7 @@ def fista(
             q = Y + min(1.0, beta / norm) * R
             dual = max(dual, -float(torch.xlogy(q, q).sum(1).mean()))
             gap = (objective - dual) / objective
+            callback(objective, gap)
             if gap <= tol:
                 break
     return Result(Z, objective, gap, iteration + 1)

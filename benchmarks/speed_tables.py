@@ -1,0 +1,201 @@
+"""The tables of docs/speed.md, written from the CSVs: python benchmarks/speed_tables.py
+
+Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced by the table of that name. Figures are copied to
+docs/images.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from common import RESULTS, Row, read_csv
+
+PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+NOTHING = "*(no rows yet)*"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; all columns but the first are aligned right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(row: Row, column: str, digits: int = 3) -> str:
+    """A cell, or a dash."""
+    return f"{float(row[column]):.{digits}g}" if column in row else "–"
+
+
+def where(rows: Sequence[Row]) -> str:
+    """Machines that rows were measured on."""
+    rates: dict[str, list[float]] = {}
+    for row in rows:
+        machine = f"{row.get('gpu', row['cpu'])}, threads: {row['threads']}"
+        rates.setdefault(machine, []).append(float(row["gemm_gflops_float32"]))
+    told = (f"{machine}, {min(r):.0f} to {max(r):.0f} GFLOP/s" for machine, r in rates.items())
+    return "Measured on: " + "; ".join(told) + " in a large float32 product."
+
+
+def suite() -> str:
+    """A table an instance, Adam's and L-BFGS's runs summed up."""
+    rows, parts = read_csv("suite"), []
+    for instance in dict.fromkeys(row["instance"] for row in rows):
+        mine = [row for row in rows if row["instance"] == instance]
+        lines: list[Sequence[object]] = []
+        for row in mine:
+            if row["solver"] in ("adam", "lbfgs"):
+                continue
+            if "objective" not in row:
+                lines.append([row["solver"], "–", "–", "–", "–", "–", row.get("note", "")])
+                continue
+            cells = [
+                number(row, c) for c in ("seconds_median", "tflop_equivalents", "ratio_to_ours", "excess_certified")
+            ]
+            settings = "; ".join(filter(None, (row["settings"], row.get("note"))))
+            lines.append([row["solver"], *cells, number(row, "relative_gap_certified", 2), settings])
+        for solver in ("adam", "lbfgs"):
+            grid = [row for row in mine if row["solver"] == solver and "objective" in row]
+            if grid:
+                lines.append(_grid(solver, grid))
+        columns = ["", "seconds", "TFLOP-equivalents", "× ours", "excess, at most", "proves itself", "settings"]
+        figure = f"![{instance}](images/{_figure(instance)}.svg)"
+        parts.append(f"**{instance}**\n\n{markdown(columns, lines)}\n\n{figure}\n\n{where(mine)}")
+    return "\n\n".join(parts) or NOTHING
+
+
+def _grid(solver: str, grid: Sequence[Row]) -> list[object]:
+    """The best run, with what the whole grid took."""
+    best = min(grid, key=lambda row: float(row["objective"]))
+    excess = sorted(float(row["excess_certified"]) for row in grid)
+    near = [float(row["seconds_to_1pct"]) for row in grid if row["seconds_to_1pct"] != "never"]
+    told = f"best of {len(grid)} runs: {best['settings']}; all of them {number(best, 'tuning_seconds')} s, "
+    told += f"median excess {statistics.median(excess):.2g}; "
+    told += f"within 1% of the best known after {min(near):.3g} s ({len(near)} runs)" if near else "none within 1%"
+    cells = [number(best, c) for c in ("seconds_median", "tflop_equivalents", "ratio_to_ours", "excess_certified")]
+    return [solver, *cells, f"audit: {number(best, 'audited_gap', 2)}", told]
+
+
+def _figure(instance: str) -> str:
+    starts = {"synthetic n=200": "synthetic-200", "digits": "digits", "synthetic n=1000": "synthetic-1000"}
+    starts |= {"CIFAR-2k": "cifar2k", "CIFAR-8k": "cifar8k", "CIFAR-50k": "cifar50k"}
+    return "suite-" + next(name for start, name in starts.items() if instance.startswith(start))
+
+
+def heads() -> str:
+    rows = [row for row in read_csv("heads") if "objective" in row]
+    lines = [
+        [
+            f"{row['head']}, {row['activation']}" + (f", {row['gates']} gates" if row["gates"] != "0" else ""),
+            number(row, "seconds_median"),
+            number(row, "tflop_equivalents"),
+            number(row, "ratio_to_self_attention_linear"),
+            number(row, "relative_gap_certified", 2) + ("" if row["converged"] == "True" else " (stopped)"),
+            row["heads_found"],
+            f"{100 * float(row['test_accuracy']):.1f}%",
+            number(row, "times_the_arithmetic"),
+            " ".join(row["instance"].split()[:2]),
+        ]
+        for row in rows
+    ]
+    columns = ["head", "seconds", "TFLOP-equivalents", "× attention linear", "certified", "heads found", "test",
+               "evaluation ÷ its arithmetic", "tokens of"]  # fmt: skip
+    return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
+
+
+def evaluation() -> str:
+    rows = [row for row in read_csv("evaluation") if "gflops" in row]
+    lines = [
+        [
+            f"{row['head']}, {row['activation']}" + (f", {row['gates']} gates" if row["gates"] != "0" else ""),
+            row["instance"],
+            number(row, "seconds_median"),
+            number(row, "gflops"),
+            f"{100 * float(row['share_of_gemm_rate']):.0f}%",
+            number(row, "times_the_arithmetic"),
+        ]
+        for row in rows
+    ]
+    columns = ["head", "sizes", "seconds", "GFLOP/s", "of the GEMM rate", "time ÷ its arithmetic"]
+    return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
+
+
+def growth() -> str:
+    rows = read_csv("growth")
+    lines = [
+        [
+            row["instance"],
+            row["samples"],
+            number(row, "seconds_median"),
+            number(row, "tflop_equivalents"),
+            number(row, "relative_gap_certified", 2),
+            row["heads"],
+            f"{float(row['budget_mb']):.0f} MB",
+            f"{row['peak_mb']} MB",
+        ]
+        for row in rows
+        if "objective" in row
+    ]
+    slopes = [
+        f"Exponent of time over samples, {row['instance']}, {row['device']}: {row['exponent']}."
+        for row in rows
+        if "exponent" in row
+    ]
+    columns = ["tokens", "samples", "seconds", "TFLOP-equivalents", "certified", "heads", "budget", "peak"]
+    return "\n\n".join([markdown(columns, lines), *slopes, where(rows)]) if lines else NOTHING
+
+
+def mlp_scnn() -> str:
+    return _two("mlp_scnn", lambda row: f"{row['settings']}; whole call {number(row, 'whole_call_seconds')} s")
+
+
+def linear_head() -> str:
+    return _two("linear_head", lambda row: f"{row['dtype']}, {row.get('settings', row.get('note', ''))}")
+
+
+def _two(name: str, settings: Callable[[Row], str]) -> str:
+    """Ours and another's on instances and weights."""
+    rows, lines = [row for row in read_csv(name) if "objective" in row or "note" in row], []
+    for row in rows:
+        cells = [number(row, c) for c in ("seconds_median", "tflop_equivalents")]
+        lines.append([f"{row['instance']}, β/β_max {row['beta_ratio']}", row["solver"], *cells, row.get("excess", "–"),
+                      f"{settings(row)} {row.get('note', '') if 'objective' in row else ''}"])  # fmt: skip
+    columns = ["problem", "solver", "seconds", "TFLOP-equivalents", "excess", "settings"]
+    return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
+
+
+def ablation() -> str:
+    rows, lines = read_csv("ablation"), []
+    base = {row["instance"]: float(row["seconds_median"]) for row in rows if row["variant"] == "as it is"}
+    for row in rows:
+        if "objective" not in row:
+            lines.append([row["variant"], "–", "–", "–", "–", "–", "–", row.get("note", "")])
+            continue
+        evaluations = f"{row['evaluations_bfloat16']} + {row['evaluations_float32']}"
+        products = f"{row['products_bfloat16']} + {row['products_float32']} + {row['products_float64']}"
+        ratio = float(row["seconds_median"]) / base[row["instance"]] if row["instance"] in base else float("nan")
+        cells = [number(row, "seconds_median"), f"{ratio:.2f}", evaluations, products, row["newton_hessians"]]
+        lines.append([row["variant"], *cells, number(row, "relative_gap_certified", 2), row["instance"].split()[1]])
+    columns = ["", "seconds", "× as it is", "evaluations (bfloat16 + float32)"]
+    columns += ["products (bfloat16 + float32 + float64)", "Newton Hessians", "certified", "images"]
+    return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for table in (suite, heads, evaluation, growth, mlp_scnn, linear_head, ablation):
+        marks = f"<!-- begin {table.__name__} -->", f"<!-- end {table.__name__} -->"
+        pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+        text = f"{marks[0]}\n\n{table()}\n\n{marks[1]}"
+        page, found = pattern.subn(lambda _, text=text: text, page)
+        assert found == 1, f"docs/speed.md has no place for {table.__name__}"
+    for figure in RESULTS.glob("suite-*.svg"):
+        shutil.copy(figure, PAGE.parent / "images" / figure.name)
+    PAGE.write_text(page)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
