@@ -17,6 +17,7 @@ from convexhead.errors import InputError, choose, require
 from convexhead.experiments.cells import Cell, PathSettings, TwinSettings
 from convexhead.experiments.comparison import Notify, Results, Settings, cells_of, run
 from convexhead.experiments.results import write_results
+from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, check_test_split, chosen_splits
 from convexhead.heads import HEADS
 from convexhead.tokens import TokenStore, extract, open_source
@@ -130,6 +131,7 @@ def run_cifar100(
     choice = replace(chosen.images, **_given(token_pool=token_pool, channels=channels))
     settings = _settings(chosen, every_cell, heads, activations, _given(n_gates=n_gates), _given(epochs=epochs))
 
+    RunFolder(out).check()
     store = _open_tokens(out, images, backbone, layer, tokens, choice, notify)
     splits = chosen_splits(store, choice)
     if splits.train.class_tokens is None:
@@ -207,7 +209,8 @@ def _open_tokens(
         backbone,
         out / "tokens",
         layer=layer,
-        crop_pct=1.0,  # 32 pixels have no margin to cut off
+        # 32 pixels have no margin to cut off; raw patches take the image as it is.
+        crop_pct=None if backbone.startswith("patches:") else 1.0,
         progress=lambda p: say(f"tokens, {p.images_per_second:.0f} images/s", p.done, p.total),
     )
 

@@ -14,6 +14,7 @@ from convexhead.errors import require
 from convexhead.experiments.cells import PathSettings
 from convexhead.experiments.comparison import Notify, Settings, run
 from convexhead.experiments.results import write_results
+from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Splits, splits_of_store
 from convexhead.interpret import token_contributions
 from convexhead.persistence import load
@@ -45,6 +46,7 @@ def run_demo(out: Path, *, settings: Settings | None = None, notify: Notify | No
     from convexhead.tokens import extract, open_source
 
     say = notify or (lambda what, done, total: None)
+    RunFolder(out).check()
     source = open_source(SOURCE)
     store = extract(
         source,

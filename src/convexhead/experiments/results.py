@@ -9,16 +9,20 @@ from typing import Any
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
-    """``results.json``, ``table.md``, ``table.csv``, ``figures/`` and ``index.html``."""
-    from convexhead.report import csv_rows, figures, markdown_table, render
+    """Results as JSON, the tables of heads and of methods as markdown and CSV, ``figures/`` and ``index.html``."""
+    from convexhead.report import csv_rows, figures, markdown_table, methods, render
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "table.md").write_text(markdown_table(results))
     write_csv(csv_rows(results), out / "table.csv")
+    (out / "methods.md").write_text(methods.markdown(results))
+    write_csv(results["methods"], out / "methods.csv")
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
-    drawn = [figures.excess, figures.convergence, figures.spectra, figures.path]
+    drawn = [figures.excess, figures.convergence, figures.spectra, figures.path, methods.tuning, methods.learning_rates]
+    if results.get("sizes"):
+        drawn.append(methods.sizes)
     if results["attention"]:
         drawn.append(figures.attention_maps)
     for draw in drawn:

@@ -77,13 +77,26 @@ class RunFolder:
                     f"{str(self.path)!r} holds a run with other settings ({told}): choose another folder, or delete it"
                 )
             return
-        strangers = sorted(item.name for item in self.path.iterdir() if item.name not in OTHERS)
-        strangers = [name for name in strangers if not name.endswith(".tmp")]
-        if strangers:
-            raise FileFormatError(
-                f"{str(self.path)!r} holds {strangers[0]!r} but no run: choose a new or an empty folder"
-            )
+        self.check()
         write_atomic(file, json.dumps(settings, indent=1).encode())
+
+    def check(self) -> None:
+        """Refuse a folder that holds anything but a run, before anything is written into it.
+
+        Raises
+        ------
+        FileFormatError
+            It is a file, or holds other things.
+        """
+        if self.path.is_file():
+            raise FileFormatError(f"{str(self.path)!r} is a file: choose a folder for the run")
+        if not self.path.is_dir() or (self.path / "settings.json").is_file():
+            return
+        for item in sorted(self.path.iterdir()):
+            if item.name not in OTHERS and item.suffix != ".tmp":
+                raise FileFormatError(
+                    f"{str(self.path)!r} holds {item.name!r} but no run: choose a new or an empty folder"
+                )
 
     def once(self, name: str, make: Callable[[], Piece]) -> Piece:
         """The piece ``name``: read if it is finished, else made and kept."""
