@@ -191,10 +191,12 @@ def train_twins(splits: Splits, settings: TwinSettings, cell: Cell, folder: RunF
     model = load(folder.model(cell.name))
     problem = cache(lambda: problem_of(model, splits.train))  # prepared only if something is left to run
     numbers = settings.heads or (max(settings.spare_heads, model.n_heads_),)
+    if cell.head == "linear":
+        numbers = (1,)  # it has no atoms to number
     return [
         Twin(how, m, _tune(problem, model, splits.validation, settings, how, m, f"{cell.name}/{how}-{m}", folder))
         for how in settings.optimizers
-        for m in (numbers if cell.head != "linear" else numbers[:1])  # the linear head has no atoms to number
+        for m in numbers
     ]
 
 

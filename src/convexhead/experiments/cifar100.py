@@ -64,9 +64,9 @@ SCALES = {
     "10k": Scale(
         TokenChoice(train=80, test=20, token_pool=7, channels=100),
         cells=(*LINEAR, *cells_of(("self-attention", "mlp", "fno"), ["gated-relu"])),
-        path=PathSettings(RATIOS, patience=1, n_gates=50),
+        path=PathSettings(RATIOS, patience=1, n_gates=8),
         twins=TWINS,
-        jobs=1,
+        jobs=2,
     ),
     "full": Scale(
         TokenChoice(validation=0.1, token_pool=7, channels=100),

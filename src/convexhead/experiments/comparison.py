@@ -234,7 +234,7 @@ def _results(
     if "mean-token" in probes:
         piece = probes["mean-token"].runs[0]
         baseline = {
-            "name": PROBES["mean-token"],
+            "name": "Linear probe (scikit-learn, L2, mean token)",
             "validation_accuracy": piece.record["validation_accuracy"],
             "test_accuracy": scores[piece.name][0],
             "seconds": piece.record["seconds"],

@@ -27,10 +27,10 @@ from convexhead.experiments.tuning import Tuned
 
 Array = NDArray[Any]
 PROBES = {
-    "mean-token": "Linear probe (scikit-learn, L2, mean token)",
-    "class-token": "Linear probe (scikit-learn, L2, class token)",
-    "k-nn": "k nearest neighbours (scikit-learn, cosine, mean token)",
-    "attentive-probe": "Attentive probe (multi-query softmax attention, AdamW)",
+    "mean-token": "Linear probe, mean token",
+    "class-token": "Linear probe, class token",
+    "k-nn": "k-NN, mean token",
+    "attentive-probe": "Attentive probe",
 }
 INVERSE_WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NEIGHBOURS = (1, 5, 10, 20, 50)

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 INK, RULE = "#23262b", "#d9dadd"
 CONVEX, ADAM = "#0072b2", "#d55e00"
-ACTIVATIONS = {"linear": ("#009e73", "o", "-"), "gated-relu": ("#cc79a7", "s", "--")}
+ACTIVATIONS = {
+    "linear": ("#009e73", "o", "-"),
+    "gated-relu": ("#cc79a7", "s", "--"),
+    "relu": ("#56b4e9", "^", "-."),
+}
 HEADS = {
     "self-attention": ("#d55e00", "o"),
     "mlp-mixer": ("#0072b2", "s"),
@@ -220,7 +224,7 @@ def spectra(results: Results) -> Figure:
             figure,
             [
                 (name, {"color": color, "marker": marker, "linestyle": dash, "markersize": 3})
-                for name, (color, marker, dash) in ACTIVATIONS.items()
+                for name, (color, marker, dash) in activations_of(results).items()
             ],
         )
     return figure
@@ -279,6 +283,12 @@ def attention_maps(results: Results, columns: int = 6) -> Figure:
             ax.set_title(f"{item['label']} ✗ {item['predicted']}" if wrong else str(item["label"]), fontsize=7)
             ax.set_axis_off()
     return figure
+
+
+def activations_of(results: Results) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and dash of the activations that occur."""
+    present = {row["activation"] for row in results["rows"]}
+    return {name: style for name, style in ACTIVATIONS.items() if name in present}
 
 
 def by_head(results: Results) -> dict[str, list[Row]]:

@@ -189,7 +189,7 @@ def sizes(results: Results) -> Figure:
         styles: dict[str, dict[str, Any]] = {}
         for point in results["sizes"]:
             for row in point["methods"]:
-                name = f"{row['head'].partition(' (')[0]}, {short(row)}"
+                name = row["head"] if row["method"] == "probe" else f"{row['head']}, {short(row)}"
                 lines.setdefault(name, []).append((point["images_per_class"], 100 * row["test_top1"]))
                 probe = row["method"] == "probe"
                 styles[name] = {

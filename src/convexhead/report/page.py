@@ -91,7 +91,7 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
         ],
         **_method_figures(results, inline),
         "head_colors": {row["head"]: themed(figures.head_color(row["head"])) for row in rows},
-        "activation_colors": figures.ACTIVATIONS,
+        "activation_colors": figures.activations_of(results),
     }
 
 
