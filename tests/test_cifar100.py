@@ -190,12 +190,12 @@ def test_choices_do_not_depend_on_test_images(store, tmp_path):
 # -- going on ---------------------------------------------------------------------------------------------------------
 def command(photos, out, *more):
     flags = ["--scale", "2k", "--backbone", "patches:4", "--channels", "9", "--epochs", "2", "--n-gates", "2"]
-    heads = ["--heads", "self-attention,linear", "--activations", "linear", "--json", *more]
+    heads = ["--heads", "mlp,linear", "--activations", "linear", "--json", *more]
     return [sys.executable, "-m", "convexhead", "cifar100", "--images", str(photos), "--out", str(out), *flags, *heads]
 
 
 def test_a_run_killed_three_times_gives_the_same_table(photos, tmp_path):
-    """SIGKILL, at different stages, once with worker processes; then the same table as without."""
+    """SIGKILL, at different stages, once with worker processes; undisturbed, all is trained in worker processes."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     out = tmp_path / "killed"
     folder = RunFolder(out)
@@ -207,25 +207,10 @@ def test_a_run_killed_three_times_gives_the_same_table(photos, tmp_path):
         assert process.wait() == -signal.SIGKILL
         assert not (out / "results.json").exists()
     tables = []
-    for place in (out, tmp_path / "undisturbed"):
-        done = subprocess.run(command(photos, place, "--jobs", "1"), env=env, check=True, capture_output=True)
+    for place, jobs in ((out, 1), (tmp_path / "undisturbed", 2)):
+        done = subprocess.run(command(photos, place, "--jobs", str(jobs)), env=env, check=True, capture_output=True)
         tables.append(without_times(json.loads(done.stdout)["methods"]))
     assert tables[0] == tables[1]
-
-
-def test_processes_give_the_same_table(store, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        tables = [
-            cifar100.run_cifar100(tmp_path / str(jobs), tokens=store.path, **{**SMALL, "jobs": jobs})["methods"]
-            for jobs in (1, 2)
-        ]
-    finally:
-        torch.set_num_threads(threads)
-    for one, two in zip(*map(without_times, tables), strict=True):
-        for key, value in one.items():
-            assert two[key] == (pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value), key
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def _train_in_processes(
     """Train cells and probes, ``jobs`` at a time; what they leave is in the folder."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     unread = replace(splits, load_test=_not_here)
-    started = (unread, settings, folder.path, max(1, cores // jobs), os.getpid())
+    threads = max(1, min(torch.get_num_threads(), cores // jobs))
+    started = (unread, settings, folder.path, threads, os.getpid())
     # New interpreters: a fork of a process that has used several threads may hang in the next product.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=_begin_worker, initargs=started) as pool:
