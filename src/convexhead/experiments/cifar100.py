@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments.cells import Cell, PathSettings, TwinSettings
 from convexhead.experiments.comparison import Notify, Results, Settings, cells_of, run
@@ -219,7 +221,8 @@ def _sizes(
     store: TokenStore, choice: TokenChoice, settings: Settings, out: Path, jobs: int, notify: Notify | None
 ) -> list[dict[str, Any]]:
     """The main heads and the linear probe on few images of each class, each size a run of its own."""
-    largest = choice.train or min(SIZES[-1], store["train"].labels.size // len(store.class_names))
+    available = int(np.unique(store["train"].labels, return_counts=True)[1].min())
+    largest = min(choice.train or available, available)
     fewer = replace(settings, cells=MAIN, probes=("mean-token", "attentive-probe"))
     curve = []
     for size in sorted({min(size, largest) for size in SIZES}):

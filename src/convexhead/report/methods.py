@@ -183,7 +183,7 @@ def learning_rates(results: Results) -> Figure:
 
 def sizes(results: Results) -> Figure:
     """Test accuracy of the main methods against the number of train images of each class."""
-    with figures.new_figure((5.4, 3.4)) as figure:
+    with figures.new_figure((6.0, 3.6)) as figure:
         ax = figure.add_subplot()
         lines: dict[str, list[tuple[float, float]]] = {}
         styles: dict[str, dict[str, Any]] = {}
