@@ -658,7 +658,7 @@ def cifar100(
             out, images=images, backbone=backbone, layer=layer, tokens=tokens, scale=scale.value,
             every_cell=every_cell, heads=tuple(_names(heads)), activations=tuple(_names(activations)),
             token_pool=token_pool, channels=channels, n_gates=n_gates, epochs=epochs, sizes=sizes, jobs=jobs,
-            notify=notify,
+            notify=notify, command=["convexhead", *sys.argv[1:]],
         )  # fmt: skip
     _show_comparison(results, as_json)
 

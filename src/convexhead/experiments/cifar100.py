@@ -9,6 +9,7 @@ spread over seeds and with what tuning it cost, and nothing is chosen on test im
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def run_cifar100(
     sizes: bool = False,
     jobs: int | None = None,
     notify: Notify | None = None,
+    command: Sequence[str] = (),
 ) -> Results:
     """Run the experiment into the folder ``out``, or go on with it, and write tables, figures and the page.
 
@@ -121,6 +123,8 @@ def run_cifar100(
     jobs : int or None
         Cells trained at a time.
     notify : callable (what, done, total) or None
+    command : sequence of str
+        What the page tells to type to have it again.
 
     Raises
     ------
@@ -144,6 +148,7 @@ def run_cifar100(
         results["sizes"] = _sizes(store, choice, settings, out, jobs or chosen.jobs, notify)
     results["dataset"]["name"] = f"CIFAR-100 ({scale})"
     results["settings"] |= {"scale": scale, "every_cell": every_cell, "tokens": asdict(choice)}
+    results["reproduce"] = [list(command)] if command else []
     write_results(results, out)
     return results
 

@@ -88,10 +88,11 @@ def draw_tuning(ax: Axes, rows: Sequence[Row]) -> None:
         x, y = number(row["seconds_total"]), number(row["test_top1"])
         if x is None or y is None:
             continue
+        x = max(x, 1e-2)
         color = figures.INK if row["method"] == "probe" else figures.head_color(row["head"].split(" ")[0])
         filled = row["method"] in ("convex", "probe")
         ax.plot(
-            max(x, 1e-2),
+            x,
             100 * y,
             MARKS[short(row)],
             color=color,
