@@ -24,7 +24,7 @@ from convexhead.experiments.splits import Splits
 from convexhead.experiments.tuning import Tuned, tune
 
 QUERIES = 16
-OPTIONS = tuple((lr, decay) for lr in (0.0003, 0.001, 0.003, 0.01) for decay in (0.01, 0.3))
+OPTIONS = tuple((lr, decay) for lr in (0.001, 0.003, 0.01, 0.03) for decay in (0.01, 0.3))
 """Learning rates and weight decays that are tried."""
 
 

@@ -48,7 +48,7 @@ class Scale:
 LINEAR = cells_of(PRIORITY, ["linear"])
 GATED = cells_of(PRIORITY, ["gated-relu"])
 RELU = cells_of(PRIORITY, ["relu"])
-RATIOS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
 TWINS = TwinSettings(
     heads=(20,),
     learning_rates=(0.003, 0.01, 0.03, 0.1),
