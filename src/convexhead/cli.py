@@ -1,4 +1,4 @@
-"""The command line: ``convexhead demo | extract | store | fit | path | evaluate | twin | audit | compare | report``.
+"""The command line: ``convexhead demo | extract | store | fit | path | evaluate | twin | audit | compare | report``, …
 
 Every command prints a table for people or, with ``--json``, one JSON object for machines. Exit codes: 0 done, 1 failed
 (one line on standard error that says what to do), 2 wrong usage.
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -26,6 +27,7 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from sklearn.exceptions import ConvergenceWarning
@@ -81,10 +83,13 @@ def _emit(result: dict[str, Any], as_json: bool, *lines: Any) -> None:
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A live line on standard error; silent for ``--json`` and where no person watches."""
-    if quiet or not errors.is_terminal:
+def _progress(quiet: bool, *, lines: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A live line on standard error; silent for ``--json``, and without a terminal unless ``lines`` asks for a log."""
+    if quiet or not (errors.is_terminal or lines):
         yield lambda what, done, total: None
+        return
+    if not errors.is_terminal:
+        yield _log()
         return
     columns = (
         SpinnerColumn(),
@@ -92,10 +97,30 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True, speed_estimate_period=3600.0) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+
+
+def _log() -> Callable[[str, int, int], None]:
+    """A line at every step, with the time left at the mean rate since the start: for long runs without a terminal."""
+    began, first, last = time.monotonic(), None, None
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal first, last
+        if total != (last or (0, 0))[1]:  # another stage
+            first = done
+        if (done, total) == last:
+            return
+        last = done, total
+        rate = (done - (first or 0)) / max(time.monotonic() - began, 1e-9)
+        left = f", {(total - done) / rate / 60:.0f} min left" if rate > 0 else ""
+        errors.print(f"{done}/{total} {what}{left}", soft_wrap=True)
+
+    return show
 
 
 @contextlib.contextmanager
@@ -144,8 +169,9 @@ def demo(
 
     from convexhead.experiments.demo import DEMO, run_demo
 
+    settings = replace(DEMO, twins=replace(DEMO.twins, seeds=tuple(range(seeds))))
     with _progress(as_json) as notify:
-        results = run_demo(out, settings=replace(DEMO, seeds=tuple(range(seeds))), notify=notify)
+        results = run_demo(out, settings=settings, notify=notify)
     _show_comparison(results, as_json)
 
 
@@ -153,7 +179,7 @@ def _show_comparison(results: dict[str, Any], as_json: bool) -> None:
     from convexhead.report import terminal_table
 
     if as_json:
-        print(json.dumps({key: results[key] for key in ("dataset", "rows", "baseline", "page")}))
+        print(json.dumps({key: results[key] for key in ("dataset", "rows", "baseline", "methods", "page")}))
         return
     page = Path(results["page"]).resolve()
     _emit(results, False, terminal_table(results), f"\nThe page: [bold]{page}[/]  (open it in any browser)")
@@ -550,9 +576,10 @@ def compare(
     """The table of all heads on a store, with Adam twins and a linear probe, and a page."""
     from convexhead.activation import ACTIVATIONS
     from convexhead.errors import choose, require
-    from convexhead.experiments.comparison import Settings, splits_of_store
-    from convexhead.experiments.comparison import compare as run
-    from convexhead.experiments.demo import write_results
+    from convexhead.experiments.cells import PathSettings, TwinSettings
+    from convexhead.experiments.comparison import Settings, cells_of, run
+    from convexhead.experiments.results import write_results
+    from convexhead.experiments.splits import splits_of_store
     from convexhead.heads import HEADS
 
     require("jinja2", "report")
@@ -562,18 +589,77 @@ def compare(
     except ValueError as error:
         raise InputError(f"--beta-ratios must be numbers separated by commas, got {beta_ratios!r}") from error
     settings = Settings(
-        heads=tuple(choose("head", h, HEADS) for h in heads.split(",")) if heads else tuple(HEADS),
-        activations=tuple(choose("activation", a, ACTIVATIONS) for a in activations.split(",")),
-        beta_ratios=ratios,
-        n_gates=n_gates,
-        seeds=tuple(range(seeds)),
-        tol=tol,
+        cells=tuple(
+            cells_of(
+                [choose("head", h, HEADS) for h in _names(heads)] or HEADS,
+                [choose("activation", a, ACTIVATIONS) for a in _names(activations)],
+            )
+        ),
+        path=PathSettings(beta_ratios=ratios, n_gates=n_gates, tol=tol),
+        twins=TwinSettings(seeds=tuple(range(seeds))),
     )
     opened = _open(store)
     with _progress(as_json) as notify:
-        results = run(splits_of_store(opened, settings), settings, title=f"Every head on {store.name}", notify=notify)
+        results = run(splits_of_store(opened), settings, out, title=f"Every head on {store.name}", notify=notify)
     results["reproduce"] = [f"convexhead compare {store} --out {out}"]
     write_results(results, out)
+    _show_comparison(results, as_json)
+
+
+def _names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+class ScaleName(str, Enum):
+    """How much of CIFAR-100 is used."""
+
+    full = "full"
+    ten = "10k"
+    two = "2k"
+
+
+@app.command()
+def cifar100(
+    out: Out = Path("cifar100"),
+    images: Annotated[
+        Optional[str], typer.Option(help="CIFAR-100: a folder with train/ and test/, or torchvision:CIFAR100.")
+    ] = None,
+    backbone: Annotated[
+        str, typer.Option(help="What makes tokens of the images, as for `convexhead extract`.")
+    ] = "timm:gmlp_s16_224.ra3_in1k",
+    layer: Annotated[Optional[int], typer.Option(help="Inner block; default: the last map.")] = None,
+    tokens: Annotated[Optional[Path], typer.Option(help="A token store, in place of images and backbone.")] = None,
+    scale: Annotated[
+        ScaleName, typer.Option(help="All images; 80 + 20 of each class; or that of the first 20 classes.")
+    ] = ScaleName.full,
+    every_cell: Annotated[
+        bool, typer.Option("--every-cell", help="Every head and activation, twins with 5, 20 and 50 heads: long.")
+    ] = False,
+    heads: Annotated[str, typer.Option(help="Heads to keep, separated by commas; default: the scale's.")] = "",
+    activations: Annotated[str, typer.Option(help="Activations to keep; default: the scale's.")] = "",
+    token_pool: Annotated[Optional[int], typer.Option(help="Side of the token grid to average down to.")] = None,
+    channels: Annotated[
+        Optional[int], typer.Option(help="Principal components kept, with the constant channel.")
+    ] = None,
+    n_gates: Annotated[Optional[int], typer.Option(help="Gates sampled for gated-relu.")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="Of every twin and attentive probe.")] = None,
+    sizes: Annotated[bool, typer.Option("--sizes", help="Also train the main heads on fewer images.")] = False,
+    jobs: Annotated[Optional[int], typer.Option(help="Cells trained at a time, in processes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The published experiment: every head, convex and not, on CIFAR-100; run it again to go on."""
+    from convexhead.experiments.cifar100 import run_cifar100
+
+    if jobs is not None and jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {jobs}")
+    with _progress(as_json, lines=True) as notify:
+        results = run_cifar100(
+            out, images=images, backbone=backbone, layer=layer, tokens=tokens, scale=scale.value,
+            every_cell=every_cell, heads=tuple(_names(heads)), activations=tuple(_names(activations)),
+            token_pool=token_pool, channels=channels, n_gates=n_gates, epochs=epochs, sizes=sizes, jobs=jobs,
+            notify=notify, command=["convexhead", *sys.argv[1:]],
+        )  # fmt: skip
     _show_comparison(results, as_json)
 
 

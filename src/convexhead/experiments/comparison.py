@@ -1,310 +1,403 @@
-"""Every head on the same tokens: certified, tuned on a validation split, beside its non-convex twin and a linear probe.
+"""Every head on the same tokens: certified, tuned on a validation split, beside its non-convex twins and probes.
 
-For each head and activation
+1. Every cell (`cells`) and every probe (`probes`) is trained and tuned without the test images.
+2. At the very end these are read, once, and everything that was chosen is scored on them.
 
-1. a warm-started path over β on the training split, scored on the validation split, which chooses β;
-2. the same head with as many atoms trained by Adam at that β, the learning rate chosen by training objective;
-3. at the very end, one pass over the test split for everything that was chosen.
+Each piece of work is kept in the run's folder, from which the same command goes on.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
+import multiprocessing
 import os
 import platform
+import statistics
+import threading
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from convexhead._version import __version__
+from convexhead.errors import ConvexHeadError
+from convexhead.experiments.attentive_probe import OPTIONS
+from convexhead.experiments.cells import (
+    Cell,
+    PathSettings,
+    Twin,
+    TwinSettings,
+    fit_path,
+    network_scores,
+    restore_twin,
+    top,
+    train_twins,
+)
+from convexhead.experiments.probes import PROBES, fit_probe, probe_scores
+from convexhead.experiments.run_folder import Piece, RunFolder
+from convexhead.experiments.splits import Part, Splits
+from convexhead.experiments.tuning import Tuned
 from convexhead.heads import HEADS
-from convexhead.path import best, regularization_path
-from convexhead.training import TrainingResult, train_adam, tune_learning_rate
+from convexhead.persistence import load
+from convexhead.tokens.files import make_folder, writer_lock
 
-Array = NDArray[Any]
 Notify = Callable[[str, int, int], None]
+Results = dict[str, Any]
+ROUNDING = 1e-9
+"""By how much, relatively, rounding may put a twin below a certified bound."""
+
+
+def cells_of(heads: Iterable[str] = tuple(HEADS), activations: Iterable[str] = ("linear", "gated-relu")) -> list[Cell]:
+    """Every head with every activation; the linear head has the linear one only."""
+    heads = list(heads)
+    return [
+        Cell(head, activation)
+        for activation in activations
+        for head in heads
+        if head != "linear" or activation == "linear"
+    ]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a comparison runs.
+    """What is run: the cells of the table and the probes, and how they are trained."""
 
-    Attributes
-    ----------
-    heads, activations
-        Cells of the table; the linear head is linear only.
-    beta_ratios : tuple of float
-        The path.
-    tol : float
-        Certified relative gap of every fit.
-    n_gates : int
-        Of the gated ReLU.
-    validation : float
-        Share of the training split held out to choose by, where there is no validation split.
-    patience : int
-        The path ends after this many fits in a row without a better validation score.
-    seeds : tuple of int
-        Adam's; none: no twins.
-    learning_rates : tuple of float
-        Tried with the first seed.
-    epochs, batch_size : int
-        Adam's.
-    spare_heads : int
-        Atoms that a twin has at least.
-    random_state : int
-        Of the validation split, the gates and the random starts.
-    """
+    cells: tuple[Cell, ...] = tuple(cells_of())
+    probes: tuple[str, ...] = ("mean-token",)
+    path: PathSettings = field(default_factory=PathSettings)
+    twins: TwinSettings = field(default_factory=TwinSettings)
 
-    heads: tuple[str, ...] = tuple(HEADS)
-    activations: tuple[str, ...] = ("linear", "gated-relu")
-    beta_ratios: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
-    tol: float = 1e-3
-    n_gates: int = 8
-    validation: float = 0.2
-    patience: int = 2
-    seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    epochs: int = 100
-    batch_size: int = 256
-    spare_heads: int = 10
-    random_state: int = 0
-
-    def cells(self) -> list[tuple[str, str]]:
-        """``(head, activation)`` of every row."""
-        pairs = [(head, activation) for activation in self.activations for head in self.heads]
-        return [(head, activation) for head, activation in pairs if head != "linear" or activation == "linear"]
+    def pieces(self) -> int:
+        """How many pieces of work the run has, the last one the test images."""
+        probes = sum(self.twins.runs(len(OPTIONS)) if name == "attentive-probe" else 1 for name in self.probes)
+        a_twin = self.twins.runs(len(self.twins.learning_rates)) * len(self.twins.optimizers)
+        twins = sum(a_twin * (1 if cell.head == "linear" else max(1, len(self.twins.heads))) for cell in self.cells)
+        return probes + len(self.cells) + twins + 1
 
 
 @dataclass
-class Splits:
-    """Tokens ``(n, s, d)`` and labels of the splits; the test split is behind a function, called once, at the end."""
+class Trained:
+    """A cell when all training is over."""
 
-    train: tuple[Array, Array]
-    validation: tuple[Array, Array]
-    load_test: Callable[[], tuple[Array, Array]]
-    class_names: list[str]
-    grid: tuple[int, int]
-    name: str
-    backbone: str
-    test_files: list[str] = field(default_factory=list)
+    cell: Cell
+    path: Piece
+    twins: list[Twin]
 
-
-def splits_of_store(store: Any, settings: Settings) -> Splits:
-    """Splits of a token store; a validation split is held out of the training split where the store has none."""
-    train = store["train"] if "train" in store.splits else store[store.splits[0]]
-    X, y = train.read(), np.asarray(train.labels)
-    if "val" in store.splits:
-        held_out = store["val"].read(), np.asarray(store["val"].labels)
-        kept = X, y
-    else:
-        kept_rows, held_rows = train_test_split(
-            np.arange(len(y)), test_size=settings.validation, stratify=y, random_state=settings.random_state
-        )
-        kept, held_out = (X[kept_rows], y[kept_rows]), (X[held_rows], y[held_rows])
-    if "test" not in store.splits:
-        raise ValueError("a comparison needs a test split: extract images with train/ and test/ beside each other")
-    test = store["test"]
-    info = store.info()
-    return Splits(
-        train=kept,
-        validation=held_out,
-        load_test=lambda: (test.read(), np.asarray(test.labels)),
-        class_names=list(train.class_names),
-        grid=tuple(train.grid),
-        name=str(info["source"]),
-        backbone=str(info["backbone"]) + ("" if info["layer"] is None else f", block {info['layer']}"),
-        test_files=list(test.files),
-    )
+    @property
+    def main_twin(self) -> Twin | None:
+        """Adam on the same objective, with the number of atoms that validation prefers."""
+        same = [twin for twin in self.twins if twin.optimizer == "l2"]
+        return max(same, key=lambda twin: _mean(twin.tuned.runs, "validation_accuracy"), default=None)
 
 
-def compare(splits: Splits, settings: Settings, *, title: str, notify: Notify | None = None) -> dict[str, Any]:
-    """Run all cells and return the results as JSON-able values, as `convexhead.report` takes them."""
-    cells = settings.cells()
-    total = len(cells) + 2
+def run(
+    splits: Splits, settings: Settings, out: Path, *, title: str, jobs: int = 1, notify: Notify | None = None
+) -> Results:
+    """Run everything that ``out`` does not hold yet, and return the results as `convexhead.report` takes them.
+
+    Parameters
+    ----------
+    splits : Splits
+    settings : Settings
+    out : Path
+        Folder of the run; see `convexhead.experiments.run_folder`.
+    title : str
+        Of the page.
+    jobs : int
+        Cells trained at a time, in processes that share the cores.
+    notify : callable (what, done, total) or None
+        Told of progress.
+
+    Raises
+    ------
+    FileFormatError
+        ``out`` holds something else, or a run with other settings.
+    StoreWriteError
+        ``out`` cannot be written, or another process is writing it.
+    """
     say = notify or (lambda what, done, total: None)
-    say("linear probe", 0, total)
-    probe = _linear_probe(splits)
-    fitted = []
-    for i, (head, activation) in enumerate(cells):
-        say(f"{head}, {activation}", i + 1, total)
-        fitted.append(_fit_cell(splits, settings, head, activation))
-    say("test images", total - 1, total)
-    X_test, y_test = splits.load_test()
-    rows = [_row(cell, X_test, y_test) for cell in fitted]
-    baseline = {
-        "name": "Linear probe (scikit-learn, L2, mean token)",
-        "validation_accuracy": probe["validation_accuracy"],
-        "test_accuracy": float(probe["model"].score(X_test.mean(1), y_test)),
-        "seconds": probe["seconds"],
-        "detail": f"logistic regression on standardised mean tokens, C={probe['C']:g} chosen on validation",
-    }
-    n, s, d = splits.train[0].shape
-    results: dict[str, Any] = {
+    total = settings.pieces()
+    folder = RunFolder(out, lambda name: say(name, folder.count(), total))
+    make_folder(out)
+    with writer_lock(out):
+        folder.begin({**asdict(settings), "images": splits.name, "data": splits.identity})
+        say("training", folder.count(), total)
+        if jobs > 1:
+            _train_in_processes(splits, settings, folder, jobs, lambda: say("training", folder.count(), total))
+        probes = {name: fit_probe(name, splits, settings.twins, folder) for name in settings.probes}
+        trained = [_train_cell(splits, settings, folder, cell) for cell in settings.cells]
+        say("test images", folder.count(), total)
+        test = folder.once("test", lambda: _score_test(splits, folder, probes, trained))
+        say("done", total, total)
+    return _results(splits, settings, probes, trained, test.record, title)
+
+
+def _train_cell(splits: Splits, settings: Settings, folder: RunFolder, cell: Cell) -> Trained:
+    path = folder.once(f"{cell.name}/path", lambda: fit_path(splits, settings.path, cell, folder))
+    return Trained(cell, path, train_twins(splits, settings.twins, cell, folder))
+
+
+# -- several cells at a time ------------------------------------------------------------------------------------------
+def _train_in_processes(
+    splits: Splits, settings: Settings, folder: RunFolder, jobs: int, tick: Callable[[], None]
+) -> None:
+    """Train cells and probes, ``jobs`` at a time; what they leave is in the folder."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    unread = replace(splits, load_test=_not_here)
+    threads = max(1, min(torch.get_num_threads(), cores // jobs))
+    started = (unread, settings, folder.path, threads, os.getpid())
+    # New interpreters: a fork of a process that has used several threads may hang in the next product.
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=_begin_worker, initargs=started) as pool:
+        # The longest first: gated cells.
+        cells = sorted(settings.cells, key=lambda cell: cell.activation == "linear")
+        tasks: list[Cell | str] = [*cells, *settings.probes]
+        pending = {pool.submit(_work, task) for task in tasks}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=1.0, return_when="FIRST_COMPLETED")
+                for future in done:
+                    future.result()
+                tick()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _not_here() -> Part:
+    raise ConvexHeadError("the test images are read by one process, when everything is chosen")
+
+
+_worker: dict[str, Any] = {}
+
+
+def _begin_worker(splits: Splits, settings: Settings, out: Path, threads: int, parent: int) -> None:
+    torch.set_num_threads(threads)
+    _worker.update(splits=splits, settings=settings, folder=RunFolder(out))
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(task: Cell | str) -> None:
+    splits, settings, folder = _worker["splits"], _worker["settings"], _worker["folder"]
+    if isinstance(task, Cell):
+        _train_cell(splits, settings, folder, task)
+    else:
+        fit_probe(task, splits, settings.twins, folder)
+
+
+# -- the test images --------------------------------------------------------------------------------------------------
+def _score_test(splits: Splits, folder: RunFolder, probes: dict[str, Tuned], trained: list[Trained]) -> Piece:
+    """Read the test images and score everything that was chosen: ``{name of the piece: [top-1, top-5]}``."""
+    test = splits.load_test()
+    classes = np.unique(splits.train.labels)
+    scores: dict[str, list[float | None]] = {"images": [len(test.labels)]}
+
+    def keep(name: str, outputs: Any) -> None:
+        top1 = top(outputs, classes, test.labels)
+        scores[name] = [top1, top(outputs, classes, test.labels, 5) if len(classes) > 5 else None]
+
+    for probe, tuned in probes.items():
+        for piece in tuned.runs:
+            keep(piece.name, probe_scores(probe, piece, splits.train, test))
+    for each in trained:
+        model = load(folder.model(each.cell.name))
+        keep(each.path.name, model.predict_proba(test.tokens))
+        for twin in each.twins:
+            for piece in twin.tuned.runs:
+                keep(piece.name, network_scores(restore_twin(model, piece.tensors), test.tokens))
+    return Piece(scores)
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+def _results(
+    splits: Splits,
+    settings: Settings,
+    probes: dict[str, Tuned],
+    trained: list[Trained],
+    scores: dict[str, Any],
+    title: str,
+) -> Results:
+    n, s, d = splits.train.tokens.shape
+    baseline = None
+    if "mean-token" in probes:
+        piece = probes["mean-token"].runs[0]
+        baseline = {
+            "name": "Linear probe (scikit-learn, L2, mean token)",
+            "validation_accuracy": piece.record["validation_accuracy"],
+            "test_accuracy": scores[piece.name][0],
+            "seconds": piece.record["seconds"],
+            "detail": piece.record["detail"],
+        }
+    return {
         "title": title,
-        "subtitle": f"{len(rows)} heads trained to a certified optimum on frozen tokens",
+        "subtitle": f"{len(trained)} heads trained to a certified optimum on frozen tokens",
         "dataset": {
             "name": splits.name,
             "train": n,
-            "validation": len(splits.validation[0]),
-            "test": len(X_test),
+            "validation": len(splits.validation.labels),
+            "test": scores["images"][0],
             "tokens": s,
             "channels": d,
             "classes": len(splits.class_names),
             "backbone": splits.backbone,
         },
         "environment": environment(),
-        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(settings).items()},
-        "rows": rows,
+        "settings": asdict(settings),
+        "rows": [_row(each, scores) for each in trained],
         "baseline": baseline,
+        "methods": [row for each in trained for row in _cell_methods(each, scores)]
+        + [_probe_method(name, tuned, scores) for name, tuned in probes.items()],
         "attention": None,
         "reproduce": [],
     }
-    say("done", total, total)
-    results["models"] = {(cell["head"], cell["activation"]): cell["chosen"]["model"] for cell in fitted}
-    results["test"] = X_test, y_test
-    return results
 
 
-def _fit_cell(splits: Splits, settings: Settings, head: str, activation: str) -> dict[str, Any]:
-    X, y = splits.train
-    parameters: dict[str, Any] = {
-        "head": head,
-        "activation": activation,
-        "grid": splits.grid,
-        "tol": settings.tol,
-        "n_gates": settings.n_gates,
-        "n_blocks": _divisor(X.shape[2], 4),
-        "random_state": settings.random_state,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows every gap
-        path = regularization_path(
-            X,
-            y,
-            beta_ratios=settings.beta_ratios,
-            X_val=splits.validation[0],
-            y_val=splits.validation[1],
-            patience=settings.patience,
-            **parameters,
-        )
-    chosen = best(path)
+def _row(each: Trained, scores: dict[str, Any]) -> dict[str, Any]:
+    """A cell with its main twin."""
+    twin = each.main_twin
     return {
-        "head": head,
-        "activation": activation,
-        "path": path,
-        "chosen": chosen,
-        "twin": _twin(chosen["model"], X, y, settings) if settings.seeds else None,
+        **each.path.record,
+        "test_accuracy": scores[each.path.name][0],
+        "test_top5": scores[each.path.name][1],
+        "twin": None if twin is None else _twin_row(twin, each.path.record["certificate"], scores),
     }
 
 
-def _divisor(channels: int, wanted: int) -> int:
-    """The largest divisor of ``channels`` that is at most ``wanted``."""
-    return max(b for b in range(1, wanted + 1) if channels % b == 0)
+def _twin_row(twin: Twin, certificate: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    kept = ("seed", "learning_rate", "objective", "seconds", "history")
+
+    def run(piece: Piece) -> dict[str, Any]:
+        excess = _excess(piece, certificate)
+        return {key: piece.record[key] for key in kept} | {"relative_excess": excess}
+
+    record = twin.tuned.runs[0].record
+    return {
+        "optimizer": record["optimizer"],
+        "n_heads": twin.n_heads,
+        "learning_rate": record["learning_rate"],
+        "tuning_seconds": twin.tuned.seconds,
+        "runs": [run(piece) | {"test_accuracy": scores[piece.name][0]} for piece in twin.tuned.runs],
+        "tried": [run(piece) for piece in twin.tuned.tried],
+    }
 
 
-def _twin(model: Any, X: Array, y: Array, settings: Settings) -> dict[str, Any]:
-    """Adam on the same problem: same gates, same β, at least as many heads."""
-    problem, _ = model._prepare(X, y)
-    n_heads = max(settings.spare_heads, model.n_heads_)
+def _excess(piece: Piece, certificate: dict[str, Any]) -> float | None:
+    """How far a training run ended above the certified optimum, relatively; None where it diverged.
 
-    def train(lr: float, seed: int) -> TrainingResult:
-        return train_adam(
-            problem,
-            model.beta_,
-            n_heads=n_heads,
-            lr=lr,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            seed=seed,
+    Raises
+    ------
+    ConvexHeadError
+        It ended below the certified lower bound, which would refute the certificate.
+    """
+    objective = piece.record["objective"]
+    if objective is None:
+        return None
+    lowest, scale = piece.record["convex_objective"], abs(certificate["primal"])
+    if lowest < certificate["dual"] - ROUNDING * scale:
+        raise ConvexHeadError(
+            f"{piece.name} has objective {lowest!r}, below the certified bound {certificate['dual']!r}: "
+            "this refutes the certificate, please report it"
         )
-
-    tuning = tune_learning_rate(lambda lr: train(lr, settings.seeds[0]), settings.learning_rates)
-    runs = [tuning.best, *(train(tuning.learning_rate, seed) for seed in settings.seeds[1:])]
-    return {"n_heads": n_heads, "tuning": tuning, "runs": runs}
+    return float((objective - certificate["primal"]) / scale)
 
 
-def _row(cell: dict[str, Any], X_test: Array, y_test: Array) -> dict[str, Any]:
-    chosen, model = cell["chosen"], cell["chosen"]["model"]
-    weights = [model.coef_] if hasattr(model, "coef_") else [*model.mixing_, *model.values_]
-    row = {
-        "head": cell["head"],
-        "activation": cell["activation"],
-        "beta_ratio": chosen["beta_ratio"],
-        "beta": chosen["beta"],
-        "validation_accuracy": chosen["val_score"],
-        "test_accuracy": float(model.score(X_test, y_test)),
-        "certificate": model.certificate_.to_dict(),
-        "heads": model.n_heads_,
-        "seconds": sum(point["seconds"] for point in cell["path"]),
-        "fit_seconds": chosen["seconds"],
-        "parameters": int(sum(w.size for w in weights)),
-        "history": model.history_,
-        "singular_values": [block.tolist() for block in model.singular_values_],
-        "path": [
-            {
-                "beta_ratio": point["beta_ratio"],
-                "validation_accuracy": point["val_score"],
-                "heads": point["n_heads"],
-                "relative_gap": point["relative_gap"],
-                "seconds": point["seconds"],
-            }
-            for point in cell["path"]
-        ],
-        "twin": None,
-    }
-    if cell["twin"] is not None:
-        row["twin"] = _twin_row(cell["twin"], model, X_test, y_test)
+def _cell_methods(each: Trained, scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """One flat row for the convex head, and one for each of its twins."""
+    record = each.path.record
+    certificate = record["certificate"]
+    about = {"head": record["head"], "activation": record["activation"]}
+    about |= {key: record[key] for key in ("beta_ratio", "beta")}
+    keys = ("relative_gap", "estimated_gap", "dual", "scope", "converged", "failure_probability")
+    convex = _method(
+        **about,
+        method="convex",
+        heads=record["heads"],
+        validation_accuracy=record["validation_accuracy"],
+        test_top1=scores[each.path.name][0],
+        test_top5=scores[each.path.name][1],
+        objective=certificate["primal"],
+        **{key: certificate[key] for key in keys},
+        seconds=record["fit_seconds"],
+        seconds_total=record["seconds"],
+        fits=len(record["path"]),
+        parameters=record["parameters"],
+    )
+    rows = [convex]
+    for twin in each.twins:
+        excess = [value for piece in twin.tuned.runs if (value := _excess(piece, certificate)) is not None]
+        rows.append(
+            _method(
+                **about,
+                method=twin.tuned.runs[0].record["optimizer"],
+                heads=twin.n_heads,
+                learning_rate=twin.tuned.runs[0].record["learning_rate"],
+                **_tuned_values(twin.tuned, scores),
+                excess_median=statistics.median(excess) if excess else None,
+                excess_worst=max(excess, default=None),
+                convex_seconds_ratio=record["seconds"] / twin.tuned.seconds,
+                parameters=twin.tuned.runs[0].record["parameters"],
+            )
+        )
+    return rows
+
+
+def _probe_method(name: str, tuned: Tuned, scores: dict[str, Any]) -> dict[str, Any]:
+    record = tuned.runs[0].record
+    row = _method(head=PROBES[name], method="probe", **_tuned_values(tuned, scores), parameters=record["parameters"])
+    row["learning_rate"] = record.get("learning_rate")
+    row["fits"] = record.get("fits", row["fits"])
+    row["seconds"] = record.get("fit_seconds", row["seconds"])
     return row
 
 
-def _twin_row(twin: dict[str, Any], model: Any, X_test: Array, y_test: Array) -> dict[str, Any]:
-    optimum = model.certificate_.primal
-    runs = []
-    for run in twin["runs"]:
-        with torch.no_grad():
-            logits = run.module(torch.as_tensor(X_test, dtype=run.module.values.dtype)).numpy()
-        runs.append(
-            {
-                "seed": run.seed,
-                "test_accuracy": float((model.classes_[logits.argmax(1)] == y_test).mean()),
-                "objective": run.objective,
-                "relative_excess": (run.objective - optimum) / abs(optimum),
-                "seconds": run.seconds,
-                "history": [{"seconds": h.seconds, "objective": h.objective} for h in run.history],
-            }
-        )
+def _tuned_values(tuned: Tuned, scores: dict[str, Any]) -> dict[str, Any]:
+    """Means and spread over the seeds of a tuned method, and what tuning cost."""
+    top1, top5 = ([scores[piece.name][k] for piece in tuned.runs] for k in (0, 1))
     return {
-        "optimizer": twin["runs"][0].optimizer,
-        "n_heads": twin["n_heads"],
-        "learning_rate": twin["tuning"].learning_rate,
-        "tuning_seconds": twin["tuning"].seconds,
-        "runs": runs,
+        "validation_accuracy": _mean(tuned.runs, "validation_accuracy"),
+        "test_top1": statistics.fmean(top1),
+        "test_top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
+        "test_top5": None if top5[0] is None else statistics.fmean(top5),
+        "objective": _mean(tuned.runs, "objective"),
+        "seconds": _mean(tuned.runs, "seconds"),
+        "seconds_total": tuned.seconds,
+        "fits": len(tuned.tried),
+        "seeds": len(tuned.runs),
+        "diverged": sum(piece.record.get("objective", 0.0) is None for piece in tuned.tried),
     }
 
 
-def _linear_probe(splits: Splits) -> dict[str, Any]:
-    """scikit-learn's L2 logistic regression on mean tokens, ``C`` chosen on the validation split."""
-    began = time.perf_counter()
-    (X, y), (X_val, y_val) = splits.train, splits.validation
-    fits = []
-    for C in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000)).fit(X.mean(1), y)
-        fits.append((float(model.score(X_val.mean(1), y_val)), -C, model))
-    score, minus_C, model = max(fits, key=lambda fit: fit[:2])
-    seconds = time.perf_counter() - began
-    return {"model": model, "C": -minus_C, "validation_accuracy": score, "seconds": seconds}
+def _mean(pieces: Sequence[Piece], key: str) -> float:
+    """Mean of the finite values; minus infinity where there is none."""
+    values = [value for piece in pieces if (value := piece.record.get(key)) is not None]
+    return statistics.fmean(values) if values else -math.inf
+
+
+METHOD = (
+    "head", "activation", "method", "heads", "learning_rate", "beta_ratio", "beta", "validation_accuracy", "test_top1",
+    "test_top1_sd", "test_top5", "objective", "relative_gap", "estimated_gap", "dual", "scope", "converged",
+    "failure_probability", "excess_median", "excess_worst", "seconds", "seconds_total", "convex_seconds_ratio", "fits",
+    "seeds", "diverged", "parameters",
+)  # fmt: skip
+"""Columns of the flat table; every one of its rows has them all, None where there is nothing to say."""
+
+
+def _method(**values: Any) -> dict[str, Any]:
+    values = {key: None if value == -math.inf else value for key, value in values.items()}
+    return {key: values.pop(key, None) for key in METHOD} | values
 
 
 def environment() -> dict[str, Any]:

@@ -193,7 +193,7 @@ def excess(results: Results, width: float = 7.0) -> Figure:
 
 def convergence(results: Results) -> Figure:
     """Objective above the certified bound, and the gap, against time: one panel a row of the table."""
-    with _grid(len(results["rows"]), columns=4) as (figure, axes):
+    with grid(len(results["rows"]), columns=4) as (figure, axes):
         for ax, row in zip(axes, results["rows"], strict=True):
             draw_convergence(ax, row)
             ax.set_title(name_of(row))
@@ -207,7 +207,7 @@ def convergence(results: Results) -> Figure:
             ),
             ("Adam, one line a seed", {"color": ADAM, "linewidth": 0.8}),
         )
-        _legend(figure, styles)
+        legend(figure, styles)
     return figure
 
 
@@ -220,13 +220,13 @@ def activation_styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
 def spectra(results: Results) -> Figure:
     """Singular values of Z: one panel a head, one line an activation."""
     groups = by_head(results)
-    with _grid(len(groups), columns=3) as (figure, axes):
+    with grid(len(groups), columns=3) as (figure, axes):
         for ax, (head, rows) in zip(axes, groups.items(), strict=True):
             draw_spectrum(ax, rows)
             ax.set_title(head)
         figure.supxlabel("index", fontsize=8)
         figure.supylabel("singular value of Z", fontsize=8)
-        _legend(
+        legend(
             figure,
             [
                 (name, {"color": color, "marker": marker, "linestyle": dash, "markersize": 3})
@@ -250,7 +250,7 @@ def path(results: Results) -> Figure:
         axes[0, 0].set_ylabel("validation accuracy")
         axes[1, 0].set_ylabel("heads found")
         present = dict.fromkeys(row["head"] for row in results["rows"])
-        _legend(
+        legend(
             figure,
             [(head, dict(zip(("color", "marker"), HEADS.get(head, (CONVEX, "X")), strict=True))) for head in present],
         )
@@ -262,7 +262,7 @@ def attention_maps(results: Results, columns: int = 6) -> Figure:
     image = require("matplotlib.image", "report")
     about = results["attention"]
     images, (h, w) = about["images"], about["grid"]
-    with _grid(len(images), columns=min(columns, max(1, len(images))), panel=(1.35, 1.6)) as (figure, axes):
+    with grid(len(images), columns=min(columns, max(1, len(images))), panel=(1.35, 1.6)) as (figure, axes):
         for ax, item in zip(axes, images, strict=True):
             picture = image.imread(io.BytesIO(base64.b64decode(item["png"])), format="png")
             extent = (0, w, h, 0)
@@ -391,7 +391,7 @@ def new_figure(size: tuple[float, float]) -> Iterator[Figure]:
 
 
 @contextmanager
-def _grid(count: int, *, columns: int, panel: tuple[float, float] = (2.3, 1.8)) -> Iterator[tuple[Figure, list[Axes]]]:
+def grid(count: int, *, columns: int, panel: tuple[float, float] = (2.3, 1.8)) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure with ``count`` axes, row by row."""
     columns = max(1, min(columns, count))
     lines = max(1, -(-count // columns))
@@ -402,10 +402,11 @@ def _grid(count: int, *, columns: int, panel: tuple[float, float] = (2.3, 1.8)) 
         yield figure, axes[:count]
 
 
-def _legend(figure: Figure, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
+def legend(figure: Figure, entries: Iterable[tuple[str, dict[str, Any]]], columns: int = 6) -> None:
+    """What colours, marks and dashes mean, above all panels."""
     line = require("matplotlib.lines", "report").Line2D
     handles = [line([], [], label=name, **style) for name, style in entries]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
 
 
 def percent(x: float, _: object = None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import InputError, require
-from convexhead.report import figures, tables
+from convexhead.report import figures, methods, tables
 from convexhead.report.tables import Results, Row
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def render(results: Results) -> str:
         best=max(rows, key=lambda row: row["validation_accuracy"], default=None),
         failure=max((row["certificate"]["failure_probability"] for row in rows), default=0.0),
         scopes={row["certificate"]["scope"] for row in rows},
+        methods=[(row, methods.cells(row)) for row in results.get("methods", [])],
+        method_columns=methods.COLUMNS,
         early=[row for row in rows if not row["certificate"]["converged"]],
         twins=[row["twin"] for row in rows if row.get("twin")],
         gallery=_gallery(results),
@@ -87,9 +89,37 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
             for activation in activations
             if (group := [row for row in rows if row["activation"] == activation and row["path"]])
         ],
+        **_method_figures(results, inline),
         "head_colors": {row["head"]: themed(figures.head_color(row["head"])) for row in rows},
         "activation_colors": figures.activation_styles(rows),
     }
+
+
+def _method_figures(results: Results, inline: Callable[[Figure, str], Any]) -> dict[str, Any]:
+    """What tuning costs and buys, learning rates, numbers of images: of results that have them."""
+    drawn: dict[str, Any] = {"tuning": None, "learning_rates": [], "sizes": None}
+    if results.get("methods"):
+        told = "; ".join(
+            f"{row['head']} {row['activation'] or ''} {methods.short(row)}: {tables.accuracy(row['test_top1'])} after "
+            f"{tables.seconds(row['seconds_total'])}"
+            for row in results["methods"]
+        )
+        drawn["tuning"] = inline(methods.tuning(results), f"Test accuracy against time with all tuning. {told}.")
+        drawn["learning_rates"] = [
+            (row, inline(figures.panel(methods.draw_learning_rates, row), _said_rates(row)))
+            for row in results["rows"]
+            if row.get("twin")
+        ]
+    if results.get("sizes"):
+        counts = ", ".join(str(point["images_per_class"]) for point in results["sizes"])
+        drawn["sizes"] = inline(methods.sizes(results), f"Test accuracy with {counts} train images of each class.")
+    return drawn
+
+
+def _said_rates(row: Row) -> str:
+    rates = sorted({run["learning_rate"] for run in row["twin"]["tried"]})
+    told = f"{figures.name_of(row)}: distance from the optimum against time, by the convex solve and by Adam at "
+    return told + ", ".join(f"{rate:g}" for rate in rates) + "."
 
 
 def _path_panel(results: Results, rows: Sequence[Row], key: str) -> Figure:

@@ -93,6 +93,21 @@ class SplitView:
         view.grid = (1 + self._manifest.shape[0], 1)
         return view
 
+    def unreduced(self) -> SplitView:
+        """Return a view of the tokens as they are stored, as float32."""
+        view = copy.copy(self)
+        view.reduction = None
+        return view
+
+    def class_tokens(self, rows: Any) -> FloatArray:
+        """Return the class tokens ``(k, d)`` of ``rows``, not reduced.
+
+        Raises:
+            InputError: the backbone has no class token.
+        """
+        self._check_prefix()
+        return self._rows.take("prefix", rows)[..., 0, :].astype(np.float32, copy=False)
+
     def __getitem__(self, rows: Any) -> FloatArray:
         """Return reduced tokens: ``(k, s, d)`` of a slice, mask or index array, ``(s, d)`` of an integer."""
         tokens = self._rows.take("tokens", rows)
