@@ -62,6 +62,20 @@ def test_forward_is_the_librarys_function(name, activation, outputs, pool):
 
 @every_pool
 @every_case
+def test_tokens_may_lie_in_memory_as_they_like(name, activation, outputs, pool):
+    problem, gates, atoms = build(name, activation, outputs, pool)
+    module, X = module_of(problem, gates, atoms), problem.X
+    expected = module(X)
+    for other in (X.mT.contiguous().mT, torch.stack([X, X], 1)[:, 0], X.repeat_interleave(2, 2)[:, :, ::2]):
+        assert not other.is_contiguous()
+        found = module(other)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        gradients = [torch.autograd.grad(f.square().sum(), module.values)[0] for f in (found, module(X))]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@every_pool
+@every_case
 def test_autograd_is_the_librarys_gradient(name, activation, outputs, pool):
     problem, gates, atoms = build(name, activation, outputs, pool)
     module = module_of(problem, gates, atoms)

@@ -79,7 +79,7 @@ class SelfAttention(Head):
             return super().gated_mix(data, U, group, gated, which)
         X = data["X"]
         S = X.new_empty(len(X), len(U), 1, self.s)
-        keys = X.view(-1, self.d, 1)
+        keys = X.reshape(-1, self.d, 1)
         for Y, mine in zip(gated, atoms_by_gate(which), strict=True):
             YU = Y.view(-1, self.d) @ U[mine].transpose(0, 1).reshape(self.d, -1)
             YUX = torch.bmm(YU.view(-1, len(mine), self.d), keys)
@@ -93,7 +93,7 @@ class SelfAttention(Head):
         S = self.read_adjoint(data, T).squeeze(2).transpose(1, 2)  # (b, s, k)
         U = T.new_empty(T.shape[2], *self.mixing_shape)
         for Y, mine in zip(gated, atoms_by_gate(which), strict=True):
-            weighted = (S[:, :, mine].unsqueeze(-1) * X.unsqueeze(2)).view(-1, len(mine) * self.d)
+            weighted = (S[:, :, mine].unsqueeze(-1) * X.unsqueeze(2)).reshape(-1, len(mine) * self.d)
             U[mine] = (Y.view(-1, self.d).T @ weighted).view(self.d, -1, self.d).transpose(0, 1)
         return U
 
