@@ -123,6 +123,7 @@ def test_files_of_a_run(finished):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results["methods"])
     assert [float(row["test_top1"]) for row in rows] == [row["test_top1"] for row in results["methods"]]
+    assert all(row["cpu"] and row["torch"] for row in rows)
     kept = json.loads((out / "results.json").read_text())
     assert without_times(kept["methods"]) == without_times(results["methods"])
     assert (out / "methods.md").read_text().count("\n") == len(rows) + 2

@@ -15,9 +15,9 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "table.md").write_text(markdown_table(results))
-    write_csv(csv_rows(results), out / "table.csv")
+    write_csv([row | results["environment"] for row in csv_rows(results)], out / "table.csv")
     (out / "methods.md").write_text(methods.markdown(results))
-    write_csv(results["methods"], out / "methods.csv")
+    write_csv([row | results["environment"] for row in results["methods"]], out / "methods.csv")
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     drawn = [figures.excess, figures.convergence, figures.spectra, figures.path, methods.tuning, methods.learning_rates]

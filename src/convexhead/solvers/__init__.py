@@ -159,6 +159,8 @@ def solve(
         certificate = certificate or certify()
     if certificate.converged:
         stop = Stop.CONVERGED
+    elif stop is Stop.CONVERGED:
+        stop = Stop.STALLED  # by the method's own estimate only
     return Solution(model, certificate, monitor.history, stop)
 
 

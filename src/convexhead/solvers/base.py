@@ -135,11 +135,11 @@ class Solution:
     stop: Stop
 
 
-def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float:
+def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
     """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate.
 
-    What an intercept leaves of ``Σ_i R_i`` is charged at the scale of the targets, or a solver would stop before it
-    has settled.
+    What an intercept leaves of ``Σ_i R_i`` is charged at the scale of the targets and of the ``intercept`` that has
+    been reached, or a solver would stop before it has settled.
     """
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
     loss = problem.loss
@@ -151,5 +151,6 @@ def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float) -> float
     dual = -problem.mean_of(conjugate, f, problem.Y)
     if problem.fit_intercept:
         left = problem.sum(tau * loss.residual(f.double(), problem.Y.double()).sum((0, 1)))[0] / problem.n
-        dual -= (1 + problem.largest_target) * float(left.abs().sum())
+        scale = 1 + problem.largest_target + float(intercept.abs().max())
+        dual -= scale * float(left.abs().sum())
     return dual

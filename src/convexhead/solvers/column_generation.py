@@ -30,7 +30,7 @@ from convexhead.solvers.increments import Increments
 from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions, with_best_step
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
-from convexhead.spectral import GradientMatrices, leading, split_off_model
+from convexhead.spectral import BlockKrylov, GradientMatrices, leading, split_off_model
 
 
 class ColumnGeneration:
@@ -227,13 +227,18 @@ class ColumnGeneration:
             norm = float(directions.sigma.max())
             if len(atoms):
                 krylov, *_ = leading(G, atoms, extra=2, steps=2, generator=self.generator)
-                norm = max(norm, float(model.inner.max() if krylov is None else krylov.values.max().sqrt()))
+                if krylov is None:  # hardly more directions than atoms: look in all of them
+                    blocks = torch.arange(problem.n_blocks, device=R.device)
+                    krylov = BlockKrylov(G.gram, G.random_start(blocks, G.order, self.generator), blocks, G.order)
+                    krylov.step()
+                norm = max(norm, float(krylov.values.max().sqrt()))
         else:
             exact = GradientMatrices(problem, R)
             directions, self._warm = leading_directions(model, exact, self._warm, self._extra(), self.generator)
             norm = float(directions.sigma.max())
         objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
-        gap = self.monitor.record(objective, scaled_dual(problem, point, norm, self.beta), len(atoms))
+        dual = scaled_dual(problem, point, norm, self.beta, atoms.intercept)
+        gap = self.monitor.record(objective, dual, len(atoms))
         return gap, directions
 
     def _new_atoms(

@@ -134,7 +134,7 @@ class Fista:
         """Estimated relative gap of the iterate against the dual point at the extrapolated one, recorded; the rank."""
         sigma = singular_values(self.Z)
         objective = self.problem.data_term(f) + self.beta * float(sigma.sum())
-        dual = scaled_dual(self.problem, fY, float(singular_values(G).max()), self.beta)
+        dual = scaled_dual(self.problem, fY, float(singular_values(G).max()), self.beta, self.omega * self.b)
         rank = int((sigma > 1e-7 * sigma.max()).sum())
         return self.monitor.record(objective, dual, rank), rank
 
@@ -155,7 +155,7 @@ class Fista:
             moved = descent.step()
             if newton or iteration % 8 == 0 or not moved:
                 f, G = self.dense.last
-                dual = scaled_dual(self.problem, f, float(singular_values(G).max()), self.beta)
+                dual = scaled_dual(self.problem, f, float(singular_values(G).max()), self.beta, descent.atoms.intercept)
                 gap = self.monitor.record(descent.value, dual, len(descent.atoms))
                 if gap <= target or not moved or self.monitor.out_of_time():
                     break

@@ -131,11 +131,15 @@ class ReLUColumnGeneration:
         )
         norm = float(peaks.values[:1].sum())
         objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
-        hopeful = objective - scaled_dual(self.problem, f, norm, self.beta) <= target * abs(objective)
+        hopeful = objective - scaled_dual(self.problem, f, norm, self.beta, self.model.intercept) <= target * abs(
+            objective
+        )
         if tight and (hopeful or self.oracle.method == "faces"):
             found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
             peaks, norm = found.peaks, found.upper
-        gap = self.monitor.record(objective, scaled_dual(self.problem, f, norm, self.beta), len(self.model))
+        gap = self.monitor.record(
+            objective, scaled_dual(self.problem, f, norm, self.beta, self.model.intercept), len(self.model)
+        )
         return peaks, gap
 
     def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks) -> Atoms | None:

@@ -130,7 +130,7 @@ class Subspace:
             nuclear = float(torch.linalg.svdvals(M).sum())
             objective = problem.data_term(f) + beta * nuclear
             norm = float(torch.linalg.matrix_norm(G, 2).max())
-            gap = (objective - scaled_dual(problem, f, norm, beta)) / abs(objective)
+            gap = (objective - scaled_dual(problem, f, norm, beta, self.basis.intercept)) / abs(objective)
             if gap <= until:
                 break
             D = torch.from_numpy(_minimise_model(H, _numpy(G), _numpy(M), beta, gap)).to(M)
