@@ -35,35 +35,15 @@ from torch import Tensor
 
 from common import RESULTS, hardware, timed, write_csv
 from convexhead.activation import make_activation, sample_gates
-from convexhead.heads import HEADS, Head, make_head
+from convexhead.heads import HEADS, make_head
 from convexhead.losses import CrossEntropy
 from convexhead.problem import Atoms, Problem
 from convexhead.spectral import GradientMatrices
 from convexhead.tokens import TokenStore
+from evaluation import arithmetic
 
 VECTORS = 2
 """Vectors a block in a pricing product."""
-
-
-def needed(head: Head, k: int, gates: int, c: int) -> float:
-    """Floating point operations a sample that one evaluation needs; ``gates`` is 0 for a linear activation."""
-    s, d, e = head.s, head.d, head.value_rows
-    f = head.grid[0] * (head.grid[1] // 2 + 1)
-    width = d // head.n_groups
-    values = 6 * k * e * c
-    if not gates:
-        mixing = {"self-attention": 8 * k * d * d, "mlp-mixer": 4 * k * s * d}.get(head.name, 4 * k * width)
-        return mixing * head.learns_mixing + values
-    return (
-        values
-        + {
-            "self-attention": 4 * k * s * d * d + 2 * gates * s * s * d + 8 * k * s * d,
-            "mlp-mixer": 4 * k * s * s * d,
-            "fno": 16 * k * f * d + 4 * gates * f * s,
-            "block-fno": 16 * k * f * width + 4 * gates * f * s,
-            "mlp": 4 * k * d,
-        }[head.name]
-    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +87,7 @@ def measure(name: str, X: Tensor, Y: Tensor, n_gates: int, k: int, repeats: int)
     atoms = problem.empty() if not head.learns_mixing else random_atoms(problem, k, generator)
     k = len(atoms)
     evaluation = against_gemm(lambda: problem.value_and_gradient(atoms, 1e-3), repeats)
-    gflop = needed(head, k, min(k, problem.n_blocks) if n_gates else 0, problem.c) * len(X) / 1e9
+    gflop = arithmetic(head, problem.c, k, min(k, problem.n_blocks) if n_gates else 0) * len(X) / 1e9
     row: dict[str, object] = {
         "head": name,
         "n_gates": n_gates,
@@ -126,7 +106,7 @@ def measure(name: str, X: Tensor, Y: Tensor, n_gates: int, k: int, repeats: int)
         x = G.random_start(blocks, VECTORS, generator)
         pricing = against_gemm(lambda: G.gram(x, blocks), max(1, repeats // 2))
         vectors = VECTORS * problem.n_blocks
-        gflop = (needed(head, vectors, problem.n_blocks, problem.c)) * len(X) / 1e9
+        gflop = arithmetic(head, problem.c, vectors, problem.n_blocks) * len(X) / 1e9
         row |= {
             "pricing_vectors": vectors,
             "seconds_pricing_product": f"{pricing.seconds:.4g}",
