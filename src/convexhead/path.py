@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.base import clone
 
+from convexhead.clock import now
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor, problem_beta_max
 from convexhead.problem import Atoms
@@ -83,7 +83,7 @@ def regularization_path(
         if reserved in parameters:
             raise InputError(f"regularization_path sets {reserved} itself: pass beta_ratios instead")
     template = _estimator(loss, parameters)
-    began = time.perf_counter()
+    began = now()
     problem, generator = template._prepare(X, y)
     largest = problem_beta_max(problem, generator)
     rows: list[Row] = []
@@ -96,7 +96,7 @@ def regularization_path(
         solution = model._solve(problem, generator, beta_max=largest, start=start, callback=progress)
         start = solution.atoms
         certificate = model.certificate_
-        seconds = time.perf_counter() - began
+        seconds = now() - began
         rows.append(
             {
                 "beta_ratio": ratio,
@@ -113,7 +113,7 @@ def regularization_path(
                 "model": model,
             }
         )
-        began = time.perf_counter()
+        began = now()
         if callback is not None:
             callback(rows[-1])
         if patience is not None and X_val is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -24,6 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from convexhead.activation import GatedReLU
+from convexhead.clock import now
 from convexhead.errors import InputError, choose
 from convexhead.modules import HeadModule
 from convexhead.problem import Atoms, Problem
@@ -278,20 +278,20 @@ def _gather(problem: Problem, index: Int[Tensor, " b"]) -> Problem:
 
 
 class _Clock:
-    """Wall time since it was made, without what ran inside ``paused``."""
+    """Time since it was made, without what ran inside ``paused``."""
 
     def __init__(self) -> None:
-        self._began, self._paused_at = time.perf_counter(), 0.0
+        self._began, self._paused_at = now(), 0.0
 
     def seconds(self) -> float:
-        return (self._paused_at or time.perf_counter()) - self._began
+        return (self._paused_at or now()) - self._began
 
     def paused(self) -> _Clock:
         return self
 
     def __enter__(self) -> None:
-        self._paused_at = time.perf_counter()
+        self._paused_at = now()
 
     def __exit__(self, *_: object) -> None:
-        self._began += time.perf_counter() - self._paused_at
+        self._began += now() - self._paused_at
         self._paused_at = 0.0

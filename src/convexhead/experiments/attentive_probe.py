@@ -11,13 +11,13 @@ Modeling*, 2025). Trained by AdamW with a cosine schedule; learning rate and wei
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from convexhead.clock import now
 from convexhead.experiments.cells import TwinSettings, finite, network_scores, top
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits
@@ -77,7 +77,7 @@ def train_attentive_probe(
     total = epochs * math.ceil(len(X) / batch_size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total))
     generator = torch.Generator().manual_seed(seed)
-    began, mean_loss = time.perf_counter(), math.nan
+    began, mean_loss = now(), math.nan
     for _ in range(epochs):
         losses = []
         for index in torch.randperm(len(X), generator=generator).split(batch_size):
@@ -88,7 +88,7 @@ def train_attentive_probe(
             decay.step()
             losses.append(loss.item())
         mean_loss = float(np.mean(losses))
-    seconds = time.perf_counter() - began
+    seconds = now() - began
     scores = network_scores(probe, splits.validation.tokens)
     return Piece(
         {

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from convexhead._version import __version__
+from convexhead.clock import count_processor_time
 from convexhead.errors import ConvexHeadError
 from convexhead.experiments.attentive_probe import OPTIONS
 from convexhead.experiments.cells import (
@@ -110,7 +111,7 @@ def run(
     title : str
         Of the page.
     jobs : int
-        Cells trained at a time, in processes that share the cores.
+        Cells trained at a time, in processes that share the cores; seconds are then those of the processor.
     notify : callable (what, done, total) or None
         Told of progress.
 
@@ -135,7 +136,8 @@ def run(
         say("test images", folder.count(), total)
         test = folder.once("test", lambda: _score_test(splits, folder, probes, trained))
         say("done", total, total)
-    return _results(splits, settings, probes, trained, test.record, title)
+    clock = "wall" if jobs == 1 else f"processor, {jobs} cells at a time"
+    return _results(splits, settings, probes, trained, test.record, title, clock)
 
 
 def _train_cell(splits: Splits, settings: Settings, folder: RunFolder, cell: Cell) -> Trained:
@@ -179,6 +181,7 @@ _worker: dict[str, Any] = {}
 
 def _begin_worker(splits: Splits, settings: Settings, out: Path, threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
+    count_processor_time()
     _worker.update(splits=splits, settings=settings, folder=RunFolder(out))
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
@@ -229,6 +232,7 @@ def _results(
     trained: list[Trained],
     scores: dict[str, Any],
     title: str,
+    clock: str,
 ) -> Results:
     n, s, d = splits.train.tokens.shape
     baseline = None
@@ -254,7 +258,7 @@ def _results(
             "classes": len(splits.class_names),
             "backbone": splits.backbone,
         },
-        "environment": environment(),
+        "environment": environment() | {"clock": clock},
         "settings": asdict(settings),
         "rows": [_row(each, scores) for each in trained],
         "baseline": baseline,

@@ -5,7 +5,6 @@ Each is tuned on the validation part and leaves a `Piece`; `probe_scores` gives 
 
 from __future__ import annotations
 
-import time
 import warnings
 from typing import Any
 
@@ -18,6 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from convexhead.clock import now
 from convexhead.errors import InputError
 from convexhead.experiments.attentive_probe import AttentiveProbe, tune_attentive_probe
 from convexhead.experiments.cells import TwinSettings, network_scores
@@ -47,7 +47,7 @@ def fit_probe(name: str, splits: Splits, settings: TwinSettings, folder: RunFold
 
 def _fit_linear(name: str, splits: Splits) -> Piece:
     """scikit-learn's logistic regression on one standardised vector an image, ``C`` chosen on the validation part."""
-    began = time.perf_counter()
+    began = now()
     X, X_val = _vectors(name, splits.train), _vectors(name, splits.validation)
     fits = []
     for C in INVERSE_WEIGHTS:
@@ -70,7 +70,7 @@ def _fit_linear(name: str, splits: Splits) -> Piece:
 
 def _fit_neighbours(name: str, splits: Splits) -> Piece:
     """``k`` chosen on the validation part."""
-    began = time.perf_counter()
+    began = now()
     X, X_val = _vectors(name, splits.train), _vectors(name, splits.validation)
     fits = []
     for k in (k for k in NEIGHBOURS if k <= len(X)):
@@ -87,7 +87,7 @@ def _neighbours(k: int) -> KNeighborsClassifier:
 
 
 def _record(score: float, began: float, fits: int, parameters: int) -> dict[str, Any]:
-    seconds = time.perf_counter() - began
+    seconds = now() - began
     return {
         "validation_accuracy": score,
         "seconds": seconds,

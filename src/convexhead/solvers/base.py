@@ -7,7 +7,6 @@ import enum
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -15,6 +14,7 @@ from types import FrameType
 from torch import Tensor
 
 from convexhead.certificate import Certificate
+from convexhead.clock import now
 from convexhead.problem import Atoms, Problem
 from convexhead.ranks import Ranks
 
@@ -78,7 +78,7 @@ class Monitor:
     ranks: Ranks = field(default_factory=Ranks)
     history: list[Progress] = field(default_factory=list)
     dual: float = -math.inf
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=now)
     before: float = 0.0
     """Seconds that the solve had taken when it was resumed; `max_time` begins anew."""
     interrupted: bool = False
@@ -86,11 +86,11 @@ class Monitor:
     """What to do with a moment that can be gone on from."""
 
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.began
+        return self.before + now() - self.began
 
     def out_of_time(self) -> bool:
         """Whether to return, because of the clock or an interrupt; all processes get the same answer."""
-        late = self.max_time is not None and time.perf_counter() - self.began > self.max_time
+        late = self.max_time is not None and now() - self.began > self.max_time
         late, self.interrupted = (bool(flag) for flag in self.ranks.largest(late, self.interrupted))
         return late or self.interrupted
 
