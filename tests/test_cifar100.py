@@ -24,7 +24,16 @@ import convexhead as ch
 from convexhead.errors import ConvexHeadError, FileFormatError, InputError
 from convexhead.experiments import cifar100, comparison
 from convexhead.experiments.attentive_probe import AttentiveProbe
-from convexhead.experiments.cells import Cell, PathSettings, TwinSettings, problem_of, restore_twin
+from convexhead.experiments.cells import (
+    Cell,
+    PathSettings,
+    TwinSettings,
+    fit_path,
+    preferred,
+    problem_of,
+    restore_twin,
+    train_twins,
+)
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, choose_images, chosen_splits, hold_out
 from convexhead.experiments.tuning import tune
@@ -364,3 +373,16 @@ def test_published_scale_and_every_cell():
     assert len(settings.twins.learning_rates) >= 4
     assert len(settings.twins.seeds) == settings.twins.tuning_seeds == 3
     assert cifar100.SCALES["full"].path.n_gates == 50
+    # 17 cells with twins of three sizes and AdamW, the linear head with two, each of 4 x 3 runs; the test images.
+    some = replace(settings, probes=())
+    assert some.pieces() == 18 + 12 * (17 * 4 + 2) + 1
+
+
+def test_adamw_takes_the_number_of_heads_that_validation_prefers(tmp_path, store):
+    splits, cell, folder = chosen_splits(store, TokenChoice(channels=9)), Cell("mlp", "linear"), RunFolder(tmp_path)
+    fit_path(splits, PathSettings((0.1,)), cell, folder)
+    settings = TwinSettings(heads=(1, 4), seeds=(0,), learning_rates=(0.03,), epochs=30, batch_size=16, adamw=True)
+    few, many, other = train_twins(splits, settings, cell, folder)
+    assert (few.n_heads, many.n_heads) == (1, 4)
+    assert other.optimizer == "decoupled"
+    assert preferred([few, many]).n_heads == other.n_heads == 4  # one head cannot tell the classes apart

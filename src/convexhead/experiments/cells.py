@@ -9,8 +9,9 @@ Every fit and every training run is a piece of its own, kept in the run's folder
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -97,8 +98,9 @@ class TwinSettings:
     learning_rates : tuple of float
     chosen_by : {"objective", "validation"}
         What the best learning rate has: the lowest training objective, or the highest validation accuracy.
-    optimizers : tuple of {"l2", "decoupled"}
-        Adam with the L2 term in the loss; AdamW, which minimises something else.
+    adamw : bool
+        Whether AdamW, whose decoupled decay minimises something else, is run too, with as many atoms as validation
+        prefers for Adam with the L2 term in the loss.
     epochs, batch_size : int
     """
 
@@ -108,7 +110,7 @@ class TwinSettings:
     tuning_seeds: int = 1
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     chosen_by: str = "objective"
-    optimizers: tuple[str, ...] = ("l2",)
+    adamw: bool = False
     epochs: int = 100
     batch_size: int = 256
 
@@ -185,7 +187,7 @@ class Twin:
 
 
 def train_twins(splits: Splits, settings: TwinSettings, cell: Cell, folder: RunFolder) -> list[Twin]:
-    """One `Twin` for each optimiser and number of atoms, at the β of the cell's chosen convex head."""
+    """One `Twin` for each number of atoms, and AdamW's, at the β of the cell's chosen convex head."""
     if not settings.seeds:
         return []
     model = load(folder.model(cell.name))
@@ -193,11 +195,26 @@ def train_twins(splits: Splits, settings: TwinSettings, cell: Cell, folder: RunF
     numbers = settings.heads or (max(settings.spare_heads, model.n_heads_),)
     if cell.head == "linear":
         numbers = (1,)  # it has no atoms to number
-    return [
-        Twin(how, m, _tune(problem, model, splits.validation, settings, how, m, f"{cell.name}/{how}-{m}", folder))
-        for how in settings.optimizers
-        for m in numbers
-    ]
+
+    def twin(how: str, m: int) -> Twin:
+        return Twin(
+            how, m, _tune(problem, model, splits.validation, settings, how, m, f"{cell.name}/{how}-{m}", folder)
+        )
+
+    twins = [twin("l2", m) for m in numbers]
+    return [*twins, twin("decoupled", preferred(twins).n_heads)] if settings.adamw else twins
+
+
+def preferred(twins: list[Twin]) -> Twin:
+    """The twin of the same objective whose number of atoms validation prefers."""
+    same = [twin for twin in twins if twin.optimizer == "l2"]
+    return max(same, key=lambda twin: mean(twin.tuned.runs, "validation_accuracy"))
+
+
+def mean(pieces: Sequence[Piece], key: str) -> float:
+    """Mean of the finite values; minus infinity where there is none."""
+    values = [value for piece in pieces if (value := piece.record.get(key)) is not None]
+    return statistics.fmean(values) if values else -math.inf
 
 
 def _tune(

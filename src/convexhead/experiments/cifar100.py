@@ -112,8 +112,8 @@ def run_cifar100(
     scale : {"full", "10k", "2k"}
         50,000 + 10,000 images; 80 + 20 of each class; 80 + 20 of each of the first 20 classes.
     every_cell : bool
-        Every head with every activation, and for every twin each learning rate with each seed and 5, 20 and 50 atoms,
-        by Adam and by AdamW.
+        Every head with every activation, and for every twin each learning rate with each seed and 5, 20 and 50 atoms;
+        by AdamW too, with the number of atoms that validation prefers.
     heads, activations
         Cells to keep; none: the scale's own.
     token_pool, channels, n_gates, epochs
@@ -171,7 +171,7 @@ def _settings(
     if every_cell:
         grouped = [Cell("block-fno", activation, "grouped") for activation in ("linear", "gated-relu")]
         cells = (*LINEAR, *GATED, *grouped, *RELU)
-        tuning = replace(tuning, heads=(5, 20, 50), tuning_seeds=3, optimizers=("l2", "decoupled"))
+        tuning = replace(tuning, heads=(5, 20, 50), tuning_seeds=3, adamw=True)
     for head in heads:
         choose("head", head, HEADS)
     for activation in activations:

@@ -16,7 +16,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,7 +35,9 @@ from convexhead.experiments.cells import (
     Twin,
     TwinSettings,
     fit_path,
+    mean,
     network_scores,
+    preferred,
     restore_twin,
     top,
     train_twins,
@@ -77,8 +79,9 @@ class Settings:
     def pieces(self) -> int:
         """How many pieces of work the run has, the last one the test images."""
         probes = sum(self.twins.runs(len(OPTIONS)) if name == "attentive-probe" else 1 for name in self.probes)
-        a_twin = self.twins.runs(len(self.twins.learning_rates)) * len(self.twins.optimizers)
-        twins = sum(a_twin * (1 if cell.head == "linear" else max(1, len(self.twins.heads))) for cell in self.cells)
+        a_twin = self.twins.runs(len(self.twins.learning_rates))
+        numbers = [1 if cell.head == "linear" else max(1, len(self.twins.heads)) for cell in self.cells]
+        twins = a_twin * sum(number + self.twins.adamw for number in numbers)
         return probes + len(self.cells) + twins + 1
 
 
@@ -93,8 +96,7 @@ class Trained:
     @property
     def main_twin(self) -> Twin | None:
         """Adam on the same objective, with the number of atoms that validation prefers."""
-        same = [twin for twin in self.twins if twin.optimizer == "l2"]
-        return max(same, key=lambda twin: _mean(twin.tuned.runs, "validation_accuracy"), default=None)
+        return preferred(self.twins) if self.twins else None
 
 
 def run(
@@ -371,23 +373,17 @@ def _tuned_values(tuned: Tuned, scores: dict[str, Any]) -> dict[str, Any]:
     """Means and spread over the seeds of a tuned method, and what tuning cost."""
     top1, top5 = ([scores[piece.name][k] for piece in tuned.runs] for k in (0, 1))
     return {
-        "validation_accuracy": _mean(tuned.runs, "validation_accuracy"),
+        "validation_accuracy": mean(tuned.runs, "validation_accuracy"),
         "test_top1": statistics.fmean(top1),
         "test_top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
         "test_top5": None if top5[0] is None else statistics.fmean(top5),
-        "objective": _mean(tuned.runs, "objective"),
-        "seconds": _mean(tuned.runs, "seconds"),
+        "objective": mean(tuned.runs, "objective"),
+        "seconds": mean(tuned.runs, "seconds"),
         "seconds_total": tuned.seconds,
         "fits": len(tuned.tried),
         "seeds": len(tuned.runs),
         "diverged": sum(piece.record.get("objective", 0.0) is None for piece in tuned.tried),
     }
-
-
-def _mean(pieces: Sequence[Piece], key: str) -> float:
-    """Mean of the finite values; minus infinity where there is none."""
-    values = [value for piece in pieces if (value := piece.record.get(key)) is not None]
-    return statistics.fmean(values) if values else -math.inf
 
 
 METHOD = (
