@@ -53,7 +53,9 @@ class ColumnGeneration:
     batch = 16
     """Atoms that the first pricing may add."""
     descent_steps = 15
-    """L-BFGS iterations of a round."""
+    """L-BFGS iterations of a round far away."""
+    tail_steps = 25
+    """And near, where the set of atoms hardly changes any more."""
     near = 0.1
     """Relative gap under which Newton steps begin."""
     small = 1e-2
@@ -133,7 +135,7 @@ class ColumnGeneration:
             else:
                 if not near and self._prune(f, min(0.02, 2 * gap)) & self._grow(f, directions):
                     self.small /= 2  # what was dropped may just have come back
-                moved = len(self._atoms) > 0 and self._descend()
+                moved = len(self._atoms) > 0 and self._descend(self.tail_steps if near else self.descent_steps)
                 settled = False
             if self.monitor.out_of_time():
                 return Stop.TIME
@@ -147,20 +149,20 @@ class ColumnGeneration:
         return Stop.HEADS if full else Stop.STALLED
 
     # -- far away -----------------------------------------------------------------------------------------------------
-    def _descend(self) -> bool:
+    def _descend(self, steps: int) -> bool:
         """A round of L-BFGS over the factors; False if the objective did not move."""
         problem, rough, start = self.problem, self.rough, self._atoms
         passes = Increments(problem, rough, start) if Increments.affordable(problem, rough, start) else problem
         f = passes.outputs if isinstance(passes, Increments) else problem.outputs(start)
         descent = FactoredDescent(passes, start, self.beta, Whitening(rough, start, f, self.beta))
         before, self._average = descent.value, None
-        for step in range(self.descent_steps):
+        for step in range(steps):
             if self.monitor.out_of_time() or not descent.step():
                 break
-            if step >= self.descent_steps // 2:
+            if step >= steps // 2:
                 latest = passes.last_outputs
                 self._average = latest if self._average is None else torch.lerp(latest, self._average, self.memory)
-            if descent.lbfgs.evaluations > 2 * self.descent_steps:
+            if descent.lbfgs.evaluations > 2 * steps:
                 break  # many evaluations a step are a sign that rounding hides the decrease
         self._atoms = balance(descent.atoms, drop=1e-7)[0]
         self.monitor.record(descent.value, -torch.inf, len(self._atoms))
