@@ -63,12 +63,13 @@ def never(attribute: str) -> Callable[[], Any]:
     return switched
 
 
-def plain_gram() -> Any:
-    """Queries go through the tokens, not through the Gram matrices ``XᵀX`` made once."""
+def other_keys() -> Any:
+    """Queries go through Gram matrices ``XᵀX`` made once where the library takes the tokens, and the other way round."""
     from convexhead.heads import SelfAttention
 
     def prepare(self: Any, X: torch.Tensor, *, reuse: bool) -> dict[str, torch.Tensor]:
-        return {"queries": self.pool_tokens(X), "X": X}
+        keys = {"X": X} if self.d < 2 * self.s else {"gram": X.mT @ X / self.s}
+        return {"queries": self.pool_tokens(X), **keys}
 
     return patch.object(SelfAttention, "prepare_linear", prepare)
 
@@ -87,7 +88,7 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "near rounds no longer than far ones": settings(tail_steps=15),
     "dual point at the iterate, not at an average": never("_average"),
     "no warm start of pricing": never("_warm"),
-    "no precomputed Gram matrices": plain_gram,
+    "Gram matrices of the tokens, or not, the other way round": other_keys,
 }
 
 
