@@ -64,7 +64,7 @@ def never(attribute: str) -> Callable[[], Any]:
 
 
 def other_keys() -> Any:
-    """Queries go through Gram matrices ``XᵀX`` made once where the library takes the tokens, and the other way round."""
+    """Queries go through Gram matrices ``XᵀX`` made once where the library takes the tokens, or the other way round."""
     from convexhead.heads import SelfAttention
 
     def prepare(self: Any, X: torch.Tensor, *, reuse: bool) -> dict[str, torch.Tensor]:
