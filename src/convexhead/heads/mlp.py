@@ -45,8 +45,8 @@ class MLP(Head):
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         return torch.einsum("bkp,bpd->kd", A.squeeze(-1), data["X"][:, self.rows])
 
-    # With one pooled output a gate sees the mean of the tokens that it lets pass, y = Σ_p P_p D_p x_p: M = yᵀu. Few tokens
-    # are cheaper to project than such means of every gate are to read; then, and without pooling, masks do.
+    # With one pooled output a gate sees the mean of the tokens that it lets pass, y = Σ_p P_p D_p x_p: M = yᵀu. Few
+    # tokens are cheaper to project than such means of every gate are to read; then, and without pooling, masks do.
     @property
     def keeps_gated(self) -> bool:
         return self.r == 1
@@ -61,7 +61,7 @@ class MLP(Head):
 
     def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
         if not self._gates_means:
-            A = (data["X"][:, self.rows] @ U.T).mul_(gated.index_select(1, which).mT)  # (b, p, k)
+            A = (data["X"][:, self.rows] @ U.T).mul_(_of_atoms(gated, which).mT)  # (b, p, k)
             return (A.sum(1, keepdim=True) if self.p > self.r else A).unsqueeze(-1)
         place = _places(which)
         of_gate = U.new_zeros(gated.shape[1], int(place.max()) + 1, self.d)
@@ -70,7 +70,7 @@ class MLP(Head):
 
     def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
         if not self._gates_means:
-            A = gated.index_select(1, which).mT * T.squeeze(-1)
+            A = _of_atoms(gated, which).mT * T.squeeze(-1)
             return A.flatten(0, 1).T @ data["X"][:, self.rows].flatten(0, 1)
         place = _places(which)
         of_gate = T.new_zeros(gated.shape[1], int(place.max()) + 1, len(T))
@@ -79,6 +79,13 @@ class MLP(Head):
 
     def gated_workspace(self, k: int, gates: int) -> int:
         return k + gates * self.d // 4 if self._gates_means else k * self.p
+
+
+def _of_atoms(gated: Tensor, which: Tensor) -> Tensor:
+    """The gate of each atom ``(b, k, p)``; nothing is copied where every gate has one atom."""
+    if torch.equal(which, torch.arange(gated.shape[1], device=which.device)):
+        return gated
+    return gated.index_select(1, which)
 
 
 def _places(which: Tensor) -> Tensor:
