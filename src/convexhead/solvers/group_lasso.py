@@ -68,8 +68,8 @@ class GroupNewton:
     most_products = 200
     most_halvings, most_dampings = 10, 12
     max_rounds = 1000
-    patience = 40
-    """Rounds without a better gap after which a precision has given what it can."""
+    patience = 20
+    """Rounds without a better gap or a lower objective after which a precision has given what it can."""
 
     def __init__(self, problem: Problem, beta: float, start: Atoms, monitor: Monitor, *, max_heads: int | None) -> None:
         self.problem, self.beta, self.monitor, self.max_heads = problem, beta, monitor, max_heads
@@ -107,17 +107,19 @@ class GroupNewton:
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
-        problem, best, since = self.problem, math.inf, 0
+        problem, best, lowest, since = self.problem, math.inf, math.inf, 0
         all_blocks = torch.arange(problem.n_blocks, device=self.b.device)
         for _ in range(self.max_rounds):
             self.monitor.offer(self._state)
             f = problem.outputs(self.atoms())
             G = self._pull(problem.residual(f), all_blocks)
             dual = scaled_dual(problem, f, float(G.norm(dim=1).max()), self.beta, self.b)
-            gap = self.monitor.record(self._value(f, self.W), dual, len(self.W))
+            value = self._value(f, self.W)
+            gap = self.monitor.record(value, dual, len(self.W))
             if gap <= target:
                 return Stop.CONVERGED
-            best, since = (gap, 0) if gap < 0.95 * best else (best, since + 1)
+            idle = gap > 0.95 * best and value > lowest - 2 * self._rounding(lowest)
+            best, lowest, since = min(gap, best), min(value, lowest), since + 1 if idle else 0
             if self.monitor.out_of_time():
                 return Stop.TIME
             entered = self._enter(f, G)
@@ -129,6 +131,10 @@ class GroupNewton:
 
     def _value(self, f: Float[Tensor, "n r c"], W: Float[Tensor, "k p"]) -> float:
         return self.problem.data_term(f) + self.beta * float(W.norm(dim=1).double().sum())
+
+    def _rounding(self, value: float) -> float:
+        """What an objective's last digits are worth."""
+        return 4 * torch.finfo(self.W.dtype).eps * abs(value)
 
     def _pull(self, R: Float[Tensor, "n r c"], block: Int[Tensor, " k"]) -> Float[Tensor, "k p"]:
         """``𝒜_j*(R)`` of some blocks."""
@@ -173,7 +179,8 @@ class GroupNewton:
                 through = (W * self.W).sum(1) <= 0
                 W = W * ~through.unsqueeze(1)
                 moved = self.problem.outputs(self._atoms(W, self.block, b)) if bool(through.any()) else f + t * df
-                if self._value(moved, W) < value:
+                # Within rounding a full step may still lower the gradient, and so the gap.
+                if self._value(moved, W) < value + (self._rounding(value) if t == 1 else 0.0):
                     self._set(W, self.block, b)
                     self.damping = self.damping / 10 if self.damping > 1e-6 else 0.0
                     return True
