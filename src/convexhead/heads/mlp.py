@@ -12,6 +12,9 @@ from torch import Tensor
 
 from convexhead.heads.base import Data, Head
 
+FEW_TOKENS = 8
+"""Tokens of a sample up to which a gate is a mask."""
+
 
 class MLP(Head):
     """``u (d,)``, ``v (1, c)``; scores ``q = 1``."""
@@ -42,35 +45,47 @@ class MLP(Head):
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         return torch.einsum("bkp,bpd->kd", A.squeeze(-1), data["X"][:, self.rows])
 
-    # With one pooled output a gate sees the mean of the tokens that it lets pass, y = Σ_p P_p D_p x_p: M = yᵀu.
+    # With one pooled output a gate sees the mean of the tokens that it lets pass, y = Σ_p P_p D_p x_p: M = yᵀu. Few
+    # tokens are cheaper to project than such means of every gate are to read; then, and without pooling, masks do.
     @property
     def keeps_gated(self) -> bool:
         return self.r == 1
 
+    @property
+    def _gates_means(self) -> bool:
+        return self.r == 1 and self.p > FEW_TOKENS
+
     def gate(self, data: Data, masks: Tensor) -> Tensor:
-        if self.r > 1:
-            return masks
-        Y = masks.squeeze(-1) @ data["X"][:, self.rows]  # (b, j, d)
-        return Y / self.s if self.pool == "mean" else Y
+        weights = masks.squeeze(-1) / self.s if self.pool == "mean" else masks.squeeze(-1)  # (b, j, p)
+        return weights @ data["X"][:, self.rows] if self._gates_means else weights
 
     def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
-        if self.r > 1:
-            return super().gated_mix(data, U, group, gated, which)
+        if not self._gates_means:
+            A = (data["X"][:, self.rows] @ U.T).mul_(_of_atoms(gated, which).mT)  # (b, p, k)
+            return (A.sum(1, keepdim=True) if self.p > self.r else A).unsqueeze(-1)
         place = _places(which)
         of_gate = U.new_zeros(gated.shape[1], int(place.max()) + 1, self.d)
         of_gate[which, place] = U
         return torch.bmm(of_gate, gated.permute(1, 2, 0))[which, place].T[:, None, :, None]
 
     def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
-        if self.r > 1:
-            return super().gated_mix_adjoint(data, T, group, gated, which)
+        if not self._gates_means:
+            A = _of_atoms(gated, which).mT * T.squeeze(-1)
+            return A.flatten(0, 1).T @ data["X"][:, self.rows].flatten(0, 1)
         place = _places(which)
         of_gate = T.new_zeros(gated.shape[1], int(place.max()) + 1, len(T))
         of_gate[which, place] = T[:, 0, :, 0].T
         return torch.bmm(of_gate, gated.transpose(0, 1))[which, place]
 
     def gated_workspace(self, k: int, gates: int) -> int:
-        return k + gates * self.d // 4 if self.r == 1 else super().gated_workspace(k, gates)
+        return k + gates * self.d // 4 if self._gates_means else k * self.p
+
+
+def _of_atoms(gated: Tensor, which: Tensor) -> Tensor:
+    """The gate of each atom ``(b, k, p)``; nothing is copied where every gate has one atom."""
+    if torch.equal(which, torch.arange(gated.shape[1], device=which.device)):
+        return gated
+    return gated.index_select(1, which)
 
 
 def _places(which: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Progress, Resumable, Solution, Stop
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.fista import Fista
+from convexhead.solvers.group_lasso import GroupNewton, is_group_lasso
 from convexhead.solvers.relu import ReLUColumnGeneration
 from convexhead.solvers.ridge import RidgeDescent
 
-Method = Fista | ColumnGeneration | RidgeDescent | ReLUColumnGeneration
+Method = Fista | ColumnGeneration | GroupNewton | RidgeDescent | ReLUColumnGeneration
 
 DENSE_FEATURES = 5e6
 """Numbers that the dense features may take."""
@@ -241,4 +242,6 @@ def _method(
         return ReLUColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)
     if is_small(problem) and problem.dtype == torch.float64 and max_heads is None:
         return Fista(problem, beta, start, monitor)
+    if is_group_lasso(problem):
+        return GroupNewton(problem, beta, start, monitor, max_heads=max_heads)
     return ColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)

@@ -70,18 +70,18 @@ class Fista:
     def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
         """Go on from a checkpoint: its tensors, and those of this process's samples."""
         self.Z, self.b, self.ranks = shared["Z"], shared["b"], shared["ranks"].int().tolist()
-        momentum, wait, iteration, self.L = shared["known"].tolist()
-        self._resumed = shared["Y"], shared["yb"], rows["fY"], momentum, int(wait), int(iteration)
+        momentum, *counts, self.L = shared["known"].tolist()
+        self._resumed = shared["Y"], shared["yb"], rows["fY"], momentum, *map(int, counts)
 
     @torch.inference_mode()
     def advance(self, target: float) -> Stop:
         """Iterate until the estimated relative gap is at most ``target``."""
         f = self._outputs(self.Z, self.b)
-        Y, yb, fY, momentum, wait, first = self._resumed or (self.Z, self.b, f, 1.0, 0, 0)
+        Y, yb, fY, momentum, wait, polished, first = self._resumed or (self.Z, self.b, f, 1.0, 0, 0, 0)
         self._resumed = ()
         for iteration in range(first, self.max_iterations):
             if iteration % self.check_every == 0:
-                self.monitor.offer(partial(self._state, Y, yb, fY, momentum, wait, iteration))
+                self.monitor.offer(partial(self._state, Y, yb, fY, momentum, wait, polished, iteration))
             loss, R = self.problem.loss.value_and_residual(fY, self.problem.Y)
             FY, R = self.problem.mean(loss), R / self.problem.n
             G = self.dense.gradient(R)
@@ -91,10 +91,11 @@ class Fista:
                 if gap <= target:
                     return Stop.CONVERGED
                 self.ranks = [*self.ranks[-1:], rank]
-                if gap < self.polish_below and wait <= 0 and self.ranks == 2 * [rank] and rank:
+                settled = gap < self.polish_below and self.ranks == 2 * [rank] and rank
+                if settled and (wait <= 0 or rank != polished):
                     if self._polish(target, max(60, iteration)):
                         return Stop.CONVERGED
-                    wait = max(10, iteration // self.check_every)
+                    wait, polished = max(10, iteration // self.check_every), rank
                     f = self._outputs(self.Z, self.b)
                     Y, yb, fY, momentum = self.Z, self.b, f, 1.0
                     continue
