@@ -44,8 +44,8 @@ def beta_of(problem, ratio=0.25):
     if not problem.head.learns_mixing:
         return 0.05
     R = problem.residual(problem.outputs(problem.empty()))
-    norms = [torch.linalg.matrix_norm(problem.gradient_matrix(R, j), 2) for j in range(problem.n_blocks)]
-    return ratio * float(max(norms))
+    gradients = problem.gradient_matrices(R, torch.arange(problem.n_blocks))
+    return ratio * float(torch.linalg.matrix_norm(gradients, 2).max())
 
 
 @pytest.mark.parametrize(("name", "activation", "outputs"), CASES)

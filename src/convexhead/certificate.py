@@ -35,6 +35,7 @@ from convexhead.relu.norm import NormOracle
 from convexhead.spectral import (
     BlockKrylov,
     GradientMatrices,
+    formed_norm,
     relative_slack,
     split_off_leading,
     worth_forming,
@@ -183,8 +184,7 @@ def certify_atoms(
     else:
         G = GradientMatrices(exact, R)
         if worth_forming(G):
-            upper = max(float(torch.linalg.matrix_norm(exact.gradient_matrix(R, j), 2)) for j in range(exact.n_blocks))
-            best, how = dual.spectral(upper), "singular value decomposition"
+            best, how = dual.spectral(formed_norm(G)), "singular value decomposition"
         else:
             failure = failure_probability
             fast = GradientMatrices(problem, R.to(problem.dtype))

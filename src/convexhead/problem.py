@@ -436,18 +436,19 @@ class Problem:
                 out[j, rows] = self.activation.mix(data, basis, block)
         return out.view(self.n_blocks, n * r, p * e)
 
-    def gradient_matrix(self, R: Float[Tensor, "n r c"], j: int) -> Float[Tensor, "p q"]:
-        """``𝒜_j*(R)`` formed, ``(mixing_size, value_rows · c)``, by products from its smaller side."""
+    def gradient_matrices(self, R: Float[Tensor, "n r c"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j p q"]:
+        """``𝒜_j*(R)`` formed, ``(mixing_size, value_rows · c)`` each, by products from their smaller side."""
         p, q = self.head.mixing_size, self.head.value_rows * self.c
-        if p <= q:
-            basis = torch.eye(p, dtype=self.dtype, device=self.device).view(p, *self.head.mixing_shape)
-            parts = [
-                self.adjoint_times_mixing(R, U, torch.full((len(U),), j, device=self.device)) for U in basis.split(64)
-            ]
-            return torch.cat(parts).view(p, q)
-        basis = torch.eye(q, dtype=self.dtype, device=self.device).view(q, *self.value_shape)
-        parts = [self.adjoint_times_values(R, V, torch.full((len(V),), j, device=self.device)) for V in basis.split(64)]
-        return torch.cat(parts).view(q, p).T
+        times, shape = (
+            (self.adjoint_times_mixing, self.head.mixing_shape)
+            if p <= q
+            else (self.adjoint_times_values, self.value_shape)
+        )
+        basis = torch.eye(min(p, q), dtype=self.dtype, device=self.device).view(-1, *shape)
+        vectors = basis.repeat(len(blocks), *[1] * len(shape)).split(64)
+        of = blocks.repeat_interleave(min(p, q)).split(64)
+        rows = torch.cat([times(R, *part) for part in zip(vectors, of, strict=True)]).view(len(blocks), min(p, q), -1)
+        return rows if p <= q else rows.mT
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

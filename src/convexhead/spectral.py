@@ -22,6 +22,8 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem
 
 Apply = Callable[[Tensor, Tensor], Tensor]
+FORMED = 5_000_000
+"""Numbers that matrices formed at a time may take."""
 
 
 class GradientMatrices:
@@ -380,11 +382,17 @@ def worth_forming(G: GradientMatrices) -> bool:
     return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= 5e7
 
 
+def formed_norm(G: GradientMatrices) -> float:
+    """``max_j ‖G_j‖₂`` from singular value decompositions, some blocks at a time to save memory."""
+    blocks = torch.arange(G.problem.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
+    return max(float(torch.linalg.matrix_norm(G.problem.gradient_matrices(G.R, some), 2).max()) for some in blocks)
+
+
 def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator) -> float:
     """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small."""
     G = GradientMatrices(problem, R)
     if worth_forming(G):
-        return max(float(torch.linalg.matrix_norm(problem.gradient_matrix(R, j), 2)) for j in range(problem.n_blocks))
+        return formed_norm(G)
     blocks = torch.arange(problem.n_blocks, device=problem.device)
     start = G.random_start(blocks, min(4, G.order), generator)
     sigma, *_ = top_singular(split_off_model(G, problem.empty()), start, rtol=1e-7, max_steps=100)
