@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from convexhead.errors import InputError
-from convexhead.heads.base import Data, Head
+from convexhead.heads.base import Data, Head, mix_features, mix_features_adjoint
 
 ACTIVATIONS = ("linear", "gated-relu", "relu")
 PullBack = Callable[[Tensor], Tensor]
@@ -120,8 +120,14 @@ class GatedReLU:
 
     def prepare(self, X: Tensor, *, reuse: bool, masks: Tensor | None = None) -> Data:
         data = self.head.prepare(X)
-        if reuse and masks is not None and self.head.keeps_gated:
-            data["gated"] = self.head.gate(data, self._unpack(masks, X.dtype))
+        if not reuse or masks is None:
+            return data
+        unpacked = self._unpack(masks, X.dtype)
+        features = self.head.gated_features(data, unpacked)
+        if features is not None:
+            return {"features": features}
+        if self.head.keeps_gated:
+            data["gated"] = self.head.gate(data, unpacked)
         return data
 
     def pack_masks(self, X: Tensor) -> Tensor:
@@ -153,12 +159,18 @@ class GatedReLU:
         return self.head.gate(data, self._unpack(packed, dtype)), which
 
     def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
+        if "features" in data:
+            return mix_features(data["features"], U, block)
         return self.head.gated_mix(data, U, block % self.head.n_groups, *self._gated(data, block))
 
     def mix_adjoint(self, data: Data, T: Tensor, block: Tensor, at: Tensor | None = None) -> Tensor:
+        if "features" in data:
+            return mix_features_adjoint(data["features"], T, block).view(-1, *self.head.mixing_shape)
         return self.head.gated_mix_adjoint(data, T, block % self.head.n_groups, *self._gated(data, block))
 
     def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
+        if "features" in data:
+            return self.mix(data, U, block), lambda T: self.mix_adjoint(data, T, block)
         group, gated = block % self.head.n_groups, self._gated(data, block)  # made once for both
         return (
             self.head.gated_mix(data, U, group, *gated),

@@ -189,7 +189,8 @@ class Problem:
         half = copy(self)
         half.products = torch.bfloat16
         half.samples = self.samples.with_products(torch.bfloat16)
-        return half
+        anew = () if half.samples.complete else self.activation.prepare(self.X[:1].to(self.dtype), reuse=False).values()
+        return None if any(value.is_complex() for value in anew) else half
 
     @property
     def masks(self) -> Tensor | None:

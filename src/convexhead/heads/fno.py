@@ -14,6 +14,9 @@ from torch import Tensor
 
 from convexhead.heads.base import Data, Head
 
+KEPT_GATES = 8
+"""Gates up to which their features are kept: they take about twice the memory of the spectrum for every eight.."""
+
 
 class FNO(Head):
     """``U (s, d)``, ``v (1, c)``; scores ``q = 1``."""
@@ -66,6 +69,19 @@ class FNO(Head):
             A = torch.cat([A, A.new_zeros(*A.shape[:2], self.s - 1, 1)], dim=2)
         correlation = torch.einsum("bfd,bkf->kfd", data["spectrum"].conj(), self._fft(A).squeeze(-1))
         return self._inverse_fft(correlation)
+
+    # For few gates pooled rows of D ⊙ circ(X) are at hand: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P D[q + t] X[q].
+    def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
+        b, j = masks.shape[:2]
+        if self.r > 1 or j > KEPT_GATES:
+            return None
+        weights = masks.squeeze(-1) / self.s if self.pool == "mean" else masks.squeeze(-1)
+        weights = torch.cat([weights, weights.new_zeros(b, j, self.s - self.p)], dim=2)
+        h, w = self.fft_grid
+        row, column = (part.flatten() for part in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+        sums = (row.unsqueeze(1) + row) % h * w + (column.unsqueeze(1) + column) % w  # q + t mod grid
+        X = self._inverse_fft(data["spectrum"])
+        return (weights[:, :, sums].flatten(1, 2) @ X).view(b, j, -1)
 
     # With one pooled output Parseval's sum over frequencies pools: P (D ⊙ circ(X) vec(U)) = Σ_a P_a D_a A_a =
     # (1/s) Σ_ω Re(conj(Ê[ω]) X̂[ω] · Û[ω]) for E = P D. One real product a frequency serves all gates.
