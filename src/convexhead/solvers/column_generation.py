@@ -28,6 +28,7 @@ from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.increments import Increments
 from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions, with_best_step
+from convexhead.solvers.restriction import Restriction, all_directions, solve_restricted
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
 from convexhead.spectral import BlockKrylov, GradientMatrices, leading, split_off_model
@@ -195,7 +196,11 @@ class ColumnGeneration:
     # -- near ---------------------------------------------------------------------------------------------------------
     def _can_settle(self, gap: float) -> bool:
         """Whether Newton steps over the model's span and more are affordable, and the model is near enough."""
-        if gap > self.near or self.max_heads is not None or not len(self._atoms):
+        if self.max_heads is not None:
+            return False
+        if self._restricts():
+            return True
+        if gap > self.near or not len(self._atoms):
             return False
         one = self.problem.Y[:1]
         if self.problem.loss.hessian_root(one, one, one) is None:
@@ -203,12 +208,22 @@ class ColumnGeneration:
         counts = torch.bincount(self._atoms.block)
         return self.problem.n_blocks * (2 * int(counts.max()) + self._extra()) ** 2 <= MOST_COEFFICIENTS
 
+    def _restricts(self) -> bool:
+        """Whether what is settled over are mixing directions alone."""
+        return Restriction.affordable(self.problem, self._atoms)
+
     def _extra(self) -> int:
         """Directions a block that is looked for beside as many as the model has."""
         return 6 if self.problem.n_blocks == 1 else 1
 
     def _settle(self, f: Float[Tensor, "n r c"], directions: Directions, gap: float) -> None:
-        """Proximal Newton steps over the span of the model and of the leading directions."""
+        """Solve over the span of the model and of the leading directions."""
+        if self._restricts():
+            self._atoms = solve_restricted(
+                self.problem, self._atoms, directions, self.beta, until=0.25 * gap, monitor=self.monitor
+            )
+            self._average = None
+            return
         subspace = Subspace(self.problem, self.rough, self._atoms, f, directions)
         M = subspace.solve(self.beta, until=0.25 * gap, generator=self.generator)
         self._atoms, self._average = subspace.atoms(M), None
@@ -220,6 +235,9 @@ class ColumnGeneration:
         problem, atoms = self.problem, self._atoms
         point = f if self._average is None else self._average
         R = problem.residual(point)
+        if not lacking and self._restricts():
+            directions = all_directions(problem, R)
+            return self._gap(f, point, float(directions.sigma.max())), directions
         G = GradientMatrices(self.rough, R)
         model = split_off_model(G, atoms)
         if lacking:
@@ -236,10 +254,14 @@ class ColumnGeneration:
             exact = GradientMatrices(problem, R)
             directions, self._warm = leading_directions(model, exact, self._warm, self._extra(), self.generator)
             norm = float(directions.sigma.max())
+        return self._gap(f, point, norm), directions
+
+    def _gap(self, f: Float[Tensor, "n r c"], point: Float[Tensor, "n r c"], norm: float) -> float:
+        """The estimated relative gap, recorded, of the model's outputs and of the dual point at others."""
+        problem, atoms = self.problem, self._atoms
         objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
         dual = scaled_dual(problem, point, norm, self.beta, atoms.intercept)
-        gap = self.monitor.record(objective, dual, len(atoms))
-        return gap, directions
+        return self.monitor.record(objective, dual, len(atoms))
 
     def _new_atoms(
         self,
