@@ -147,8 +147,8 @@ class Head(ABC):
     def gated_features(self, data: Data, masks: Float[Tensor, "b g p q"]) -> Float[Tensor, "b j m"] | None:
         """``φ_j`` with ``P read(D_j ⊙ pre(X, U)) = ⟨φ_j, vec(U)⟩`` for every block ``j``, which many passes repay.
 
-        None unless the head has such features (one pooled output, ``e = 1``) and they are few enough to be read in
-        every pass in place of its tokens.
+        None unless the head has such features (one pooled output, ``e = 1``) and they take little memory. Passes with
+        many atoms a block read them in place of the tokens.
         """
         return None
 

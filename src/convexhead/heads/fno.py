@@ -15,7 +15,7 @@ from torch import Tensor
 from convexhead.heads.base import Data, Head
 
 KEPT_GATES = 8
-"""Gates up to which their features are kept: they take about twice the memory of the spectrum for every eight.."""
+"""Gates up to which their features are kept; each takes about the memory of the spectrum."""
 
 
 class FNO(Head):
