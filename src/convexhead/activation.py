@@ -122,7 +122,7 @@ class GatedReLU:
 
     def prepare(self, X: Tensor, *, reuse: bool, masks: Tensor | None = None) -> Data:
         data = self.head.prepare(X)
-        if not reuse or masks is None:
+        if not reuse or masks is None or len(self.gates) > self.head.kept_gates:
             return data
         unpacked = self._unpack(masks, X.dtype)
         if (features := self.head.gated_features(data, unpacked)) is not None:

@@ -139,16 +139,19 @@ class Head(ABC):
         return T.transpose(1, 2)
 
     # -- with fixed masks ---------------------------------------------------------------------------------------------
+    kept_gates: ClassVar[float] = math.inf
+    """Gates up to which what `gate` or `gated_features` makes is kept for many passes."""
+
     @property
     def keeps_gated(self) -> bool:
-        """Whether what `gate` makes is small, and kept for many passes: its samples come first then."""
+        """Whether what `gate` makes of few gates is kept for many passes: its samples come first then."""
         return False
 
     def gated_features(self, data: Data, masks: Float[Tensor, "b g p q"]) -> Float[Tensor, "b j m"] | None:
         """``φ_j`` with ``P read(D_j ⊙ pre(X, U)) = ⟨φ_j, vec(U)⟩`` for every block ``j``, which many passes repay.
 
-        None unless the head has such features (one pooled output, ``e = 1``) and they take little memory. Passes with
-        many atoms a block read them in place of the tokens.
+        None unless the head has such features (one pooled output, ``e = 1``). Passes with many atoms a block read
+        them in place of the tokens.
         """
         return None
 

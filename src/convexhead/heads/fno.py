@@ -14,14 +14,12 @@ from torch import Tensor
 
 from convexhead.heads.base import Data, Head
 
-KEPT_GATES = 8
-"""Gates up to which their features are kept; each takes about the memory of the spectrum."""
-
 
 class FNO(Head):
     """``U (s, d)``, ``v (1, c)``; scores ``q = 1``."""
 
     name = "fno"
+    kept_gates = 8  # each takes about the memory of the spectrum
     least_batch = 512  # fewer samples would not repay the transforms of U
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
@@ -73,7 +71,7 @@ class FNO(Head):
     # For few gates pooled rows of D ⊙ circ(X) are at hand: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P D[q + t] X[q].
     def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
         b, j = masks.shape[:2]
-        if self.r > 1 or j > KEPT_GATES:
+        if self.r > 1:
             return None
         weights = masks.squeeze(-1) / self.s if self.pool == "mean" else masks.squeeze(-1)
         weights = torch.cat([weights, weights.new_zeros(b, j, self.s - self.p)], dim=2)
