@@ -84,10 +84,10 @@ class SelfAttention(Head):
             return super().gated_mix(data, U, group, gated, which)
         X = data["X"]
         S = X.new_empty(len(X), len(U), 1, self.s)
-        keys = X.reshape(-1, self.d, 1)
+        keys = X.reshape(-1, 1, self.d)
         for Y, mine in zip(gated.unbind(1), atoms_by_gate(which), strict=True):
             YU = Y.reshape(-1, self.d) @ U[mine].transpose(0, 1).reshape(self.d, -1)
-            YUX = torch.bmm(YU.view(-1, len(mine), self.d), keys)
+            YUX = (YU.view(-1, len(mine), self.d) * keys).sum(2)  # faster than many small products
             S[:, mine, 0] = YUX.view(len(X), self.s, -1).transpose(1, 2)
         return self.read(data, S)
 
