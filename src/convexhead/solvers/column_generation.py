@@ -5,6 +5,7 @@
         far away: append atoms (−√t a, √t b) for σ > β, with t from a line search; L-BFGS over all factors; prune
         near:     proximal Newton over the span of the model and of the leading directions, which settles the rank;
                   L-BFGS over the factors again where that span was what held it up
+        values of few entries: from the start, a whole solve over mixing directions (`convexhead.solvers.restriction`)
 
 Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012) at first, active subspace selection
 (Hsieh & Olsen 2014) in the end: factors turn towards new directions fast, but atoms come and go slowly there, for which
@@ -28,7 +29,7 @@ from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.increments import Increments
 from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions, with_best_step
-from convexhead.solvers.restriction import Restriction, all_directions, solve_restricted
+from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
 from convexhead.spectral import BlockKrylov, GradientMatrices, leading, split_off_model
@@ -79,6 +80,7 @@ class ColumnGeneration:
     ) -> None:
         self.beta, self.monitor, self.max_heads, self.generator = beta, monitor, max_heads, generator
         self._warm: Tensor | None = None
+        self._past: Tensor | None = None  # left directions of the last restriction
         self._average: Tensor | None = None
         self._resumed: tuple[float, ...] = ()
         self._atoms = start
@@ -97,21 +99,21 @@ class ColumnGeneration:
         self.problem, self._average = problem, None
         self.rough = problem.with_half_products() or problem
         self._atoms = self._atoms.to(problem.device, problem.dtype)
-        if self._warm is not None:
-            self._warm = self._warm.to(problem.dtype)
+        self._warm, self._past = (None if x is None else x.to(problem.dtype) for x in (self._warm, self._past))
 
     def _state(self, *between: float | int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the rounds to come depend on, given what `advance` knows between two of them."""
         shared = {"round": torch.tensor([*between, self.small], dtype=torch.float64), **self._atoms.state()}
-        if self._warm is not None:
-            shared["warm"] = self._warm
+        for name, tensor in (("warm", self._warm), ("past", self._past)):
+            if tensor is not None:
+                shared[name] = tensor
         return shared, {} if self._average is None else {"average": self._average}
 
     def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
         """Go on from a checkpoint: its tensors, and those of this process's samples."""
         *between, self.small = shared["round"].tolist()
         self._resumed = tuple(between)
-        self._warm, self._average = shared.get("warm"), rows.get("average")
+        self._warm, self._past, self._average = shared.get("warm"), shared.get("past"), rows.get("average")
         self._atoms = Atoms.restored(shared)
 
     def advance(self, target: float) -> Stop:
@@ -219,10 +221,12 @@ class ColumnGeneration:
     def _settle(self, f: Float[Tensor, "n r c"], directions: Directions, gap: float) -> None:
         """Solve over the span of the model and of the leading directions."""
         if self._restricts():
+            left = leading_left(directions, self.beta)
+            both = left if self._past is None else torch.cat([left, self._past], dim=2)
             self._atoms = solve_restricted(
-                self.problem, self._atoms, directions, self.beta, until=0.25 * gap, monitor=self.monitor
+                self.problem, self._atoms, both, self.beta, until=0.1 * gap, monitor=self.monitor
             )
-            self._average = None
+            self._past, self._average = left, None
             return
         subspace = Subspace(self.problem, self.rough, self._atoms, f, directions)
         M = subspace.solve(self.beta, until=0.25 * gap, generator=self.generator)

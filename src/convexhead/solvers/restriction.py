@@ -2,7 +2,8 @@
 
     Z_j = A_j N_j:     minimise over N   F(Σ_j 𝒜_j(A_j N_j)) + β Σ_j ‖N_j‖_*
 
-with orthonormal ``A_j (p, m)`` that span the model and the leading left singular directions of the gradient matrices.
+with orthonormal ``A_j (p, m)`` that span the model and the leading left singular directions of the gradient matrices,
+the last round's beside this one's: with these the rounds converge much faster, as Krylov methods do.
 Where one value has few entries, a gradient matrix ``(p, e·c)`` is cheap to form, all its singular directions are
 known, and nothing has to be left out on the right side. What is left is solved as any small problem is: see
 `convexhead.solvers.fista`.
@@ -25,8 +26,10 @@ from convexhead.spectral import independent
 
 MOST_VALUES = 128
 """Entries of a value up to which gradient matrices are formed."""
+MOST_FORMED = 5e7
+"""Numbers that they may take."""
 MOST_FEATURES = 5e6
-"""Numbers that the dense features may take."""
+"""Numbers that the features of the chosen directions may take."""
 MARGIN = 0.3
 """Left directions are in where ``σ > (1 − MARGIN) β``."""
 MOST_ITERATIONS = 3000
@@ -54,11 +57,12 @@ class Restriction(DensePasses):
 
     @staticmethod
     def affordable(problem: Problem, atoms: Atoms) -> bool:
-        """Whether values are few, and so are the features of a model twice as large."""
-        if problem.head.value_rows * problem.c > MOST_VALUES:
+        """Whether gradient matrices may be formed, and there is room for twice the model's directions."""
+        q = problem.head.value_rows * problem.c
+        if q > MOST_VALUES or problem.n_blocks * problem.head.mixing_size * q > MOST_FORMED:
             return False
-        widest = 2 * int(torch.bincount(atoms.block, minlength=1).max())
-        return problem.n * problem.head.r * problem.head.value_rows * problem.n_blocks * widest <= MOST_FEATURES
+        widest = max(1, int(torch.bincount(atoms.block, minlength=1).max()))
+        return room(problem) >= 2 * widest
 
     def rotate(self, atoms: Atoms) -> Atoms:
         U = atoms.U.new_zeros(len(atoms), self.left.shape[2])
@@ -73,6 +77,11 @@ class Restriction(DensePasses):
         return replace(atoms, U=U.view(-1, *self.problem.head.mixing_shape))
 
 
+def room(problem: Problem) -> int:
+    """Directions a block for whose features there is room."""
+    return int(MOST_FEATURES / (problem.n * problem.head.r * problem.head.value_rows * problem.n_blocks))
+
+
 def all_directions(problem: Problem, R: Float[Tensor, "n r c"]) -> Directions:
     """Every singular triple of every gradient matrix, formed."""
     blocks = torch.arange(problem.n_blocks, device=R.device)
@@ -83,11 +92,17 @@ def all_directions(problem: Problem, R: Float[Tensor, "n r c"]) -> Directions:
     return Directions(sigma.to(G.dtype), left, right)
 
 
+def leading_left(directions: Directions, beta: float) -> Float[Tensor, "j p w"]:
+    """The left directions that matter at weight ``beta``, largest first; zero columns where a block has fewer."""
+    chosen = directions.sigma > (1 - MARGIN) * beta
+    return (directions.left * chosen.unsqueeze(1))[:, :, : int(chosen.sum(1).max())]
+
+
 def solve_restricted(
-    problem: Problem, atoms: Atoms, directions: Directions, beta: float, *, until: float, monitor: Monitor
+    problem: Problem, atoms: Atoms, left: Float[Tensor, "j p w"], beta: float, *, until: float, monitor: Monitor
 ) -> Atoms:
-    """The model after a solve over its span and the leading left ``directions``, to the relative gap ``until`` there."""
-    passes = Restriction(problem, _left_span(problem, atoms, directions, beta))
+    """The model after a solve over its span and the directions ``left``, to the relative gap ``until`` there."""
+    passes = Restriction(problem, _left_span(problem, atoms, left))
     own = replace(monitor, callback=None, history=[], dual=-torch.inf)  # its bounds hold for the restriction alone
     start = atoms.to(problem.device, torch.float64)
     method = Fista(passes.problem, beta, start, own, dense=passes)
@@ -96,13 +111,14 @@ def solve_restricted(
     return method.atoms().to(problem.device, problem.dtype)
 
 
-def _left_span(problem: Problem, atoms: Atoms, directions: Directions, beta: float) -> Float[Tensor, "j p m"]:
-    """Orthonormal bases of the model's mixing weights and of the leading left directions; zero columns where fewer."""
-    bases = []
-    for block, (sigma, left) in enumerate(zip(directions.sigma, directions.left, strict=True)):
+def _left_span(problem: Problem, atoms: Atoms, left: Float[Tensor, "j p w"]) -> Float[Tensor, "j p m"]:
+    """Orthonormal bases of the model's mixing weights and, as far as there is room, of directions that are not zero."""
+    bases, most = [], room(problem)
+    for block, more in enumerate(left):
         weights = atoms.U[atoms.block == block].flatten(1).T
-        bases.append(independent(torch.cat([weights, left[:, sigma > (1 - MARGIN) * beta]], dim=1)))
-    left = directions.left.new_zeros(len(bases), problem.head.mixing_size, max(basis.shape[1] for basis in bases))
-    for out, basis in zip(left, bases, strict=True):
+        more = more[:, more.any(0)][:, : max(0, most - weights.shape[1])]
+        bases.append(independent(torch.cat([weights, more], dim=1)))
+    span = left.new_zeros(len(bases), problem.head.mixing_size, max(basis.shape[1] for basis in bases))
+    for out, basis in zip(span, bases, strict=True):
         out[:, : basis.shape[1]] = basis
-    return left
+    return span
