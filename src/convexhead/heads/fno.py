@@ -68,7 +68,7 @@ class FNO(Head):
         correlation = torch.einsum("bfd,bkf->kfd", data["spectrum"].conj(), self._fft(A).squeeze(-1))
         return self._inverse_fft(correlation)
 
-    # For few gates pooled rows of D ⊙ circ(X) are at hand: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P D[q + t] X[q].
+    # Pooled rows of D ⊙ circ(X), for few gates: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P_{q+t} D_{q+t} X[q].
     def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
         b, j = masks.shape[:2]
         if self.r > 1:

@@ -103,7 +103,7 @@ def solve_restricted(
 ) -> Atoms:
     """The model after a solve over its span and the directions ``left``, to the relative gap ``until`` there."""
     passes = Restriction(problem, _left_span(problem, atoms, left))
-    own = replace(monitor, callback=None, history=[], dual=-torch.inf)  # its bounds hold for the restriction alone
+    own = replace(monitor, callback=None, save=None, history=[], dual=-torch.inf)  # bounds of the restriction alone
     start = atoms.to(problem.device, torch.float64)
     method = Fista(passes.problem, beta, start, own, dense=passes)
     method.max_iterations = MOST_ITERATIONS
