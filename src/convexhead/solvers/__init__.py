@@ -78,7 +78,7 @@ def solve(
     monitor = Monitor(max_time, callback, problem.ranks)
     monitor.dual = known_dual
     method: Method | None = None
-    stage, stop = Stage(0.6 * tol, known_dual), Stop.STALLED
+    stage, stop = Stage(0.8 * tol, known_dual), Stop.STALLED
     model, certificate = start or _zero_model(problem), None
     saved = None if checkpoint is None else checkpoint.load()
     if saved is not None:
