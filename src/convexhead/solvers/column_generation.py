@@ -58,6 +58,8 @@ class ColumnGeneration:
     """L-BFGS iterations of a round."""
     near = 0.1
     """Relative gap under which Newton steps begin."""
+    late = 1e-2
+    """Relative gap under which restricted solves also take the last round's directions: more work, faster rounds."""
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     max_rounds = 2000
@@ -222,9 +224,10 @@ class ColumnGeneration:
         """Solve over the span of the model and of the leading directions."""
         if self._restricts():
             left = leading_left(directions, self.beta)
-            both = left if self._past is None else torch.cat([left, self._past], dim=2)
+            late = self._past is not None and gap <= self.late
+            both = torch.cat([left, self._past], dim=2) if late else left
             self._atoms = solve_restricted(
-                self.problem, self._atoms, both, self.beta, until=0.1 * gap, monitor=self.monitor
+                self.problem, self._atoms, both, self.beta, until=0.25 * gap, monitor=self.monitor
             )
             self._past, self._average = left, None
             return
