@@ -224,8 +224,8 @@ class ColumnGeneration:
         """Solve over the span of the model and of the leading directions."""
         if self._restricts():
             left = leading_left(directions, self.beta)
-            late = self._past is not None and gap <= self.late
-            both = torch.cat([left, self._past], dim=2) if late else left
+            past = [self._past] if self._past is not None and gap <= self.late else []
+            both = torch.cat([left, *past], dim=2)
             self._atoms = solve_restricted(
                 self.problem, self._atoms, both, self.beta, until=0.25 * gap, monitor=self.monitor
             )
