@@ -19,8 +19,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from convexhead.errors import InputError
-from convexhead.heads.base import Data, Head
+from convexhead.heads.base import Data, Head, mix_features, mix_features_adjoint
 
+FEATURE_ATOMS = 6
+"""Atoms a block from which a head's gated features are read in place of its tokens."""
 ACTIVATIONS = ("linear", "gated-relu", "relu")
 PullBack = Callable[[Tensor], Tensor]
 """``T (b, r, k, e) -> (k, *mixing_shape)``: the adjoint of the derivative of a mix in ``U``, summed over the batch."""
@@ -120,8 +122,13 @@ class GatedReLU:
 
     def prepare(self, X: Tensor, *, reuse: bool, masks: Tensor | None = None) -> Data:
         data = self.head.prepare(X)
-        if reuse and masks is not None and self.head.keeps_gated:
-            data["gated"] = self.head.gate(data, self._unpack(masks, X.dtype))
+        if not reuse or masks is None or len(self.gates) > self.head.kept_gates:
+            return data
+        unpacked = self._unpack(masks, X.dtype)
+        if (features := self.head.gated_features(data, unpacked)) is not None:
+            data["features"] = features
+        if self.head.keeps_gated:
+            data["gated"] = self.head.gate(data, unpacked)
         return data
 
     def pack_masks(self, X: Tensor) -> Tensor:
@@ -153,12 +160,18 @@ class GatedReLU:
         return self.head.gate(data, self._unpack(packed, dtype)), which
 
     def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
+        if _takes_features(data, block):
+            return mix_features(data["features"], U, block)
         return self.head.gated_mix(data, U, block % self.head.n_groups, *self._gated(data, block))
 
     def mix_adjoint(self, data: Data, T: Tensor, block: Tensor, at: Tensor | None = None) -> Tensor:
+        if _takes_features(data, block):
+            return mix_features_adjoint(data["features"], T, block).view(-1, *self.head.mixing_shape)
         return self.head.gated_mix_adjoint(data, T, block % self.head.n_groups, *self._gated(data, block))
 
     def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
+        if _takes_features(data, block):
+            return self.mix(data, U, block), lambda T: self.mix_adjoint(data, T, block)
         group, gated = block % self.head.n_groups, self._gated(data, block)  # made once for both
         return (
             self.head.gated_mix(data, U, group, *gated),
@@ -167,6 +180,11 @@ class GatedReLU:
 
     def workspace(self, k: int) -> int:
         return self.head.gated_workspace(k, min(k, self.n_blocks))
+
+
+def _takes_features(data: Data, block: Tensor) -> bool:
+    """Whether there are features, and enough atoms a block to repay reading them."""
+    return "features" in data and len(block) >= FEATURE_ATOMS * len(torch.unique(block))
 
 
 class ReLU:

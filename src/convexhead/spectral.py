@@ -394,6 +394,6 @@ def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.
     if worth_forming(G):
         return formed_norm(G)
     blocks = torch.arange(problem.n_blocks, device=problem.device)
-    start = G.random_start(blocks, min(4, G.order), generator)
+    start = G.random_start(blocks, min(4 if len(blocks) == 1 else 2, G.order), generator)
     sigma, *_ = top_singular(split_off_model(G, problem.empty()), start, rtol=1e-7, max_steps=100)
     return float(sigma.max())

@@ -139,10 +139,21 @@ class Head(ABC):
         return T.transpose(1, 2)
 
     # -- with fixed masks ---------------------------------------------------------------------------------------------
+    kept_gates: ClassVar[float] = math.inf
+    """Gates up to which what `gate` or `gated_features` makes is kept for many passes."""
+
     @property
     def keeps_gated(self) -> bool:
-        """Whether what `gate` makes is small, and kept for many passes: its samples come first then."""
+        """Whether what `gate` makes of few gates is kept for many passes: its samples come first then."""
         return False
+
+    def gated_features(self, data: Data, masks: Float[Tensor, "b g p q"]) -> Float[Tensor, "b j m"] | None:
+        """``φ_j`` with ``P read(D_j ⊙ pre(X, U)) = ⟨φ_j, vec(U)⟩`` for every block ``j``, which many passes repay.
+
+        None unless the head has such features (one pooled output, ``e = 1``). Passes with many atoms a block read
+        them in place of the tokens.
+        """
+        return None
 
     def gate(self, data: Data, masks: Float[Tensor, "b j p q"]) -> Tensor:
         """What a pass needs of the masks of ``j`` gates and the tokens they act on, once for all atoms of a gate.
@@ -191,6 +202,29 @@ def atoms_by_gate(which: Int[Tensor, " k"]) -> list[Int[Tensor, " k_j"]]:
     """Positions of the atoms of each gate."""
     order = torch.argsort(which, stable=True)
     return list(order.split(torch.bincount(which).tolist()))
+
+
+def mix_features(
+    features: Float[Tensor, "b j m"], U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
+) -> Float[Tensor, "b 1 k 1"]:
+    """``⟨φ_j, vec(U_k)⟩`` with the features (see `Head.gated_features`) of each atom's block."""
+    M = features.new_empty(len(features), len(U))
+    for j, mine in enumerate(atoms_by_gate(block)):
+        if len(mine):
+            M[:, mine] = features[:, j] @ U[mine].flatten(1).T
+    return M[:, None, :, None]
+
+
+def mix_features_adjoint(
+    features: Float[Tensor, "b j m"], T: Float[Tensor, "b 1 k 1"], block: Int[Tensor, " k"]
+) -> Float[Tensor, "k m"]:
+    """Adjoint of `mix_features` in ``U``, summed over the batch."""
+    T = T[:, 0, :, 0].T
+    U = T.new_empty(len(T), features.shape[2])
+    for j, mine in enumerate(atoms_by_gate(block)):
+        if len(mine):
+            U[mine] = T[mine] @ features[:, j]
+    return U
 
 
 def resolve_grid(n_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:

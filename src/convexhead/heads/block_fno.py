@@ -24,6 +24,7 @@ class BlockFNO(Head):
     """``U (s, d/B)``, ``v (1, c)`` or ``(1, c/B)``; scores ``q = 1``."""
 
     name = "block-fno"
+    kept_gates = FNO.kept_gates
     least_batch = FNO.least_batch
 
     def __init__(
@@ -71,6 +72,14 @@ class BlockFNO(Head):
 
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         return self._from_groups(self._fno.preactivation_adjoint, data, A, group, atom_dim=1)
+
+    def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
+        parts = [
+            self._fno.gated_features(self._channels(data, g), masks[:, g :: self.n_groups])
+            for g in range(self.n_groups)
+        ]
+        kept = [part for part in parts if part is not None]
+        return torch.stack(kept, dim=2).flatten(1, 2) if kept else None
 
     def gate(self, data: Data, masks: Tensor) -> Tensor:
         return self._fno.gate(data, masks)

@@ -19,6 +19,7 @@ class FNO(Head):
     """``U (s, d)``, ``v (1, c)``; scores ``q = 1``."""
 
     name = "fno"
+    kept_gates = 8  # each takes about the memory of the spectrum
     least_batch = 512  # fewer samples would not repay the transforms of U
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
@@ -66,6 +67,19 @@ class FNO(Head):
             A = torch.cat([A, A.new_zeros(*A.shape[:2], self.s - 1, 1)], dim=2)
         correlation = torch.einsum("bfd,bkf->kfd", data["spectrum"].conj(), self._fft(A).squeeze(-1))
         return self._inverse_fft(correlation)
+
+    # Pooled rows of D ⊙ circ(X), for few gates: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P_{q+t} D_{q+t} X[q].
+    def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
+        b, j = masks.shape[:2]
+        if self.r > 1:
+            return None
+        weights = masks.squeeze(-1) / self.s if self.pool == "mean" else masks.squeeze(-1)
+        weights = torch.cat([weights, weights.new_zeros(b, j, self.s - self.p)], dim=2)
+        h, w = self.fft_grid
+        row, column = (part.flatten() for part in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+        sums = (row.unsqueeze(1) + row) % h * w + (column.unsqueeze(1) + column) % w  # q + t mod grid
+        X = self._inverse_fft(data["spectrum"])
+        return (weights[:, :, sums].flatten(1, 2) @ X).view(b, j, -1)
 
     # With one pooled output Parseval's sum over frequencies pools: P (D ⊙ circ(X) vec(U)) = Σ_a P_a D_a A_a =
     # (1/s) Σ_ω Re(conj(Ê[ω]) X̂[ω] · Û[ω]) for E = P D. One real product a frequency serves all gates.

@@ -5,6 +5,7 @@
         far away: append atoms (−√t a, √t b) for σ > β, with t from a line search; L-BFGS over all factors; prune
         near:     proximal Newton over the span of the model and of the leading directions, which settles the rank;
                   L-BFGS over the factors again where that span was what held it up
+        values of few entries: from the start, a whole solve over mixing directions (`convexhead.solvers.restriction`)
 
 Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012) at first, active subspace selection
 (Hsieh & Olsen 2014) in the end: factors turn towards new directions fast, but atoms come and go slowly there, for which
@@ -28,6 +29,7 @@ from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.increments import Increments
 from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions, with_best_step
+from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
 from convexhead.spectral import BlockKrylov, GradientMatrices, leading, split_off_model
@@ -58,6 +60,8 @@ class ColumnGeneration:
     """And near, where the set of atoms hardly changes any more."""
     near = 0.1
     """Relative gap under which Newton steps begin."""
+    late = 1e-2
+    """Relative gap under which restricted solves also take the last round's directions: more work, faster rounds."""
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     max_rounds = 2000
@@ -80,6 +84,7 @@ class ColumnGeneration:
     ) -> None:
         self.beta, self.monitor, self.max_heads, self.generator = beta, monitor, max_heads, generator
         self._warm: Tensor | None = None
+        self._past: Tensor | None = None  # left directions of the last restriction
         self._average: Tensor | None = None
         self._resumed: tuple[float, ...] = ()
         self._atoms = start
@@ -98,21 +103,21 @@ class ColumnGeneration:
         self.problem, self._average = problem, None
         self.rough = problem.with_half_products() or problem
         self._atoms = self._atoms.to(problem.device, problem.dtype)
-        if self._warm is not None:
-            self._warm = self._warm.to(problem.dtype)
+        self._warm, self._past = (None if x is None else x.to(problem.dtype) for x in (self._warm, self._past))
 
     def _state(self, *between: float | int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the rounds to come depend on, given what `advance` knows between two of them."""
         shared = {"round": torch.tensor([*between, self.small], dtype=torch.float64), **self._atoms.state()}
-        if self._warm is not None:
-            shared["warm"] = self._warm
+        for name, tensor in (("warm", self._warm), ("past", self._past)):
+            if tensor is not None:
+                shared[name] = tensor
         return shared, {} if self._average is None else {"average": self._average}
 
     def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
         """Go on from a checkpoint: its tensors, and those of this process's samples."""
         *between, self.small = shared["round"].tolist()
         self._resumed = tuple(between)
-        self._warm, self._average = shared.get("warm"), rows.get("average")
+        self._warm, self._past, self._average = shared.get("warm"), shared.get("past"), rows.get("average")
         self._atoms = Atoms.restored(shared)
 
     def advance(self, target: float) -> Stop:
@@ -197,7 +202,11 @@ class ColumnGeneration:
     # -- near ---------------------------------------------------------------------------------------------------------
     def _can_settle(self, gap: float) -> bool:
         """Whether Newton steps over the model's span and more are affordable, and the model is near enough."""
-        if gap > self.near or self.max_heads is not None or not len(self._atoms):
+        if self.max_heads is not None:
+            return False
+        if self._restricts():
+            return True
+        if gap > self.near or not len(self._atoms):
             return False
         one = self.problem.Y[:1]
         if self.problem.loss.hessian_root(one, one, one) is None:
@@ -205,12 +214,25 @@ class ColumnGeneration:
         counts = torch.bincount(self._atoms.block)
         return self.problem.n_blocks * (2 * int(counts.max()) + self._extra()) ** 2 <= MOST_COEFFICIENTS
 
+    def _restricts(self) -> bool:
+        """Whether what is settled over are mixing directions alone."""
+        return Restriction.affordable(self.problem, self._atoms)
+
     def _extra(self) -> int:
         """Directions a block that is looked for beside as many as the model has."""
         return 6 if self.problem.n_blocks == 1 else 1
 
     def _settle(self, f: Float[Tensor, "n r c"], directions: Directions, gap: float) -> None:
-        """Proximal Newton steps over the span of the model and of the leading directions."""
+        """Solve over the span of the model and of the leading directions."""
+        if self._restricts():
+            left = leading_left(directions, self.beta)
+            past = [self._past] if self._past is not None and gap <= self.late else []
+            both = torch.cat([left, *past], dim=2)
+            self._atoms = solve_restricted(
+                self.problem, self._atoms, both, self.beta, until=0.25 * gap, monitor=self.monitor
+            )
+            self._past, self._average = left, None
+            return
         subspace = Subspace(self.problem, self.rough, self._atoms, f, directions)
         M = subspace.solve(self.beta, until=0.25 * gap, generator=self.generator)
         self._atoms, self._average = subspace.atoms(M), None
@@ -222,6 +244,9 @@ class ColumnGeneration:
         problem, atoms = self.problem, self._atoms
         point = f if self._average is None else self._average
         R = problem.residual(point)
+        if not lacking and self._restricts():
+            directions = all_directions(problem, R)
+            return self._gap(f, point, float(directions.sigma.max())), directions
         G = GradientMatrices(self.rough, R)
         model = split_off_model(G, atoms)
         if lacking:
@@ -238,10 +263,14 @@ class ColumnGeneration:
             exact = GradientMatrices(problem, R)
             directions, self._warm = leading_directions(model, exact, self._warm, self._extra(), self.generator)
             norm = float(directions.sigma.max())
+        return self._gap(f, point, norm), directions
+
+    def _gap(self, f: Float[Tensor, "n r c"], point: Float[Tensor, "n r c"], norm: float) -> float:
+        """The estimated relative gap, recorded, of the model's outputs and of the dual point at others."""
+        problem, atoms = self.problem, self._atoms
         objective = problem.data_term(f) + self.beta * problem.penalty(atoms)
         dual = scaled_dual(problem, point, norm, self.beta, atoms.intercept)
-        gap = self.monitor.record(objective, dual, len(atoms))
-        return gap, directions
+        return self.monitor.record(objective, dual, len(atoms))
 
     def _new_atoms(
         self,

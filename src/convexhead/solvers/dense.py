@@ -35,10 +35,15 @@ class DensePasses:
         self.shape = (problem.n_blocks, self.rotation.shape[1], e * c)
         rotated = torch.einsum("jnpe,pw->njwe", unfolded, self.rotation)
         self.features = rotated.flatten(1).contiguous()
-        self.mask: Tensor | None = None
-        if problem.output_mask is not None:
-            group = torch.arange(problem.n_blocks, device=problem.device) % problem.head.n_groups
-            self.mask = problem.output_mask[group].repeat(1, e).unsqueeze(1)
+        self.mask = self._output_mask()
+
+    def _output_mask(self) -> Float[Tensor, "j 1 q"] | None:
+        """Which entries of a row of ``Z_j`` may be other than zero; None where all."""
+        problem = self.problem
+        if problem.output_mask is None:
+            return None
+        group = torch.arange(problem.n_blocks, device=problem.device) % problem.head.n_groups
+        return problem.output_mask[group].repeat(1, problem.head.value_rows).unsqueeze(1)
 
     def outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
         """``f`` at dense weights."""

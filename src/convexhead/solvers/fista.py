@@ -39,6 +39,8 @@ class Fista:
         Where to begin.
     monitor : Monitor
         Clock and history.
+    dense : DensePasses or None
+        Passes over some of the program alone, in place of those over all of it.
     """
 
     max_iterations = 100_000
@@ -46,9 +48,11 @@ class Fista:
     polish_below = 0.05
     """Relative gap under which factors may take over."""
 
-    def __init__(self, problem: Problem, beta: float, start: Atoms, monitor: Monitor) -> None:
+    def __init__(
+        self, problem: Problem, beta: float, start: Atoms, monitor: Monitor, dense: DensePasses | None = None
+    ) -> None:
         self.problem, self.beta, self.monitor = problem, beta, monitor
-        self.dense = DensePasses(problem)
+        self.dense = dense or DensePasses(problem)
         self.Z = self.dense.matrices(self.dense.rotate(start))
         square = torch.linalg.matrix_norm(self.dense.features, 2) ** 2
         norm = math.sqrt(float(problem.sum(square)[0]))  # at least the norm of all processes' features

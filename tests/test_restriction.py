@@ -1,0 +1,103 @@
+"""Solving over some mixing directions: its pieces against the whole problem, its solves against the other routes."""
+
+import pytest
+import torch
+
+import convexhead as ch
+from convexhead import estimators, solvers
+from convexhead.activation import make_activation, sample_gates
+from convexhead.certificate import certify_atoms
+from convexhead.heads import make_head
+from convexhead.losses import CrossEntropy
+from convexhead.problem import Atoms, Problem
+from convexhead.solvers import restriction
+from convexhead.solvers.base import Monitor
+from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
+
+HEADS = [("mlp", "shared"), ("fno", "shared"), ("block-fno", "shared"), ("block-fno", "grouped")]
+
+
+def data(n=80, s=6, d=4, c=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, s, d, generator=generator, dtype=torch.float64)
+    y = (X.mean(1).relu() @ torch.randn(d, c, generator=generator, dtype=torch.float64)).argmax(1)
+    return X, y
+
+
+def build(name, outputs, activation):
+    X, y = data()
+    head = make_head(name, 6, 4, n_blocks=2, outputs=outputs)
+    gates = sample_gates(head, 3, torch.Generator().manual_seed(1)) if activation == "gated-relu" else None
+    Y = torch.eye(4, dtype=torch.float64)[y].unsqueeze(1)
+    return Problem(X, Y, head, make_activation(activation, head, gates), CrossEntropy())
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated-relu"])
+@pytest.mark.parametrize(("name", "outputs"), HEADS)
+def test_directions_are_all_singular_triples(name, outputs, activation):
+    problem = build(name, outputs, activation)
+    R = problem.residual(torch.zeros(80, 1, 4, dtype=torch.float64))
+    sigma, left, right = all_directions(problem, R)
+    G = problem.gradient_matrices(R, torch.arange(problem.n_blocks))
+    torch.testing.assert_close(left * sigma.unsqueeze(1) @ right.mT, G)
+    torch.testing.assert_close(sigma[:, 0], torch.linalg.matrix_norm(G, 2))
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated-relu"])
+@pytest.mark.parametrize(("name", "outputs"), HEADS)
+def test_passes_are_those_of_the_problem(name, outputs, activation):
+    problem = build(name, outputs, activation)
+    generator = torch.Generator().manual_seed(2)
+    p, j = problem.head.mixing_size, problem.n_blocks
+    left = torch.linalg.qr(torch.randn(j, p, 2, generator=generator, dtype=torch.float64)).Q
+    left[0, :, 1] = 0  # a block with fewer directions
+    block = torch.arange(2 * j) % j
+    inner = torch.randn(2 * j, 2, generator=generator, dtype=torch.float64)
+    inner[block == 0, 1] = 0
+    V = torch.randn(2 * j, 1, 4, generator=generator, dtype=torch.float64)
+    passes = Restriction(problem, left)
+    atoms = passes.rotate_back(Atoms(inner, problem.mask_values(V, block), block, torch.zeros(4).double()))
+    torch.testing.assert_close(passes.rotate(atoms).U, inner)
+    f = problem.outputs(atoms)
+    torch.testing.assert_close(passes.outputs(passes.matrices(passes.rotate(atoms)), atoms.intercept), f)
+    R = problem.residual(f)
+    whole = problem.gradient_matrices(R, torch.arange(j))
+    torch.testing.assert_close(passes.gradient(R), left.mT @ whole)
+
+
+def test_rounds_end_at_the_optimum_of_the_whole():
+    problem = build("fno", "shared", "gated-relu")
+    f = torch.zeros(80, 1, 4, dtype=torch.float64)
+    beta = 0.1 * float(all_directions(problem, problem.residual(f)).sigma.max())
+    atoms = problem.empty()
+    past = None
+    for _ in range(12):
+        left = leading_left(all_directions(problem, problem.residual(problem.outputs(atoms))), beta)
+        both = left if past is None else torch.cat([left, past], dim=2)
+        atoms, past = solve_restricted(problem, atoms, both, beta, until=1e-8, monitor=Monitor()), left
+    certificate = certify_atoms(problem, atoms, beta, tol=1e-5)
+    assert certificate.converged
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("activation", ["linear", "gated-relu"])
+@pytest.mark.parametrize(("name", "outputs"), HEADS)
+def test_every_route_ends_at_the_same_objective(name, outputs, activation, intercept, monkeypatch):
+    X, y = data()
+
+    def fit():
+        model = ch.ConvexHeadClassifier(
+            head=name, outputs=outputs, activation=activation, n_blocks=2, n_gates=2, beta_ratio=0.1, tol=1e-3,
+            fit_intercept=intercept, random_state=0,
+        )  # fmt: skip
+        return model.fit(X.numpy(), y.numpy()).certificate_
+
+    dense = fit()
+    monkeypatch.setattr(estimators, "SMALL_TOKENS", 0)
+    monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)
+    restricted = fit()
+    monkeypatch.setattr(restriction, "MOST_FEATURES", 0)
+    factored = fit()
+    for certificate in (dense, restricted, factored):
+        assert certificate.converged
+        assert certificate.primal >= max(dense.dual, restricted.dual, factored.dual)
