@@ -78,7 +78,7 @@ class Monitor:
     ranks: Ranks = field(default_factory=Ranks)
     history: list[Progress] = field(default_factory=list)
     dual: float = -math.inf
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
     before: float = 0.0
     """Seconds that the solve had taken when it was resumed; `max_time` begins anew."""
     interrupted: bool = False

@@ -46,14 +46,14 @@ class ReLUColumnGeneration:
         Source of the random starts of the search.
     """
 
-    batch = 16
+    batch = 32
     """Atoms that one pricing may add."""
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
     max_rounds = 200
     settled = 1e-2
-    """Relative decrease of the objective in ten iterations, over the square of the gap asked for, that ends a descent:
-    the dual lags behind the objective as a gradient does."""
+    """Relative decrease of the objective in ten iterations, over the square of the gap at hand, that ends a descent:
+    the dual lags behind the objective as a gradient does. Far from the optimum new atoms pay more than iterations."""
     patience = 8
     """Rounds without a better gap after which the run has stalled."""
 
@@ -71,19 +71,19 @@ class ReLUColumnGeneration:
         self.max_heads, self.generator = max_heads, generator
         self.oracle = NormOracle(problem)
         self.model = start
+        self._witness: Tensor | None = None
 
     def atoms(self) -> Atoms:
         """The current model."""
         return self.model
 
-    def witness(self) -> None:
-        """The dual point is taken at the model's own outputs."""
-        return None
+    def witness(self) -> Float[Tensor, "n r c"] | None:
+        """Outputs of the round with the best dual point: rewards rise and fall while the objective only falls."""
+        return self._witness
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
         best, since = float("inf"), 0
-        self.noise = max(self.settled * target**2, torch.finfo(self.problem.dtype).eps)
         for _ in range(self.max_rounds):
             f = self.problem.outputs(self.model)
             peaks, gap = self._price(f, target)
@@ -92,6 +92,7 @@ class ReLUColumnGeneration:
             if self.monitor.out_of_time():
                 return Stop.TIME
             best, since = (gap, 0) if gap < 0.9 * best else (best, since + 1)
+            self.noise = max(self.settled * gap**2, torch.finfo(self.problem.dtype).eps)
             if since > self.patience:
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
@@ -137,10 +138,10 @@ class ReLUColumnGeneration:
         if tight and (hopeful or self.oracle.method == "faces"):
             found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
             peaks, norm = found.peaks, found.upper
-        gap = self.monitor.record(
-            objective, scaled_dual(self.problem, f, norm, self.beta, self.model.intercept), len(self.model)
-        )
-        return peaks, gap
+        dual = scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
+        if dual > self.monitor.dual:
+            self._witness = f
+        return peaks, self.monitor.record(objective, dual, len(self.model))
 
     def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks) -> Atoms | None:
         """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, with the best common ``t``; None where none pays."""
