@@ -44,16 +44,20 @@ class ReLUColumnGeneration:
         Atoms that the model may have.
     generator : torch.Generator
         Source of the random starts of the search.
+
+    Attributes
+    ----------
+    batch : int
+        Atoms that one pricing may add. They crowd along the kinks of small problems.
     """
 
-    batch = 32
-    """Atoms that one pricing may add."""
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
     max_rounds = 200
     settled = 1e-2
-    """Relative decrease of the objective in ten iterations, over the square of the gap at hand, that ends a descent:
-    the dual lags behind the objective as a gradient does. Far from the optimum new atoms pay more than iterations."""
+    """Relative decrease of the objective in ten iterations, over the square of a gap, that ends a descent: the dual
+    lags behind the objective as a gradient does. In large problems it is the gap at hand, since far from the optimum
+    new atoms pay more than iterations; in small ones, where iterations cost little, the gap asked for."""
     patience = 8
     """Rounds without a better gap after which the run has stalled."""
 
@@ -70,6 +74,7 @@ class ReLUColumnGeneration:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.max_heads, self.generator = max_heads, generator
         self.oracle = NormOracle(problem)
+        self.batch = 16 if self.oracle.tight else 32
         self.model = start
         self._witness: Tensor | None = None
 
@@ -78,7 +83,10 @@ class ReLUColumnGeneration:
         return self.model
 
     def witness(self) -> Float[Tensor, "n r c"] | None:
-        """Outputs of the round with the best dual point: rewards rise and fall while the objective only falls."""
+        """Outputs with the best dual point that searches suggest: rewards rise and fall while the objective falls.
+
+        None, for the model's own, where rewards are bounded.
+        """
         return self._witness
 
     def advance(self, target: float) -> Stop:
@@ -92,7 +100,8 @@ class ReLUColumnGeneration:
             if self.monitor.out_of_time():
                 return Stop.TIME
             best, since = (gap, 0) if gap < 0.9 * best else (best, since + 1)
-            self.noise = max(self.settled * gap**2, torch.finfo(self.problem.dtype).eps)
+            lag = self.settled * (target if self.oracle.tight else gap) ** 2
+            self.noise = max(lag, torch.finfo(self.problem.dtype).eps)
             if since > self.patience:
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
@@ -139,7 +148,7 @@ class ReLUColumnGeneration:
             found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
             peaks, norm = found.peaks, found.upper
         dual = scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
-        if dual > self.monitor.dual:
+        if dual > self.monitor.dual and not tight:
             self._witness = f
         return peaks, self.monitor.record(objective, dual, len(self.model))
 
