@@ -97,6 +97,7 @@ def test_no_training_run_is_below_the_bound(seed):
     assert bound <= solution.certificate.primal
     for start in range(3):
         trained = train_adam(problem, beta, n_heads=6, lr=0.03, epochs=150, seed=start)
+        assert trained.objective < trained.history[0].objective
         assert trained.convex_objective >= bound * (1 - 1e-12)
     again = run(problem, beta, tol=0.1, generator=torch.Generator().manual_seed(1)).certificate
     assert again.primal >= bound
@@ -246,6 +247,9 @@ def test_degenerate_inputs_with_all_patterns(name, what):
     if name != "block-fno":  # whose gates combine the patterns of its channel groups
         drawn = sample_patterns(make_head(name, 2, 2), torch.from_numpy(X), 300, torch.Generator().manual_seed(0))
         assert len(drawn) <= len(every.gates_)
+        many = check_fit(X, y, name, activation="gated-relu", n_gates=100)
+        assert many.certificate_.converged
+        assert len(many.gates_) <= len(every.gates_)
     relu = check_fit(X, y, name, activation="relu", beta=every.beta_, max_time=1)
     assert every.certificate_.dual <= relu.certificate_.primal
 
