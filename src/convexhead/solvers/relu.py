@@ -44,12 +44,10 @@ class ReLUColumnGeneration:
         Atoms that the model may have.
     generator : torch.Generator
         Source of the random starts of the search.
-
-    Attributes
-    ----------
-    batch : int
-        Atoms that one pricing may add. They crowd along the kinks of small problems.
     """
+
+    batch = 16
+    """Atoms that one pricing may add: several times as many end in wider, slower models that are no better."""
 
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
@@ -74,7 +72,6 @@ class ReLUColumnGeneration:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.max_heads, self.generator = max_heads, generator
         self.oracle = NormOracle(problem)
-        self.batch = 16 if self.oracle.tight else 32
         self.model = start
         self._witness: Tensor | None = None
 
