@@ -47,8 +47,7 @@ class ReLUColumnGeneration:
     """
 
     batch = 16
-    """Atoms that one pricing may add: several times as many end in wider, slower models that are no better."""
-
+    """Atoms that one pricing may add."""
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
     max_rounds = 200
