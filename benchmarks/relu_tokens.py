@@ -10,7 +10,7 @@ All seconds, --max-time's too, are of processor time on one thread: the solver's
 other programs run on the machine. Ours include the certificate.
 
 The table there: digits as they are, CIFAR-100 with --classes 20 --channels 32. Rows whose clock is "processor" had
---max-time 12 (block-FNO, digits), 25 (block-FNO, CIFAR-100) and 8 (Mixer and FNO, CIFAR-100). The others are older, of
+--max-time 12 (block-FNO, digits), 25 (block-FNO, CIFAR-100) and 14 (Mixer and FNO, CIFAR-100). The others are older, of
 a solver whose descents always went to their end, and their seconds are of the wall with other programs running: digits
 with --max-time 12, our ReLU runs but the MLP's with 40; CIFAR-100 with --max-time 15 --epochs 40, our ReLU MLP with 45.
 """
