@@ -22,9 +22,11 @@ CASES = [
     ("self-attention", "gated-relu", "shared"),
     ("mlp-mixer", "linear", "shared"),
     ("mlp-mixer", "gated-relu", "shared"),
+    ("fno", "linear", "shared"),
     ("fno", "gated-relu", "shared"),
     ("block-fno", "linear", "grouped"),
     ("block-fno", "gated-relu", "shared"),
+    ("mlp", "linear", "shared"),
     ("mlp", "gated-relu", "shared"),
     ("linear", "linear", "shared"),
 ]
@@ -61,6 +63,7 @@ def test_reaches_the_certified_optimum_from_above(name, activation, outputs):
         assert objective >= solution.certificate.dual
         assert objective <= optimum * (1 + 1e-3)
     assert result.convex_objective <= result.objective * (1 + 1e-12)
+    assert result.objective < result.history[0].objective
     audit = certify_atoms(problem, result.module.to_atoms(), beta, tol=1e-2)
     assert audit.primal == pytest.approx(result.convex_objective, rel=1e-9)
 

@@ -19,7 +19,7 @@ from convexhead.losses import CrossEntropy, Squared
 from convexhead.patterns import all_gates, sample_patterns
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.scores import scores_of
-from convexhead.solvers import Stop, solve
+from convexhead.solvers import Stop, base, relu, solve
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.training import make_twin, objectives, train_adam
 
@@ -97,6 +97,7 @@ def test_no_training_run_is_below_the_bound(seed):
     assert bound <= solution.certificate.primal
     for start in range(3):
         trained = train_adam(problem, beta, n_heads=6, lr=0.03, epochs=150, seed=start)
+        assert trained.objective < trained.history[0].objective
         assert trained.convex_objective >= bound * (1 - 1e-12)
     again = run(problem, beta, tol=0.1, generator=torch.Generator().manual_seed(1)).certificate
     assert again.primal >= bound
@@ -164,6 +165,25 @@ def test_large_problems_are_estimated_and_say_so(name, tmp_path):
     assert audit.scope == "estimated"
     assert audit.primal == pytest.approx(certificate.primal, rel=1e-6)
     assert audit.dual <= audit.primal
+
+
+def test_dual_point_is_taken_at_the_best_round(monkeypatch):
+    """Rewards do not fall from round to round, so the last round need not have the best dual point."""
+    problem = build("block-fno", 1, c=3, n=60, s=9, d=8)
+    tried = []
+
+    def scaled_dual(problem, f, *rest):
+        tried.append((base.scaled_dual(problem, f, *rest), f))
+        return tried[-1][0]
+
+    monkeypatch.setattr(relu, "scaled_dual", scaled_dual)
+    method = relu.ReLUColumnGeneration(
+        problem, 0.01, problem.empty(), base.Monitor(2.0), max_heads=None, generator=torch.Generator().manual_seed(0)
+    )
+    assert not method.oracle.tight
+    method.advance(1e-3)
+    assert len(tried) > 2
+    assert torch.equal(method.witness(), max(tried, key=lambda pair: pair[0])[1])
 
 
 def test_audit_of_weights_that_others_trained():
@@ -246,6 +266,9 @@ def test_degenerate_inputs_with_all_patterns(name, what):
     if name != "block-fno":  # whose gates combine the patterns of its channel groups
         drawn = sample_patterns(make_head(name, 2, 2), torch.from_numpy(X), 300, torch.Generator().manual_seed(0))
         assert len(drawn) <= len(every.gates_)
+        many = check_fit(X, y, name, activation="gated-relu", n_gates=100)
+        assert many.certificate_.converged
+        assert len(many.gates_) <= len(every.gates_)
     relu = check_fit(X, y, name, activation="relu", beta=every.beta_, max_time=1)
     assert every.certificate_.dual <= relu.certificate_.primal
 

@@ -52,8 +52,9 @@ class ReLUColumnGeneration:
     """L-BFGS iterations between two pricings."""
     max_rounds = 200
     settled = 1e-2
-    """Relative decrease of the objective in ten iterations, over the square of the gap asked for, that ends a descent:
-    the dual lags behind the objective as a gradient does."""
+    """Relative decrease of the objective in ten iterations, over the square of a gap, that ends a descent: the dual
+    lags behind the objective as a gradient does. In large problems it is the gap at hand, since far from the optimum
+    new atoms pay more than iterations; in small ones, where iterations cost little, the gap asked for."""
     patience = 8
     """Rounds without a better gap after which the run has stalled."""
 
@@ -71,19 +72,22 @@ class ReLUColumnGeneration:
         self.max_heads, self.generator = max_heads, generator
         self.oracle = NormOracle(problem)
         self.model = start
+        self._witness: Tensor | None = None
 
     def atoms(self) -> Atoms:
         """The current model."""
         return self.model
 
-    def witness(self) -> None:
-        """The dual point is taken at the model's own outputs."""
-        return None
+    def witness(self) -> Float[Tensor, "n r c"] | None:
+        """Outputs with the best dual point that searches suggest: rewards rise and fall while the objective falls.
+
+        None, for the model's own, where rewards are bounded.
+        """
+        return self._witness
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
         best, since = float("inf"), 0
-        self.noise = max(self.settled * target**2, torch.finfo(self.problem.dtype).eps)
         for _ in range(self.max_rounds):
             f = self.problem.outputs(self.model)
             peaks, gap = self._price(f, target)
@@ -92,6 +96,8 @@ class ReLUColumnGeneration:
             if self.monitor.out_of_time():
                 return Stop.TIME
             best, since = (gap, 0) if gap < 0.9 * best else (best, since + 1)
+            lag = self.settled * (target if self.oracle.tight else gap) ** 2
+            self.noise = max(lag, torch.finfo(self.problem.dtype).eps)
             if since > self.patience:
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
@@ -137,10 +143,10 @@ class ReLUColumnGeneration:
         if tight and (hopeful or self.oracle.method == "faces"):
             found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
             peaks, norm = found.peaks, found.upper
-        gap = self.monitor.record(
-            objective, scaled_dual(self.problem, f, norm, self.beta, self.model.intercept), len(self.model)
-        )
-        return peaks, gap
+        dual = scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
+        if dual > self.monitor.dual and not tight:
+            self._witness = f
+        return peaks, self.monitor.record(objective, dual, len(self.model))
 
     def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks) -> Atoms | None:
         """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, with the best common ``t``; None where none pays."""
