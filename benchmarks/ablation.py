@@ -28,6 +28,7 @@ from convexhead import solvers
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers import column_generation as cg
 from convexhead.solvers import solve
+from convexhead.solvers.increments import Increments
 from convexhead.solvers.whitening import Whitening
 from instances import Instance, arrays, cifar8k_store
 
@@ -37,7 +38,7 @@ COUNTED = ("value_and_gradient", "adjoint_times_values", "adjoint_times_mixing",
 class PlainCoordinates(Whitening):
     """The weights themselves."""
 
-    def __init__(self, problem: Problem, atoms: Atoms, beta: float) -> None:
+    def __init__(self, problem: Problem, atoms: Atoms, f: torch.Tensor, beta: float) -> None:
         pass
 
     def whiten(self, atoms: Atoms) -> Atoms:
@@ -76,7 +77,7 @@ def other_keys() -> Any:
 
 VARIANTS: dict[str, Callable[[], Any]] = {
     "as it is": contextlib.nullcontext,
-    "no bfloat16 products": lambda: patch.object(Problem, "with_half_products", lambda self: None),
+    "no bfloat16 products, no increments": lambda: patch.object(Problem, "with_half_products", lambda self: None),
     "no whitening": lambda: patch.object(cg, "Whitening", PlainCoordinates),
     "no Newton steps": settings(near=0.0),
     "Newton steps from a gap of 1%": settings(near=0.01),
@@ -117,7 +118,15 @@ def counting() -> Iterator[Counter]:
 
         return run
 
-    with patch.multiple(Problem, **{name: counted(name) for name in COUNTED}):
+    def increment(self: Increments, *args: Any) -> Any:
+        counts["value_and_gradient", str(self.rough.products).removeprefix("torch.")] += 1
+        return one_increment(self, *args)
+
+    one_increment = Increments.value_and_gradient
+    with (
+        patch.multiple(Problem, **{name: counted(name) for name in COUNTED}),
+        patch.object(Increments, "value_and_gradient", increment),
+    ):
         yield counts
 
 

@@ -11,6 +11,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from convexhead.cli import app
 from convexhead.errors import ConvexHeadError, InputError
 from convexhead.path import regularization_path
 from convexhead.ranks import Ranks
+from convexhead.solvers import restriction
 from convexhead.tokens import extract
 
 if not hasattr(os, "fork"):
@@ -35,6 +37,7 @@ TARGETS = np.stack([X[:, 0, 0], Y], axis=1)
 CASES = {
     "dense": {"head": "self-attention", "tol": 1e-7, "fit_intercept": True},
     "factored": {"head": "self-attention", "beta_ratio": 0.2, "tol": 1e-7, "n_gates": 3, "activation": "gated-relu"},
+    "restricted": {"head": "self-attention", "beta_ratio": 0.2, "tol": 1e-7, "n_gates": 3, "activation": "gated-relu"},
     "single precision": {"head": "fno", "tol": 1e-3, "n_gates": 3, "activation": "gated-relu"},
     "grouped": {"head": "block-fno", "tol": 1e-7, "n_blocks": 5, "beta_ratio": 0.3},
     "ridge": {"head": "linear", "tol": 1e-7, "fit_intercept": True},
@@ -43,16 +46,18 @@ CASES = {
 
 def fit(case, *, callback=None, checkpoint=None, **options):
     """One of the cases, with the method that it is meant for."""
-    dense, small = solvers.DENSE_FEATURES, estimators.SMALL_TOKENS
+    dense, small, values = solvers.DENSE_FEATURES, estimators.SMALL_TOKENS, restriction.MOST_VALUES
     try:
-        if case in ("factored", "single precision"):
+        if case in ("factored", "restricted", "single precision"):
             solvers.DENSE_FEATURES = 0
+        if case == "factored":
+            restriction.MOST_VALUES = 0
         if case == "single precision":
             estimators.SMALL_TOKENS = 0
         clf = ch.ConvexHeadClassifier(**{"beta_ratio": 0.1, "random_state": 0, **CASES[case]}, **options)
         return clf.fit(X, Y, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
     finally:
-        solvers.DENSE_FEATURES, estimators.SMALL_TOKENS = dense, small
+        solvers.DENSE_FEATURES, estimators.SMALL_TOKENS, restriction.MOST_VALUES = dense, small, values
 
 
 def everything(*cases, **options):
@@ -67,6 +72,9 @@ def everything(*cases, **options):
     results["unseeded"] = unseeded.gates_.tolist()
     reg = ch.ConvexHeadRegressor("mlp", loss="huber", random_state=0, **options).fit(X, TARGETS)
     results["regressor"] = [reg.certificate_.primal, reg.certificate_.dual, reg.certificate_.converged, reg.beta_]
+    with patch.object(solvers, "DENSE_FEATURES", 0):
+        one = ch.ConvexHeadRegressor("mlp", activation="gated-relu", random_state=0, **options).fit(X, TARGETS[:, 0])
+    results["one output"] = [one.certificate_.primal, one.certificate_.dual, one.certificate_.converged, one.beta_]
     rows = regularization_path(
         X, TARGETS, loss="squared", head="mlp", beta_ratios=[0.3, 0.1], random_state=0, **options
     )
