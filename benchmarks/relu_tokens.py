@@ -13,8 +13,8 @@ block-FNO (15 s), and for the Mixer and FNO on CIFAR-100 (8 s), to end below Ada
 The table there: digits as they are, CIFAR-100 with --classes 20 --channels 32 --epochs 40. Rows whose clock is
 "processor" had --max-time 12 (block-FNO, digits), 25 (block-FNO, CIFAR-100) and 14 (Mixer and FNO, CIFAR-100). The
 others are older, of a solver whose descents always went to their end, and their seconds are of the wall with other
-programs running. Adam's rows of Mixer and FNO on CIFAR-100 are of a first run with --max-time 8: there FNO has 32 heads,
-fewer than ours.
+programs running. Adam's rows of Mixer and FNO on CIFAR-100 are of a first run with --max-time 8: there FNO has 32
+heads, fewer than ours.
 """
 
 from __future__ import annotations
