@@ -137,13 +137,12 @@ class ReLUColumnGeneration:
         )
         norm = float(peaks.values[:1].sum())
         objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
-        hopeful = objective - scaled_dual(self.problem, f, norm, self.beta, self.model.intercept) <= target * abs(
-            objective
-        )
+        dual = scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
+        hopeful = objective - dual <= target * abs(objective)
         if tight and (hopeful or self.oracle.method == "faces"):
             found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
-            peaks, norm = found.peaks, found.upper
-        dual = scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
+            peaks = found.peaks
+            dual = scaled_dual(self.problem, f, found.upper, self.beta, self.model.intercept)
         if dual > self.monitor.dual and not tight:
             self._witness = f
         return peaks, self.monitor.record(objective, dual, len(self.model))
