@@ -115,6 +115,25 @@ def test_path_is_warm_started_and_scored(tmp_path):
     assert (ch.load(tmp_path / "best").predict(X) == chosen["model"].predict(X)).all()
 
 
+def test_a_search_solves_only_what_validation_chooses_to_the_end():
+    parts = {"X_val": X[40:], "y_val": Y[40:], "random_state": 0, "tol": 1e-6}
+    rows = ch.regularization_path(X[:40], Y[:40], beta_ratios=[0.1, 0.5, 0.02], search_tol=0.05, **parts)
+    (chosen,) = [row for row in rows if row["model"] is not None]
+    assert best(rows) is chosen
+    assert chosen["converged"]
+    assert chosen["relative_gap"] <= 1e-6
+    others = [row for row in rows if row is not chosen]
+    assert all(row["gap"] is row["dual"] is row["relative_gap"] is None and not row["converged"] for row in others)
+    solved = {
+        row["beta_ratio"]: row for row in ch.regularization_path(X[:40], Y[:40], beta_ratios=[0.1, 0.5, 0.02], **parts)
+    }
+    for row in rows:
+        assert solved[row["beta_ratio"]]["dual"] <= row["objective"] * (1 + 1e-9)
+        assert row["objective"] <= 1.1 * solved[row["beta_ratio"]]["objective"]
+    with pytest.raises(ValueError, match="pass X_val and y_val"):
+        ch.regularization_path(X, Y, search_tol=0.05)
+
+
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [({"max_time": 1e-9}, "max_time"), ({"max_heads": 1}, "max_heads")],

@@ -35,7 +35,7 @@ from convexhead.problem import Atoms, Problem
 from convexhead.ranks import Ranks, join_ranks
 from convexhead.relu.norm import NormOracle
 from convexhead.samples import default_memory
-from convexhead.solvers import Progress, Solution, solve
+from convexhead.solvers import Progress, Solution, approach, solve
 from convexhead.spectral import spectral_norm
 from convexhead.stored_tokens import Tokens
 
@@ -180,21 +180,8 @@ class _ConvexHead(BaseEstimator):
         checkpoint: Checkpoint | None = None,
     ) -> Solution:
         """Solve at this estimator's β and keep everything that a user may read."""
-        self.beta_max_ = problem_beta_max(problem, generator) if beta_max is None else beta_max
-        self.beta_ = float(self.beta) if self.beta is not None else float(self.beta_ratio) * self.beta_max_
-        # Targets without signal have beta_max 0 and the zero model at any weight.
-        self.beta_ = max(self.beta_, float(np.finfo(np.float64).tiny) ** 0.5)
-        solution = solve(
-            problem,
-            self.beta_,
-            tol=float(self.tol),
-            start=start,
-            max_heads=None if self.max_heads is None else int(self.max_heads),
-            max_time=None if self.max_time is None else float(self.max_time),
-            callback=callback or (_print_progress if self.verbose and problem.ranks.rank == 0 else None),
-            generator=generator,
-            checkpoint=checkpoint,
-        )
+        limits = self._limits(problem, generator, beta_max, start, callback)
+        solution = solve(problem, self.beta_, tol=float(self.tol), checkpoint=checkpoint, **limits)
         self._keep(problem.head, problem.activation, solution.atoms)
         self.certificate_ = solution.certificate
         self.history_ = [row.to_dict() for row in solution.history]
@@ -210,6 +197,43 @@ class _ConvexHead(BaseEstimator):
                 stacklevel=3,
             )
         return solution
+
+    def _approach(
+        self,
+        problem: Problem,
+        generator: torch.Generator,
+        tol: float,
+        *,
+        beta_max: float,
+        start: Atoms | None,
+        callback: Callable[[Progress], None] | None,
+    ) -> tuple[Atoms, float]:
+        """Weights that are kept to be scored, and their objective: a gap of about ``tol``, but no certificate."""
+        limits = self._limits(problem, generator, beta_max, start, callback)
+        atoms, history = approach(problem, self.beta_, tol=tol, **limits)
+        self._keep(problem.head, problem.activation, atoms)
+        return atoms, history[-1].objective
+
+    def _limits(
+        self,
+        problem: Problem,
+        generator: torch.Generator,
+        beta_max: float | None,
+        start: Atoms | None,
+        callback: Callable[[Progress], None] | None,
+    ) -> dict[str, Any]:
+        """Decides β; what a solver is told besides it and the tolerance."""
+        self.beta_max_ = problem_beta_max(problem, generator) if beta_max is None else beta_max
+        self.beta_ = float(self.beta) if self.beta is not None else float(self.beta_ratio) * self.beta_max_
+        # Targets without signal have beta_max 0 and the zero model at any weight.
+        self.beta_ = max(self.beta_, float(np.finfo(np.float64).tiny) ** 0.5)
+        return {
+            "start": start,
+            "max_heads": None if self.max_heads is None else int(self.max_heads),
+            "max_time": None if self.max_time is None else float(self.max_time),
+            "callback": callback or (_print_progress if self.verbose and problem.ranks.rank == 0 else None),
+            "generator": generator,
+        }
 
     def _keep(self, head: Head, activation: Any, atoms: Atoms) -> None:
         """Fitted attributes from atoms."""
@@ -260,7 +284,7 @@ class _ConvexHead(BaseEstimator):
     # -- using --------------------------------------------------------------------------------------------------------
     def _outputs(self, X: Any) -> NDArray[np.float64]:
         """``f (n, r, c)`` in float64."""
-        check_is_fitted(self, "certificate_")
+        check_is_fitted(self)
         X = self._check_features(X)
         head, atoms = self._fitted_head(), self._atoms()
         gates = None if self.gates_ is None else torch.from_numpy(self.gates_)
@@ -303,7 +327,7 @@ class _ConvexHead(BaseEstimator):
         InputError
             ``raw_tokens`` for a head that was not fitted on a store with a reduction.
         """
-        check_is_fitted(self, "certificate_")
+        check_is_fitted(self)
         reduction = getattr(self, "reduction_", None)
         if raw_tokens and reduction is None:
             raise InputError("this head was fitted on plain tokens, there is no reduction to put in front of it")
@@ -324,7 +348,7 @@ class _ConvexHead(BaseEstimator):
         save(self, path)
 
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "certificate_")
+        return hasattr(self, "n_heads_")
 
 
 class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):

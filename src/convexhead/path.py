@@ -44,6 +44,7 @@ def regularization_path(
     y_val: Any = None,
     loss: str | None = None,
     patience: int | None = None,
+    search_tol: float | None = None,
     callback: Callable[[Row], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     **parameters: Any,
@@ -62,6 +63,10 @@ def regularization_path(
         None: classification with cross-entropy; else regression with that loss.
     patience : int or None
         Stop after this many fits in a row without a better validation score.
+    search_tol : float or None
+        Not None: only the fit with the best validation score goes on to ``tol`` and its certificate. The others end
+        at this relative gap by the solver's own estimate, and their rows have no model and nothing that is proven:
+        ``dual``, ``gap`` and ``relative_gap`` are None.
     callback : callable (row) or None
         Called after every fit.
     progress : callable (Progress) or None
@@ -82,52 +87,71 @@ def regularization_path(
     for reserved in ("beta", "beta_ratio"):
         if reserved in parameters:
             raise InputError(f"regularization_path sets {reserved} itself: pass beta_ratios instead")
+    if search_tol is not None and X_val is None:
+        raise InputError("search_tol solves only the best β to the end: pass X_val and y_val to choose it by")
     template = _estimator(loss, parameters)
     began = now()
     problem, generator = template._prepare(X, y)
     largest = problem_beta_max(problem, generator)
-    rows: list[Row] = []
-    start: Atoms | None = None
-    for ratio in ratios:
+
+    def fit(ratio: float, start: Atoms | None, search: float | None) -> tuple[Row, Atoms]:
+        nonlocal began
         model = clone(template).set_params(beta_ratio=ratio)
         for name in ("classes_", "_target_shape", "feature_names_in_", "reduction_"):
             if hasattr(template, name):
                 setattr(model, name, getattr(template, name))
-        solution = model._solve(problem, generator, beta_max=largest, start=start, callback=progress)
-        start = solution.atoms
-        certificate = model.certificate_
-        seconds = now() - began
-        rows.append(
-            {
-                "beta_ratio": ratio,
-                "beta": model.beta_,
-                "objective": certificate.primal,
-                "dual": certificate.dual,
-                "gap": certificate.gap,
-                "relative_gap": certificate.relative_gap,
-                "converged": certificate.converged,
-                "n_heads": model.n_heads_,
-                "train_score": model._score_fitted(problem),
-                "val_score": None if X_val is None else model.score(X_val, y_val),
-                "seconds": seconds,
-                "model": model,
-            }
-        )
+        if search is None:
+            atoms = model._solve(problem, generator, beta_max=largest, start=start, callback=progress).atoms
+            proof = model.certificate_.to_dict()
+        else:
+            atoms, objective = model._approach(
+                problem, generator, search, beta_max=largest, start=start, callback=progress
+            )
+            proof = {"primal": objective, "dual": None, "gap": None, "relative_gap": None, "converged": False}
+        row = {
+            "beta_ratio": ratio,
+            "beta": model.beta_,
+            "objective": proof["primal"],
+            **{key: proof[key] for key in ("dual", "gap", "relative_gap", "converged")},
+            "n_heads": model.n_heads_,
+            "train_score": model._score_fitted(problem),
+            "val_score": None if X_val is None else model.score(X_val, y_val),
+            "seconds": now() - began,
+            "model": model,
+        }
         began = now()
+        return row, atoms
+
+    rows: list[Row] = []
+    start: Atoms | None = None
+    reached: list[Atoms] = []
+    for ratio in ratios:
+        row, start = fit(ratio, start, search_tol)
+        rows.append(row)
+        reached.append(start)
         if callback is not None:
-            callback(rows[-1])
+            callback(row)
         if patience is not None and X_val is not None:
             best_so_far = int(np.argmax([row["val_score"] for row in rows]))
             if len(rows) - 1 - best_so_far >= patience:
                 break
+    if search_tol is not None:
+        chosen = rows.index(best(rows))
+        row, _ = fit(rows[chosen]["beta_ratio"], reached[chosen], None)
+        row["seconds"] += rows[chosen]["seconds"]
+        rows = [{**other, "model": None} for other in rows]
+        rows[chosen] = row
+        if callback is not None:
+            callback(row)
     return rows
 
 
 def best(rows: list[Row]) -> Row:
-    """The row with the best validation score; among equals the one with the largest β."""
+    """The row with the best validation score among those with a model; among equals the one with the largest β."""
     if rows[0]["val_score"] is None:
         raise InputError("the path has no validation scores to choose by: pass X_val and y_val")
-    return max(rows, key=lambda row: (row["val_score"], row["beta_ratio"]))
+    solved = [row for row in rows if row["model"] is not None]
+    return max(solved, key=lambda row: (row["val_score"], row["beta_ratio"]))
 
 
 def _estimator(loss: str | None, parameters: dict[str, Any]) -> ConvexHeadClassifier | ConvexHeadRegressor:

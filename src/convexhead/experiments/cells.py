@@ -66,7 +66,9 @@ class PathSettings:
     patience : int
         It ends after this many fits in a row without a better validation score.
     tol : float
-        Certified relative gap of every fit.
+        Certified relative gap of the fit that validation chooses.
+    search_tol : float
+        Relative gap, as the solver estimates it, at which the others end.
     n_gates : int
         Of the gated ReLU.
     relu_seconds : float
@@ -78,8 +80,9 @@ class PathSettings:
     beta_ratios: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
     patience: int = 2
     tol: float = 1e-3
+    search_tol: float = 2e-2
     n_gates: int = 8
-    relu_seconds: float = 120.0
+    relu_seconds: float = 40.0
     seed: int = 0
 
 
@@ -133,6 +136,7 @@ def fit_path(splits: Splits, settings: PathSettings, cell: Cell, folder: RunFold
             X_val=splits.validation.tokens,
             y_val=splits.validation.labels,
             patience=settings.patience,
+            search_tol=settings.search_tol,
             head=cell.head,
             activation=cell.activation,
             outputs=cell.outputs,

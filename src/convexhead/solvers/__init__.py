@@ -1,4 +1,7 @@
-"""Solve a problem to a certified gap: the method is chosen by cost, the certificate computed apart from it."""
+"""Solve a problem to a certified gap: the method is chosen by cost, the certificate computed apart from it.
+
+`approach` only goes as far as the method's own estimate says, for searches that look at many models and keep one.
+"""
 
 from __future__ import annotations
 
@@ -163,6 +166,31 @@ def solve(
     elif stop is Stop.CONVERGED:
         stop = Stop.STALLED  # by the method's own estimate only
     return Solution(model, certificate, monitor.history, stop)
+
+
+def approach(
+    problem: Problem,
+    beta: float,
+    *,
+    tol: float,
+    start: Atoms | None = None,
+    max_heads: int | None = None,
+    max_time: float | None = None,
+    callback: Callable[[Progress], None] | None = None,
+    generator: torch.Generator,
+) -> tuple[Atoms, list[Progress]]:
+    """A model whose relative gap is about ``tol`` by the solver's own estimate, and the history: nothing is proven.
+
+    Parameters are those of `solve`; Ctrl-C is not caught, since there is no certificate to return a model with.
+    """
+    monitor = Monitor(max_time, callback, problem.ranks)
+    with monitor.interruptible():
+        model = (start or _zero_model(problem)).to(problem.device, problem.dtype)
+        method = _method(problem, beta, model, monitor, max_heads, generator)
+        method.advance(tol)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    return _finish(problem, method.atoms(), tol, max_heads), monitor.history
 
 
 @dataclass
