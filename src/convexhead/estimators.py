@@ -210,9 +210,9 @@ class _ConvexHead(BaseEstimator):
     ) -> tuple[Atoms, float]:
         """Weights that are kept to be scored, and their objective: a gap of about ``tol``, but no certificate."""
         limits = self._limits(problem, generator, beta_max, start, callback)
-        atoms, history = approach(problem, self.beta_, tol=tol, **limits)
+        atoms, objective = approach(problem, self.beta_, tol=tol, **limits)
         self._keep(problem.head, problem.activation, atoms)
-        return atoms, history[-1].objective
+        return atoms, objective
 
     def _limits(
         self,

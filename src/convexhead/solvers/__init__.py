@@ -83,6 +83,7 @@ def solve(
     monitor.dual = known_dual
     method: Method | None = None
     stage, stop = Stage(0.8 * tol, known_dual), Stop.STALLED
+    negligible = 0.01 * min(tol, 1e-2)
     model, certificate = start or _zero_model(problem), None
     saved = None if checkpoint is None else checkpoint.load()
     if saved is not None:
@@ -133,7 +134,7 @@ def solve(
                 stage.attempt += 1
                 if checkpoint is not None and stop is Stop.TIME:
                     checkpoint.flush()
-                model = _finish(problem, method.atoms(), tol, max_heads)
+                model = _finish(problem, method.atoms(), negligible, max_heads)
                 certificate = certify(method.witness())
                 stage.dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
                 stage.failure = certificate.failure_probability
@@ -159,7 +160,7 @@ def solve(
             if checkpoint is not None:
                 checkpoint.flush()
             if method is not None:
-                model = _finish(problem, method.atoms(), tol, max_heads)
+                model = _finish(problem, method.atoms(), negligible, max_heads)
         certificate = certificate or certify()
     if certificate.converged:
         stop = Stop.CONVERGED
@@ -178,8 +179,8 @@ def approach(
     max_time: float | None = None,
     callback: Callable[[Progress], None] | None = None,
     generator: torch.Generator,
-) -> tuple[Atoms, list[Progress]]:
-    """A model whose relative gap is about ``tol`` by the solver's own estimate, and the history: nothing is proven.
+) -> tuple[Atoms, float]:
+    """A model whose relative gap is about ``tol`` by the solver's own estimate, and its objective: nothing is proven.
 
     Parameters are those of `solve`; Ctrl-C is not caught, since there is no certificate to return a model with.
     """
@@ -190,7 +191,9 @@ def approach(
         method.advance(tol)
     if monitor.interrupted:
         raise KeyboardInterrupt
-    return _finish(problem, method.atoms(), tol, max_heads), monitor.history
+    # As far from the optimum as this, atoms that carry as little say nothing about its rank.
+    model = _finish(problem, method.atoms(), tol / 2, max_heads).to(problem.device, problem.dtype)
+    return model, problem.data_term(problem.outputs(model)) + beta * problem.penalty(model)
 
 
 @dataclass
@@ -221,10 +224,10 @@ def _zero_model(problem: Problem) -> Atoms:
     return model
 
 
-def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -> Atoms:
+def _finish(problem: Problem, atoms: Atoms, negligible: float, max_heads: int | None) -> Atoms:
     """The model that is certified and kept: float64, balanced, no negligible atoms, its intercept solved for.
 
-    Atoms are negligible that together carry 1% of the tolerance in nuclear norm.
+    Atoms are negligible that together carry the share ``negligible`` of the nuclear norm.
     """
     atoms = atoms.to(problem.device, torch.float64)
     if problem.head.learns_mixing:
@@ -233,11 +236,11 @@ def _finish(problem: Problem, atoms: Atoms, tol: float, max_heads: int | None) -
         if len(atoms):
             sigma = torch.cat(singular_values)
             order = sigma.argsort()
-            negligible = torch.cumsum(sigma[order], 0) <= 0.01 * min(tol, 1e-2) * sigma.sum()
+            dropped = torch.cumsum(sigma[order], 0) <= negligible * sigma.sum()
             if max_heads is not None:
-                negligible[: max(0, len(sigma) - max_heads)] = True
-            keep = torch.ones_like(negligible)
-            keep[order[negligible]] = False
+                dropped[: max(0, len(sigma) - max_heads)] = True
+            keep = torch.ones_like(dropped)
+            keep[order[dropped]] = False
             atoms = atoms.select(keep)
     if problem.fit_intercept:
         exact = problem.in_double()
