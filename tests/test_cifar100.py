@@ -368,14 +368,16 @@ def test_attentive_probe_finds_the_token_that_matters():
 def test_published_scale_and_every_cell():
     settings = cifar100._settings(cifar100.SCALES["2k"], True, (), (), {}, {})
     names = [cell.name for cell in settings.cells]
-    assert len(names) == len(set(names)) == 18  # six linear, five gated, two grouped, five ReLU
+    assert len(names) == len(set(names)) == 19  # six linear, five gated, five ReLU, three grouped
     assert settings.twins.heads == (5, 20, 50)
     assert len(settings.twins.learning_rates) >= 4
     assert len(settings.twins.seeds) == settings.twins.tuning_seeds == 3
     assert cifar100.SCALES["full"].path.n_gates == 50
-    # 17 cells with twins of three sizes and AdamW, the linear head with two, each of 4 x 3 runs; the test images.
+    # 18 cells with twins of three sizes and AdamW, the linear head with two, each of 4 x 3 runs; the test images.
     some = replace(settings, probes=())
-    assert some.pieces() == 18 + 12 * (17 * 4 + 2) + 1
+    assert some.pieces() == 19 + 12 * (18 * 4 + 2) + 1
+    part = cifar100._settings(cifar100.SCALES["2k"], True, ("block-fno",), ("relu",), {}, {})
+    assert [cell.outputs for cell in part.cells] == ["shared", "grouped"]
 
 
 def test_adamw_takes_the_number_of_heads_that_validation_prefers(tmp_path, store):

@@ -48,7 +48,7 @@ class Scale:
 LINEAR = cells_of(PRIORITY, ["linear"])
 GATED = cells_of(PRIORITY, ["gated-relu"])
 RELU = cells_of(PRIORITY, ["relu"])
-RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
+RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 TWINS = TwinSettings(
     heads=(20,),
     learning_rates=(0.003, 0.01, 0.03, 0.1),
@@ -169,14 +169,14 @@ def _settings(
     """Cells, probes and how they are trained."""
     cells, tuning = scale.cells, replace(scale.twins, **twins)
     if every_cell:
-        grouped = [Cell("block-fno", activation, "grouped") for activation in ("linear", "gated-relu")]
-        cells = (*LINEAR, *GATED, *grouped, *RELU)
+        grouped = [Cell("block-fno", activation, "grouped") for activation in ("linear", "gated-relu", "relu")]
+        cells = (*LINEAR, *GATED, *RELU, *grouped)
         tuning = replace(tuning, heads=(5, 20, 50), tuning_seeds=3, adamw=True)
     for head in heads:
         choose("head", head, HEADS)
     for activation in activations:
         choose("activation", activation, ("linear", "gated-relu", "relu"))
-    wanted = (*LINEAR, *GATED, *RELU) if activations else cells
+    wanted = (*LINEAR, *GATED, *RELU) if activations and not every_cell else cells
     cells = tuple(
         cell
         for cell in wanted
