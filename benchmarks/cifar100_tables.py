@@ -1,0 +1,111 @@
+"""Tables of the CIFAR-100 experiment, gathered from finished runs.
+
+    python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv
+    python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100.md from these files
+
+RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A row takes the
+place of an older one for the same method. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is
+replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, Row, read_csv, write_csv
+from convexhead.experiments.comparison import METHOD
+from convexhead.report import methods
+from speed_tables import markdown
+
+PAGE = Path(__file__).parent.parent / "docs" / "cifar100.md"
+COLUMNS = {
+    "Head": "Head",
+    "Activation": "Activation",
+    "Method": "Method",
+    "Heads": "Heads",
+    "Test top-1": "Top-1",
+    "Test top-5": "Top-5",
+    "Above the optimum": "Above the optimum",
+    "Time, all": "Time, all",
+    "Convex / tuning time": "÷ tuning",
+}
+"""Columns of `methods.COLUMNS` that the page has room for, and what they are called there."""
+KEY = ("head", "activation", "method", "heads")
+ORDER = ("linear", "gated-relu", "relu")
+
+
+def gather(name: str, runs: list[Path]) -> None:
+    """Add the rows of finished runs."""
+    rows = {_key(row): row for row in read_csv(f"cifar100_{name}")}
+    for run in runs:
+        results = json.loads((run / "results.json").read_text())
+        about = {key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")}
+        for row in results["methods"]:
+            # The number of heads tells twins apart; a convex head's is a result.
+            rows[_key(row)] = {**row, **about, **results["environment"]}
+    ordered = sorted(rows.values(), key=_place)
+    write_csv(f"cifar100_{name}", ordered)
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    parts = [str(row.get(key) or "") for key in KEY]
+    return tuple(parts[:3] if row["method"] in ("convex", "probe") else parts)
+
+
+def _place(row: Row) -> int:
+    """By activation, probes last; cells keep their order."""
+    activation = row.get("activation")
+    return ORDER.index(activation) if activation in ORDER else len(ORDER)
+
+
+def table(name: str) -> str:
+    """The table of one file, and where it was measured."""
+    rows = read_csv(f"cifar100_{name}")
+    lines = []
+    for row in rows:
+        cells = dict(zip(methods.COLUMNS, methods.cells(_typed(row)), strict=True))
+        lines.append([cells[column] for column in COLUMNS])
+    machines = dict.fromkeys(f"{row['cpu']}, {row['cores']} cores, seconds: {row['clock']}" for row in rows)
+    sizes = {column: rows[0][column] for column in ("backbone", "train", "classes", "tokens", "channels")}
+    told = "{backbone}: {train} images to train on, {classes} classes, {tokens} tokens x {channels} channels."
+    return f"{told.format(**sizes)} Measured on: {'; '.join(machines)}.\n\n{markdown(list(COLUMNS.values()), lines)}"
+
+
+def _typed(row: Row) -> dict[str, Any]:
+    """A row of a CSV as `convexhead.report.methods` takes it."""
+    typed: dict[str, Any] = dict.fromkeys(METHOD)
+    for key, value in row.items():
+        try:
+            typed[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            typed[key] = value
+    return typed
+
+
+def write_page() -> None:
+    """Every table of the page that there is a file for."""
+    page = PAGE.read_text()
+    for name in re.findall(r"<!-- begin (\S+) -->", page):
+        if (RESULTS / f"cifar100_{name}.csv").exists():
+            begin, end = (f"<!-- {word} {name} -->" for word in ("begin", "end"))
+            head, rest = page.split(begin)
+            page = f"{head}{begin}\n\n{table(name)}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("runs", nargs="*", type=Path)
+    args = parser.parse_args()
+    if args.name is not None:
+        gather(args.name, args.runs)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
