@@ -122,6 +122,14 @@ def test_all_precisions_and_mixed_tokens_together_stay_within_the_budget(stored,
         assert mixed
 
 
+def test_a_rough_copy_leaves_room_for_mixed_tokens(stored):
+    problem = make_problem(stored, TOKENS + 1.3 * PREPARED)
+    half = problem.with_half_products()
+    assert 0 < half.samples.kept < N
+    assert half.budget.left >= kept_bytes(half.samples)
+    assert Increments.affordable(problem, half, make_atoms(problem, 2))
+
+
 @pytest.mark.usefixtures("_no_collection")
 def test_precisions_give_back_what_they_took(stored):
     problem = make_problem(stored, TOKENS + 2 * PREPARED)

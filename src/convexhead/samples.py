@@ -184,7 +184,7 @@ class Samples:
         other = copy(self)
         other.products = products
         each = sum(value.numel() for value in self.like.values()) * products.itemsize
-        other.kept = self.budget.fits(self.kept, each)
+        other.kept = self.budget.fits(self.kept, 2 * each)  # as much again is left for mixed tokens
         other.data = {key: value[: other.kept].to(products) for key, value in self.data.items()}
         self.budget.lend(other.bytes, other)
         return other
