@@ -391,7 +391,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     max_time : float or None
         Seconds; the best model so far is returned with its honest gap.
     max_memory : float or None
-        Bytes that tokens and what is prepared of them may take; tokens beyond, of a store or memmap, are read again in
+        Bytes that tokens and what is made of them may take; tokens beyond, of a store or memmap, are read again in
         each pass. None: half of what is free.
     random_state : int, RandomState or None
         Of sampled gates and of random starts. The optimum does not depend on it, for given gates.

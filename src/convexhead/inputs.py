@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_array
 
 from convexhead.errors import InputError
 from convexhead.ranks import local_ranks
-from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
+from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, forget_pages, read_ahead
 
 
 def is_store(X: Any) -> bool:
@@ -114,6 +114,7 @@ def content_hash(X: Any, y: Any) -> str:
         for i in range(0, len(array) if array.ndim else 0, 256):
             rows = np.ascontiguousarray(array[i : i + 256])
             digest.update(str(rows.tolist()).encode() if rows.dtype.hasobject else rows.view(np.uint8).data)
+            forget_pages(array)
     return digest.hexdigest()
 
 

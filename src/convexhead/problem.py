@@ -27,6 +27,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from convexhead.activation import Activation
+from convexhead.budget import Budget
 from convexhead.heads.base import Data, Head
 from convexhead.losses import Loss
 from convexhead.ranks import Ranks
@@ -126,7 +127,7 @@ class Problem:
     device : torch.device or None
         Where passes are computed; None: where the tokens are.
     memory : float
-        Bytes that tokens and what is prepared of them may take; the rest is read and prepared again in each pass.
+        Bytes that tokens and what is made of them may take; the rest is read and prepared again in each pass.
     ranks : Ranks or None
         The processes that share the samples, each with a `Problem` of its own.
 
@@ -195,6 +196,11 @@ class Problem:
     def masks(self) -> Tensor | None:
         """Bit-packed masks of the gates, ``(n, j, m)``."""
         return self.samples.masks
+
+    @property
+    def budget(self) -> Budget:
+        """What there is left of ``memory``, shared by this problem in all precisions."""
+        return self.samples.budget
 
     @property
     def X(self) -> Float[Tensor, "n s d"] | StoredTokens:
@@ -280,11 +286,15 @@ class Problem:
 
     @one_pass
     def mixed(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "n r k e"]:
-        """Mixed, pooled tokens of every sample: large."""
+        """Mixed, pooled tokens of every sample: large, see `mixed_bytes`."""
         out = torch.empty(len(self.Y), self.head.r, len(U), self.head.value_rows, dtype=self.products, device=U.device)
         for rows, data in self.batches(len(U)):
             out[rows] = self.activation.mix(data, U, block)
         return out
+
+    def mixed_bytes(self, k: int) -> int:
+        """What `mixed` takes for ``k`` atoms; who keeps it asks the `budget`."""
+        return len(self.Y) * self.head.r * k * self.head.value_rows * self.products.itemsize
 
     def data_term(self, f: Float[Tensor, "n r c"]) -> float:
         """``F = (1/n) Σ_i ℓ(f_i, y_i)``, summed in float64."""

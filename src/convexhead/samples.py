@@ -2,12 +2,14 @@
 
 Peak memory is set by the budget, not by the number of samples:
 
+    masks of gates                                      a bit for every entry of a score
     tokens in memory, where all of them fit             n · s · d numbers, once
     prepared tokens of the first samples                as many as fit into what is left
     the rest, prepared anew in every pass               three chunks: read ahead, at hand, being prepared
+    the same prepared tokens in other precisions        as many as fit into what is left then
 
-Beside them grows only what a sample takes that is not tokens: targets, outputs and residuals ``(n, r, c)``, and a bit
-for every gated entry of a score.
+One `Budget` is shared by all of these and by the mixed tokens that solvers keep. Beside it grows only what a sample
+takes that is not tokens: targets, outputs and residuals ``(n, r, c)``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from convexhead.budget import Budget
 from convexhead.heads.base import Data
 from convexhead.ranks import local_ranks
 from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead, token_bytes
@@ -41,7 +44,7 @@ class Samples:
     dtype : torch.dtype
         Precision of prepared tokens.
     memory : float
-        Bytes that may be taken for tokens that are not yet in memory and for prepared ones.
+        Bytes that may be taken for tokens that are not yet in memory and for all that is made of tokens.
     reuse : bool
         Prepare for many passes and keep the result as far as memory goes; else prepare in every pass.
     step : int
@@ -53,6 +56,8 @@ class Samples:
         Prepared tokens of the first ``kept`` samples.
     masks : Tensor (n, j, m) or None
         Bit-packed masks of all samples.
+    budget : Budget
+        Shared with the same samples in other precisions, and with whoever keeps what is mixed from them.
     """
 
     def __init__(
@@ -69,11 +74,15 @@ class Samples:
         self.X, self.activation, self._n = X, activation, len(X)
         self.device = torch.empty(0, device=device).device
         self.dtype = self.products = dtype
-        self.memory = memory
+        self.budget = Budget(memory)
         self._chunk = min(CHUNK_BYTES[device.type], memory / 8)
         first = X[:1].to(self.device)
-        self.masks = self._empty_masks(activation.pack_masks(first))
-        self._plan(first, reuse)
+        packed = activation.pack_masks(first)
+        self.masks = None if packed is None else packed.new_empty(len(X), *packed.shape[1:])
+        self.budget.take(0 if self.masks is None else self.masks.nbytes)
+        self.like = activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
+        self._bring_in(first, reuse)
+        self._keep(first, reuse)
         self._fill(step, pack=True)
 
     def __len__(self) -> int:
@@ -96,27 +105,28 @@ class Samples:
         """Whether a prepared tensor is nothing but the tokens themselves, which are in memory anyhow."""
         return isinstance(self.X, Tensor) and _same(value, self.X)
 
-    def _empty_masks(self, like: Tensor | None) -> Tensor | None:
-        return None if like is None else like.new_empty(len(self.X), *like.shape[1:])
-
-    def _plan(self, first: Tensor, reuse: bool) -> None:
-        """Decide what is brought into memory and how many samples are kept prepared; make room for them."""
-        n, tokens = len(self.X), token_bytes(self.X)
-        self.like = self.activation.prepare(first.to(self.dtype), reuse=reuse, masks=self.activation.pack_masks(first))
-        same = [key for key, value in self.like.items() if _same(value, first)]
-        each = sum(value.nbytes for key, value in self.like.items() if key not in same) if reuse else 0
-        if not self._resident() and n * (tokens + each) <= self.memory:
+    def _bring_in(self, first: Tensor, reuse: bool) -> None:
+        """Bring the tokens into memory where they fit with what is prepared of them, else make room for chunks."""
+        if self._resident():
+            return
+        tokens = token_bytes(self.X)
+        beside = sum(value.nbytes for value in self.like.values() if not _same(value, first)) if reuse else 0
+        if self.budget.fits(len(self), tokens + beside) == len(self):
+            self.budget.take(len(self) * tokens)
             self.X = (self.X.read() if isinstance(self.X, StoredTokens) else self.X).to(self.device)
-            self.memory -= n * tokens
-        elif isinstance(self.X, StoredTokens):
-            self.X = self.X.decoded()
-        if not self._resident():
-            each, same = sum(value.nbytes for value in self.like.values()), []
-            self.memory -= 3 * self._chunk
-        self.kept = int(min(n, max(self.memory, 0) / max(each, 1))) if reuse else 0
+        else:
+            self.budget.take(3 * self._chunk)
+            self.X = self.X.decoded() if isinstance(self.X, StoredTokens) else self.X
+
+    def _keep(self, first: Tensor, reuse: bool) -> None:
+        """Decide how many samples are kept prepared, and make room for them."""
+        same = [key for key, value in self.like.items() if self._resident() and _same(value, first)]
+        each = sum(value.nbytes for key, value in self.like.items() if key not in same)
+        self.kept = self.budget.fits(len(self), each) if reuse else 0
         self.data: Data = {}
         for key, value in self.like.items() if self.kept else ():
             self.data[key] = self.X[: self.kept] if key in same else value.new_empty(self.kept, *value.shape[1:])
+        self.budget.lend(self.bytes, self)
 
     def _fill(self, step: int, *, pack: bool) -> None:
         """Pack the masks of all samples, unless that has been done, and prepare those to be kept."""
@@ -160,11 +170,12 @@ class Samples:
 
     # -- the same samples otherwise -----------------------------------------------------------------------------------
     def in_precision(self, dtype: torch.dtype, *, reuse: bool, step: int) -> Samples:
-        """Prepared in another precision; what is kept here stays, and leaves less memory for the other."""
-        other = copy(self)
+        """Prepared in another precision, and kept as far as the budget that both share still goes."""
+        other, first = copy(self), self.X[:1].to(self.device)
         other.dtype = other.products = dtype
-        other.memory = self.memory - self.bytes if self._resident() else 0.0
-        other._plan(self.X[:1].to(self.device), reuse)
+        packed = None if self.masks is None else self.masks[:1]
+        other.like = self.activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
+        other._keep(first, reuse)
         other._fill(step, pack=False)  # masks do not depend on the precision: only tokens are prepared anew
         return other
 
@@ -172,9 +183,10 @@ class Samples:
         """Large products in another precision, from the tokens prepared here."""
         other = copy(self)
         other.products = products
-        each = sum(value.nbytes for value in self.like.values()) * products.itemsize / self.dtype.itemsize
-        other.kept = int(min(self.kept, max(self.memory - self.bytes, 0) / each))
+        each = sum(value.numel() for value in self.like.values()) * products.itemsize
+        other.kept = self.budget.fits(self.kept, 2 * each)  # as much again is left for mixed tokens
         other.data = {key: value[: other.kept].to(products) for key, value in self.data.items()}
+        self.budget.lend(other.bytes, other)
         return other
 
     def take(self, index: Tensor) -> Samples:

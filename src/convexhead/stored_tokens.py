@@ -52,7 +52,7 @@ class StoredTokens:
         tokens = self._check(self._source[rows])
         if isinstance(self._source, np.memmap):
             tokens = tokens.clone() if np.may_share_memory(tokens.numpy(), self._source) else tokens
-            _forget_pages(self._source)
+        forget_pages(self._source)
         return tokens
 
     def read(self) -> Tensor:
@@ -73,17 +73,21 @@ class StoredTokens:
         for rows, chunk in read_ahead(self, chunk_rows(self, CHUNK_BYTES["cpu"])):
             out[rows] = chunk.numpy()
             out.flush()
-            _forget_pages(out)
+            forget_pages(out)
         return StoredTokens(out, self._check)
 
 
 Tokens = Tensor | StoredTokens
 
 
-def _forget_pages(mapped: np.memmap) -> None:
-    """Let go of the pages that were read: they stay in the system's cache, and no longer count as this process's."""
-    pages = getattr(mapped, "_mmap", None)
-    if pages is not None and mapped.mode in ("r", "r+", "w+") and hasattr(pages, "madvise"):
+def forget_pages(source: Any) -> None:
+    """Let go of what was read of a memory map: it stays in the system's cache, and no longer counts as this process's.
+
+    Anything else is left alone, copy-on-write maps among it: their pages may hold changes that are nowhere else. Those
+    written to a shared map are the file's.
+    """
+    pages = getattr(source, "_mmap", None)
+    if isinstance(pages, mmap.mmap) and source.mode in ("r", "r+", "w+") and hasattr(pages, "madvise"):
         pages.madvise(mmap.MADV_DONTNEED)
 
 

@@ -251,10 +251,9 @@ def _finish(problem: Problem, atoms: Atoms, negligible: float, max_heads: int | 
 
 def _in_double(problem: Problem, method: Method, model: Atoms, generator: torch.Generator) -> tuple[Problem, Method]:
     """The same problem in float64, and a method that goes on there."""
-    problem = problem.in_double(reuse=True)
     if isinstance(method, ColumnGeneration):
-        method.refine(problem)
-        return problem, method
+        return method.refine(), method
+    problem = problem.in_double(reuse=True)
     start = model.to(problem.device, problem.dtype)
     return problem, _method(problem, method.beta, start, method.monitor, None, generator)
 

@@ -88,7 +88,7 @@ class ColumnGeneration:
         self._average: Tensor | None = None
         self._resumed: tuple[float, ...] = ()
         self._atoms = start
-        self.refine(problem)
+        self._take(problem)
 
     def witness(self) -> Float[Tensor, "n r c"] | None:
         """Outputs to take the dual point at; None for the model's own."""
@@ -98,8 +98,13 @@ class ColumnGeneration:
         """The current model."""
         return self._atoms
 
-    def refine(self, problem: Problem) -> None:
-        """Go on from the current model with the same problem in another precision."""
+    def refine(self) -> Problem:
+        """Go on from the current model with the same problem in float64, which is returned."""
+        self.rough = self.problem  # first, to make room
+        self._take(self.problem.in_double(reuse=True))
+        return self.problem
+
+    def _take(self, problem: Problem) -> None:
         self.problem, self._average = problem, None
         self.rough = problem.with_half_products() or problem
         self._atoms = self._atoms.to(problem.device, problem.dtype)

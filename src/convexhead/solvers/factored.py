@@ -8,6 +8,7 @@ convex program (Haeffele & Vidal 2020), which is what makes descending here wort
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,9 +32,9 @@ class FactoredDescent:
     """L-BFGS over the factors of ``atoms``, in ``coordinates`` if there are any; `atoms` is the current iterate."""
 
     def __init__(self, passes: Passes, atoms: Atoms, beta: float, coordinates: Whitening | None = None) -> None:
-        self.passes, self.beta, self._like, self._coordinates = passes, beta, atoms, coordinates
+        self._objective = _Objective(passes, beta, atoms, coordinates)
         start = atoms if coordinates is None else coordinates.whiten(atoms)
-        self.lbfgs = LBFGS(self._function, pack(start))
+        self.lbfgs = LBFGS(self._objective, pack(start))
 
     def state(self) -> dict[str, Tensor]:
         """What `restored` goes on from."""
@@ -46,19 +47,9 @@ class FactoredDescent:
         descent.lbfgs.restore(state)
         return descent
 
-    def _function(self, x: Tensor) -> tuple[float, Tensor]:
-        atoms = self._weights(x)
-        value, gU, gV, gb = self.passes.value_and_gradient(atoms, self.beta)
-        gradient = Atoms(gU, gV, atoms.block, gb)
-        return value, pack(gradient if self._coordinates is None else self._coordinates.pull(gradient))
-
-    def _weights(self, x: Tensor) -> Atoms:
-        atoms = unpack(x, self._like)
-        return atoms if self._coordinates is None else self._coordinates.weights(atoms)
-
     @property
     def atoms(self) -> Atoms:
-        return self._weights(self.lbfgs.x)
+        return self._objective.weights(self.lbfgs.x)
 
     @property
     def value(self) -> float:
@@ -67,6 +58,28 @@ class FactoredDescent:
     def step(self) -> bool:
         """One iteration; False where no further decrease is possible in this precision."""
         return self.lbfgs.step()
+
+
+@dataclass
+class _Objective:
+    """``Φ`` as a function of a vector. (Were it a method of the descent, a cycle of references would keep what the
+    passes hold, gigabytes of mixed tokens, until it is collected.)"""
+
+    passes: Passes
+    beta: float
+    like: Atoms
+    coordinates: Whitening | None
+
+    def __call__(self, x: Float[Tensor, " m"]) -> tuple[float, Float[Tensor, " m"]]:
+        atoms = self.weights(x)
+        value, gU, gV, gb = self.passes.value_and_gradient(atoms, self.beta)
+        gradient = Atoms(gU, gV, atoms.block, gb)
+        return value, pack(gradient if self.coordinates is None else self.coordinates.pull(gradient))
+
+    def weights(self, x: Float[Tensor, " m"]) -> Atoms:
+        """The weights whose coordinates are ``x``."""
+        atoms = unpack(x, self.like)
+        return atoms if self.coordinates is None else self.coordinates.weights(atoms)
 
 
 def pack(atoms: Atoms) -> Float[Tensor, " m"]:

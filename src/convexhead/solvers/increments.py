@@ -18,7 +18,7 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem
 
 MIXED_BYTES = 2e9
-"""Mixed tokens of the anchor may take no more."""
+"""Mixed tokens of the anchor may take no more, whatever the budget."""
 
 
 class Increments:
@@ -42,6 +42,7 @@ class Increments:
     def __init__(self, problem: Problem, rough: Problem, anchor: Atoms) -> None:
         self.problem, self.rough, self.anchor = problem, rough, anchor
         self.mixed = rough.mixed(anchor.U, anchor.block)
+        rough.budget.lend(self.mixed.nbytes, self)
         _, *self.gradient = problem.value_and_gradient(anchor, 0.0)
         self.outputs = problem.last_outputs
         self.residual = problem.residual(self.outputs)
@@ -49,9 +50,10 @@ class Increments:
     @staticmethod
     def affordable(problem: Problem, rough: Problem, anchor: Atoms) -> bool:
         """Whether there are cheaper products, and room for the anchor's mixed tokens."""
-        numbers = len(problem.Y) * problem.head.r * len(anchor) * problem.head.value_rows
-        room = min(MIXED_BYTES, rough.samples.memory - rough.samples.bytes)
-        return rough is not problem and numbers * rough.products.itemsize <= room
+        if rough is problem:
+            return False
+        short = rough.mixed_bytes(len(anchor)) > min(MIXED_BYTES, rough.budget.left)
+        return not problem.ranks.largest(short)[0]  # all processes must take the same passes
 
     def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
         """As `Problem.value_and_gradient`."""

@@ -34,7 +34,8 @@ DRAWS = 10
 MOST_COEFFICIENTS = 2500
 MOST_STEPS = 6
 MIXED_BYTES = 1e9
-"""Mixed tokens of the directions are kept where they take no more, and made anew in each pass elsewhere."""
+"""Mixed tokens of the directions are kept where they take no more and the budget has room, and made anew in each pass
+elsewhere."""
 
 
 class Subspace:
@@ -75,10 +76,10 @@ class Subspace:
             atoms.intercept,
         )
         self.start = self._coefficients(atoms)
-        numbers = len(problem.Y) * problem.head.r * self.basis.V[..., 0].numel()
-        room = min(MIXED_BYTES, rough.samples.memory - rough.samples.bytes)
-        fits = numbers * rough.products.itemsize <= room
-        self.mixed = rough.mixed(self.basis.U, self.basis.block) if fits else None
+        size, room = rough.mixed_bytes(len(self.basis)), min(MIXED_BYTES, rough.budget.left)
+        self.mixed = rough.mixed(self.basis.U, self.basis.block) if size <= room else None
+        if self.mixed is not None:
+            rough.budget.lend(size, self)
         self.slope = self._project(problem.adjoint_times_mixing(self.R, self.basis.U, self.basis.block))
 
     def _coefficients(self, atoms: Atoms) -> Float[Tensor, "j m m"]:
