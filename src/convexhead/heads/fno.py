@@ -58,15 +58,16 @@ class FNO(Head):
     def prepare(self, X: Tensor) -> Data:
         return {"spectrum": self._fft(X)}
 
+    # An inverse transform of few tokens is faster as a product with its matrix, which takes all atoms and samples.
     def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
-        product = torch.einsum("bfd,kfd->bkf", data["spectrum"], self._fft(U))
-        return self._inverse_fft(product.unsqueeze(-1))[:, :, self.rows]
+        product = self._products(data, U)
+        A = self._transform(U).T @ product.flatten(1)
+        return A.view(self.p, *product.shape[1:]).permute(2, 1, 0).unsqueeze(-1)
 
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
-        if self.pool == "cls":
-            A = torch.cat([A, A.new_zeros(*A.shape[:2], self.s - 1, 1)], dim=2)
-        correlation = torch.einsum("bfd,bkf->kfd", data["spectrum"].conj(), self._fft(A).squeeze(-1))
-        return self._inverse_fft(correlation)
+        b, k = A.shape[:2]
+        weighted = self._transform(A) @ A.squeeze(-1).permute(2, 1, 0).reshape(self.p, -1)
+        return self._products_adjoint(data, weighted.view(-1, k, b))
 
     # Pooled rows of D ⊙ circ(X), for few gates: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P_{q+t} D_{q+t} X[q].
     def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
@@ -87,33 +88,42 @@ class FNO(Head):
         if self.r > 1:
             return masks
         D = masks.squeeze(-1).transpose(0, 1)  # (j, b, p)
-        transform = self._fft(torch.eye(self.s, dtype=D.dtype, device=D.device))[:, : self.p]
-        transform = torch.view_as_real(transform).transpose(1, 2).reshape(-1, self.p)
-        if self.pool == "mean":
-            transform /= self.s
+        transform = self._transform(D) / (self.s if self.pool == "mean" else 1)
         return (transform @ D.reshape(-1, self.p).T).view(-1, *D.shape[:2])  # (f·2, j, b)
 
     def gated_mix(self, data: Data, U: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
         if self.r > 1:
             return super().gated_mix(data, U, group, gated, which)
-        conjugate = (self._fft(U) * self._parseval(U).unsqueeze(1)).conj()
-        # Re and Im of X̂ Û as inner products of (Re X̂, Im X̂) with (Re Û, −Im Û) and (Im Û, Re Û)
-        weights = torch.view_as_real(torch.stack([conjugate, 1j * conjugate]).permute(2, 0, 1, 3))
-        product = torch.bmm(weights.reshape(len(weights), 2 * len(U), -1), self._real(data).permute(1, 2, 0))
-        product = product.view(-1, len(U), len(data["spectrum"]))  # (f·2, k, b)
-        return (product * gated.index_select(1, which)).sum(0).T[:, None, :, None]
+        return (self._products(data, U) * gated.index_select(1, which)).sum(0).T[:, None, :, None]
 
     def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
         if self.r > 1:
             return super().gated_mix_adjoint(data, T, group, gated, which)
-        spectrum = self._real(data).transpose(0, 1)  # (f, b, d·2)
-        weighted = (gated.index_select(1, which) * T[:, 0, :, 0].T).view(len(spectrum), -1, len(T))
-        parts = torch.bmm(weighted, spectrum).view(len(spectrum), 2, T.shape[2], self.d, 2)
-        parts = torch.view_as_complex(parts).conj()
-        return self._inverse_fft((parts[:, 0] + 1j * parts[:, 1]).transpose(0, 1))
+        return self._products_adjoint(data, gated.index_select(1, which) * T[:, 0, :, 0].T)
 
     def gated_workspace(self, k: int, gates: int) -> int:
         return k * self.s if self.r == 1 else super().gated_workspace(k, gates)
+
+    def _products(self, data: Data, U: Tensor) -> Tensor:
+        """Real and imaginary parts of ``X̂ Û`` in turn, ``(f·2, k, b)``, weighted for Parseval's sum."""
+        conjugate = (self._fft(U) * self._parseval(U).unsqueeze(1)).conj()
+        # Inner products of (Re X̂, Im X̂) with (Re Û, −Im Û) and (Im Û, Re Û)
+        weights = torch.view_as_real(torch.stack([conjugate, 1j * conjugate]).permute(2, 0, 1, 3))
+        product = torch.bmm(weights.reshape(len(weights), 2 * len(U), -1), self._real(data).permute(1, 2, 0))
+        return product.view(-1, len(U), len(data["spectrum"]))
+
+    def _products_adjoint(self, data: Data, weighted: Tensor) -> Tensor:
+        """Adjoint of `_products` in ``U``, but for Parseval's weights: ``weighted (f·2, k, b)`` was made without."""
+        spectrum = self._real(data).transpose(0, 1)  # (f, b, d·2)
+        k, b = weighted.shape[1:]
+        parts = torch.bmm(weighted.reshape(len(spectrum), -1, b), spectrum).view(len(spectrum), 2, k, self.d, 2)
+        parts = torch.view_as_complex(parts).conj()
+        return self._inverse_fft((parts[:, 0] + 1j * parts[:, 1]).transpose(0, 1))
+
+    def _transform(self, like: Tensor) -> Tensor:
+        """``(f·2, p)``: real and imaginary parts, in turn, of the transform of every token that pooling reads."""
+        transform = self._fft(torch.eye(self.s, dtype=like.dtype, device=like.device))[:, : self.p]
+        return torch.view_as_real(transform).transpose(1, 2).reshape(-1, self.p)
 
     def _real(self, data: Data) -> Tensor:
         """``(b, f, d·2)``: real and imaginary parts in turn."""
