@@ -122,6 +122,8 @@ def test_a_search_solves_only_what_validation_chooses_to_the_end():
     assert best(rows) is chosen
     assert chosen["converged"]
     assert chosen["relative_gap"] <= 1e-6
+    seconds = [moment["seconds"] for moment in chosen["model"].history_]
+    assert seconds == sorted(seconds)  # of the search and what came after it
     others = [row for row in rows if row is not chosen]
     assert all(row["gap"] is row["dual"] is row["relative_gap"] is None and not row["converged"] for row in others)
     solved = {

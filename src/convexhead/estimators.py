@@ -207,12 +207,13 @@ class _ConvexHead(BaseEstimator):
         beta_max: float,
         start: Atoms | None,
         callback: Callable[[Progress], None] | None,
-    ) -> tuple[Atoms, float]:
-        """Weights that are kept to be scored, and their objective: a gap of about ``tol``, but no certificate."""
+    ) -> Atoms:
+        """Weights that are kept to be scored: a gap of about ``tol``, but no certificate."""
         limits = self._limits(problem, generator, beta_max, start, callback)
-        atoms, objective = approach(problem, self.beta_, tol=tol, **limits)
+        atoms, history = approach(problem, self.beta_, tol=tol, **limits)
         self._keep(problem.head, problem.activation, atoms)
-        return atoms, objective
+        self.history_ = [row.to_dict() for row in history]
+        return atoms
 
     def _limits(
         self,

@@ -104,10 +104,14 @@ def regularization_path(
             atoms = model._solve(problem, generator, beta_max=largest, start=start, callback=progress).atoms
             proof = model.certificate_.to_dict()
         else:
-            atoms, objective = model._approach(
-                problem, generator, search, beta_max=largest, start=start, callback=progress
-            )
-            proof = {"primal": objective, "dual": None, "gap": None, "relative_gap": None, "converged": False}
+            atoms = model._approach(problem, generator, search, beta_max=largest, start=start, callback=progress)
+            proof = {
+                "primal": model.history_[-1]["objective"],
+                "dual": None,
+                "gap": None,
+                "relative_gap": None,
+                "converged": False,
+            }
         row = {
             "beta_ratio": ratio,
             "beta": model.beta_,
@@ -139,6 +143,9 @@ def regularization_path(
         chosen = rows.index(best(rows))
         row, _ = fit(rows[chosen]["beta_ratio"], reached[chosen], None)
         row["seconds"] += rows[chosen]["seconds"]
+        searched = rows[chosen]["model"].history_
+        after = [{**m, "seconds": m["seconds"] + searched[-1]["seconds"]} for m in row["model"].history_]
+        row["model"].history_ = searched + after
         rows = [{**other, "model": None} for other in rows]
         rows[chosen] = row
         if callback is not None:

@@ -113,7 +113,7 @@ def draw_tuning(ax: Axes, rows: Sequence[Row]) -> None:
 def tuning(results: Results) -> Figure:
     """Accuracy against total tuning time: one panel an activation, the probes in all of them."""
     activations = list(dict.fromkeys(row["activation"] for row in results["rows"]))
-    with figures.new_figure((3.6 * len(activations), 3.4)) as figure:
+    with figures.new_figure((max(7.2, 3.6 * len(activations)), 3.4)) as figure:  # room for the legend
         axes = figure.subplots(1, len(activations), squeeze=False, sharey=True)[0]
         for ax, activation in zip(axes, activations, strict=True):
             draw_tuning(ax, [row for row in results["methods"] if row["activation"] in (activation, None)])

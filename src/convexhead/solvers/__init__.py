@@ -179,8 +179,8 @@ def approach(
     max_time: float | None = None,
     callback: Callable[[Progress], None] | None = None,
     generator: torch.Generator,
-) -> tuple[Atoms, float]:
-    """A model whose relative gap is about ``tol`` by the solver's own estimate, and its objective: nothing is proven.
+) -> tuple[Atoms, list[Progress]]:
+    """A model whose relative gap is about ``tol`` by the solver's own estimate, and the history: nothing is proven.
 
     Parameters are those of `solve`; Ctrl-C is not caught, since there is no certificate to return a model with.
     """
@@ -193,7 +193,9 @@ def approach(
         raise KeyboardInterrupt
     # As far from the optimum as this, atoms that carry as little say nothing about its rank.
     model = _finish(problem, method.atoms(), tol / 2, max_heads).to(problem.device, problem.dtype)
-    return model, problem.data_term(problem.outputs(model)) + beta * problem.penalty(model)
+    objective = problem.data_term(problem.outputs(model)) + beta * problem.penalty(model)
+    monitor.record(objective, -math.inf, len(model))
+    return model, monitor.history
 
 
 @dataclass
