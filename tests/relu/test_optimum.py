@@ -38,7 +38,7 @@ def build(name, seed, *, c=1, n=6, s=1, d=2, pool="mean", intercept=False):
 
 
 def run(problem, beta, **options):
-    options = {"tol": 1e-3, "max_time": 30.0, "generator": torch.Generator().manual_seed(0)} | options
+    options = {"tol": 1e-3, "max_time": 120.0, "generator": torch.Generator().manual_seed(0)} | options
     return solve(problem, beta, **options)
 
 
