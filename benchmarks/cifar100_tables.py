@@ -3,9 +3,8 @@
     python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv
     python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100.md from these files
 
-RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A row takes the
-place of an older one for the same method. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is
-replaced.
+RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
+the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced.
 """
 
 from __future__ import annotations
@@ -34,26 +33,23 @@ COLUMNS = {
     "Convex / tuning time": "÷ tuning",
 }
 """Columns of `methods.COLUMNS` that the page has room for, and what they are called there."""
-KEY = ("head", "activation", "method", "heads")
 ORDER = ("linear", "gated-relu", "relu")
 
 
 def gather(name: str, runs: list[Path]) -> None:
     """Add the rows of finished runs."""
-    rows = {_key(row): row for row in read_csv(f"cifar100_{name}")}
+    rows = read_csv(f"cifar100_{name}")
     for run in runs:
         results = json.loads((run / "results.json").read_text())
         about = {key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")}
-        for row in results["methods"]:
-            # The number of heads tells twins apart; a convex head's is a result.
-            rows[_key(row)] = {**row, **about, **results["environment"]}
-    ordered = sorted(rows.values(), key=_place)
-    write_csv(f"cifar100_{name}", ordered)
+        new = [{**row, **about, **results["environment"]} for row in results["methods"]]
+        fresh = {_cell(row) for row in new}
+        rows = [row for row in rows if _cell(row) not in fresh] + new
+    write_csv(f"cifar100_{name}", sorted(rows, key=_place))
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    parts = [str(row.get(key) or "") for key in KEY]
-    return tuple(parts[:3] if row["method"] in ("convex", "probe") else parts)
+def _cell(row: Row) -> tuple[str, str]:
+    return row["head"], row.get("activation") or ""
 
 
 def _place(row: Row) -> int:

@@ -373,9 +373,9 @@ def test_published_scale_and_every_cell():
     assert len(settings.twins.learning_rates) >= 4
     assert len(settings.twins.seeds) == settings.twins.tuning_seeds == 3
     assert cifar100.SCALES["full"].path.n_gates == 50
-    # 18 cells with twins of three sizes and AdamW, the linear head with two, each of 4 x 3 runs; the test images.
+    # 18 cells with twins of three sizes and AdamW, the linear head with two, each of 5 x 3 runs; the test images.
     some = replace(settings, probes=())
-    assert some.pieces() == 19 + 12 * (18 * 4 + 2) + 1
+    assert some.pieces() == 19 + 15 * (18 * 4 + 2) + 1
     part = cifar100._settings(cifar100.SCALES["2k"], True, ("block-fno",), ("relu",), {}, {})
     assert [cell.outputs for cell in part.cells] == ["shared", "grouped"]
 
