@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 from convexhead.activation import make_activation, sample_gates
@@ -199,6 +200,19 @@ def test_a_head_trained_from_disk_is_the_head_trained_in_memory(head, activation
     np.testing.assert_array_equal(streamed.predict(digits), streamed.predict(digits.read()))
     audit = ch.certify(streamed, digits, beta=streamed.beta_, random_state=0)
     assert audit.primal == pytest.approx(streamed.certificate_.primal, rel=1e-9)
+
+
+def test_a_relu_head_is_trained_from_disk(digits, monkeypatch):
+    monkeypatch.setattr("convexhead.relu.norm.WRITTEN_OUT", 0)
+    monkeypatch.setattr(StoredTokens, "read", lambda tokens: pytest.fail("all tokens were read"))
+    clf = ch.ConvexHeadClassifier(
+        "mlp", activation="relu", beta_ratio=0.3, max_memory=1e5, max_time=5, tol=0.05, random_state=0
+    )
+    with pytest.warns(ConvergenceWarning, match="estimated"):
+        clf.fit(digits)
+    assert clf.n_heads_ > 0
+    audit = ch.certify(clf, digits[:], digits.labels, beta=clf.beta_, random_state=0)
+    assert audit.primal == pytest.approx(clf.certificate_.primal, rel=1e-9)
 
 
 def test_what_decoding_makes_small_is_decoded_once(digits):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convexhead.errors import InputError
 from convexhead.heads.base import Data, Head, mix_features, mix_features_adjoint
+from convexhead.stored_tokens import Tokens
 
 FEATURE_ATOMS = 6
 """Atoms a block from which a head's gated features are read in place of its tokens."""
@@ -246,7 +247,7 @@ def make_activation(name: str, head: Head, gates: Tensor | None) -> Activation:
 
 
 def sample_gates(
-    head: Head, n_gates: int, generator: torch.Generator, X: Float[Tensor, "n s d"] | None = None
+    head: Head, n_gates: int, generator: torch.Generator, X: Tokens | None = None
 ) -> Float[Tensor, "J ..."]:
     """``n_gates`` random gates, float64 ``(J, *head.gate_shape)``: continuous, so ties have probability 0.
 
@@ -257,7 +258,7 @@ def sample_gates(
         ``J``.
     generator : torch.Generator
         Decides everything: equal states give equal gates.
-    X : Tensor (n, s, d) or None
+    X : Tensor (n, s, d), StoredTokens or None
         None: standard normal gates. Tokens: gates ``K_Sᵀ z`` with ``z`` standard normal and ``K_S`` the pre-activations
         of eight random samples as linear functions of the gate: normal gates in the metric of the data, whose
         patterns cut through where the tokens are.
@@ -265,11 +266,11 @@ def sample_gates(
     if X is None:
         return torch.randn(n_gates, *head.gate_shape, generator=generator, dtype=torch.float64)
     gates = []
-    group = torch.arange(head.n_groups, device=X.device)
     for _ in range(n_gates):
-        chosen = X[torch.randint(len(X), (min(8, len(X)),), generator=generator).to(X.device)].double()
+        chosen = X[torch.randint(len(X), (min(8, len(X)),), generator=generator)].double()
         z = torch.randn(len(chosen), head.n_groups, head.p, head.score_width, generator=generator, dtype=torch.float64)
-        gates.append(head.preactivation_adjoint(head.prepare(chosen), z.to(X.device), group).cpu())
+        group = torch.arange(head.n_groups, device=chosen.device)
+        gates.append(head.preactivation_adjoint(head.prepare(chosen), z.to(chosen.device), group).cpu())
     return torch.stack(gates).view(n_gates, *head.gate_shape) if gates else torch.zeros(0, *head.gate_shape).double()
 
 

@@ -115,10 +115,8 @@ class _ConvexHead(BaseEstimator):
         ranks, device = self._ranks(), inputs.pick_device(self.device)
         head = self._make_head(X.shape[1], X.shape[2])
         gates = self._make_gates(head, X, generator)
-        if self.activation == "relu":
-            if ranks.size > 1:
-                raise InputError("activation='relu' is solved in one process: start it without torchrun")
-            X = X if isinstance(X, torch.Tensor) else X.read()  # its dual norm needs all of them at once
+        if self.activation == "relu" and ranks.size > 1:
+            raise InputError("activation='relu' is solved in one process: start it without torchrun")
         rows = ranks.share(len(X))
         return Problem(
             X[rows] if isinstance(X, torch.Tensor) else X.share(rows),

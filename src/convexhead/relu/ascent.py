@@ -108,9 +108,7 @@ def ascend(
 def starts(problem: Problem, k: int, generator: torch.Generator) -> tuple[Float[Tensor, "k ..."], Int[Tensor, " k"]]:
     """``k`` random starts for every channel group, half of them standard normal, half drawn from the data."""
     head, groups = problem.head, problem.head.n_groups
-    gates = torch.cat(
-        [sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, problem.tokens())]
-    )
+    gates = torch.cat([sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, problem.X)])
     U = gates.to(problem.device, problem.dtype).view(-1, *head.mixing_shape)
     span = head.mixing_span()
     if span is not None:
