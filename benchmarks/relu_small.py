@@ -5,9 +5,7 @@
     python benchmarks/relu_small.py starts      from nothing, or from a gated solution through its cone decomposition
 
 Writes benchmarks/results/relu_scalar.csv, relu_vector.csv or relu_starts.csv, and prints what they add up to. Seconds,
-those that a run is given too, are of processor time on one thread: other programs run on the machine. In the tables of
-vector and starts there, older than that, "seconds" are of the wall ("cpu_seconds" of the processor, 20 wall seconds for
-each run on the digits), and the digits' runs were made before descents ended by the gap at hand.
+those that a run is given too, are of processor time on one thread: other programs run on the machine.
 """
 
 from __future__ import annotations
