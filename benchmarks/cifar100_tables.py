@@ -1,6 +1,7 @@
 """Tables of the CIFAR-100 experiment, gathered from finished runs.
 
-    python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv
+    python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv,
+                                                                # of fewer images into results/cifar100_NAME_sizes.csv
     python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100.md from these files
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
@@ -45,6 +46,13 @@ def gather(name: str, runs: list[Path]) -> None:
         new = [{**row, **about, **results["environment"]} for row in results["methods"]]
         fresh = {_cell(row) for row in new}
         rows = [row for row in rows if _cell(row) not in fresh] + new
+        sizes = [
+            {"images_per_class": point["images_per_class"], **row, **results["environment"]}
+            for point in results.get("sizes", [])
+            for row in point["methods"]
+        ]
+        if sizes:
+            write_csv(f"cifar100_{name}_sizes", sizes)
     write_csv(f"cifar100_{name}", sorted(rows, key=_place))
 
 

@@ -151,8 +151,9 @@ def solve(
                         break
                     problem, method = _in_double(problem, method, model, generator)
                     stage.double = True
-                else:
-                    stage.target /= 2
+                else:  # what was believed to be small enough was not: the same point must not be certified again
+                    last = monitor.history[-1]
+                    stage.target = min(stage.target, last.gap / abs(last.objective)) / 2
             if monitor.interrupted:
                 stop = Stop.INTERRUPTED
         except KeyboardInterrupt:
