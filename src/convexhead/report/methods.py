@@ -49,7 +49,10 @@ def cells(row: Row) -> list[str]:
     if row["test_top1_sd"] is not None:
         top1 += f" ± {100 * row['test_top1_sd']:.1f}"
     if row["method"] == "convex":
-        distance = f"≤ {gap(row)}" + ("" if row["converged"] or row["scope"] == "estimated" else " (stopped early)")
+        bound = gap(row)
+        distance = (bound if bound.startswith("<") else f"≤ {bound}") + (
+            "" if row["converged"] or row["scope"] == "estimated" else " (stopped early)"
+        )
     elif row["excess_median"] is not None:
         distance = f"{relative(row['excess_median'])}, {relative(row['excess_worst'])}"
     else:
