@@ -205,13 +205,12 @@ class _ConvexHead(BaseEstimator):
         beta_max: float,
         start: Atoms | None,
         callback: Callable[[Progress], None] | None,
-    ) -> Atoms:
-        """Weights that are kept to be scored: a gap of about ``tol``, but no certificate."""
+    ) -> None:
+        """Keep weights to be scored: a gap of about ``tol``, but no certificate."""
         limits = self._limits(problem, generator, beta_max, start, callback)
         atoms, history = approach(problem, self.beta_, tol=tol, **limits)
         self._keep(problem.head, problem.activation, atoms)
         self.history_ = [row.to_dict() for row in history]
-        return atoms
 
     def _limits(
         self,

@@ -94,17 +94,17 @@ def regularization_path(
     problem, generator = template._prepare(X, y)
     largest = problem_beta_max(problem, generator)
 
-    def fit(ratio: float, start: Atoms | None, search: float | None) -> tuple[Row, Atoms]:
+    def fit(ratio: float, start: Atoms | None, search: float | None) -> Row:
         nonlocal began
         model = clone(template).set_params(beta_ratio=ratio)
         for name in ("classes_", "_target_shape", "feature_names_in_", "reduction_"):
             if hasattr(template, name):
                 setattr(model, name, getattr(template, name))
         if search is None:
-            atoms = model._solve(problem, generator, beta_max=largest, start=start, callback=progress).atoms
+            model._solve(problem, generator, beta_max=largest, start=start, callback=progress)
             proof = model.certificate_.to_dict()
         else:
-            atoms = model._approach(problem, generator, search, beta_max=largest, start=start, callback=progress)
+            model._approach(problem, generator, search, beta_max=largest, start=start, callback=progress)
             proof = {
                 "primal": model.history_[-1]["objective"],
                 "dual": None,
@@ -124,15 +124,14 @@ def regularization_path(
             "model": model,
         }
         began = now()
-        return row, atoms
+        return row
 
     rows: list[Row] = []
     start: Atoms | None = None
-    reached: list[Atoms] = []
     for ratio in ratios:
-        row, start = fit(ratio, start, search_tol)
+        row = fit(ratio, start, search_tol)
         rows.append(row)
-        reached.append(start)
+        start = row["model"]._atoms()
         if callback is not None:
             callback(row)
         if patience is not None and X_val is not None:
@@ -141,7 +140,7 @@ def regularization_path(
                 break
     if search_tol is not None:
         chosen = rows.index(best(rows))
-        row, _ = fit(rows[chosen]["beta_ratio"], reached[chosen], None)
+        row = fit(rows[chosen]["beta_ratio"], rows[chosen]["model"]._atoms(), None)
         row["seconds"] += rows[chosen]["seconds"]
         searched = rows[chosen]["model"].history_
         after = [{**m, "seconds": m["seconds"] + searched[-1]["seconds"]} for m in row["model"].history_]

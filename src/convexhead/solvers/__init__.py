@@ -153,7 +153,8 @@ def solve(
                     stage.double = True
                 else:  # what was believed to be small enough was not: the same point must not be certified again
                     last = monitor.history[-1]
-                    stage.target = min(stage.target, last.gap / abs(last.objective)) / 2
+                    believed = last.gap / abs(last.objective) if last.objective else 0.0
+                    stage.target = min(stage.target, max(believed, 0.01 * tol)) / 2
             if monitor.interrupted:
                 stop = Stop.INTERRUPTED
         except KeyboardInterrupt:
