@@ -11,7 +11,7 @@ A ReLU atom's block is its channel group; what is known about its optimum is in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from convexhead.errors import InputError
-from convexhead.heads.base import Data, Head, mix_features, mix_features_adjoint
+from convexhead.heads.base import Data, Forming, Head, mix_features, mix_features_adjoint
 from convexhead.stored_tokens import Tokens
 
 FEATURE_ATOMS = 6
@@ -62,6 +62,14 @@ class Activation(Protocol):
     ) -> tuple[Float[Tensor, "b r k e"], PullBack]:
         """`mix` at ``U`` and `mix_adjoint` there, which share work."""
 
+    def forming(self, c: int) -> Forming | None:
+        """What `gradient` takes for ``c`` outputs; None where there is none."""
+
+    def gradient(
+        self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"]]], block: Int[Tensor, " j"]
+    ) -> Float[Tensor, "j p ec"]:
+        """``𝒜_j*(R)`` of rising blocks, from batches of samples and their ``R``."""
+
     def workspace(self, k: int) -> int:
         """Numbers held per sample while ``k`` atoms are mixed: sets the batch size of a pass."""
 
@@ -90,6 +98,12 @@ class LinearActivation:
 
     def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
         return self.mix(data, U, block), lambda T: self.mix_adjoint(data, T, block)
+
+    def forming(self, c: int) -> Forming | None:
+        return self.head.forming(c, gated=False)
+
+    def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
+        return self.head.gradient(batches)
 
     def workspace(self, k: int) -> int:
         return k * self.head.r * self.head.value_rows
@@ -179,6 +193,12 @@ class GatedReLU:
             lambda T: self.head.gated_mix_adjoint(data, T, group, *gated),
         )
 
+    def forming(self, c: int) -> Forming | None:
+        return self.head.forming(c, gated=True)
+
+    def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
+        return self.head.gated_gradient((data, R, self._gated(data, block)[0]) for data, R in batches)
+
     def workspace(self, k: int) -> int:
         return self.head.gated_workspace(k, min(k, self.n_blocks))
 
@@ -223,6 +243,12 @@ class ReLU:
             return head.preactivation_adjoint(data, S * (A > 0), block)
 
         return self._read(data, A), pull_back
+
+    def forming(self, c: int) -> None:
+        return None
+
+    def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
+        raise NotImplementedError("a ReLU has no gradient matrices")
 
     def _read(self, data: Data, A: Tensor) -> Tensor:
         return self.head.read(data, self.head.pool_rows(A.relu()))

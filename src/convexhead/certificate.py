@@ -43,7 +43,7 @@ from convexhead.spectral import (
 
 INTERCEPT_BOX = 1e4
 """Bound on ``|b_k|``, in units of ``1 + max |y|``, for which the residual mean left by the intercept is charged."""
-ROUNDING = 1e-10
+ROUNDING = 1e-9
 """Relative amount by which σ is raised to cover float64 rounding in the gradient matrix."""
 
 
@@ -184,7 +184,7 @@ def certify_atoms(
     else:
         G = GradientMatrices(exact, R)
         if worth_forming(G):
-            best, how = dual.spectral(formed_norm(G)), "singular value decomposition"
+            best, how = dual.spectral(formed_norm(G)), "singular values"
         else:
             failure = failure_probability
             fast = GradientMatrices(problem, R.to(problem.dtype))

@@ -629,6 +629,7 @@ def cifar100(
         str, typer.Option(help="What makes tokens of the images, as for `convexhead extract`.")
     ] = "timm:gmlp_s16_224.ra3_in1k",
     layer: Annotated[Optional[int], typer.Option(help="Inner block; default: the last map.")] = None,
+    image_size: Annotated[Optional[int], typer.Option(help="Pixels; default: the backbone's own.")] = None,
     tokens: Annotated[Optional[Path], typer.Option(help="A token store, in place of images and backbone.")] = None,
     scale: Annotated[
         ScaleName, typer.Option(help="All images; 80 + 20 of each class; or that of the first 20 classes.")
@@ -655,10 +656,10 @@ def cifar100(
         raise InputError(f"--jobs must be at least 1, got {jobs}")
     with _progress(as_json, lines=True) as notify:
         results = run_cifar100(
-            out, images=images, backbone=backbone, layer=layer, tokens=tokens, scale=scale.value,
-            every_cell=every_cell, heads=tuple(_names(heads)), activations=tuple(_names(activations)),
-            token_pool=token_pool, channels=channels, n_gates=n_gates, epochs=epochs, sizes=sizes, jobs=jobs,
-            notify=notify, command=["convexhead", *sys.argv[1:]],
+            out, images=images, backbone=backbone, layer=layer, image_size=image_size, tokens=tokens,
+            scale=scale.value, every_cell=every_cell, heads=tuple(_names(heads)),
+            activations=tuple(_names(activations)), token_pool=token_pool, channels=channels, n_gates=n_gates,
+            epochs=epochs, sizes=sizes, jobs=jobs, notify=notify, command=["convexhead", *sys.argv[1:]],
         )  # fmt: skip
     _show_comparison(results, as_json)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from convexhead.activation import Activation
 from convexhead.budget import Budget
-from convexhead.heads.base import Data, Head
+from convexhead.heads.base import Data, Forming, Head
 from convexhead.losses import Loss
 from convexhead.ranks import Ranks
 from convexhead.samples import Samples
@@ -36,6 +36,8 @@ from convexhead.stored_tokens import StoredTokens
 
 BATCH_BYTES = {"cpu": 2_000_000, "cuda": 1_000_000_000}
 """Workspace that a batch may take: on a CPU what stays in the caches between the products of a pass."""
+FORMING_BYTES = {"cpu": 10_000_000, "cuda": 1_000_000_000}
+"""Workspace that a batch may take while gradient matrices are formed."""
 
 
 def one_pass(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -446,8 +448,17 @@ class Problem:
                 out[j, rows] = self.activation.mix(data, basis, block)
         return out.view(self.n_blocks, n * r, p * e)
 
+    @cached_property
+    def forming(self) -> Forming | None:
+        """What forming a gradient matrix takes; None where products from its smaller side would take less."""
+        forming = self.activation.forming(self.c)
+        cheaper = forming is not None and forming.products < min(self.head.mixing_size, self.head.value_rows * self.c)
+        return forming if cheaper else None
+
     def gradient_matrices(self, R: Float[Tensor, "n r c"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j p q"]:
-        """``𝒜_j*(R)`` formed, ``(mixing_size, value_rows · c)`` each, by products from their smaller side."""
+        """``𝒜_j*(R)`` formed for the named blocks, ``(mixing_size, value_rows · c)`` each."""
+        if self.forming is not None:
+            return self._form(R, blocks, self.forming)
         p, q = self.head.mixing_size, self.head.value_rows * self.c
         times, shape = (
             (self.adjoint_times_mixing, self.head.mixing_shape)
@@ -459,6 +470,13 @@ class Problem:
         of = blocks.repeat_interleave(min(p, q)).split(64)
         rows = torch.cat([times(R, *part) for part in zip(vectors, of, strict=True)]).view(len(blocks), min(p, q), -1)
         return rows if p <= q else rows.mT
+
+    def _form(self, R: Tensor, blocks: Tensor, forming: Forming) -> Tensor:
+        rising, place = torch.unique(blocks, return_inverse=True)
+        size = max(1, FORMING_BYTES[self.device.type] // self.dtype.itemsize // forming.workspace)
+        batches = ((data, R[rows]) for rows, data in self.samples.batches(size))
+        (matrices,) = self.sum(self.activation.gradient(batches, rising))
+        return matrices if torch.equal(rising, blocks) else matrices[place]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -24,6 +24,12 @@ from convexhead.problem import Atoms, Problem
 Apply = Callable[[Tensor, Tensor], Tensor]
 FORMED = 5_000_000
 """Numbers that matrices formed at a time may take."""
+FORMED_BYTES = 4e9
+"""Matrices that are kept formed may take no more, whatever the budget."""
+MOST_PRODUCTS = 300
+"""Products with a vector that a Krylov space takes anyhow: forming a matrix for as much pays."""
+FORMED_ORDER = 2500
+"""Order up to which all singular values of a matrix that is formed cheaply are computed."""
 
 
 class GradientMatrices:
@@ -49,6 +55,18 @@ class GradientMatrices:
         """Whether the Gram operator acts on the value side, the smaller one."""
         self.order = min(self.p, problem.value_size)
 
+    @cached_property
+    def formed(self) -> Float[Tensor, "j p q"] | None:
+        """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
+        problem = self.problem
+        size = problem.n_blocks * self.p * self.q * problem.dtype.itemsize
+        if problem.products != problem.dtype or problem.forming is None or problem.forming.products > MOST_PRODUCTS:
+            return None
+        if problem.ranks.largest(float(size > min(FORMED_BYTES, problem.budget.left)))[0]:
+            return None
+        problem.budget.lend(size, self)
+        return problem.gradient_matrices(self.R, torch.arange(problem.n_blocks, device=self.R.device))
+
     def _product(self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]) -> Tensor:
         j, _, b = x.shape
         flat = x.transpose(1, 2).reshape(j * b, *shape)
@@ -57,10 +75,14 @@ class GradientMatrices:
 
     def times(self, V: Float[Tensor, "j q b"], blocks: Tensor) -> Float[Tensor, "j p b"]:
         """``G_j V_j``."""
+        if self.formed is not None:
+            return torch.stack([self.formed[j] @ x for j, x in zip(blocks.tolist(), V, strict=True)])
         return self._product(V, blocks, self.problem.value_shape, self.problem.adjoint_times_values)
 
     def transpose_times(self, U: Float[Tensor, "j p b"], blocks: Tensor) -> Float[Tensor, "j q b"]:
         """``G_jᵀ U_j``."""
+        if self.formed is not None:
+            return torch.stack([self.formed[j].T @ x for j, x in zip(blocks.tolist(), U, strict=True)])
         return self._product(U, blocks, self.problem.head.mixing_shape, self.problem.adjoint_times_mixing)
 
     def gram(self, x: Float[Tensor, "j m b"], blocks: Tensor) -> Float[Tensor, "j m b"]:
@@ -378,14 +400,23 @@ def top_singular(
 
 
 def worth_forming(G: GradientMatrices) -> bool:
-    """Forming takes `order` products a block and an SVD; Krylov iteration some tens to hundreds of products."""
+    """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
+    forming = G.problem.forming
+    if forming is not None and forming.products <= MOST_PRODUCTS:
+        return G.order <= FORMED_ORDER
     return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= 5e7
 
 
 def formed_norm(G: GradientMatrices) -> float:
-    """``max_j ‖G_j‖₂`` from singular value decompositions, some blocks at a time to save memory."""
+    """``max_j ‖G_j‖₂`` from eigenvalues of Gram matrices, some blocks at a time to save memory."""
     blocks = torch.arange(G.problem.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
-    return max(float(torch.linalg.matrix_norm(G.problem.gradient_matrices(G.R, some), 2).max()) for some in blocks)
+    return max(_largest(G.problem.gradient_matrices(G.R, some)) for some in blocks)
+
+
+def _largest(G: Float[Tensor, "j p q"]) -> float:
+    """The largest singular value of all."""
+    gram = G.mT @ G if G.shape[1] > G.shape[2] else G @ G.mT
+    return float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp_min(0).sqrt())
 
 
 def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator) -> float:

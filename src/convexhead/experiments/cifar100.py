@@ -87,6 +87,7 @@ def run_cifar100(
     images: str | None = None,
     backbone: str = BACKBONE,
     layer: int | None = None,
+    image_size: int | None = None,
     tokens: Path | None = None,
     scale: str = "full",
     every_cell: bool = False,
@@ -105,7 +106,7 @@ def run_cifar100(
 
     Parameters
     ----------
-    images, backbone, layer
+    images, backbone, layer, image_size
         An image source, and what makes tokens of it, as for `convexhead.tokens.extract`; kept in ``out/tokens``.
     tokens : Path or None
         A token store to use in place of images.
@@ -138,7 +139,7 @@ def run_cifar100(
     settings = _settings(chosen, every_cell, heads, activations, _given(n_gates=n_gates), _given(epochs=epochs))
 
     RunFolder(out).check()
-    store = _open_tokens(out, images, backbone, layer, tokens, choice, notify)
+    store = _open_tokens(out, images, backbone, layer, image_size, tokens, choice, notify)
     splits = chosen_splits(store, choice)
     if splits.train.class_tokens is None:
         settings = replace(settings, probes=tuple(name for name in settings.probes if name != "class-token"))
@@ -193,6 +194,7 @@ def _open_tokens(
     images: str | None,
     backbone: str,
     layer: int | None,
+    image_size: int | None,
     tokens: Path | None,
     choice: TokenChoice,
     notify: Notify | None,
@@ -216,6 +218,7 @@ def _open_tokens(
         backbone,
         out / "tokens",
         layer=layer,
+        image_size=image_size,
         # 32 pixels have no margin to cut off; raw patches take the image as it is.
         crop_pct=None if backbone.startswith("patches:") else 1.0,
         progress=lambda p: say(f"tokens, {p.images_per_second:.0f} images/s", p.done, p.total),

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,6 +37,15 @@ Data = dict[str, Tensor]
 """Per-sample tensors that a head wants at hand; every entry has the samples as its leading dimension."""
 
 POOLS = ("mean", "cls", "none")
+
+
+class Forming(NamedTuple):
+    """What it takes to form a gradient matrix outright (see `Head.gradient`)."""
+
+    products: float
+    """As much arithmetic as so many products of one block with a vector."""
+    workspace: int
+    """Numbers held per sample."""
 
 
 class Head(ABC):
@@ -184,6 +194,19 @@ class Head(ABC):
     def gated_workspace(self, k: int, gates: int) -> int:
         """Numbers held per sample while ``k`` atoms of so many ``gates`` are mixed."""
         return k * self.p * max(self.score_width, self.d)
+
+    # -- gradient matrices, all entries at once -----------------------------------------------------------------------
+    def forming(self, c: int, *, gated: bool) -> Forming | None:
+        """The cost of `gradient` or `gated_gradient` for ``c`` outputs; None where the head has none."""
+        return None
+
+    def gradient(self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"]]]) -> Float[Tensor, "1 p ec"]:
+        """``𝒜*(R)`` for the identity activation, from batches of samples and their ``R``."""
+        raise NotImplementedError
+
+    def gated_gradient(self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"], Tensor]]) -> Float[Tensor, "j p ec"]:
+        """``𝒜_j*(R)`` of every gate, from batches of samples, their ``R`` and ``gate(masks)``."""
+        raise NotImplementedError
 
     def pool_rows(self, A: Float[Tensor, "b k p q"]) -> Float[Tensor, "b k r q"]:
         """``P`` applied to the token rows of activated scores."""

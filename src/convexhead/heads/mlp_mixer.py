@@ -9,11 +9,12 @@ acts: one weight a token.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from convexhead.heads.base import Data, Head, atoms_by_gate
+from convexhead.heads.base import Data, Forming, Head, atoms_by_gate
 
 
 class MLPMixer(Head):
@@ -87,3 +88,22 @@ class MLPMixer(Head):
 
     def gated_workspace(self, k: int, gates: int) -> int:
         return (gates + math.ceil(k / gates)) * self.p * self.d + k * self.r * self.d
+
+    # Entry (p, t; e, o) is Σ_i D_pe X_te R_o / s: for every e one product, of which all gates share the right side.
+    def forming(self, c: int, *, gated: bool) -> Forming | None:
+        return Forming(c, self.d * (self.s * c + self.p)) if gated and self.r == 1 else None
+
+    def gated_gradient(self, batches: Iterable[tuple[Data, Tensor, Tensor]]) -> Tensor:
+        total: Tensor | None = None
+        for data, R, gated in batches:
+            weighted = torch.einsum("nte,no->ento", data["X"], R[:, 0]).flatten(2)  # (d, n, s·c)
+            if total is None:
+                total = R.new_zeros(gated.shape[1], self.d, self.p, weighted.shape[2])
+            for of_gate, D in zip(total, gated.unbind(1), strict=True):
+                of_gate.baddbmm_(D.permute(2, 1, 0), weighted)
+        assert total is not None
+        G = total.new_zeros(len(total), self.s, self.s, self.d, total.shape[3] // self.s)
+        G[:, self.rows] = total.unflatten(3, (self.s, -1)).permute(0, 2, 3, 1, 4) / (
+            self.s if self.pool == "mean" else 1
+        )
+        return G.view(len(G), self.s * self.s, -1)

@@ -9,11 +9,12 @@ token correlations (left) and across latent feature/class directions (right).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from convexhead.heads.base import Data, Head, atoms_by_gate
+from convexhead.heads.base import Data, Forming, Head, atoms_by_gate
 
 
 class SelfAttention(Head):
@@ -106,6 +107,48 @@ class SelfAttention(Head):
         if self.r > 1:
             return super().gated_workspace(k, gates)
         return (gates + math.ceil(k / gates)) * self.s * self.d
+
+    # Entry (a, b; e, o) is Σ_i q_a K_be R_o with the pooled query q and the Gram matrix K = XᵀX/s, or with gates
+    # Σ_i Σ_q Y_qa X_qb X_qe R_o / s: symmetric in b and e, so that b ≤ e will do.
+    def forming(self, c: int, *, gated: bool) -> Forming | None:
+        if self.r > 1:
+            return None
+        d, pairs = self.d, self.d * (self.d + 1) // 2
+        if gated:
+            return Forming((self.s + c) * pairs / (self.s * d), 2 * self.s * d + d * d)
+        return Forming(pairs * c / (2 * d + c), d * d + d * c)
+
+    def gradient(self, batches: Iterable[tuple[Data, Tensor]]) -> Tensor:
+        total: Tensor | None = None
+        for data, R in batches:
+            if total is None:
+                total = R.new_zeros(self.d, self.d, self.d * R.shape[2])
+            gram = data["gram"] if "gram" in data else data["X"].mT @ data["X"] / self.s
+            weighted = (data["queries"].mT @ R).flatten(1)
+            for b, row in enumerate(total):
+                row[b:].addmm_(gram[:, b, b:].T, weighted)
+        assert total is not None
+        return self._matrices(total.view(self.d, self.d, 1, self.d, -1))
+
+    def gated_gradient(self, batches: Iterable[tuple[Data, Tensor, Tensor]]) -> Tensor:
+        total: Tensor | None = None
+        for data, R, gated in batches:
+            if total is None:
+                total = R.new_zeros(self.d, self.d, gated.shape[1] * self.d, R.shape[2])
+            Xt, Y = data["X"].mT.contiguous(), gated.transpose(1, 2).flatten(2)  # (n, d, s), (n, s, j·d)
+            outputs = R[:, 0] / self.s
+            for b, row in enumerate(total):
+                triples = torch.bmm(Xt[:, b : b + 1] * Xt[:, b:], Y)  # (n, e, j·a)
+                row[b:].view(-1, R.shape[2]).addmm_(triples.flatten(1).T, outputs)
+        assert total is not None
+        return self._matrices(total.unflatten(2, (-1, self.d)))
+
+    def _matrices(self, total: Tensor) -> Tensor:
+        """``(j, a·b, e·c)`` from the entries ``b ≤ e`` of ``(b, e, j, a, c)``."""
+        e, b = torch.tril_indices(self.d, self.d, -1, device=total.device)
+        total[e, b] = total[b, e]
+        j, c = total.shape[2], total.shape[4]
+        return total.permute(2, 3, 0, 1, 4).reshape(j, self.d * self.d, self.d * c)
 
     def read(self, data: Data, S: Tensor) -> Tensor:
         X = data["X"]

@@ -252,7 +252,8 @@ class ColumnGeneration:
         if not lacking and self._restricts():
             directions = all_directions(problem, R)
             return self._gap(f, point, float(directions.sigma.max())), directions
-        G = GradientMatrices(self.rough, R)
+        exact = GradientMatrices(problem, R)
+        G = GradientMatrices(self.rough, R) if lacking or exact.formed is None else exact
         model = split_off_model(G, atoms)
         if lacking:
             directions, self._warm = lacking_directions(model, self._warm, self.batch, self.generator)
@@ -265,7 +266,6 @@ class ColumnGeneration:
                     krylov.step()
                 norm = max(norm, float(krylov.values.max().sqrt()))
         else:
-            exact = GradientMatrices(problem, R)
             directions, self._warm = leading_directions(model, exact, self._warm, self._extra(), self.generator)
             norm = float(directions.sigma.max())
         return self._gap(f, point, norm), directions

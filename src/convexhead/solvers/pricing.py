@@ -17,6 +17,9 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem
 from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, top_singular
 
+FORMED_STEPS = 12
+"""Krylov steps where the matrices are formed: a step costs next to nothing."""
+
 
 class Directions(NamedTuple):
     """Singular triples of every block, falling: ``sigma (j, m)``, ``left (j, p, m)``, ``right (j, q, m)``."""
@@ -71,7 +74,7 @@ def leading_directions(
     start = torch.linalg.qr(torch.cat([*known, noise], 2)[:, :, : G.order]).Q
     krylov = BlockKrylov(G.gram, start, blocks, G.order)
     krylov.step()
-    while krylov.steps < 3 and krylov.can_step():
+    while krylov.steps < (3 if G.formed is None else FORMED_STEPS) and krylov.can_step():
         krylov.step()
     x = krylov.vectors(min(near.shape[2] + extra, G.order))
     y = exact.times(x, blocks) if G.on_values else exact.transpose_times(x, blocks)

@@ -1,0 +1,91 @@
+"""Gradient matrices formed outright: the same as by products, kept only where there is room."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convexhead import spectral
+from convexhead.activation import make_activation, sample_gates
+from convexhead.heads import make_head
+from convexhead.losses import CrossEntropy
+from convexhead.problem import Problem
+from convexhead.spectral import GradientMatrices, formed_norm, spectral_norm, worth_forming
+
+CASES = [("self-attention", "linear"), ("self-attention", "gated-relu"), ("mlp-mixer", "gated-relu")]
+N, C = 300, 5
+
+
+def build(name, activation, pool="mean", *, s=9, d=7, memory=float("inf"), dtype=torch.float64):
+    """Enough samples for several batches of those that `Problem._form` takes at a time."""
+    rng = torch.Generator().manual_seed(0)
+    X = torch.randn(N, s, d, generator=rng, dtype=torch.float64)
+    Y = torch.nn.functional.one_hot(torch.randint(0, C, (N, 1), generator=rng), C)
+    head = make_head(name, s, d, pool=pool)
+    gates = sample_gates(head, 3, rng) if activation == "gated-relu" else None
+    activation = make_activation(activation, head, gates)
+    problem = Problem(X, Y, head, activation, CrossEntropy(), dtype=dtype, memory=memory)
+    R = torch.randn(N, head.r, C, generator=rng, dtype=torch.float64).to(dtype) / N
+    return problem, R
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    monkeypatch.setattr("convexhead.problem.FORMING_BYTES", {"cpu": 100_000})
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize(("name", "activation"), CASES)
+def test_formed_matrices_are_those_of_products(name, activation, pool):
+    problem, R = build(name, activation, pool)
+    assert problem.forming is not None
+    blocks = torch.arange(problem.n_blocks).flip(0)
+    formed = problem.gradient_matrices(R, blocks)
+    del problem.forming
+    problem.forming = None
+    torch.testing.assert_close(formed, problem.gradient_matrices(R, blocks), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "activation"), CASES)
+def test_products_with_formed_matrices(name, activation, dtype):
+    problem, R = build(name, activation, dtype=dtype)
+    formed, plain = GradientMatrices(problem, R), GradientMatrices(problem, R)
+    plain.formed = None
+    assert formed.formed is not None
+    blocks = torch.arange(problem.n_blocks)[-2:]
+    V = torch.randn(len(blocks), plain.q, 3, dtype=dtype)
+    U = torch.randn(len(blocks), plain.p, 3, dtype=dtype)
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    torch.testing.assert_close(formed.times(V, blocks), plain.times(V, blocks), **near)
+    torch.testing.assert_close(formed.transpose_times(U, blocks), plain.transpose_times(U, blocks), **near)
+
+
+@pytest.mark.parametrize(("name", "activation"), CASES)
+def test_norm_from_eigenvalues_and_from_krylov(name, activation, monkeypatch):
+    problem, R = build(name, activation)
+    G = GradientMatrices(problem, R)
+    assert worth_forming(G)
+    exact = float(torch.linalg.matrix_norm(problem.gradient_matrices(R, torch.arange(problem.n_blocks)), 2).max())
+    assert formed_norm(G) == pytest.approx(exact, rel=1e-12)
+    monkeypatch.setattr(spectral, "worth_forming", lambda G: False)
+    assert spectral_norm(problem, R, torch.Generator().manual_seed(0)) == pytest.approx(exact, rel=1e-5)
+
+
+def test_nothing_is_kept_beyond_the_budget_and_room_is_given_back():
+    problem, R = build("self-attention", "gated-relu")
+    size = problem.n_blocks * 49 * 35 * 8
+    before = problem.budget.left = 1.5 * size
+    first, second = GradientMatrices(problem, R), GradientMatrices(problem, R)
+    assert first.formed is not None
+    assert second.formed is None
+    del first
+    assert problem.budget.left == before
+    assert GradientMatrices(problem, R).formed is not None
+
+
+def test_without_pooling_there_is_no_cheap_way():
+    for name, activation in CASES:
+        problem, R = build(name, activation, "none")
+        assert problem.forming is None
+        assert GradientMatrices(problem, R).formed is None
