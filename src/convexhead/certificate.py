@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,11 +39,16 @@ from convexhead.spectral import (
     formed_norm,
     relative_slack,
     split_off_leading,
+    split_off_more,
     worth_forming,
 )
 
 INTERCEPT_BOX = 1e4
 """Bound on ``|b_k|``, in units of ``1 + max |y|``, for which the residual mean left by the intercept is charged."""
+ENOUGH_STEPS = 20
+"""Krylov steps from random starts after which the norm of what is left should be known well enough."""
+MOST_SPLITS = 3
+"""How often more directions are split off where it is not."""
 ROUNDING = 1e-9
 """Relative amount by which σ is raised to cover float64 rounding in the gradient matrix."""
 
@@ -131,6 +137,7 @@ def certify_atoms(
     generator: torch.Generator | None = None,
     max_steps: int = 400,
     oracle: NormOracle | None = None,
+    found: Callable[[Tensor], None] | None = None,
 ) -> Certificate:
     """Certificate of ``atoms`` for the convex program of ``problem`` at weight ``beta``.
 
@@ -151,6 +158,8 @@ def certify_atoms(
         Source of the random starts; a fresh, unpredictable one where None.
     oracle : NormOracle or None
         Of this problem with a ReLU, where one is at hand.
+    found : callable (Tensor (j, N, m)) or None
+        Told of the leading singular vectors that were found on the smaller side of the gradient matrices.
     """
     if generator is None:
         generator = torch.Generator()
@@ -196,6 +205,8 @@ def certify_atoms(
                     hopeless = primal - dual.value(dual.largest(bound.floor)) > tol * abs(primal)
                     enough = reached or (hopeless and bound.upper <= 1.01 * bound.floor)
             best, how = dual.spectral(bound.upper), "Lanczos from random starts"
+            if found is not None:
+                found(bound.deflated.B if G.on_values else bound.deflated.A)
             slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
     terms = data_term + abs(best) + exact.n * exact.mean_of(lambda R, Y: (R * Y).abs().sum(2).mean(1), R, exact.Y)
     best = max(best - 1e-13 * terms, known_dual)
@@ -291,20 +302,31 @@ class _KrylovBound:
         generator: torch.Generator,
     ) -> None:
         j = G.problem.n_blocks
-        self.order, self.failure = G.order, failure_probability / j
+        self.order, self.failure, self._generator = G.order, failure_probability / j / 2, generator
         self.lower, self.upper, self._settled = 0.0, math.inf, 0.0
+        self._splits = 0
         self.floor = 0.0  # what `upper` cannot fall below, as far as this splitting of directions goes
         self.deflated = split_off_leading(G, fast, directions, extra=4, steps=12, generator=generator, rtol=0.1 * tol)
         # Many starts share one pass over the tokens; with many blocks a pass is full already.
-        starts = min(4 if j == 1 else 2, G.order)
-        blocks = torch.arange(j, device=G.R.device)
-        self.krylov = BlockKrylov(self.deflated.gram, G.random_start(blocks, starts, generator), blocks, G.order)
+        self._starts = min(4 if j == 1 else 2, G.order)
+        self.krylov = self._krylov(torch.arange(j, device=G.R.device))
+
+    def _krylov(self, blocks: Tensor) -> BlockKrylov:
+        G = self.deflated.G
+        start = G.random_start(blocks, self._starts, self._generator)
+        return BlockKrylov(self.deflated.gram, start, blocks, G.order)
 
     def step(self) -> bool:
         """One Krylov step; False once nothing more can be learned."""
-        krylov = self.krylov
-        if not len(krylov.blocks) or (krylov.steps and not krylov.can_step()):
+        if not len(self.krylov.blocks) or (self.krylov.steps and not self.krylov.can_step()):
             return False
+        if self.krylov.steps >= ENOUGH_STEPS and self._splits < MOST_SPLITS:
+            # What is left is about as large as the whole: what was found of it is split off too.
+            self.deflated = split_off_more(self.deflated, self.krylov)
+            self._splits += 1
+            self.failure /= 2
+            self.krylov = self._krylov(self.krylov.blocks)
+        krylov = self.krylov
         krylov.step()
         found = krylov.values[:, -1].sqrt()
         inner = self.deflated.inner[krylov.blocks]
@@ -315,7 +337,7 @@ class _KrylovBound:
         epsilon = relative_slack(self.order, krylov.steps, krylov.starts, share)
         if epsilon < 1:
             upper = self.deflated.norm(found / math.sqrt(1 - epsilon), krylov.blocks)
-            self.upper = max(self._settled, float(upper.max()))
+            self.upper = min(self.upper, max(self._settled, float(upper.max())))
             unsettled = upper > self.lower
             if not unsettled.all():
                 self._settled = max(self._settled, float(upper[~unsettled].max()))

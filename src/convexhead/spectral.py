@@ -320,22 +320,28 @@ def leading(
         return None, active, torch.zeros_like(active)
     start = torch.cat([near[active], G.random_start(active, extra, generator)], dim=2)
     krylov = BlockKrylov(G.gram, start, active, G.order)
-    eta = _etas(start).view(-1, 1, 1)
     while True:
         krylov.step()
-        sigma, missed = krylov.leading(2 * start.shape[2])
-        # 4: what is missed points the same way for many vectors, and adds up.
-        top = (sigma.square() + 4 * (1 + 1 / eta) * missed.square()).cummax(2).values
-        rest = torch.cat([sigma[:, 1:], sigma[:, -1:]], dim=1)
-        # 4%: what the norm of the rest will be raised by for its failure probability.
-        bound = torch.maximum(top, 1.04 * (1 + eta) * rest.square()).amin(0)
-        best = bound.min(dim=1)
+        count, bound = _best_split(krylov, 2 * start.shape[2])
         if krylov.steps >= steps or not krylov.can_step():
             break
-        good = bool((best.values <= (1 + rtol) ** 2 * sigma[:, 0].square().max()).all())
+        good = bool((bound <= (1 + rtol) * krylov.values[:, -1].max().sqrt()).all())
         if good and krylov.steps >= 5:  # before, the random vectors have not found what the rest holds
             break
-    return krylov, active, best.indices + 1
+    return krylov, active, count
+
+
+def _best_split(krylov: BlockKrylov, most: int) -> tuple[Int[Tensor, " j"], Float[Tensor, " j"]]:
+    """How many Ritz vectors of each block to split off, and the bound on the norm that this promises."""
+    sigma, missed = krylov.leading(most)
+    eta = _etas(sigma).view(-1, 1, 1)
+    # 4: what is missed points the same way for many vectors, and adds up.
+    top = (sigma.square() + 4 * (1 + 1 / eta) * missed.square()).cummax(2).values
+    rest = torch.cat([sigma[:, 1:], sigma[:, -1:]], dim=1)
+    # 4%: what the norm of the rest will be raised by for its failure probability.
+    bound = torch.maximum(top, 1.04 * (1 + eta) * rest.square()).amin(0)
+    best = bound.min(dim=1)
+    return best.indices + 1, best.values.sqrt()
 
 
 def split_off_leading(
@@ -366,6 +372,22 @@ def split_off_leading(
     A = G.R.new_zeros(G.problem.n_blocks, G.p, x.shape[2])
     B = G.R.new_zeros(G.problem.n_blocks, G.q, x.shape[2])
     A[active], B[active] = left * kept, right * kept
+    return Deflated(G, A, B)
+
+
+def split_off_more(deflated: Deflated, krylov: BlockKrylov) -> Deflated:
+    """``deflated`` without what a Krylov space of its rest has found, in the blocks of that space."""
+    G, blocks = deflated.G, krylov.blocks
+    count, _ = _best_split(krylov, 4 * krylov.starts)
+    x = krylov.vectors(int(count.max()))
+    y = G.times(x, blocks) if G.on_values else G.transpose_times(x, blocks)
+    left, right = (y, x) if G.on_values else (x, y)
+    A, B = (torch.cat([old, old.new_zeros(*old.shape[:2], x.shape[2])], dim=2) for old in (deflated.A, deflated.B))
+    for wider, more in ((A, left), (B, right)):
+        for block, new, m in zip(blocks.tolist(), more, count.tolist(), strict=True):
+            known = wider[block][:, wider[block].any(0)]
+            Q = torch.linalg.qr(torch.cat([known, new[:, :m]], dim=1)).Q
+            wider[block, :, : Q.shape[1]] = Q
     return Deflated(G, A, B)
 
 

@@ -117,6 +117,7 @@ def solve(
             failure_probability=stage.share,
             generator=generator,
             oracle=method.oracle if isinstance(method, ReLUColumnGeneration) else None,
+            found=method.learn if isinstance(method, ColumnGeneration) else None,
         )
 
     with monitor.interruptible():

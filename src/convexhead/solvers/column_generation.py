@@ -52,12 +52,10 @@ class ColumnGeneration:
         Source of random starts and draws.
     """
 
-    batch = 16
+    batch = 8
     """Atoms that the first pricing may add."""
-    descent_steps = 15
-    """L-BFGS iterations of a round far away."""
-    tail_steps = 25
-    """And near, where the set of atoms hardly changes any more."""
+    steps = 25
+    """L-BFGS iterations of a round."""
     near = 0.1
     """Relative gap under which Newton steps begin."""
     late = 1e-2
@@ -97,6 +95,10 @@ class ColumnGeneration:
     def atoms(self) -> Atoms:
         """The current model."""
         return self._atoms
+
+    def learn(self, vectors: Float[Tensor, "j big m"]) -> None:
+        """Begin the next pricing at singular vectors that a certificate found, which may be ones it would miss."""
+        self._warm = vectors.to(self.problem.device, self.problem.dtype)
 
     def refine(self) -> Problem:
         """Go on from the current model with the same problem in float64, which is returned."""
@@ -145,7 +147,7 @@ class ColumnGeneration:
             else:
                 if not near and self._prune(f, min(0.02, 2 * gap)) & self._grow(f, directions):
                     self.small /= 2  # what was dropped may just have come back
-                moved = len(self._atoms) > 0 and self._descend(self.tail_steps if near else self.descent_steps)
+                moved = len(self._atoms) > 0 and self._descend(self.steps)
                 settled = False
             if self.monitor.out_of_time():
                 return Stop.TIME

@@ -69,7 +69,7 @@ def leading_directions(
     G = model.G
     blocks = torch.arange(G.problem.n_blocks, device=G.R.device)
     near = model.B if G.on_values else model.A
-    known = [near] if warm is None else [near, warm[:, :, :extra]]
+    known = [near] if warm is None else [near, warm]
     noise = G.random_start(blocks, extra, generator)
     start = torch.linalg.qr(torch.cat([*known, noise], 2)[:, :, : G.order]).Q
     krylov = BlockKrylov(G.gram, start, blocks, G.order)
