@@ -40,6 +40,8 @@ class GradientMatrices:
     problem : Problem
     R : Tensor (n, r, c)
         Residuals.
+    form : bool
+        Whether they may be formed.
 
     Notes
     -----
@@ -47,8 +49,8 @@ class GradientMatrices:
     ``blocks``; ``p = mixing_size`` and ``q = value_rows · c``.
     """
 
-    def __init__(self, problem: Problem, R: Float[Tensor, "n r c"]) -> None:
-        self.problem, self.R = problem, R
+    def __init__(self, problem: Problem, R: Float[Tensor, "n r c"], *, form: bool = True) -> None:
+        self.problem, self.R, self._form = problem, R, form
         self.p = problem.head.mixing_size
         self.q = problem.head.value_rows * problem.c
         self.on_values = problem.value_size <= self.p
@@ -60,7 +62,9 @@ class GradientMatrices:
         """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
         problem = self.problem
         size = problem.n_blocks * self.p * self.q * problem.dtype.itemsize
-        if problem.products != problem.dtype or problem.forming is None or problem.forming.products > MOST_PRODUCTS:
+        if not self._form or problem.products != problem.dtype:
+            return None
+        if problem.forming is None or problem.forming.products > MOST_PRODUCTS:
             return None
         if problem.ranks.largest(float(size > min(FORMED_BYTES, problem.budget.left)))[0]:
             return None

@@ -343,7 +343,10 @@ def _cell_methods(each: Trained, scores: dict[str, Any]) -> list[dict[str, Any]]
     )
     rows = [convex]
     for twin in each.twins:
-        excess = [value for piece in twin.tuned.runs if (value := _excess(piece, certificate)) is not None]
+        excess, of_all = (
+            [value for piece in pieces if (value := _excess(piece, certificate)) is not None]
+            for pieces in (twin.tuned.runs, twin.tuned.tried)
+        )
         rows.append(
             _method(
                 **about,
@@ -353,6 +356,7 @@ def _cell_methods(each: Trained, scores: dict[str, Any]) -> list[dict[str, Any]]
                 **_tuned_values(twin.tuned, scores),
                 excess_median=statistics.median(excess) if excess else None,
                 excess_worst=max(excess, default=None),
+                excess_best=min(of_all, default=None),
                 convex_seconds_ratio=record["seconds"] / twin.tuned.seconds,
                 parameters=twin.tuned.runs[0].record["parameters"],
             )
@@ -389,8 +393,8 @@ def _tuned_values(tuned: Tuned, scores: dict[str, Any]) -> dict[str, Any]:
 METHOD = (
     "head", "activation", "method", "heads", "learning_rate", "beta_ratio", "beta", "validation_accuracy", "test_top1",
     "test_top1_sd", "test_top5", "objective", "relative_gap", "estimated_gap", "dual", "scope", "converged",
-    "failure_probability", "excess_median", "excess_worst", "seconds", "seconds_total", "convex_seconds_ratio", "fits",
-    "seeds", "diverged", "parameters",
+    "failure_probability", "excess_median", "excess_worst", "excess_best", "seconds", "seconds_total",
+    "convex_seconds_ratio", "fits", "seeds", "diverged", "parameters",
 )  # fmt: skip
 """Columns of the flat table; every one of its rows has them all, None where there is nothing to say."""
 

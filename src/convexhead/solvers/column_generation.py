@@ -28,7 +28,7 @@ from convexhead.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.increments import Increments
-from convexhead.solvers.pricing import Directions, lacking_directions, leading_directions, with_best_step
+from convexhead.solvers.pricing import FORMED_STEPS, Directions, lacking_directions, leading_directions, with_best_step
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
@@ -135,7 +135,7 @@ class ColumnGeneration:
             self.monitor.offer(partial(self._state, gap, best, since, settled))
             before, near = gap, self._can_settle(gap)
             f = self.problem.outputs(self._atoms)
-            gap, directions = self._price(f, lacking=not near)
+            gap, directions = self._price(f, gap, lacking=not near)
             if gap <= target:
                 return Stop.CONVERGED
             best, since = (gap, 0) if gap < 0.95 * best else (best, since + 1)
@@ -218,8 +218,16 @@ class ColumnGeneration:
         one = self.problem.Y[:1]
         if self.problem.loss.hessian_root(one, one, one) is None:
             return False
-        counts = torch.bincount(self._atoms.block)
-        return self.problem.n_blocks * (2 * int(counts.max()) + self._extra()) ** 2 <= MOST_COEFFICIENTS
+        widest = self._widest()
+        return self.problem.n_blocks * (widest + self._beside(widest)) ** 2 <= MOST_COEFFICIENTS
+
+    def _widest(self) -> int:
+        """Atoms of the block that has the most."""
+        return int(torch.bincount(self._atoms.block).max())
+
+    def _beside(self, widest: int) -> int:
+        """Directions a block that are settled over beside the model's own: more make a step dearer, not better."""
+        return widest // 2 + self._extra()
 
     def _restricts(self) -> bool:
         """Whether what is settled over are mixing directions alone."""
@@ -240,28 +248,31 @@ class ColumnGeneration:
             )
             self._past, self._average = left, None
             return
-        subspace = Subspace(self.problem, self.rough, self._atoms, f, directions)
+        most = Directions(*(part[..., : self._beside(self._widest())] for part in directions))
+        subspace = Subspace(self.problem, self.rough, self._atoms, f, most)
         M = subspace.solve(self.beta, until=0.25 * gap, generator=self.generator)
         self._atoms, self._average = subspace.atoms(M), None
 
     # -- both ---------------------------------------------------------------------------------------------------------
-    def _price(self, f: Float[Tensor, "n r c"], *, lacking: bool) -> tuple[float, Directions]:
+    def _price(self, f: Float[Tensor, "n r c"], last: float, *, lacking: bool) -> tuple[float, Directions]:
         """The estimated relative gap, recorded, and leading directions: of the gradient matrices, or of what the model
-        is ``lacking``."""
+        is ``lacking``. ``last`` is the gap before."""
         problem, atoms = self.problem, self._atoms
         point = f if self._average is None else self._average
         R = problem.residual(point)
         if not lacking and self._restricts():
             directions = all_directions(problem, R)
             return self._gap(f, point, float(directions.sigma.max())), directions
-        exact = GradientMatrices(problem, R)
-        G = GradientMatrices(self.rough, R) if lacking or exact.formed is None else exact
+        # Far away rough products say enough; near the optimum what they miss would cost a certificate.
+        exact = GradientMatrices(problem, R, form=last <= self.near)
+        G = GradientMatrices(self.rough, R, form=False) if exact.formed is None else exact
         model = split_off_model(G, atoms)
         if lacking:
             directions, self._warm = lacking_directions(model, self._warm, self.batch, self.generator)
             norm = float(directions.sigma.max())
             if len(atoms):
-                krylov, *_ = leading(G, atoms, extra=2, steps=2, generator=self.generator)
+                steps = 2 if G.formed is None else FORMED_STEPS
+                krylov, *_ = leading(G, atoms, extra=2, steps=steps, generator=self.generator)
                 if krylov is None:  # hardly more directions than atoms: look in all of them
                     blocks = torch.arange(problem.n_blocks, device=R.device)
                     krylov = BlockKrylov(G.gram, G.random_start(blocks, G.order, self.generator), blocks, G.order)

@@ -50,7 +50,8 @@ def lacking_directions(
     else:
         fresh = G.random_start(blocks, min(2, G.order), generator) / warm.shape[1] ** 0.5
         start = torch.cat([warm, fresh], 2)[:, :, : G.order]
-    sigma, left, right, warm = top_singular(model, start, rtol=2e-3, max_steps=30)
+    rtol = 2e-3 if G.formed is None else 1e-4
+    sigma, left, right, warm = top_singular(model, start, rtol=rtol, max_steps=30)
     return Directions(sigma, left, right), warm[:, :, : min(2 if several else 8, warm.shape[2])]
 
 
