@@ -30,6 +30,7 @@ COLUMNS = {
     "Test top-1": "Top-1",
     "Test top-5": "Top-5",
     "Above the optimum": "Above the optimum",
+    "Best run": "Best run",
     "Time, all": "Time, all",
     "Convex / tuning time": "÷ tuning",
 }

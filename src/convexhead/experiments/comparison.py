@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from convexhead._version import __version__
 from convexhead.clock import count_processor_time
@@ -183,6 +184,7 @@ _worker: dict[str, Any] = {}
 
 def _begin_worker(splits: Splits, settings: Settings, out: Path, threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
+    threadpool_limits(threads)  # those of scikit-learn, whose waiting would be counted as work
     count_processor_time()
     _worker.update(splits=splits, settings=settings, folder=RunFolder(out))
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()

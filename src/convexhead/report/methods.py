@@ -28,6 +28,7 @@ COLUMNS = (
     "Test top-5",
     "Objective",
     "Above the optimum",
+    "Best run",
     "Fits",
     "Time, chosen",
     "Time, all",
@@ -60,6 +61,7 @@ def cells(row: Row) -> list[str]:
     if row["diverged"]:
         distance += f" ({row['diverged']} diverged)"
     objective, ratio = number(row["objective"]), number(row["convex_seconds_ratio"])
+    best = number(row.get("excess_best"))
     return [
         row["head"],
         row["activation"] or NOTHING,
@@ -70,6 +72,7 @@ def cells(row: Row) -> list[str]:
         accuracy(row["test_top5"]),
         NOTHING if objective is None or row["method"] == "probe" else f"{objective:.5g}",
         distance,
+        NOTHING if best is None else relative(best),
         str(row["fits"]),
         seconds(row["seconds"]),
         seconds(row["seconds_total"]),
