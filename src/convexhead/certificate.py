@@ -7,7 +7,7 @@ Fenchel duality: for any weights, with ``R_i = ∇ℓ(f_i, y_i)/n`` and ``σ = m
 and ``gap = P − max_τ D(τ)``. For a ReLU ``σ`` is the dual norm ``h(R)`` (`convexhead.relu.norm`). Three things must be
 honest about it.
 
-* ``σ`` is bounded from *above*. Where the gradient matrix is small it is formed and its SVD taken. Otherwise its
+* ``σ`` is bounded from *above*. Where the gradient matrix is small, or cheap to form, it is decomposed. Otherwise its
   approximate leading singular directions are split off, the norm of what is left is at most ``σ̂/√(1 − ε)`` from random
   starts but with `failure_probability`, and the norms of all parts bound that of the whole (see `spectral.Deflated`).
   Splitting pays: what is left lies below β, so a crude ``ε`` will do.
