@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--images")
     parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--ratio", type=float, default=0.02, help="β in units of β_max")
     parser.add_argument("--variant", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--max-time", type=float, default=120)
     parser.add_argument("--runs", type=int, default=1)
@@ -141,8 +142,8 @@ def main() -> None:
     args = parser.parse_args()
     X, y = arrays(cifar8k_store(args.store, args.images)["train"])
     X, y = X[:: args.every].contiguous(), y[:: args.every]
-    name = f"CIFAR n={len(X)} s={X.shape[1]} d={X.shape[2]} c=100 self-attention linear ratio=0.02"
-    instance = Instance(name, X, y, 0.02, 1e-3, small=False)
+    name = f"CIFAR n={len(X)} s={X.shape[1]} d={X.shape[2]} c=100 self-attention linear ratio={args.ratio:g}"
+    instance = Instance(name, X, y, args.ratio, 1e-3, small=False)
     machine = hardware() | {"dtype": "float32, certificate float64"}
     table = Table("ablation", ("instance", "variant", "max_time"), machine, again=args.again)
 
