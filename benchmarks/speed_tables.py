@@ -177,9 +177,12 @@ def ablation() -> str:
         products = f"{row['products_bfloat16']} + {row['products_float32']} + {row['products_float64']}"
         ratio = float(row["seconds_median"]) / base[row["instance"]] if row["instance"] in base else float("nan")
         cells = [number(row, "seconds_median"), f"{ratio:.2f}", evaluations, products, row["newton_hessians"]]
-        lines.append([row["variant"], *cells, number(row, "relative_gap_certified", 2), ", ".join(row["instance"].split()[1::6])])
+        lines.append(
+            [row["variant"], *cells, number(row, "relative_gap_certified", 2), ", ".join(row["instance"].split()[1::6])]
+        )
     columns = ["", "seconds", "× as it is", "evaluations (bfloat16 + float32)"]
-    columns += ["products (bfloat16 + float32 + float64)", "Newton Hessians", "certified", "images, β ÷ β_max"]
+    columns += ["products (bfloat16 + float32 + float64)", "Newton Hessians", "certified"]
+    columns += ["images, β ÷ β_max"]
     return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
 
 
