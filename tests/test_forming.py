@@ -72,6 +72,12 @@ def test_norm_from_eigenvalues_and_from_krylov(name, activation, monkeypatch):
     assert spectral_norm(problem, R, torch.Generator().manual_seed(0)) == pytest.approx(exact, rel=1e-5)
 
 
+def test_tiny_matrices_keep_their_norm():
+    problem, R = build("self-attention", "linear")
+    tiny = formed_norm(GradientMatrices(problem, 1e-200 * R))
+    assert tiny == pytest.approx(1e-200 * formed_norm(GradientMatrices(problem, R)), rel=1e-12, abs=0)
+
+
 def test_nothing_is_kept_beyond_the_budget_and_room_is_given_back():
     problem, R = build("self-attention", "gated-relu")
     size = problem.n_blocks * 49 * 35 * 8

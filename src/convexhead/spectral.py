@@ -62,9 +62,7 @@ class GradientMatrices:
         """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
         problem = self.problem
         size = problem.n_blocks * self.p * self.q * problem.dtype.itemsize
-        if not self._form or problem.products != problem.dtype:
-            return None
-        if problem.forming is None or problem.forming.products > MOST_PRODUCTS:
+        if not self._form or problem.products != problem.dtype or not _cheap_to_form(problem):
             return None
         if problem.ranks.largest(float(size > min(FORMED_BYTES, problem.budget.left)))[0]:
             return None
@@ -427,10 +425,13 @@ def top_singular(
 
 def worth_forming(G: GradientMatrices) -> bool:
     """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
-    forming = G.problem.forming
-    if forming is not None and forming.products <= MOST_PRODUCTS:
+    if _cheap_to_form(G.problem):
         return G.order <= FORMED_ORDER
     return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= 5e7
+
+
+def _cheap_to_form(problem: Problem) -> bool:
+    return problem.forming is not None and problem.forming.products <= MOST_PRODUCTS
 
 
 def formed_norm(G: GradientMatrices) -> float:
@@ -440,9 +441,11 @@ def formed_norm(G: GradientMatrices) -> float:
 
 
 def _largest(G: Float[Tensor, "j p q"]) -> float:
-    """The largest singular value of all."""
+    """The largest singular value of all; scaled first, since squares of tiny entries would vanish."""
+    scale = float(G.abs().max())
+    G = G / (scale or 1.0)
     gram = G.mT @ G if G.shape[1] > G.shape[2] else G @ G.mT
-    return float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp_min(0).sqrt())
+    return scale * float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp_min(0).sqrt())
 
 
 def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator) -> float:

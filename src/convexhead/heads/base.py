@@ -195,6 +195,18 @@ class Head(ABC):
         """Numbers held per sample while ``k`` atoms of so many ``gates`` are mixed."""
         return k * self.p * max(self.score_width, self.d)
 
+    def pool_rows(self, A: Float[Tensor, "b k p q"]) -> Float[Tensor, "b k r q"]:
+        """``P`` applied to the token rows of activated scores."""
+        return A.mean(2, keepdim=True) if self.pool == "mean" else A
+
+    def pool_rows_adjoint(self, S: Float[Tensor, "b k r q"]) -> Float[Tensor, "b k p q"]:
+        """Adjoint of `pool_rows`."""
+        return (S / self.s).expand(-1, -1, self.s, -1) if self.pool == "mean" else S
+
+    def pool_tokens(self, X: Float[Tensor, "b s d"]) -> Float[Tensor, "b r d"]:
+        """``P X``."""
+        return X.mean(1, keepdim=True) if self.pool == "mean" else X[:, self.rows]
+
     # -- gradient matrices, all entries at once -----------------------------------------------------------------------
     def forming(self, c: int, *, gated: bool) -> Forming | None:
         """The cost of `gradient` or `gated_gradient` for ``c`` outputs; None where the head has none."""
@@ -207,18 +219,6 @@ class Head(ABC):
     def gated_gradient(self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"], Tensor]]) -> Float[Tensor, "j p ec"]:
         """``𝒜_j*(R)`` of every gate, from batches of samples, their ``R`` and ``gate(masks)``."""
         raise NotImplementedError
-
-    def pool_rows(self, A: Float[Tensor, "b k p q"]) -> Float[Tensor, "b k r q"]:
-        """``P`` applied to the token rows of activated scores."""
-        return A.mean(2, keepdim=True) if self.pool == "mean" else A
-
-    def pool_rows_adjoint(self, S: Float[Tensor, "b k r q"]) -> Float[Tensor, "b k p q"]:
-        """Adjoint of `pool_rows`."""
-        return (S / self.s).expand(-1, -1, self.s, -1) if self.pool == "mean" else S
-
-    def pool_tokens(self, X: Float[Tensor, "b s d"]) -> Float[Tensor, "b r d"]:
-        """``P X``."""
-        return X.mean(1, keepdim=True) if self.pool == "mean" else X[:, self.rows]
 
 
 def atoms_by_gate(which: Int[Tensor, " k"]) -> list[Int[Tensor, " k_j"]]:
