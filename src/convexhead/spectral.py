@@ -24,6 +24,8 @@ from convexhead.problem import Atoms, Problem
 Apply = Callable[[Tensor, Tensor], Tensor]
 FORMED = 5_000_000
 """Numbers that matrices formed at a time may take."""
+MOST_FORMED = 5e7
+"""Numbers of what is formed to be decomposed, beside every budget of memory."""
 FORMED_BYTES = 4e9
 """Matrices that are kept formed may take no more, whatever the budget."""
 MOST_PRODUCTS = 300
@@ -426,8 +428,8 @@ def top_singular(
 def worth_forming(G: GradientMatrices) -> bool:
     """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
     if _cheap_to_form(G.problem):
-        return G.order <= FORMED_ORDER
-    return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= 5e7
+        return G.order <= FORMED_ORDER and G.p * G.q <= MOST_FORMED  # formed block by block
+    return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= MOST_FORMED
 
 
 def _cheap_to_form(problem: Problem) -> bool:
