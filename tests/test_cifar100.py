@@ -378,6 +378,10 @@ def test_published_scale_and_every_cell():
     assert some.pieces() == 19 + 15 * (18 * 4 + 2) + 1
     part = cifar100._settings(cifar100.SCALES["2k"], True, ("block-fno",), ("relu",), {}, {})
     assert [cell.outputs for cell in part.cells] == ["shared", "grouped"]
+    short = cifar100._settings(cifar100.SCALES["2k"], True, (), (), {}, {"tuning_seeds": 1})
+    assert replace(short, probes=()).pieces() == 19 + 7 * (18 * 4 + 2) + 1
+    with pytest.raises(InputError, match="1 to 3"):
+        cifar100._settings(cifar100.SCALES["2k"], True, (), (), {}, {"tuning_seeds": 4})
 
 
 def test_adamw_takes_the_number_of_heads_that_validation_prefers(tmp_path, store):

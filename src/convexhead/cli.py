@@ -645,6 +645,9 @@ def cifar100(
     ] = None,
     n_gates: Annotated[Optional[int], typer.Option(help="Gates sampled for gated-relu.")] = None,
     epochs: Annotated[Optional[int], typer.Option(help="Of every twin and attentive probe.")] = None,
+    tuning_seeds: Annotated[
+        Optional[int], typer.Option(help="Seeds of a twin's three that every learning rate is tried with.")
+    ] = None,
     sizes: Annotated[bool, typer.Option("--sizes", help="Also train the main heads on fewer images.")] = False,
     jobs: Annotated[Optional[int], typer.Option(help="Cells trained at a time, in processes.")] = None,
     as_json: Json = False,
@@ -659,7 +662,8 @@ def cifar100(
             out, images=images, backbone=backbone, layer=layer, image_size=image_size, tokens=tokens,
             scale=scale.value, every_cell=every_cell, heads=tuple(_names(heads)),
             activations=tuple(_names(activations)), token_pool=token_pool, channels=channels, n_gates=n_gates,
-            epochs=epochs, sizes=sizes, jobs=jobs, notify=notify, command=["convexhead", *sys.argv[1:]],
+            epochs=epochs, tuning_seeds=tuning_seeds, sizes=sizes, jobs=jobs, notify=notify,
+            command=["convexhead", *sys.argv[1:]],
         )  # fmt: skip
     _show_comparison(results, as_json)
 

@@ -97,6 +97,7 @@ def run_cifar100(
     channels: int | None = None,
     n_gates: int | None = None,
     epochs: int | None = None,
+    tuning_seeds: int | None = None,
     sizes: bool = False,
     jobs: int | None = None,
     notify: Notify | None = None,
@@ -117,8 +118,8 @@ def run_cifar100(
         by AdamW too, with the number of atoms that validation prefers.
     heads, activations
         Cells to keep; none: the scale's own.
-    token_pool, channels, n_gates, epochs
-        In place of the scale's own.
+    token_pool, channels, n_gates, epochs, tuning_seeds
+        In place of the scale's own; each learning rate is tried with `tuning_seeds` of the twins' seeds.
     sizes : bool
         Also train the main heads on fewer images.
     jobs : int or None
@@ -136,7 +137,8 @@ def run_cifar100(
     require("matplotlib", "report")
     chosen = SCALES[choose("scale", scale, SCALES)]
     choice = replace(chosen.images, **_given(token_pool=token_pool, channels=channels))
-    settings = _settings(chosen, every_cell, heads, activations, _given(n_gates=n_gates), _given(epochs=epochs))
+    twins = _given(epochs=epochs, tuning_seeds=tuning_seeds)
+    settings = _settings(chosen, every_cell, heads, activations, _given(n_gates=n_gates), twins)
 
     RunFolder(out).check()
     store = _open_tokens(out, images, backbone, layer, image_size, tokens, choice, notify)
@@ -168,11 +170,14 @@ def _settings(
     twins: dict[str, Any],
 ) -> Settings:
     """Cells, probes and how they are trained."""
-    cells, tuning = scale.cells, replace(scale.twins, **twins)
+    cells, tuning = scale.cells, scale.twins
     if every_cell:
         grouped = [Cell("block-fno", activation, "grouped") for activation in ("linear", "gated-relu", "relu")]
         cells = (*LINEAR, *GATED, *RELU, *grouped)
-        tuning = replace(tuning, heads=(5, 20, 50), tuning_seeds=3, adamw=True)
+        tuning = replace(tuning, heads=(5, 20, 50), tuning_seeds=len(tuning.seeds), adamw=True)
+    tuning = replace(tuning, **twins)
+    if not 1 <= tuning.tuning_seeds <= len(tuning.seeds):
+        raise InputError(f"tuning_seeds must be 1 to {len(tuning.seeds)}, the twins' seeds, got {tuning.tuning_seeds}")
     for head in heads:
         choose("head", head, HEADS)
     for activation in activations:
