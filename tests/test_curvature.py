@@ -1,6 +1,6 @@
 """What solvers take for curvature, against Hessians and gradients by automatic differentiation."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from convexhead.losses import LOSSES, make_loss
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.subspace import Subspace
-from convexhead.solvers.whitening import Whitening
+from convexhead.solvers.whitening import Whitening, curvatures
 
 
 def normal(*shape, seed=0):
@@ -49,6 +49,29 @@ def test_whitening_is_a_change_of_coordinates():
     gram = problem.value_grams(atoms, [torch.arange(2)])[0]
     mixed = problem.mixed(atoms.U, atoms.block).flatten(2).flatten(0, 1)
     torch.testing.assert_close(gram, mixed.T @ mixed / problem.n)
+
+
+def test_whitened_classes_are_stretched_along_what_is_in_doubt():
+    problem, atoms = build()
+    f = problem.outputs(atoms)
+    whitening, w = Whitening(problem, atoms, f, 0.1), curvatures(problem, f)
+    assert (whitening.stretch > 0).any()
+    for o in range(3):
+        assert float(torch.linalg.vector_norm(whitening.along[:, :, o])) == pytest.approx(1)
+        unit = torch.zeros_like(atoms.V)
+        unit[:, :, o] = whitening.along[:, :, o]
+        zero = replace(atoms, U=0 * atoms.U, V=unit, intercept=torch.zeros(3).double())
+        V = whitening.weights(zero).V
+        change = problem.outputs(replace(atoms, V=V, intercept=torch.zeros(3).double()))
+        curvature = float((w * change.square()).sum() / problem.n + 0.1 * V.square().sum())
+        assert curvature == pytest.approx(1) if whitening.stretch[o] > 0 else curvature <= 1
+
+
+def test_drawn_curvatures_average_to_the_diagonal():
+    problem, atoms = build(n=3000)
+    f = problem.outputs(atoms)
+    p = torch.softmax(f, 2)
+    torch.testing.assert_close(curvatures(problem, f).mean(0), (p * (1 - p)).mean(0), rtol=0.1, atol=0)
 
 
 def test_a_subspace_has_the_gradient_and_hessian_of_the_data_term():

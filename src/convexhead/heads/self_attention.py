@@ -35,8 +35,8 @@ class SelfAttention(Head):
 
     def prepare_linear(self, X: Tensor, *, reuse: bool) -> Data:
         # A row of P X U costs d² to take through the Gram matrix XᵀX and 2·s·d through the tokens.
-        keys = {"gram": X.mT @ X / self.s} if reuse and self.d < 2 * self.s else {"X": X}
-        return {"queries": self.pool_tokens(X), **keys}
+        keys = {"gram": X.mT @ X} if reuse and self.d < 2 * self.s else {"X": X}
+        return {"queries": self.pool_tokens(X) / self.s, **keys}
 
     def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         Q = data["queries"]
@@ -51,10 +51,10 @@ class SelfAttention(Head):
         return (Q.reshape(b * r, d).T @ TG.view(b * r, k * d)).view(d, k, d).transpose(0, 1)
 
     def _through_keys(self, data: Data, rows: Tensor) -> Tensor:
-        """``rows (b, ·, d) -> rows XᵀX / s``."""
+        """``rows (b, ·, d) -> rows XᵀX``."""
         if "gram" in data:
             return rows @ data["gram"]
-        return (rows @ data["X"].mT) @ data["X"] / self.s
+        return (rows @ data["X"].mT) @ data["X"]
 
     def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         X = data["X"]
@@ -108,7 +108,7 @@ class SelfAttention(Head):
             return super().gated_workspace(k, gates)
         return (gates + math.ceil(k / gates)) * self.s * self.d
 
-    # Entry (a, b; e, o) is Σ_i q_a K_be R_o with the pooled query q and the Gram matrix K = XᵀX/s, or with gates
+    # Entry (a, b; e, o) is Σ_i q_a K_be R_o with the pooled query q over s and the Gram matrix K = XᵀX, or with gates
     # Σ_i Σ_q Y_qa X_qb X_qe R_o / s: symmetric in b and e, so that b ≤ e will do.
     def forming(self, c: int, *, gated: bool) -> Forming | None:
         if self.r > 1:
@@ -123,7 +123,7 @@ class SelfAttention(Head):
         for data, R in batches:
             if total is None:
                 total = R.new_zeros(self.d, self.d, self.d * R.shape[2])
-            gram = data["gram"] if "gram" in data else data["X"].mT @ data["X"] / self.s
+            gram = data["gram"] if "gram" in data else data["X"].mT @ data["X"]
             weighted = (data["queries"].mT @ R).flatten(1)
             for b, row in enumerate(total):
                 row[b:].addmm_(gram[:, b, b:].T, weighted)

@@ -30,7 +30,7 @@ from torch import Tensor
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.pricing import with_best_step
-from convexhead.solvers.whitening import mean_curvature
+from convexhead.solvers.whitening import curvatures, mean_curvature
 
 LARGEST_BLOCK = 256
 """Entries of a column up to which the method pays: Hessians of single blocks are formed."""
@@ -221,7 +221,7 @@ class GroupNewton:
 
     def _diagonal(self, f: Float[Tensor, "n r c"]) -> Diagonal:
         """``M`` at the model."""
-        h = mean_curvature(self.problem, f) or 1.0
+        h = mean_curvature(self.problem, curvatures(self.problem, f)) or 1.0
         p = self.W.shape[1]
         eye = torch.eye(p, dtype=f.dtype, device=f.device)
         for j in self.block.tolist():
