@@ -70,6 +70,9 @@ def test_norm_from_eigenvalues_and_from_krylov(name, activation, monkeypatch):
     assert formed_norm(G) == pytest.approx(exact, rel=1e-12)
     monkeypatch.setattr(spectral, "worth_forming", lambda G: False)
     assert spectral_norm(problem, R, torch.Generator().manual_seed(0)) == pytest.approx(exact, rel=1e-5)
+    single, _ = build(name, activation, dtype=torch.float32)
+    searched = spectral_norm(problem, R, torch.Generator().manual_seed(0), fast=single)
+    assert searched == pytest.approx(exact, rel=1e-5)
 
 
 def test_tiny_matrices_keep_their_norm():

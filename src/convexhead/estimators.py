@@ -764,7 +764,7 @@ def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
         f = f + solve_intercept(exact, f)
     R = exact.residual(f)
     if problem.activation.convex:
-        return spectral_norm(exact, R, generator)
+        return spectral_norm(exact, R, generator, fast=problem)
     oracle = NormOracle(exact)
     peaks = oracle.search(R, generator=generator)
     return oracle.bound(R, peaks).upper if oracle.tight else float(peaks.values[:1].sum())

@@ -30,6 +30,8 @@ FORMED_BYTES = 4e9
 """Matrices that are kept formed may take no more, whatever the budget."""
 MOST_PRODUCTS = 300
 """Products with a vector that a Krylov space takes anyhow: forming a matrix for as much pays."""
+LEAST_STEPS = 4
+"""Krylov steps before which the random vectors have not found what the rest holds."""
 FORMED_ORDER = 2500
 """Order up to which all singular values of a matrix that is formed cheaply are computed."""
 
@@ -212,10 +214,14 @@ class Deflated:
     G : GradientMatrices
     A, B : Tensor (j, p, m), (j, q, m)
         Orthonormal columns in each block; zero columns where a block has fewer.
+    image : Tensor or None
+        ``G B``, or ``GᵀA`` where the Gram operator acts on the mixing side, if that is at hand.
     """
 
-    def __init__(self, G: GradientMatrices, A: Float[Tensor, "j p m"], B: Float[Tensor, "j q m"]) -> None:
-        self.G, self.A, self.B = G, A, B
+    def __init__(
+        self, G: GradientMatrices, A: Float[Tensor, "j p m"], B: Float[Tensor, "j q m"], image: Tensor | None = None
+    ) -> None:
+        self.G, self.A, self.B, self._image = G, A, B, image
 
     @cached_property
     def corners(self) -> tuple[Float[Tensor, "j m m"], Float[Tensor, "j m m"], Float[Tensor, " j"]]:
@@ -225,10 +231,15 @@ class Deflated:
         used = (self.A != 0).any(1)  # (j, m)
         block = used.nonzero()[:, 0]
         if len(block):
-            U = self.A.mT[used].view(-1, *problem.head.mixing_shape)
-            V = self.B.mT[used].view(-1, *problem.value_shape)
-            GB[used] = problem.adjoint_times_values(self.G.R, V, block).flatten(1)
-            AtG[used] = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
+            known = None if self._image is None else self._image.mT[used]
+            at_B, at_A = (known, None) if self.G.on_values else (None, known)
+            if at_B is None:
+                V = self.B.mT[used].view(-1, *problem.value_shape)
+                at_B = problem.adjoint_times_values(self.G.R, V, block).flatten(1)
+            if at_A is None:
+                U = self.A.mT[used].view(-1, *problem.head.mixing_shape)
+                at_A = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
+            GB[used], AtG[used] = at_B, at_A
         M = AtG @ self.B
         N, P = AtG - M @ self.B.mT, GB.mT - self.A @ M
         largest = P.mT @ P if m else P.new_zeros(j, 1, 1)
@@ -300,7 +311,13 @@ def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
 
 
 def leading(
-    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator, rtol: float = 0.0
+    G: GradientMatrices,
+    atoms: Atoms,
+    *,
+    extra: int,
+    steps: int,
+    generator: torch.Generator,
+    rtol: float = 0.0,
 ) -> tuple[BlockKrylov | None, Int[Tensor, " j"], Int[Tensor, " j"]]:
     """Krylov space of the leading singular directions, from a model's atoms and ``extra`` random vectors.
 
@@ -326,26 +343,29 @@ def leading(
     krylov = BlockKrylov(G.gram, start, active, G.order)
     while True:
         krylov.step()
-        count, bound = _best_split(krylov, 2 * start.shape[2])
-        if krylov.steps >= steps or not krylov.can_step():
-            break
-        good = bool((bound <= (1 + rtol) * krylov.values[:, -1].max().sqrt()).all())
-        if good and krylov.steps >= 5:  # before, the random vectors have not found what the rest holds
+        count, good = _best_split(krylov, 2 * start.shape[2], rtol)
+        if krylov.steps >= steps or not krylov.can_step() or (good and krylov.steps >= LEAST_STEPS):
             break
     return krylov, active, count
 
 
-def _best_split(krylov: BlockKrylov, most: int) -> tuple[Int[Tensor, " j"], Float[Tensor, " j"]]:
-    """How many Ritz vectors of each block to split off, and the bound on the norm that this promises."""
+def _best_split(krylov: BlockKrylov, most: int, rtol: float) -> tuple[Int[Tensor, " j"], bool]:
+    """How many Ritz vectors of each block to split off; whether this promises to bound the norm to within ``rtol``."""
     sigma, missed = krylov.leading(most)
     eta = _etas(sigma).view(-1, 1, 1)
     # 4: what is missed points the same way for many vectors, and adds up.
     top = (sigma.square() + 4 * (1 + 1 / eta) * missed.square()).cummax(2).values
-    rest = torch.cat([sigma[:, 1:], sigma[:, -1:]], dim=1)
+    # What is left may have values as large as the Ritz values not split off, and farther than these are from any.
+    rest = (sigma + missed).flip(1).cummax(1).values.flip(1)
+    rest = torch.cat([rest[:, 1:], rest[:, -1:]], dim=1)
     # 4%: what the norm of the rest will be raised by for its failure probability.
-    bound = torch.maximum(top, 1.04 * (1 + eta) * rest.square()).amin(0)
-    best = bound.min(dim=1)
-    return best.indices + 1, best.values.sqrt()
+    bound = torch.maximum(top, 1.04 * (1 + eta) * rest.square()).amin(0).sqrt()
+    least = bound.amin(1, keepdim=True)
+    enough = (1 + rtol) * krylov.values[:, -1].max().sqrt()
+    # Of those that will do the most: the less is left, the sooner its norm is known.
+    place = torch.arange(1, bound.shape[1] + 1, device=bound.device)
+    count = (place * (bound <= torch.maximum(least, enough))).amax(1)
+    return count, bool((least <= enough).all())
 
 
 def split_off_leading(
@@ -376,13 +396,15 @@ def split_off_leading(
     A = G.R.new_zeros(G.problem.n_blocks, G.p, x.shape[2])
     B = G.R.new_zeros(G.problem.n_blocks, G.q, x.shape[2])
     A[active], B[active] = left * kept, right * kept
-    return Deflated(G, A, B)
+    image = y.new_zeros(G.problem.n_blocks, *y.shape[1:])
+    image[active] = y * kept
+    return Deflated(G, A, B, image)
 
 
 def split_off_more(deflated: Deflated, krylov: BlockKrylov) -> Deflated:
     """``deflated`` without what a Krylov space of its rest has found, in the blocks of that space."""
     G, blocks = deflated.G, krylov.blocks
-    count, _ = _best_split(krylov, 4 * krylov.starts)
+    count, _ = _best_split(krylov, 4 * krylov.starts, rtol=0.0)
     x = krylov.vectors(int(count.max()))
     y = G.times(x, blocks) if G.on_values else G.transpose_times(x, blocks)
     left, right = (y, x) if G.on_values else (x, y)
@@ -450,12 +472,20 @@ def _largest(G: Float[Tensor, "j p q"]) -> float:
     return scale * float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp_min(0).sqrt())
 
 
-def spectral_norm(problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator) -> float:
-    """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small."""
+def spectral_norm(
+    problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator, fast: Problem | None = None
+) -> float:
+    """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small.
+
+    ``fast`` is the same problem in a lower precision, in which most of the search is done.
+    """
     G = GradientMatrices(problem, R)
     if worth_forming(G):
         return formed_norm(G)
     blocks = torch.arange(problem.n_blocks, device=problem.device)
     start = G.random_start(blocks, min(4 if len(blocks) == 1 else 2, G.order), generator)
-    sigma, *_ = top_singular(split_off_model(G, problem.empty()), start, rtol=1e-7, max_steps=100)
+    if fast is not None and fast.dtype != problem.dtype:
+        rough = split_off_model(GradientMatrices(fast, R.to(fast.dtype)), fast.empty())
+        *_, start = top_singular(rough, start.to(fast.dtype), rtol=1e-5, max_steps=100)
+    sigma, *_ = top_singular(split_off_model(G, problem.empty()), start.to(R.dtype), rtol=1e-7, max_steps=100)
     return float(sigma.max())
