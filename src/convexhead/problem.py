@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,28 +30,16 @@ from torch import Tensor
 from convexhead.activation import Activation
 from convexhead.budget import Budget
 from convexhead.heads.base import Data, Forming, Head
+from convexhead.lanes import Work, add_up
 from convexhead.losses import Loss
 from convexhead.ranks import Ranks
 from convexhead.samples import Samples
 from convexhead.stored_tokens import StoredTokens
 
-BATCH_BYTES = {"cpu": 2_000_000, "cuda": 1_000_000_000}
+BATCH_BYTES = {"cpu": 3_000_000, "cuda": 1_000_000_000}
 """Workspace that a batch may take: on a CPU what stays in the caches between the products of a pass."""
 FORMING_BYTES = {"cpu": 10_000_000, "cuda": 1_000_000_000}
 """Workspace that a batch may take while gradient matrices are formed."""
-
-
-def one_pass(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of `Problem` that goes through the data, its large products in `Problem.products`."""
-
-    @wraps(method)
-    def run(self: Problem, *args: Any) -> Any:
-        if self.products == self.dtype:
-            return method(self, *args)
-        with torch.autocast(self.device.type, self.products):
-            return method(self, *args)
-
-    return run
 
 
 @dataclass
@@ -267,6 +256,22 @@ class Problem:
         """Slices of samples with their prepared data, sized for ``k`` atoms."""
         yield from self.samples.batches(max(self.head.least_batch, self._batch_size(self.activation.workspace(k))))
 
+    def over_batches(self, k: int, work: Work, *into: Tensor) -> None:
+        """Add to ``into`` what ``work(rows, data)`` returns for every batch, sized for ``k`` atoms."""
+        most = max(self.head.least_batch, self._batch_size(self.activation.workspace(k)))
+        lanes = torch.get_num_threads() if self.device.type == "cpu" else 1
+        if len(self.Y) <= most * (lanes - 1):
+            lanes = 1  # too few batches
+        turns = max(1, math.ceil(len(self.Y) / (most * lanes)))
+        even = max(1, math.ceil(len(self.Y) / (turns * lanes)))  # no lane waits for the last batch of another
+        add_up(self.samples.batches(even), work, into, lanes=lanes, context=self._in_products)
+
+    def _in_products(self) -> AbstractContextManager[Any]:
+        """Where large products are made in `products`."""
+        if self.products == self.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.products)
+
     def _batch_size(self, numbers: int) -> int:
         """Samples whose workspace of so many ``numbers`` each fits the budget."""
         return max(1, BATCH_BYTES[self.device.type] // self.products.itemsize // max(1, numbers))
@@ -275,23 +280,28 @@ class Problem:
         """Samples prepared at a time."""
         return self._batch_size(self.head.s * max(self.head.s, self.head.d))
 
-    @one_pass
     def outputs(self, atoms: Atoms) -> Float[Tensor, "n r c"]:
         """``f`` of every sample."""
         f = atoms.intercept.expand(len(self.Y), self.head.r, self.c).clone()
         if len(atoms):
             V = atoms.V.flatten(0, 1)
-            for rows, data in self.batches(len(atoms)):
-                M = self.activation.mix(data, atoms.U, atoms.block)
-                f[rows] += M.flatten(2) @ V
+
+            def add(rows: slice, data: Data) -> tuple[Tensor, ...]:
+                f[rows] += self.activation.mix(data, atoms.U, atoms.block).flatten(2) @ V
+                return ()
+
+            self.over_batches(len(atoms), add)
         return f
 
-    @one_pass
     def mixed(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "n r k e"]:
         """Mixed, pooled tokens of every sample: large, see `mixed_bytes`."""
         out = torch.empty(len(self.Y), self.head.r, len(U), self.head.value_rows, dtype=self.products, device=U.device)
-        for rows, data in self.batches(len(U)):
+
+        def mix(rows: slice, data: Data) -> tuple[Tensor, ...]:
             out[rows] = self.activation.mix(data, U, block)
+            return ()
+
+        self.over_batches(len(U), mix)
         return out
 
     def mixed_bytes(self, k: int) -> int:
@@ -318,7 +328,6 @@ class Problem:
         parts = [atoms.V, atoms.U] if self.head.learns_mixing else [atoms.V]
         return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts) / 2
 
-    @one_pass
     def value_and_gradient(
         self, atoms: Atoms, beta: float
     ) -> tuple[float, Float[Tensor, "k ..."], Float[Tensor, "k e c"], Float[Tensor, " c"]]:
@@ -327,18 +336,19 @@ class Problem:
         self.last_outputs = torch.empty_like(self.Y)  # a gap check right after needs them again
         gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows, data in self.batches(len(atoms)):
+
+        def evaluate(rows: slice, data: Data) -> tuple[Tensor, ...]:
             M, pull_back = self.activation.mix_with_pull_back(data, atoms.U, atoms.block)
             flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
             f = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
             self.last_outputs[rows] = f
             loss, R = self.loss.value_and_residual(f, self.Y[rows])
-            total += loss.double().sum()
             R = R.flatten(0, 1) / self.n
-            gV += (flat.T @ R).view(gV.shape)
-            gb += R.sum(0)
-            if self.head.learns_mixing:
-                gU += pull_back((R @ V.T).view(M.shape))
+            at_V = (flat.T @ R).view(gV.shape)
+            at_U = pull_back((R @ V.T).view(M.shape)) if self.head.learns_mixing else torch.zeros_like(gU)
+            return loss.double().sum(), at_U, at_V, R.sum(0)
+
+        self.over_batches(len(atoms), evaluate, total, gU, gV, gb)
         total, gU, gV, gb = self.sum(total, gU, gV, gb)
         if self.head.learns_mixing:
             gU = gU + beta * atoms.U
@@ -347,7 +357,6 @@ class Problem:
         value = float(total) / self.n + beta * self.penalty(atoms)
         return value, gU, self.mask_values(gV + beta * atoms.V, atoms.block), gb
 
-    @one_pass
     def adjoint_times_values(
         self,
         R: Float[Tensor, "n r c"],
@@ -358,35 +367,40 @@ class Problem:
         """``𝒜_j*(R) V_k`` for each ``V_k`` in its block; of a ReLU with the masks that the weights ``at`` decide."""
         V = self.mask_values(V, block)
         out = V.new_zeros(len(V), *self.head.mixing_shape)
-        for rows, data in self.batches(len(V)):
+
+        def pull_back(rows: slice, data: Data) -> tuple[Tensor, ...]:
             T = (R[rows] @ V.flatten(0, 1).T).unflatten(-1, V.shape[:2])
-            out += self.activation.mix_adjoint(data, T, block, at)
+            return (self.activation.mix_adjoint(data, T, block, at),)
+
+        self.over_batches(len(V), pull_back, out)
         return self.sum(out)[0]
 
-    @one_pass
     def adjoint_times_mixing(
         self, R: Float[Tensor, "n r c"], U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
     ) -> Float[Tensor, "k e c"]:
         """``𝒜_j*(R)ᵀ U_k`` for each ``U_k`` in its block: ``Σ_i (P mix(X_i, U_k))ᵀ R_i``, whatever the activation."""
         out = U.new_zeros(len(U), *self.value_shape)
-        for rows, data in self.batches(len(U)):
+
+        def read(rows: slice, data: Data) -> tuple[Tensor, ...]:
             M = self.activation.mix(data, U, block)
-            out += (M.flatten(2).flatten(0, 1).T @ R[rows].flatten(0, 1)).view(out.shape)
+            return ((M.flatten(2).flatten(0, 1).T @ R[rows].flatten(0, 1)).view(out.shape),)
+
+        self.over_batches(len(U), read, out)
         return self.mask_values(self.sum(out)[0], block)
 
-    @one_pass
     def value_grams(self, atoms: Atoms, groups: Sequence[Tensor]) -> list[Tensor]:
         """``(1/n) Σ_i M_iᵀ M_i (g·e, g·e)`` of the mixed tokens ``M_i (r, g·e)``, for each group ``(g,)`` of atoms."""
         e = self.head.value_rows
         grams = [torch.zeros(len(g) * e, len(g) * e, dtype=self.dtype, device=self.device) for g in groups]
-        for _, data in self.batches(len(atoms)):
+
+        def grams_of(rows: slice, data: Data) -> tuple[Tensor, ...]:
             M = self.activation.mix(data, atoms.U, atoms.block).flatten(0, 1)
-            for group, gram in zip(groups, grams, strict=True):
-                flat = M[:, group].flatten(1)
-                gram += flat.T @ flat
+            of_groups = (M[:, group].flatten(1) for group in groups)
+            return tuple(flat.T @ flat for flat in of_groups)
+
+        self.over_batches(len(atoms), grams_of, *grams)
         return [gram / self.n for gram in self.sum(*grams)]
 
-    @one_pass
     def pair_covariance(
         self,
         basis: Atoms,
@@ -416,14 +430,15 @@ class Problem:
             out.add_(pairs.T @ pairs)
             waiting.clear()
 
-        for rows, M in self._mixed_batches(basis, mixed):
-            T = (probes[rows] @ V).view(M.shape)
-            M, T = (part.unflatten(2, (n_blocks, -1)).movedim(1, 2) for part in (M, T))  # (b, j, r, m, e)
-            waiting.append(torch.einsum("bjrke,bjrle->bjkl", M, T).flatten(1))
-            if sum(map(len, waiting)) >= 2 * size:
+        with self._in_products():
+            for rows, M in self._mixed_batches(basis, mixed):
+                T = (probes[rows] @ V).view(M.shape)
+                M, T = (part.unflatten(2, (n_blocks, -1)).movedim(1, 2) for part in (M, T))  # (b, j, r, m, e)
+                waiting.append(torch.einsum("bjrke,bjrle->bjkl", M, T).flatten(1))
+                if sum(map(len, waiting)) >= 2 * size:
+                    add()
+            if waiting:
                 add()
-        if waiting:
-            add()
         return self.sum(out)[0] / self.n
 
     def _mixed_batches(self, basis: Atoms, mixed: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
@@ -444,8 +459,12 @@ class Problem:
         out = torch.empty(self.n_blocks, n, r, p, e, dtype=self.dtype, device=self.device)
         for j in range(self.n_blocks):
             block = torch.full((p,), j, device=self.device)
-            for rows, data in self.batches(p):
-                out[j, rows] = self.activation.mix(data, basis, block)
+
+            def mix(rows: slice, data: Data, out: Tensor = out[j], block: Tensor = block) -> tuple[Tensor, ...]:
+                out[rows] = self.activation.mix(data, basis, block)
+                return ()
+
+            self.over_batches(p, mix)
         return out.view(self.n_blocks, n * r, p * e)
 
     @cached_property

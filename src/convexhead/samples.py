@@ -5,7 +5,7 @@ Peak memory is set by the budget, not by the number of samples:
     masks of gates                                      a bit for every entry of a score
     tokens in memory, where all of them fit             n · s · d numbers, once
     prepared tokens of the first samples                as many as fit into what is left
-    the rest, prepared anew in every pass               three chunks: read ahead, at hand, being prepared
+    the rest, prepared anew in every pass               four chunks: read ahead, at hand, the last, being prepared
     the same prepared tokens in other precisions        as many as fit into what is left then
 
 One `Budget` is shared by all of these and by the mixed tokens that solvers keep. Beside it grows only what a sample
@@ -115,7 +115,7 @@ class Samples:
             self.budget.take(len(self) * tokens)
             self.X = (self.X.read() if isinstance(self.X, StoredTokens) else self.X).to(self.device)
         else:
-            self.budget.take(3 * self._chunk)
+            self.budget.take(4 * self._chunk)
             self.X = self.X.decoded() if isinstance(self.X, StoredTokens) else self.X
 
     def _keep(self, first: Tensor, reuse: bool) -> None:

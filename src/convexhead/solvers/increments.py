@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convexhead.heads.base import Data
 from convexhead.problem import Atoms, Problem
 
 MIXED_BYTES = 2e9
@@ -57,10 +58,6 @@ class Increments:
 
     def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
         """As `Problem.value_and_gradient`."""
-        with torch.autocast(self.problem.device.type, self.rough.products):
-            return self._pass(atoms, beta)
-
-    def _pass(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
         problem, anchor, activation = self.problem, self.anchor, self.problem.activation
         half = self.rough.products
         dU, dV = atoms.U - anchor.U, (atoms.V - anchor.V).flatten(0, 1).to(half)
@@ -69,7 +66,8 @@ class Increments:
         self.last_outputs = torch.empty_like(self.outputs)
         gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         total = torch.zeros((), dtype=torch.float64, device=problem.device)
-        for rows, data in self.rough.batches(len(atoms)):
+
+        def evaluate(rows: slice, data: Data) -> tuple[Tensor, ...]:
             M0 = self.mixed[rows].flatten(2).flatten(0, 1)  # (b·r, k·e)
             dM, pull_back = activation.mix_with_pull_back(data, dU, atoms.block)
             flat = dM.flatten(2).flatten(0, 1)
@@ -77,13 +75,15 @@ class Increments:
             f = self.outputs[rows] + df.view(-1, problem.head.r, problem.c)
             self.last_outputs[rows] = f
             loss, R = problem.loss.value_and_residual(f, problem.Y[rows])
-            total += loss.double().sum()
             R = R / problem.n
             dR = R - self.residual[rows]
-            gb += dR.sum((0, 1))
+            at_b = dR.sum((0, 1))
             R, dR = R.flatten(0, 1), dR.flatten(0, 1)
-            gV += ((M0.T @ dR).float() + flat.T @ R).view(gV.shape)
-            gU += pull_back((torch.cat([dR, R], dim=1) @ both).view(dM.shape))
+            at_V = ((M0.T @ dR).float() + flat.T @ R).view(gV.shape)
+            at_U = pull_back((torch.cat([dR, R], dim=1) @ both).view(dM.shape))
+            return loss.double().sum(), at_U, at_V, at_b
+
+        self.rough.over_batches(len(atoms), evaluate, total, gU, gV, gb)
         total, gU, gV, gb = problem.sum(total, gU, gV, gb)
         at_U, at_V, at_b = self.gradient
         gb = gb + at_b if problem.fit_intercept else torch.zeros_like(gb)
