@@ -6,6 +6,7 @@
 Tokens are their own keys, and the value projection is split over the queries: multi-query attention without what it
 does not need ("efficient probing", Psomas et al., *Attention, Please! Revisiting Attentive Probing for Masked Image
 Modeling*, 2025). Trained by AdamW with a cosine schedule; learning rate and weight decay are chosen on validation.
+On a GPU where there is one, as the heads that it is compared with.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from convexhead.experiments.cells import TwinSettings, finite, network_scores, t
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits
 from convexhead.experiments.tuning import Tuned, tune
+from convexhead.inputs import pick_device
 
 QUERIES = 16
 OPTIONS = tuple((lr, decay) for lr in (0.001, 0.003, 0.01, 0.03) for decay in (0.01, 0.3))
@@ -71,23 +73,24 @@ def train_attentive_probe(
 ) -> Piece:
     """One training run; its record has what `convexhead.experiments.tuning.tune` chooses by."""
     classes, y = np.unique(splits.train.labels, return_inverse=True)
-    X, targets = torch.from_numpy(splits.train.tokens), torch.from_numpy(y)
-    probe = AttentiveProbe(X.shape[2], len(classes), seed=seed)
+    device = pick_device("auto")
+    X, targets = torch.from_numpy(splits.train.tokens).to(device), torch.from_numpy(y).to(device)
+    probe = AttentiveProbe(X.shape[2], len(classes), seed=seed).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     total = epochs * math.ceil(len(X) / batch_size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total))
     generator = torch.Generator().manual_seed(seed)
     began, mean_loss = now(), math.nan
     for _ in range(epochs):
-        losses = []
+        losses: list[Tensor] = []
         for index in torch.randperm(len(X), generator=generator).split(batch_size):
             loss = nn.functional.cross_entropy(probe(X[index]), targets[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             decay.step()
-            losses.append(loss.item())
-        mean_loss = float(np.mean(losses))
+            losses.append(loss.detach())
+        mean_loss = float(torch.stack(losses).mean())
     seconds = now() - began
     scores = network_scores(probe, splits.validation.tokens)
     return Piece(
@@ -100,7 +103,7 @@ def train_attentive_probe(
             "seconds": seconds,
             "parameters": sum(p.numel() for p in probe.parameters()),
         },
-        {key: value.detach() for key, value in probe.state_dict().items()},
+        {key: value.detach().cpu() for key, value in probe.state_dict().items()},
     )
 
 

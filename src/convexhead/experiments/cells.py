@@ -283,7 +283,7 @@ def _train(
             "parameters": sum(p.numel() for p in result.module.parameters()),
             "history": [{"seconds": h.seconds, "objective": finite(h.objective)} for h in result.history],
         },
-        {name: value for name, value in result.module.state_dict().items() if name != "gates"},
+        {name: value.cpu() for name, value in result.module.state_dict().items() if name != "gates"},
     )
 
 
@@ -308,10 +308,10 @@ def restore_twin(model: ConvexHeadClassifier, weights: dict[str, torch.Tensor]) 
 # -- scores -----------------------------------------------------------------------------------------------------------
 def network_scores(module: torch.nn.Module, tokens: Array) -> Array:
     """Logits ``(n, c)`` of a network, not differentiated."""
-    dtype = next(module.parameters()).dtype
-    parts = [tokens[start : start + SCORED] for start in range(0, len(tokens), SCORED)]
+    weights = next(module.parameters())
+    parts = (torch.from_numpy(tokens[start : start + SCORED]).to(weights) for start in range(0, len(tokens), SCORED))
     with torch.no_grad():
-        return np.concatenate([module(torch.from_numpy(part).to(dtype)).numpy() for part in parts])
+        return np.concatenate([module(part).cpu().numpy() for part in parts])
 
 
 def top(scores: Array, classes: Array, labels: Array, k: int = 1) -> float:
