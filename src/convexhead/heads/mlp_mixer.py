@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from convexhead.heads.base import Data, Forming, Head, atoms_by_gate
+from convexhead.heads.base import Data, Forming, Head, atoms_by_gate, sum_of_products
 
 
 class MLPMixer(Head):
@@ -82,7 +82,7 @@ class MLPMixer(Head):
         U = T.new_zeros(T.shape[2], self.s, self.s)
         for D, mine in zip(gated.unbind(1), atoms_by_gate(which), strict=True):
             A = self.pool_rows_adjoint(T[:, :, mine].transpose(1, 2)) * D.unsqueeze(1)
-            rows = A.new_zeros(len(mine) * self.p, self.s).addbmm(A.flatten(1, 2), X.mT)
+            rows = sum_of_products(A.flatten(1, 2), X)
             U[mine, self.rows] = rows.view(-1, self.p, self.s).to(U.dtype)
         return U
 

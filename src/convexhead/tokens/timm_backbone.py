@@ -97,7 +97,7 @@ class TimmBackbone(Backbone):
                     return int(h), int(w)
         return sequence_grid(s)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not in inference mode: a GPU's convolutions refuse weights that were made there
     def _fold(self, input_size: tuple[int, int, int]) -> None:
         """Fold batch normalisations where the tokens of a test image stay the same to rounding."""
         image = torch.randint(256, (1, *input_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
