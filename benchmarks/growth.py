@@ -81,7 +81,6 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--child", type=int)
     args = parser.parse_args()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; nothing else on CPUs
     if args.child:
         child(args.store, args.channels, args.work, args.child, 1e6 * args.budget_mb, args.tol, args.device)
         return
@@ -91,7 +90,7 @@ def main() -> None:
         X, y = write_tokens(args.store, args.channels, Path(work))
         name = f"{Path(args.store).name} s={X.shape[1]} d={X.shape[2]} c={len(set(y.tolist()))} ratio=0.02"
         machine = hardware(device=args.device)
-        machine["dtype"] = f"{'TF32' if args.device != 'cpu' else 'float32'}, certificate float64"
+        machine["dtype"] = "float32, certificate float64"
         table = Table("growth", ("instance", "tol", "budget_mb", "device", "samples"), machine, again=args.again)
         where = {
             "instance": name,
