@@ -89,7 +89,7 @@ class SelfAttention(Head):
         for Y, mine in zip(gated.unbind(1), atoms_by_gate(which), strict=True):
             YU = Y.reshape(-1, self.d) @ U[mine].transpose(0, 1).reshape(self.d, -1)
             YUX = (YU.view(-1, len(mine), self.d) * keys).sum(2)  # faster than many small products
-            S[:, mine, 0] = YUX.view(len(X), self.s, -1).transpose(1, 2)
+            S[:, mine, 0] = YUX.view(len(X), self.s, -1).transpose(1, 2).to(S.dtype)  # a GPU sums in float32
         return self.read(data, S)
 
     def gated_mix_adjoint(self, data: Data, T: Tensor, group: Tensor, gated: Tensor, which: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class SelfAttention(Head):
         U = T.new_empty(T.shape[2], *self.mixing_shape)
         for Y, mine in zip(gated.unbind(1), atoms_by_gate(which), strict=True):
             weighted = (S[:, :, mine].unsqueeze(-1) * X.unsqueeze(2)).reshape(-1, len(mine) * self.d)
-            U[mine] = (Y.reshape(-1, self.d).T @ weighted).view(self.d, -1, self.d).transpose(0, 1)
+            U[mine] = (Y.reshape(-1, self.d).T @ weighted).view(self.d, -1, self.d).transpose(0, 1).to(U.dtype)
         return U
 
     def gated_workspace(self, k: int, gates: int) -> int:
