@@ -74,7 +74,9 @@ def table(name: str) -> str:
     for row in rows:
         cells = dict(zip(methods.COLUMNS, methods.cells(_typed(row)), strict=True))
         lines.append([cells[column] for column in COLUMNS])
-    machines = dict.fromkeys(f"{row['cpu']}, {row['cores']} cores, seconds: {row['clock']}" for row in rows)
+    machines = dict.fromkeys(
+        f"{row.get('gpu') or row['cpu']}, {row['cores']} cores, seconds: {row['clock']}" for row in rows
+    )
     sizes = {column: rows[0][column] for column in ("backbone", "train", "classes", "tokens", "channels")}
     told = "{backbone}: {train} images to train on, {classes} classes, {tokens} tokens x {channels} channels."
     return f"{told.format(**sizes)} Measured on: {'; '.join(machines)}.\n\n{markdown(list(COLUMNS.values()), lines)}"

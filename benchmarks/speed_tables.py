@@ -16,6 +16,8 @@ from common import RESULTS, Row, read_csv
 
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 NOTHING = "*(no rows yet)*"
+LAUNCHES = 100.0
+"""Evaluations that take so many times their arithmetic are a GPU's launches, and stay in the CSV."""
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -33,10 +35,11 @@ def where(rows: Sequence[Row]) -> str:
     """Machines that rows were measured on."""
     rates: dict[str, list[float]] = {}
     for row in rows:
-        machine = f"{row.get('gpu', row['cpu'])}, threads: {row['threads']}"
+        product = "TF32" if row.get("dtype") == "TF32" else "float32"
+        machine = f"{row.get('gpu', row['cpu'])}, threads: {row['threads']}, {{}} GFLOP/s in a large {product} product"
         rates.setdefault(machine, []).append(float(row["gemm_gflops_float32"]))
-    told = (f"{machine}, {min(r):.0f} to {max(r):.0f} GFLOP/s" for machine, r in rates.items())
-    return "Measured on: " + "; ".join(told) + " in a large float32 product."
+    told = (machine.format(f"{min(r):.0f} to {max(r):.0f}") for machine, r in rates.items())
+    return "Measured on: " + "; ".join(told) + "."
 
 
 def suite() -> str:
@@ -106,10 +109,11 @@ def heads() -> str:
 
 
 def evaluation() -> str:
-    rows = [row for row in read_csv("evaluation") if "gflops" in row]
+    rows = [row for row in read_csv("evaluation") if float(row.get("times_the_arithmetic", "inf")) < LAUNCHES]
     lines = [
         [
             f"{row['head']}, {row['activation']}" + (f", {row['gates']} gates" if row["gates"] != "0" else ""),
+            row.get("gpu", row["cpu"]),
             row["instance"],
             number(row, "seconds_median"),
             number(row, "gflops"),
@@ -118,7 +122,7 @@ def evaluation() -> str:
         ]
         for row in rows
     ]
-    columns = ["head", "sizes", "seconds", "GFLOP/s", "of the GEMM rate", "time ÷ its arithmetic"]
+    columns = ["head", "on", "sizes", "seconds", "GFLOP/s", "of the GEMM rate", "time ÷ its arithmetic"]
     return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
 
 
@@ -127,6 +131,7 @@ def growth() -> str:
     lines = [
         [
             row["instance"],
+            row.get("gpu", row["cpu"]),
             row["samples"],
             number(row, "seconds_median"),
             number(row, "tflop_equivalents"),
@@ -143,7 +148,7 @@ def growth() -> str:
         for row in rows
         if "exponent" in row
     ]
-    columns = ["tokens", "samples", "seconds", "TFLOP-equivalents", "certified", "heads", "budget", "peak"]
+    columns = ["tokens", "on", "samples", "seconds", "TFLOP-equivalents", "certified", "heads", "budget", "peak"]
     return "\n\n".join([markdown(columns, lines), *slopes, where(rows)]) if lines else NOTHING
 
 
