@@ -5,7 +5,8 @@
     python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100.md from these files
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
-the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced.
+the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced; a
+table whose twins come in several widths gets a figure, docs/images/cifar100-NAME.svg.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
 from common import RESULTS, Row, read_csv, write_csv
 from convexhead.experiments.comparison import METHOD
-from convexhead.report import methods
+from convexhead.report import figures, methods
 from speed_tables import markdown
 
 PAGE = Path(__file__).parent.parent / "docs" / "cifar100.md"
@@ -93,6 +96,53 @@ def _typed(row: Row) -> dict[str, Any]:
     return typed
 
 
+def widths(name: str) -> bool:
+    """The figure of twins against their number of heads, beside the convex head; False where they have one number."""
+    rows = [_typed(row) for row in read_csv(f"cifar100_{name}") if row["method"].startswith(("convex", "Adam,"))]
+    twins = [row for row in rows if row["method"] != "convex" and row["head"] != "linear"]
+    if len(twins) == len({_cell(row) for row in twins}):
+        return False
+    heads = list(dict.fromkeys(row["head"] for row in twins))
+    styles = {head: {"color": figures.head_color(head.split()[0]), "linestyle": _dash(head)} for head in heads}
+    with figures.grid(2 * len(ORDER), columns=len(ORDER)) as (figure, axes):
+        for column, activation in enumerate(ORDER):
+            top, bottom = axes[column], axes[len(ORDER) + column]
+            for head in heads:
+                mine = [row for row in rows if (row["head"], row["activation"]) == (head, activation)]
+                convex = [row for row in mine if row["method"] == "convex"]
+                adam = [row for row in mine if row["method"] != "convex"]
+                m = [row["heads"] for row in adam]
+                accuracy, spread = ([row[key] for row in adam] for key in ("test_top1", "test_top1_sd"))
+                top.errorbar(m, accuracy, spread, marker="o", markersize=3, linewidth=1, **styles[head])
+                bottom.plot(m, [row["excess_median"] for row in adam], marker="o", markersize=3, lw=1, **styles[head])
+                for row in convex:
+                    top.plot(row["heads"], row["test_top1"], "*", markersize=9, color=styles[head]["color"])
+            top.set(xscale="log", title=activation)
+            bottom.set(xscale="log", xlabel="heads", xlim=top.get_xlim())
+            bottom.set_yscale("symlog", linthresh=1e-3)
+            bottom.set_yticks([-1e-2, 0, 1e-3, 1e-2, 1e-1, 1])
+            for axis in (top.xaxis, bottom.xaxis):
+                axis.set_major_locator(FixedLocator([5, 20, 50, 200]))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            for axis in (top.yaxis, bottom.yaxis):
+                axis.set_major_formatter(FuncFormatter(figures.percent))
+        for line in (axes[: len(ORDER)], axes[len(ORDER) :]):
+            limits = [ax.get_ylim() for ax in line]
+            for ax in line:
+                ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        axes[0].set_ylabel("test top-1")
+        axes[len(ORDER)].set_ylabel("above the convex head")
+        figures.legend(figure, [*styles.items(), ("convex", {"marker": "*", "color": figures.INK, "linestyle": ""})], 4)
+        path = PAGE.parent / "images" / f"cifar100-{name}.svg"
+        path.write_text(figures.svg(figure, background="white"))
+    return True
+
+
+def _dash(head: str) -> str:
+    return "--" if head.endswith("grouped") else "-"
+
+
 def write_page() -> None:
     """Every table of the page that there is a file for."""
     page = PAGE.read_text()
@@ -100,7 +150,8 @@ def write_page() -> None:
         if (RESULTS / f"cifar100_{name}.csv").exists():
             begin, end = (f"<!-- {word} {name} -->" for word in ("begin", "end"))
             head, rest = page.split(begin)
-            page = f"{head}{begin}\n\n{table(name)}\n\n{end}{rest.split(end)[1]}"
+            figure = f"![Adam's heads by their number](images/cifar100-{name}.svg)\n\n" if widths(name) else ""
+            page = f"{head}{begin}\n\n{table(name)}\n\n{figure}{end}{rest.split(end)[1]}"
     PAGE.write_text(page)
 
 
