@@ -3,6 +3,8 @@
     python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv,
                                                                 # of fewer images into results/cifar100_NAME_sizes.csv
     python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100.md from these files
+    python benchmarks/cifar100_tables.py --begun HARDWARE NAME RUN ...      # cells of runs that were cut off before the
+                                                    # test images were read, into results/cifar100_NAME_begun.csv
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
 the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced; a
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,61 @@ def gather(name: str, runs: list[Path]) -> None:
         if sizes:
             write_csv(f"cifar100_{name}_sizes", sizes)
     write_csv(f"cifar100_{name}", sorted(rows, key=_place))
+
+
+def gather_begun(name: str, runs: list[Path], hardware: str) -> None:
+    """The cells of unfinished runs: what was trained, with validation accuracies."""
+    rows = []
+    for run in runs:
+        pieces = [json.loads(path.read_text()) for path in sorted(run.glob("pieces/*/*.json"))]
+        (path,) = (piece for piece in pieces if "certificate" in piece)
+        certificate = path["certificate"]
+        cell = {key: path[key] for key in ("head", "activation", "beta_ratio", "beta")} | {"hardware": hardware}
+        keys = ("dual", "relative_gap", "failure_probability", "scope")
+        rows.append(
+            {
+                **cell,
+                "method": "convex",
+                "heads": path["heads"],
+                "validation_accuracy": path["validation_accuracy"],
+                "objective": certificate["primal"],
+                **{key: certificate[key] for key in keys},
+                "seconds": path["seconds"],
+            }
+        )
+        for twin in (piece for piece in pieces if "optimizer" in piece):
+            kept = ("learning_rate", "seed", "validation_accuracy", "objective", "seconds")
+            excess = (twin["objective"] - certificate["primal"]) / certificate["primal"]
+            of_twin = {"method": twin["optimizer"], "heads": twin["n_heads"], "excess": excess}
+            rows.append({**cell, **of_twin, **{key: twin[key] for key in kept}})
+    write_csv(f"cifar100_{name}_begun", rows)
+
+
+def begun(name: str) -> str:
+    """The table of one such file: a line a cell, its runs of Adam summed up."""
+    rows, lines = read_csv(f"cifar100_{name}_begun"), []
+    for convex in (row for row in rows if row["method"] == "convex"):
+        adam = [row for row in rows if _cell(row) == _cell(convex) and row is not convex]
+        accuracy, excess, seconds = (
+            [float(row[key]) for row in adam] for key in ("validation_accuracy", "excess", "seconds")
+        )
+        lines.append(
+            [
+                convex["head"],
+                convex["activation"],
+                convex["heads"],
+                f"{float(convex['validation_accuracy']):.1%}",
+                f"≤ {float(convex['relative_gap']):.2%}",
+                f"{float(convex['seconds']):.0f} s",
+                len(adam),
+                f"{max(accuracy):.1%}",
+                f"{min(excess):.2%}",
+                f"{statistics.fmean(seconds):.0f} s",
+            ]
+        )
+    columns = ["Head", "Activation", "Heads", "Validation", "Above the optimum", "Path over β, all"]
+    columns += ["Adam's runs so far", "Best validation", "Best run", "A run"]
+    return markdown(columns, lines)
 
 
 def _cell(row: Row) -> tuple[str, str]:
@@ -150,8 +208,10 @@ def write_page() -> None:
         if (RESULTS / f"cifar100_{name}.csv").exists():
             begin, end = (f"<!-- {word} {name} -->" for word in ("begin", "end"))
             head, rest = page.split(begin)
-            figure = f"![Adam's heads by their number](images/cifar100-{name}.svg)\n\n" if widths(name) else ""
-            page = f"{head}{begin}\n\n{table(name)}\n\n{figure}{end}{rest.split(end)[1]}"
+            text = begun(name.removesuffix("_begun")) if name.endswith("_begun") else table(name)
+            if not name.endswith("_begun") and widths(name):
+                text += f"\n\n![Adam's heads by their number](images/cifar100-{name}.svg)"
+            page = f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
     PAGE.write_text(page)
 
 
@@ -159,8 +219,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?")
     parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--begun", metavar="HARDWARE", help="the runs are not finished; they do not say where they ran")
     args = parser.parse_args()
-    if args.name is not None:
+    if args.begun is not None:
+        gather_begun(args.name, args.runs, args.begun)
+    elif args.name is not None:
         gather(args.name, args.runs)
     write_page()
 

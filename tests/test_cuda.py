@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,9 +27,8 @@ def weights(problem, dtype=torch.float64):
     b = torch.randn(problem.c, generator=generator).double()
     if not problem.head.learns_mixing:
         U, V, block = torch.ones(1).double(), V[:1], block[:1]
-    return Atoms(U, problem.mask_values(V.to(problem.device), block.to(problem.device)).cpu(), block, b).to(
-        problem.device, dtype
-    )
+    atoms = Atoms(U, V, block, b).to(problem.device, dtype)
+    return replace(atoms, V=problem.mask_values(atoms.V, atoms.block))
 
 
 @pytest.mark.parametrize(("name", "activation"), CASES)

@@ -311,13 +311,7 @@ def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
 
 
 def leading(
-    G: GradientMatrices,
-    atoms: Atoms,
-    *,
-    extra: int,
-    steps: int,
-    generator: torch.Generator,
-    rtol: float = 0.0,
+    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator, rtol: float = 0.0
 ) -> tuple[BlockKrylov | None, Int[Tensor, " j"], Int[Tensor, " j"]]:
     """Krylov space of the leading singular directions, from a model's atoms and ``extra`` random vectors.
 

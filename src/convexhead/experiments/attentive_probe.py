@@ -83,7 +83,7 @@ def train_attentive_probe(
     began, mean_loss = now(), math.nan
     for _ in range(epochs):
         losses: list[Tensor] = []
-        for index in torch.randperm(len(X), generator=generator).split(batch_size):
+        for index in torch.randperm(len(X), generator=generator).to(device).split(batch_size):
             loss = nn.functional.cross_entropy(probe(X[index]), targets[index])
             optimizer.zero_grad()
             loss.backward()

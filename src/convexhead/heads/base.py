@@ -221,13 +221,6 @@ class Head(ABC):
         raise NotImplementedError
 
 
-def sum_of_products(A: Float[Tensor, "b x d"], B: Float[Tensor, "b t d"]) -> Float[Tensor, "x t"]:
-    """``Σ_i A_i B_iᵀ``."""
-    if A.is_cuda:  # one large product
-        return torch.einsum("bxd,btd->xt", A, B)
-    return A.new_zeros(A.shape[1], B.shape[1]).addbmm(A, B.mT)  # one after another, each in the cache
-
-
 def atoms_by_gate(which: Int[Tensor, " k"]) -> list[Int[Tensor, " k_j"]]:
     """Positions of the atoms of each gate."""
     order = torch.argsort(which, stable=True)

@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.heads.base import Data, Forming, Head, atoms_by_gate, sum_of_products
+from convexhead.heads.base import Data, Forming, Head, atoms_by_gate
 
 
 class MLPMixer(Head):
@@ -82,7 +83,7 @@ class MLPMixer(Head):
         U = T.new_zeros(T.shape[2], self.s, self.s)
         for D, mine in zip(gated.unbind(1), atoms_by_gate(which), strict=True):
             A = self.pool_rows_adjoint(T[:, :, mine].transpose(1, 2)) * D.unsqueeze(1)
-            rows = sum_of_products(A.flatten(1, 2), X)
+            rows = _sum_of_products(A.flatten(1, 2), X)
             U[mine, self.rows] = rows.view(-1, self.p, self.s).to(U.dtype)
         return U
 
@@ -107,3 +108,10 @@ class MLPMixer(Head):
             self.s if self.pool == "mean" else 1
         )
         return G.view(len(G), self.s * self.s, -1)
+
+
+def _sum_of_products(A: Float[Tensor, "b x d"], B: Float[Tensor, "b t d"]) -> Float[Tensor, "x t"]:
+    """``Σ_i A_i B_iᵀ``."""
+    if A.is_cuda:  # one large product
+        return torch.einsum("bxd,btd->xt", A, B)
+    return A.new_zeros(A.shape[1], B.shape[1]).addbmm(A, B.mT)  # one after another, each in the cache

@@ -41,14 +41,6 @@ class TokenBatch(NamedTuple):
     grid: tuple[int, int]
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Order of channels in which convolutions are fast, of images and of weights.
-
-    On a CPU with channels last, up to twice as fast; on a GPU depthwise ones in float32 are slow so.
-    """
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
 class Backbone(nn.Module):
     """A frozen feature extractor together with its preprocessing; always in eval mode.
 

@@ -11,7 +11,7 @@ import torch
 
 from convexhead.errors import InputError, choose
 from convexhead.ranks import join_ranks, local_ranks
-from convexhead.tokens.backbones import Backbone, memory_format, open_backbone
+from convexhead.tokens.backbones import Backbone, open_backbone
 from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.files import make_folder, sha256_file, write_atomic, writer_lock
 from convexhead.tokens.fit_reduction import fit_reduction
@@ -106,7 +106,7 @@ def extract(
     backbone = open_backbone(backbone, layer=layer, image_size=image_size, crop_pct=crop_pct)
     extractor = BatchExtractor(
         source=source,
-        backbone=backbone.to(place, memory_format=memory_format(place)),  # type: ignore[call-overload]
+        backbone=backbone.to(place),
         device=place,
         channels=channels if reduce == "avgpool" else None,
         token_pool=(token_pool, token_pool) if isinstance(token_pool, int) else token_pool,

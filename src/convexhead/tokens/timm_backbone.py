@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from convexhead.errors import InputError
-from convexhead.tokens.backbones import Backbone, TokenBatch, memory_format, sequence_grid
+from convexhead.tokens.backbones import Backbone, TokenBatch, sequence_grid
 from convexhead.tokens.fold import fold_batch_norm
 from convexhead.tokens.timm_import import import_timm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FOLDED = 1e-4
 """Relative change of the tokens that folding may make: rounding in float32 is some 1e-6."""
@@ -33,20 +36,31 @@ class TimmBackbone(Backbone):
         self.preprocessing = {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
         # Up to timm's last step, which makes floats: bytes are four times cheaper to queue and to move.
         self._transform = import_timm().data.create_transform(**config, use_prefetcher=True)
-        self.model = model.to(memory_format=memory_format(torch.device("cpu")))  # type: ignore[call-overload]
+        self.model = model
         for name in ("mean", "std"):
             value = torch.tensor(config[name]).reshape(3, 1, 1) * 255
             self.register_buffer(name, value, persistent=False)
         self.requires_grad_(False).train(False)
+        self.to("cpu")
         self._try(config["input_size"])
         self._fold(config["input_size"])
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch does it, in the order of channels in which convolutions are fast there."""
+        super().to(*args, **kwargs)
+        self.model.to(memory_format=self._memory_format())  # type: ignore[call-overload]
+        return self
+
+    def _memory_format(self) -> torch.memory_format:
+        """On a CPU channels last is up to twice as fast; on a GPU depthwise convolutions in float32 are slow so."""
+        return torch.channels_last if self.mean.device.type == "cpu" else torch.contiguous_format
 
     def prepare(self, image: Image.Image) -> Tensor:
         tensor: Tensor = self._transform(image)
         return tensor
 
     def forward(self, images: Tensor) -> TokenBatch:
-        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=memory_format(images.device))
+        x = ((images.float() - self.mean) / self.std).contiguous(memory_format=self._memory_format())
         features, prefix = self._final(x) if self.layer is None else self._inner(x, self.layer)
         if features.ndim == 4:
             grid = (features.shape[2], features.shape[3])
@@ -101,7 +115,8 @@ class TimmBackbone(Backbone):
         """Fold batch normalisations where the tokens of a test image stay the same to rounding."""
         image = torch.randint(256, (1, *input_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         model, before = self.model, self(image).tokens
-        self.model = fold_batch_norm(model).to(memory_format=memory_format(image.device))  # type: ignore[call-overload]
+        self.model = fold_batch_norm(model)
+        self.to("cpu")  # the new weights too
         if self.model is not model and not (self(image).tokens - before).norm() <= FOLDED * before.norm():
             self.model = model
 
