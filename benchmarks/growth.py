@@ -12,8 +12,8 @@ taken. Tokens of EfficientNet-Lite0's last map with exactly 128 channels, 8 minu
 
 Every size takes the first rows of one random order, from a memory map in --work (made once; default: a temporary
 folder). β/β_max = 0.02. --budget-mb is the estimator's `max_memory`: what tokens and what is prepared of them may take.
-On a GPU a fit of 500 samples comes first and is not timed: it loads the GPU's libraries. A row has the times of all --runs,
-and the rest of the last. 50,000 x 49 x 128 with their Gram matrices take 4.6 GB; with less the rest streams.
+On a GPU a fit of 500 samples comes first and is not timed: it loads the GPU's libraries. A row has the times of all
+--runs, and the rest of the last. 50,000 x 49 x 128 with their Gram matrices take 4.6 GB; with less the rest streams.
 Rows: benchmarks/results/growth.csv; the exponent of the growth is a line of its own, the slope of log seconds over log
 samples by least squares. On 2 cores about 12 minutes for all four sizes.
 """
