@@ -1,12 +1,15 @@
 """Rate of one evaluation, value and gradient, of every head: the products it needs against the machine's GEMM rate.
 
     python benchmarks/evaluation.py [--samples 8000 --tokens 49 --channels 128 --classes 100] [--atoms 32] [--gates 50]
-                                    [--device cuda] [--head NAME ...] [--again]
+                                    [--device cuda] [--bfloat16] [--head NAME ...] [--again]
 
 Tokens are random, which does not matter here. On a GPU products are made in TF32 (`torch.set_float32_matmul_precision
 ("high")`), and so is the GEMM they are compared with; for the published size of tokens on an H200 take
 
     python benchmarks/evaluation.py --device cuda --samples 4000 --tokens 196 --channels 256
+
+--bfloat16 measures what the solver mostly does where the hardware multiplies bfloat16 fast: steps around an anchor
+(`convexhead.solvers.increments`), whose products with the anchor's mixed tokens come on top of the same arithmetic.
 
 With gates each of 10, 25 and --gates gates has one atom, at a quarter of the samples. Medians of 7. Rows:
 benchmarks/results/evaluation.csv; 3 minutes on 2 cores.
@@ -25,6 +28,7 @@ from convexhead.activation import GatedReLU, make_activation, sample_gates
 from convexhead.heads import HEADS, Head, make_head
 from convexhead.losses import CrossEntropy
 from convexhead.problem import Problem
+from convexhead.solvers.increments import Increments
 
 
 def arithmetic(head: Head, c: int, atoms: int, gates: int = 0) -> float:
@@ -69,8 +73,9 @@ def random_problem(name: str, n: int, s: int, d: int, c: int, gates: int, device
     return Problem(X.to(device), Y, head, activation, CrossEntropy(), dtype=torch.float32, device=torch.device(device))
 
 
-def evaluation_seconds(problem: Problem, atoms: int, repeats: int = 7) -> float:
-    """Median time of value and gradient; atoms are spread over the blocks."""
+def evaluation_seconds(problem: Problem, atoms: int, repeats: int = 7, rough: Problem | None = None) -> float:
+    """Median time of value and gradient, as increments where a ``rough`` problem is given; atoms are spread over the
+    blocks."""
     generator = torch.Generator().manual_seed(0)
     model = problem.empty()
     if problem.head.learns_mixing:
@@ -79,13 +84,16 @@ def evaluation_seconds(problem: Problem, atoms: int, repeats: int = 7) -> float:
         model.U, model.block = U.to(model.U), (torch.arange(atoms) % problem.n_blocks).to(problem.device)
         model.V = problem.mask_values(V.to(model.V), model.block)
     device = problem.device.type
-    problem.value_and_gradient(model, 0.1)
-    return statistics.median(timed(lambda: problem.value_and_gradient(model, 0.1), device)[0] for _ in range(repeats))
+    passes = problem if rough is None else Increments(problem, rough, model)
+    passes.value_and_gradient(model, 0.1)
+    return statistics.median(timed(lambda: passes.value_and_gradient(model, 0.1), device)[0] for _ in range(repeats))
 
 
-def described(problem: Problem, atoms: int, gates: int, machine: Row, repeats: int = 7) -> Row:
+def described(
+    problem: Problem, atoms: int, gates: int, machine: Row, repeats: int = 7, rough: Problem | None = None
+) -> Row:
     """Seconds, and the share of the GEMM rate at which the products that are needed were made."""
-    seconds = evaluation_seconds(problem, atoms, repeats)
+    seconds = evaluation_seconds(problem, atoms, repeats, rough)
     atoms = atoms if problem.head.learns_mixing else 1
     rate = problem.n * arithmetic(problem.head, problem.c, atoms, problem.n_blocks if gates else 0) / seconds / 1e9
     gemm = machine[f"gemm_gflops_{str(problem.dtype).removeprefix('torch.')}"]
@@ -107,12 +115,13 @@ def main() -> None:
     parser.add_argument("--gates", type=int, default=50)
     parser.add_argument("--head", nargs="*", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; nothing else on CPUs
     machine = hardware(device=args.device)
-    machine |= {"dtype": "TF32" if args.device != "cpu" else "float32"}
-    key = ("device", "instance", "head", "activation", "atoms", "gates")
+    machine |= {"dtype": "bfloat16 steps" if args.bfloat16 else "TF32" if args.device != "cpu" else "float32"}
+    key = ("device", "instance", "head", "activation", "atoms", "gates", "dtype")
     table = Table("evaluation", key, machine, again=args.again)
     for gates in (0, *sorted({min(g, args.gates) for g in (10, 25, args.gates)})):
         n = args.samples // 4 if gates else args.samples
@@ -123,14 +132,17 @@ def main() -> None:
             def row(name: str = name, gates: int = gates, n: int = n) -> Row:
                 sizes = n, args.tokens, args.channels, args.classes
                 problem = random_problem(name, *sizes, gates, args.device)
+                rough = problem.with_half_products() if args.bfloat16 else None
+                if args.bfloat16 and rough is None:
+                    raise SystemExit("this hardware has no fast bfloat16 products, or this head none at all")
                 atoms = problem.n_blocks if gates else args.atoms
-                return described(problem, atoms, gates, machine)
+                return described(problem, atoms, gates, machine, rough=rough)
 
             sizes = f"n={n} s={args.tokens} d={args.channels} c={args.classes}"
             activation = "gated-relu" if gates else "linear"
             atoms = "one a block" if gates else args.atoms
             where = {"device": machine.get("gpu", "cpu"), "instance": sizes, "head": name, "activation": activation}
-            table.run(row, **where, atoms=atoms, gates=gates)
+            table.run(row, **where, atoms=atoms, gates=gates, dtype=machine["dtype"])
 
 
 if __name__ == "__main__":

@@ -287,11 +287,13 @@ class _ConvexHead(BaseEstimator):
         head, atoms = self._fitted_head(), self._atoms()
         gates = None if self.gates_ is None else torch.from_numpy(self.gates_)
         activation = make_activation(self.activation, head, gates)
-        parts = []
+        # What was fitted on a GPU may be used where there is none.
+        device = inputs.pick_device(self.device if torch.cuda.is_available() else "cpu")
+        atoms, parts = atoms.to(device, torch.float64), []
         for chunk in inputs.token_chunks(X, n_channels=self.n_features_in_, n_tokens=self.n_tokens_):
             no_targets = torch.zeros(len(chunk), head.r, self.n_outputs_)
-            problem = Problem(chunk, no_targets, head, activation, make_loss("squared"), reuse=False)
-            parts.append(problem.outputs(atoms).numpy())
+            problem = Problem(chunk, no_targets, head, activation, make_loss("squared"), device=device, reuse=False)
+            parts.append(problem.outputs(atoms).cpu().numpy())
         return np.concatenate(parts)
 
     def _check_features(self, X: Any) -> Any:

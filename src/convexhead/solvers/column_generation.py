@@ -17,6 +17,7 @@ outputs give a feasible point, and quasi-Newton steps that still swing around th
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -218,8 +219,7 @@ class ColumnGeneration:
         one = self.problem.Y[:1]
         if self.problem.loss.hessian_root(one, one, one) is None:
             return False
-        widest = self._widest()
-        return self.problem.n_blocks * (widest + self._beside(widest)) ** 2 <= MOST_COEFFICIENTS
+        return self._beside(self._widest()) >= self._extra()
 
     def _widest(self) -> int:
         """Atoms of the block that has the most."""
@@ -227,7 +227,8 @@ class ColumnGeneration:
 
     def _beside(self, widest: int) -> int:
         """Directions a block that are settled over beside the model's own: more make a step dearer, not better."""
-        return widest // 2 + self._extra()
+        side = math.isqrt(MOST_COEFFICIENTS[self.problem.device.type] // self.problem.n_blocks)
+        return min(widest // 2 + self._extra(), side - widest)
 
     def _restricts(self) -> bool:
         """Whether what is settled over are mixing directions alone."""

@@ -12,13 +12,15 @@ proportional to the distance from it: relative errors of 2⁻⁸ are errors of t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from convexhead.heads.base import Data
 from convexhead.problem import Atoms, Problem
 
-MIXED_BYTES = 2e9
+MIXED_BYTES = {"cpu": 2e9, "cuda": math.inf}
 """Mixed tokens of the anchor may take no more, whatever the budget."""
 
 
@@ -53,7 +55,7 @@ class Increments:
         """Whether there are cheaper products, and room for the anchor's mixed tokens."""
         if rough is problem:
             return False
-        short = rough.mixed_bytes(len(anchor)) > min(MIXED_BYTES, rough.budget.left)
+        short = rough.mixed_bytes(len(anchor)) > min(MIXED_BYTES[problem.device.type], rough.budget.left)
         return not problem.ranks.largest(short)[0]  # all processes must take the same passes
 
     def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ what follows is added to them, so that errors are relative to the steps (see `co
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -31,9 +32,10 @@ from convexhead.spectral import independent
 
 DRAWS = 10
 """Draws for the Hessian, as a multiple of the number of coefficients."""
-MOST_COEFFICIENTS = 2500
+MOST_COEFFICIENTS = {"cpu": 3000, "cuda": 10_000}
+"""The Hessian's order: what it takes grows with the third power, and becomes several rounds of descent."""
 MOST_STEPS = 6
-MIXED_BYTES = 1e9
+MIXED_BYTES = {"cpu": 1e9, "cuda": math.inf}
 """Mixed tokens of the directions are kept where they take no more and the budget has room, and made anew in each pass
 elsewhere."""
 
@@ -76,7 +78,7 @@ class Subspace:
             atoms.intercept,
         )
         self.start = self._coefficients(atoms)
-        size, room = rough.mixed_bytes(len(self.basis)), min(MIXED_BYTES, rough.budget.left)
+        size, room = rough.mixed_bytes(len(self.basis)), min(MIXED_BYTES[problem.device.type], rough.budget.left)
         self.mixed = rough.mixed(self.basis.U, self.basis.block) if size <= room else None
         if self.mixed is not None:
             rough.budget.lend(size, self)
@@ -111,8 +113,8 @@ class Subspace:
         """``A_jᵀ 𝒜_j*(R)`` times ``B_j``."""
         return torch.bmm(rows.view(*self.left.shape[::2], -1), self.right)
 
-    def hessian(self, f: Float[Tensor, "n r c"], generator: torch.Generator) -> NDArray[np.float64]:
-        """Of ``F`` in ``M``, estimated."""
+    def hessian(self, f: Float[Tensor, "n r c"], generator: torch.Generator) -> Float[Tensor, "jmm jmm"]:
+        """Of ``F`` in ``M``, estimated, in float64."""
         size = self.left.shape[0] * self.left.shape[2] ** 2
         H = torch.zeros(size, size, dtype=self.problem.dtype, device=self.problem.device)
         times = -(-DRAWS * size // self.problem.n)
@@ -120,7 +122,7 @@ class Subspace:
             z = probes(self.problem, f, generator)
             assert z is not None, "the caller has asked"
             H += self.rough.pair_covariance(self.basis, z, len(self.left), self.mixed) / times
-        return H.double().cpu().numpy()
+        return H.double()
 
     def solve(self, beta: float, *, until: float, generator: torch.Generator) -> Float[Tensor, "j m m"]:
         """The last ``M`` of steps from the model until the relative gap in the subspace is at most ``until``."""
@@ -183,13 +185,19 @@ def _numpy(x: Tensor) -> NDArray[np.float64]:
 
 
 def _minimise_model(
-    H: NDArray[np.float64], G: NDArray[np.float64], M: NDArray[np.float64], beta: float, gap: float
+    H: Float[Tensor, "jmm jmm"], G: NDArray[np.float64], M: NDArray[np.float64], beta: float, gap: float
 ) -> NDArray[np.float64]:
-    """``argmin_D ⟨G, D⟩ + ½⟨D, H D⟩ + β Σ_j ‖M_j + D_j‖_*``, by FISTA with restart, to a fraction of ``gap``."""
-    size = len(H)
-    v = np.ones(size) / np.sqrt(size)
+    """``argmin_D ⟨G, D⟩ + ½⟨D, H D⟩ + β Σ_j ‖M_j + D_j‖_*``, by FISTA with restart, to a fraction of ``gap``.
+
+    On the CPU but for the products with ``H``: small decompositions are slow on a GPU.
+    """
+
+    def times(D: NDArray[np.float64]) -> NDArray[np.float64]:
+        return _numpy(H @ torch.from_numpy(D.ravel()).to(H.device)).reshape(D.shape)
+
+    v = np.ones_like(G) / np.sqrt(len(H))
     for _ in range(20):
-        v = H @ v
+        v = times(v)
         L = float(np.linalg.norm(v))
         v /= L or 1.0
     L *= 1.1
@@ -200,7 +208,7 @@ def _minimise_model(
         left, sigma, right = np.linalg.svd(E - (G + HE) / L)
         sigma = np.maximum(sigma - beta / L, 0.0)
         new = (left * sigma[:, None, :]) @ right
-        H_new = (H @ (new - M).ravel()).reshape(M.shape)
+        H_new = times(new - M)
         if float(((E - new) * (new - Z)).sum()) > 0:
             momentum = 1.0
         following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2

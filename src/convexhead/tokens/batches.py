@@ -74,7 +74,8 @@ class BatchExtractor:
 
         Raises:
             BrokenImageError: an image that cannot be read, unless those are skipped.
-            InputError: the tokens are not on ``grid``, or do not fit the stored type.
+            InputError: the tokens are not on ``grid``, or do not fit the stored type; images that do not fit into
+                the device's memory together.
         """
         loaded = [(index, self._prepare(split, index)) for index in items]
         rows = [index for index, image in loaded if image is not None]
@@ -99,8 +100,12 @@ class BatchExtractor:
 
     @torch.inference_mode()
     def _forward(self, images: list[Tensor]) -> TokenBatch:
-        with self._turn:
-            tokens, prefix, grid = self.backbone(torch.stack(images).to(self.device))
+        stacked = torch.stack(images)
+        try:
+            with self._turn:
+                tokens, prefix, grid = self.backbone(stacked.to(self.device))
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"{len(images)} images do not fit into {self.device}: lower batch_size") from error
         if self.token_pool is not None:
             tokens, grid = pool_grid(tokens, grid, self.token_pool), self.token_pool
         if self.channels is not None:

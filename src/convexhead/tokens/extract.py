@@ -78,7 +78,7 @@ def extract(
         constant: append a channel of ones when they are read.
         dtype: type in which tokens are written.
         batch_size: images a forward pass; None is 8 on a CPU (one batch a core, small enough for its
-            cache), else 64.
+            cache), else 256.
         shard_size: images a file, and the most that a crash can lose.
         skip_broken: leave out images that cannot be decoded (the manifest names them) instead of stopping.
         device: a torch device, or ``"auto"`` for a GPU if there is one (under torchrun one GPU a process).
@@ -113,7 +113,7 @@ def extract(
         dtype=dtype,
         skip_broken=skip_broken,
     )
-    batch_size = batch_size or (8 if place.type == "cpu" else 64)
+    batch_size = batch_size or (8 if place.type == "cpu" else 256)
     job = ExtractionJob(extractor, Path(out).expanduser(), batch_size, shard_size)
     components = channels if reduce == "pca" else None
     fit: Fit = {"standardize": standardize, "components": components, "constant": constant}
