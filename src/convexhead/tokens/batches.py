@@ -104,7 +104,7 @@ class BatchExtractor:
         try:
             with self._turn:
                 tokens, prefix, grid = self.backbone(stacked.to(self.device))
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             raise InputError(f"{len(images)} images do not fit into {self.device}: lower batch_size") from error
         if self.token_pool is not None:
             tokens, grid = pool_grid(tokens, grid, self.token_pool), self.token_pool
