@@ -23,7 +23,7 @@ import statistics
 
 import torch
 
-from common import Row, Table, hardware, timed
+from common import Row, Skip, Table, hardware, timed
 from convexhead.activation import GatedReLU, make_activation, sample_gates
 from convexhead.heads import HEADS, Head, make_head
 from convexhead.losses import CrossEntropy
@@ -134,7 +134,7 @@ def main() -> None:
                 problem = random_problem(name, *sizes, gates, args.device)
                 rough = problem.with_half_products() if args.bfloat16 else None
                 if args.bfloat16 and rough is None:
-                    raise SystemExit("this hardware has no fast bfloat16 products, or this head none at all")
+                    raise Skip("no fast bfloat16 products on this hardware, or none in this head")
                 atoms = problem.n_blocks if gates else args.atoms
                 return described(problem, atoms, gates, machine, rough=rough)
 
