@@ -14,10 +14,10 @@ import oracle
 from convexhead.activation import make_activation, sample_gates
 from convexhead.certificate import Certificate, _KrylovBound, certify_atoms
 from convexhead.heads import HEADS, make_head
-from convexhead.losses import make_loss
+from convexhead.losses import CrossEntropy, make_loss
 from convexhead.problem import Atoms, Problem, balance
 from convexhead.solvers import solve
-from convexhead.spectral import BlockKrylov, GradientMatrices, relative_slack
+from convexhead.spectral import BlockKrylov, GradientMatrices, relative_slack, split_off_leading
 
 CASES = [
     (name, activation, outputs)
@@ -227,6 +227,28 @@ def test_the_krylov_bound_is_never_below_the_norm(enough, monkeypatch):
         assert len(slacks) > 40
     else:
         assert splits > 100
+
+
+@pytest.mark.parametrize("c", [4, 20])
+def test_what_couples_unsettled_directions_to_the_rest_costs_nothing(c):
+    """Three Krylov steps leave a coupling of a third of the norm; on either side, values' (c=4) or mixing's (c=20)."""
+    rng = torch.Generator().manual_seed(0)
+    X, labels = torch.randn(60, 9, 8, generator=rng, dtype=torch.float64), torch.randint(c, (60, 1), generator=rng)
+    head = make_head("self-attention", 9, 8)
+    Y, linear = torch.nn.functional.one_hot(labels, c), make_activation("linear", head, None)
+    problem = Problem(X, Y, head, linear, CrossEntropy(), dtype=torch.float64)
+    G = GradientMatrices(problem, problem.residual(problem.outputs(problem.empty())), form=False)
+    assert G.on_values == (c == 4)
+    block = torch.zeros(1, dtype=torch.int64)
+    whole = problem.gradient_matrices(G.R, block)[0]
+    U, sigma, Vt = torch.linalg.svd(whole)
+    top = replace(problem.empty(), U=U[:, 0].view(1, 8, 8), V=Vt[0].view(1, 8, c), block=block)
+    split = split_off_leading(G, G, top, extra=4, steps=3, generator=rng, rtol=1e-3)
+    _, coupling, _ = split.corners
+    assert torch.linalg.matrix_norm(coupling, 2) > (0.2 * sigma[0]) ** 2
+    rest = split.half(torch.eye(G.order, dtype=torch.float64)[None], block)
+    bound = split.norm(torch.linalg.matrix_norm(rest, 2), block)
+    torch.testing.assert_close(bound, sigma[:1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("starts", [1, 2, 8])

@@ -207,7 +207,8 @@ class Deflated:
 
     since ``‖Mᵀa‖² + ‖Nᵀa + Qᵀb‖² ≤ aᵀ(MMᵀ + (1 + 1/η) NNᵀ)a + (1 + η) ‖Qᵀb‖²``. With ``A`` spanning ``G B``, ``P``
     vanishes; with the leading singular directions ``N`` nearly does, and where it does not, among the last of them,
-    ``M`` is small.
+    ``M`` is small. Where the Gram operator acts on the mixing side, ``B`` spans ``GᵀA`` and it is ``N`` that vanishes:
+    there the bound is that of ``Gᵀ``, in which ``P`` and ``N`` change places.
 
     Parameters
     ----------
@@ -225,7 +226,7 @@ class Deflated:
 
     @cached_property
     def corners(self) -> tuple[Float[Tensor, "j m m"], Float[Tensor, "j m m"], Float[Tensor, " j"]]:
-        """``MMᵀ``, ``NNᵀ`` and ``‖P‖`` of each block."""
+        """``MMᵀ``, ``NNᵀ`` and ``‖P‖`` of each block, of ``Gᵀ`` where the Gram operator acts on the mixing side."""
         problem, (j, _, m) = self.G.problem, self.A.shape
         AtG, GB = self.A.new_zeros(j, m, self.G.q), self.A.new_zeros(j, m, self.G.p)
         used = (self.A != 0).any(1)  # (j, m)
@@ -241,8 +242,10 @@ class Deflated:
                 at_A = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
             GB[used], AtG[used] = at_B, at_A
         M = AtG @ self.B
-        N, P = AtG - M @ self.B.mT, GB.mT - self.A @ M
-        largest = P.mT @ P if m else P.new_zeros(j, 1, 1)
+        N, P = AtG - M @ self.B.mT, (GB.mT - self.A @ M).mT
+        if not self.G.on_values:
+            M, N, P = M.mT, P, N
+        largest = P @ P.mT if m else P.new_zeros(j, 1, 1)
         return M @ M.mT, N @ N.mT, torch.linalg.eigvalsh(largest)[:, -1].clamp_min(0).sqrt()
 
     @cached_property
