@@ -3,8 +3,6 @@
     python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv,
                                                                 # of fewer images into results/cifar100_NAME_sizes.csv
     python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100.md from these files
-    python benchmarks/cifar100_tables.py --begun HARDWARE NAME RUN ...      # cells of runs that were cut off before the
-                                                    # test images were read, into results/cifar100_NAME_begun.csv
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
 the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced; a
@@ -16,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from common import RESULTS, Row, read_csv, write_csv
+from convexhead.experiments.cifar100 import PRIORITY
 from convexhead.experiments.comparison import METHOD
 from convexhead.report import figures, methods
 from speed_tables import markdown
@@ -63,84 +61,34 @@ def gather(name: str, runs: list[Path]) -> None:
     write_csv(f"cifar100_{name}", sorted(rows, key=_place))
 
 
-def gather_begun(name: str, runs: list[Path], hardware: str) -> None:
-    """The cells of unfinished runs: what was trained, with validation accuracies."""
-    rows = []
-    for run in runs:
-        pieces = [json.loads(path.read_text()) for path in sorted(run.glob("pieces/*/*.json"))]
-        (path,) = (piece for piece in pieces if "certificate" in piece)
-        certificate = path["certificate"]
-        cell = {key: path[key] for key in ("head", "activation", "beta_ratio", "beta")} | {"hardware": hardware}
-        keys = ("dual", "relative_gap", "failure_probability", "scope")
-        rows.append(
-            {
-                **cell,
-                "method": "convex",
-                "heads": path["heads"],
-                "validation_accuracy": path["validation_accuracy"],
-                "objective": certificate["primal"],
-                **{key: certificate[key] for key in keys},
-                "seconds": path["seconds"],
-            }
-        )
-        for twin in (piece for piece in pieces if "optimizer" in piece):
-            kept = ("learning_rate", "seed", "validation_accuracy", "objective", "seconds")
-            excess = (twin["objective"] - certificate["primal"]) / certificate["primal"]
-            of_twin = {"method": twin["optimizer"], "heads": twin["n_heads"], "excess": excess}
-            rows.append({**cell, **of_twin, **{key: twin[key] for key in kept}})
-    write_csv(f"cifar100_{name}_begun", rows)
-
-
-def begun(name: str) -> str:
-    """The table of one such file: a line a cell, its runs of Adam summed up."""
-    rows, lines = read_csv(f"cifar100_{name}_begun"), []
-    for convex in (row for row in rows if row["method"] == "convex"):
-        adam = [row for row in rows if _cell(row) == _cell(convex) and row is not convex]
-        accuracy, excess, seconds = (
-            [float(row[key]) for row in adam] for key in ("validation_accuracy", "excess", "seconds")
-        )
-        lines.append(
-            [
-                convex["head"],
-                convex["activation"],
-                convex["heads"],
-                f"{float(convex['validation_accuracy']):.1%}",
-                f"≤ {float(convex['relative_gap']):.2%}",
-                f"{float(convex['seconds']):.0f} s",
-                len(adam),
-                f"{max(accuracy):.1%}",
-                f"{min(excess):.2%}",
-                f"{statistics.fmean(seconds):.0f} s",
-            ]
-        )
-    columns = ["Head", "Activation", "Heads", "Validation", "Above the optimum", "Path over β, all"]
-    columns += ["Adam's runs so far", "Best validation", "Best run", "A run"]
-    return markdown(columns, lines)
-
-
 def _cell(row: Row) -> tuple[str, str]:
     return row["head"], row.get("activation") or ""
 
 
-def _place(row: Row) -> int:
-    """By activation, probes last; cells keep their order."""
-    activation = row.get("activation")
-    return ORDER.index(activation) if activation in ORDER else len(ORDER)
+def _place(row: Row) -> tuple[int, int]:
+    """By activation and head, probes last; the methods of a cell keep their order."""
+    if row.get("activation") not in ORDER:
+        return len(ORDER), 0
+    return ORDER.index(row["activation"]), PRIORITY.index(row["head"].split()[0])
 
 
 def table(name: str) -> str:
     """The table of one file, and where it was measured."""
     rows = read_csv(f"cifar100_{name}")
+    several = len({_processor(row) for row in rows}) > 1
     lines = []
     for row in rows:
         cells = dict(zip(methods.COLUMNS, methods.cells(_typed(row)), strict=True))
-        lines.append([cells[column] for column in COLUMNS])
-    machines = dict.fromkeys(
-        f"{row.get('gpu') or row['cpu']}, {row['cores']} cores, seconds: {row['clock']}" for row in rows
-    )
+        lines.append([cells[column] for column in COLUMNS] + [_processor(row)] * several)
+    columns = list(COLUMNS.values()) + ["On"] * several
+    machines = dict.fromkeys(f"{_processor(row)}, {row['cores']} cores, seconds: {row['clock']}" for row in rows)
     sizes = {column: rows[0][column] for column in ("backbone", "train", "classes", "tokens", "channels")}
     told = "{backbone}: {train} images to train on, {classes} classes, {tokens} tokens x {channels} channels."
-    return f"{told.format(**sizes)} Measured on: {'; '.join(machines)}.\n\n{markdown(list(COLUMNS.values()), lines)}"
+    return f"{told.format(**sizes)} Measured on: {'; '.join(machines)}.\n\n{markdown(columns, lines)}"
+
+
+def _processor(row: Row) -> str:
+    return row.get("gpu") or row["cpu"]
 
 
 def _typed(row: Row) -> dict[str, Any]:
@@ -208,8 +156,8 @@ def write_page() -> None:
         if (RESULTS / f"cifar100_{name}.csv").exists():
             begin, end = (f"<!-- {word} {name} -->" for word in ("begin", "end"))
             head, rest = page.split(begin)
-            text = begun(name.removesuffix("_begun")) if name.endswith("_begun") else table(name)
-            if not name.endswith("_begun") and widths(name):
+            text = table(name)
+            if widths(name):
                 text += f"\n\n![Adam's heads by their number](images/cifar100-{name}.svg)"
             page = f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
     PAGE.write_text(page)
@@ -219,11 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?")
     parser.add_argument("runs", nargs="*", type=Path)
-    parser.add_argument("--begun", metavar="HARDWARE", help="the runs are not finished; they do not say where they ran")
     args = parser.parse_args()
-    if args.begun is not None:
-        gather_begun(args.name, args.runs, args.begun)
-    elif args.name is not None:
+    if args.name is not None:
         gather(args.name, args.runs)
     write_page()
 

@@ -18,6 +18,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 NOTHING = "*(no rows yet)*"
 LAUNCHES = 100.0
 """Evaluations that take so many times their arithmetic are a GPU's launches, and stay in the CSV."""
+BFLOAT16 = "bfloat16 steps"
+"""What `evaluation.py --bfloat16` writes as the type of its rows; measured against products in TF32."""
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -35,7 +37,7 @@ def where(rows: Sequence[Row]) -> str:
     """Machines that rows were measured on."""
     rates: dict[str, list[float]] = {}
     for row in rows:
-        product = "TF32" if row.get("dtype") == "TF32" else "float32"
+        product = "TF32" if row.get("dtype") in ("TF32", BFLOAT16) else "float32"
         machine = f"{row.get('gpu', row['cpu'])}, threads: {row['threads']}, {{}} GFLOP/s in a large {product} product"
         rates.setdefault(machine, []).append(float(row["gemm_gflops_float32"]))
     told = (machine.format(f"{min(r):.0f} to {max(r):.0f}") for machine, r in rates.items())
@@ -112,7 +114,9 @@ def evaluation() -> str:
     rows = [row for row in read_csv("evaluation") if float(row.get("times_the_arithmetic", "inf")) < LAUNCHES]
     lines = [
         [
-            f"{row['head']}, {row['activation']}" + (f", {row['gates']} gates" if row["gates"] != "0" else ""),
+            f"{row['head']}, {row['activation']}"
+            + (f", {row['gates']} gates" if row["gates"] != "0" else "")
+            + (f", {BFLOAT16}" if row["dtype"] == BFLOAT16 else ""),
             row.get("gpu", row["cpu"]),
             row["instance"],
             number(row, "seconds_median"),
