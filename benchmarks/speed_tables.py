@@ -139,7 +139,7 @@ def growth() -> str:
             row["samples"],
             number(row, "seconds_median"),
             number(row, "tflop_equivalents"),
-            number(row, "relative_gap_certified", 2),
+            number(row, "relative_gap_certified", 2) + ("" if row["converged"] == "True" else " (stopped)"),
             row["heads"],
             f"{float(row['budget_mb']):.0f} MB",
             f"{row['peak_mb']} MB",
