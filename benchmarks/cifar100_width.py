@@ -1,6 +1,6 @@
 """What a usual number of heads costs: Adam with 20 at the β and on the tokens of a certified head that has more.
 
-    python benchmarks/cifar100_width.py --tokens STORE [--scale 10k] [--atoms 20] [--head mlp fno block-fno] --work RUN
+    python benchmarks/cifar100_width.py --tokens STORE [--atoms 20] [--head mlp fno block-fno] --work RUN
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`; RUN is a folder that keeps what is finished.
 Linear heads, every learning rate of the experiment, one seed. Rows: benchmarks/results/cifar100_10k_width.csv, about
@@ -10,10 +10,8 @@ Linear heads, every learning rate of the experiment, one seed. Rows: benchmarks/
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import convexhead as ch
 from common import Row, Table, hardware
@@ -23,31 +21,30 @@ from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits, chosen_splits
 from convexhead.heads import HEADS
 
+SCALE = SCALES["10k"]
 
-def rows(splits: Splits, folder: RunFolder, cell: Cell, scale: str, atoms: int) -> list[tuple[Piece, Piece]]:
+
+def rows(splits: Splits, folder: RunFolder, cell: Cell, atoms: int) -> list[tuple[Piece, Piece]]:
     """Runs of Adam, each with the convex head's piece."""
-    path = folder.once(f"{cell.name}/path", lambda: fit_path(splits, SCALES[scale].path, cell, folder))
-    (twin,) = train_twins(splits, replace(SCALES[scale].twins, heads=(atoms,), seeds=(0,)), cell, folder)
+    path = folder.once(f"{cell.name}/path", lambda: fit_path(splits, SCALE.path, cell, folder))
+    (twin,) = train_twins(splits, replace(SCALE.twins, heads=(atoms,), seeds=(0,)), cell, folder)
     return [(path, run) for run in twin.tuned.tried]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", required=True, type=Path)
-    parser.add_argument("--scale", choices=list(SCALES), default="10k")
     parser.add_argument("--atoms", type=int, default=20)
     parser.add_argument("--head", nargs="*", choices=list(HEADS), default=["mlp", "fno", "block-fno"])
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
-    choice = SCALES[args.scale].images
-    splits, folder = chosen_splits(ch.TokenStore.open(args.tokens), choice), RunFolder(args.work)
-    about: dict[str, Any] = {"scale": args.scale, "atoms": args.atoms, "tokens": json.dumps(splits.identity)}
-    folder.begin(about)
+    splits, folder = chosen_splits(ch.TokenStore.open(args.tokens), SCALE.images), RunFolder(args.work)
+    folder.begin({"atoms": args.atoms, "data": splits.identity})
     key = ("backbone", "train", "head", "activation", "heads", "learning_rate", "seed")
     table = Table("cifar100_10k_width", key, hardware(), again=args.again)
     for head in args.head:
-        for path, run in rows(splits, folder, Cell(head, "linear"), args.scale, args.atoms):
+        for path, run in rows(splits, folder, Cell(head, "linear"), args.atoms):
 
             def row(path: Piece = path, run: Piece = run) -> Row:
                 best = path.record["certificate"]["primal"]

@@ -30,6 +30,9 @@ from convexhead.losses import CrossEntropy
 from convexhead.problem import Problem
 from convexhead.solvers.increments import Increments
 
+BFLOAT16 = "bfloat16 steps"
+"""Type of the rows of --bfloat16, which are measured against products in TF32."""
+
 
 def arithmetic(head: Head, c: int, atoms: int, gates: int = 0) -> float:
     """Operations that value and gradient of one sample take with ``atoms`` atoms under mean pooling, at the least.
@@ -120,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; nothing else on CPUs
     machine = hardware(device=args.device)
-    machine |= {"dtype": "bfloat16 steps" if args.bfloat16 else "TF32" if args.device != "cpu" else "float32"}
+    machine |= {"dtype": BFLOAT16 if args.bfloat16 else "TF32" if args.device != "cpu" else "float32"}
     key = ("device", "instance", "head", "activation", "atoms", "gates", "dtype")
     table = Table("evaluation", key, machine, again=args.again)
     for gates in (0, *sorted({min(g, args.gates) for g in (10, 25, args.gates)})):

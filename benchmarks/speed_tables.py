@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from common import RESULTS, Row, read_csv
+from evaluation import BFLOAT16
 
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 NOTHING = "*(no rows yet)*"
 LAUNCHES = 100.0
 """Evaluations that take so many times their arithmetic are a GPU's launches, and stay in the CSV."""
-BFLOAT16 = "bfloat16 steps"
-"""What `evaluation.py --bfloat16` writes as the type of its rows; measured against products in TF32."""
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
