@@ -229,20 +229,21 @@ class ReLU:
         return None
 
     def mix(self, data: Data, U: Tensor, block: Tensor) -> Tensor:
-        return self._read(data, self.head.preactivation(data, U, block))
+        return self._read(data, self.head.preactivation(data, U, block).relu_())
 
     def mix_adjoint(self, data: Data, T: Tensor, block: Tensor, at: Tensor | None) -> Tensor:
         assert at is not None, "a ReLU has a derivative at given weights only"
         return self.mix_with_pull_back(data, at, block)[1](T)
 
     def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
-        head, A = self.head, self.head.preactivation(data, U, block)
+        head, active = self.head, self.head.preactivation(data, U, block).relu_()
 
         def pull_back(T: Tensor) -> Tensor:
             S = head.pool_rows_adjoint(head.read_adjoint(data, T))
-            return head.preactivation_adjoint(data, S * (A > 0), block)
+            masked = torch.ops.aten.threshold_backward(S, active, 0)  # S ⊙ (active > 0), in one go
+            return head.preactivation_adjoint(data, masked, block)
 
-        return self._read(data, A), pull_back
+        return self._read(data, active), pull_back
 
     def forming(self, c: int) -> None:
         return None
@@ -250,11 +251,11 @@ class ReLU:
     def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
         raise NotImplementedError("a ReLU has no gradient matrices")
 
-    def _read(self, data: Data, A: Tensor) -> Tensor:
-        return self.head.read(data, self.head.pool_rows(A.relu()))
+    def _read(self, data: Data, active: Tensor) -> Tensor:
+        return self.head.read(data, self.head.pool_rows(active))
 
     def workspace(self, k: int) -> int:
-        return k * self.head.p * max(self.head.score_width, self.head.d)
+        return self.head.workspace(k)
 
 
 def _check_mixing(head: Head) -> None:

@@ -148,6 +148,10 @@ class Head(ABC):
         """Adjoint of `read` in ``S``."""
         return T.transpose(1, 2)
 
+    def workspace(self, k: int) -> int:
+        """Numbers held per sample while the scores of ``k`` atoms are made."""
+        return k * self.p * self.score_width
+
     # -- with fixed masks ---------------------------------------------------------------------------------------------
     kept_gates: ClassVar[float] = math.inf
     """Gates up to which what `gate` or `gated_features` makes is kept for many passes."""
@@ -193,7 +197,7 @@ class Head(ABC):
 
     def gated_workspace(self, k: int, gates: int) -> int:
         """Numbers held per sample while ``k`` atoms of so many ``gates`` are mixed."""
-        return k * self.p * max(self.score_width, self.d)
+        return self.workspace(k)
 
     def pool_rows(self, A: Float[Tensor, "b k p q"]) -> Float[Tensor, "b k r q"]:
         """``P`` applied to the token rows of activated scores."""

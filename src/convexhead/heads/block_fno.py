@@ -96,8 +96,8 @@ class BlockFNO(Head):
 
         return self._from_groups(adjoint, data, T, group, atom_dim=2)
 
-    def gated_workspace(self, k: int, gates: int) -> int:
-        return math.ceil(self._fno.gated_workspace(k, gates) / self.n_groups)  # a group at a time
+    def workspace(self, k: int) -> int:
+        return math.ceil(self._fno.workspace(k) / self.n_groups)  # a group at a time
 
     def _channels(self, data: Data, g: int) -> Data:
         """What an FNO of channel group ``g`` would prepare."""

@@ -69,6 +69,9 @@ class FNO(Head):
         weighted = self._transform(A) @ A.squeeze(-1).permute(2, 1, 0).reshape(self.p, -1)
         return self._products_adjoint(data, weighted.view(-1, k, b))
 
+    def workspace(self, k: int) -> int:
+        return k * self.s
+
     # Pooled rows of D ⊙ circ(X), for few gates: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P_{q+t} D_{q+t} X[q].
     def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
         b, j = masks.shape[:2]
@@ -100,9 +103,6 @@ class FNO(Head):
         if self.r > 1:
             return super().gated_mix_adjoint(data, T, group, gated, which)
         return self._products_adjoint(data, gated.index_select(1, which) * T[:, 0, :, 0].T)
-
-    def gated_workspace(self, k: int, gates: int) -> int:
-        return k * self.s if self.r == 1 else super().gated_workspace(k, gates)
 
     def _products(self, data: Data, U: Tensor) -> Tensor:
         """Real and imaginary parts of ``X̂ Û`` in turn, ``(f·2, k, b)``, weighted for Parseval's sum."""

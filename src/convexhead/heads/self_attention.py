@@ -62,6 +62,9 @@ class SelfAttention(Head):
         QU = torch.einsum("bpd,kde->bkpe", queries, U).reshape(len(X), -1, self.d)
         return (QU @ X.mT).view(len(X), len(U), self.p, self.s)
 
+    def workspace(self, k: int) -> int:
+        return k * self.p * max(self.s, self.d)
+
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         X = data["X"]
         AX = (A.reshape(len(X), -1, self.s) @ X).view(*A.shape[:3], self.d)

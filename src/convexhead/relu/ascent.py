@@ -65,6 +65,7 @@ def ascend(
     *,
     iterations: int,
     rtol: float = 1e-7,
+    climbers: int | None = None,
 ) -> Peaks:
     """Ascend from every ``U_k``; starts whose ``φ`` rises by less than ``rtol`` rest.
 
@@ -76,10 +77,15 @@ def ascend(
         Residuals.
     U, block
         Starts ``(k, *mixing_shape)`` of any size but zero, and their channel groups ``(k,)``.
+    climbers : int or None
+        Only so many are gone on with, those that begin highest; None: all.
     """
     U = _unit(U)
     G = problem.adjoint_times_mixing(R, U, block)
     values = G.flatten(1).norm(dim=1)
+    if climbers is not None:
+        highest = values.argsort(descending=True)[:climbers]
+        U, G, values, block = U[highest], G[highest], values[highest], block[highest]
     step = torch.ones_like(values)
     moving = torch.arange(len(U), device=U.device)[values > 0]
     ahead = torch.zeros_like(U)

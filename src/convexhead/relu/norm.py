@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -115,12 +116,17 @@ class NormOracle:
         n_starts: int = 16,
         iterations: int = 30,
         rtol: float = 1e-7,
+        climbers: int | None = None,
     ) -> Peaks:
-        """The best that ascents find, from ``n_starts`` random starts for each channel group and from ``warm``'s."""
-        U, block = starts(self.problem, n_starts, generator)
-        if warm is not None and len(warm):
-            U, block = torch.cat([warm.U.to(U), U]), torch.cat([warm.block, block])
-        return ascend(self.problem, R.to(U.dtype), U, block, iterations=iterations, rtol=rtol)
+        """The best that ascents find, from ``n_starts`` random starts for each channel group and from ``warm``'s.
+
+        With ``climbers`` only from so many of either, those that begin highest.
+        """
+        climb = partial(ascend, self.problem, R.to(self.problem.dtype), iterations=iterations, rtol=rtol)
+        peaks = climb(*starts(self.problem, n_starts, generator), climbers=climbers)
+        if warm is None or not len(warm):
+            return peaks
+        return peaks.merge(climb(warm.U.to(self.problem.dtype), warm.block, climbers=climbers))
 
     def bound(self, R: Float[Tensor, "n r c"], peaks: Peaks, *, rtol: float = 1e-6, enough: float = 0.0) -> DualNorm:
         """A proven bound beside the ``peaks`` of a search, to which it adds what it has found itself.

@@ -2,9 +2,10 @@
 
     repeat
         price:   the mixing weights u that the residual rewards most, h(R) = max ‖Σ_i (P mix(X_i, u))ᵀ R_i‖
-        grow:    append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search
+        grow:    append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search; (large problems) at
+                 first also in many random directions
         weigh:   (small problems) L-BFGS over values and lengths of the mixing weights: a convex problem, a group lasso
-    descend: L-BFGS over all factors of the ReLU network
+    descend: L-BFGS over all factors of the ReLU network, whitened (`whitening`) where the problem is large
         tidy:    merge atoms of one direction, drop those that the penalty has shrunk
         settle:  (small problems) descend within the cones of the atoms' activation patterns (`cones`)
         stop:    when the scaled dual point says that the gap is small enough
@@ -27,6 +28,7 @@ from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.factored import FactoredDescent, Passes
 from convexhead.solvers.pricing import with_best_step
+from convexhead.solvers.whitening import Whitening
 
 
 class ReLUColumnGeneration:
@@ -47,10 +49,17 @@ class ReLUColumnGeneration:
     """
 
     batch = 16
-    """Atoms that one pricing may add."""
+    """Atoms that one pricing may add, at least."""
+    wide = 256
+    """Value rows of the atoms that a large problem begins with, where one pricing after another would find them one by
+    one. A fourth of them may be added later on at a time."""
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
+    renewal = 50
+    """Iterations after which the coordinates of a descent are whitened anew."""
     max_rounds = 200
+    far = 0.1
+    """A gap estimated larger than this says no more than that."""
     settled = 1e-2
     """Relative decrease of the objective in ten iterations, over the square of a gap, that ends a descent: the dual
     lags behind the objective as a gradient does. In large problems it is the gap at hand, since far from the optimum
@@ -71,6 +80,9 @@ class ReLUColumnGeneration:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.max_heads, self.generator = max_heads, generator
         self.oracle = NormOracle(problem)
+        if not self.oracle.tight:
+            self.batch = max(self.batch, self.wide // 4 // problem.head.value_rows)
+        self.widest = max(self.batch, self.wide // problem.head.value_rows)
         self.model = start
         self._witness: Tensor | None = None
 
@@ -96,19 +108,22 @@ class ReLUColumnGeneration:
             if self.monitor.out_of_time():
                 return Stop.TIME
             best, since = (gap, 0) if gap < 0.9 * best else (best, since + 1)
-            lag = self.settled * (target if self.oracle.tight else gap) ** 2
+            lag = self.settled * (target if self.oracle.tight else min(gap, self.far)) ** 2
             self.noise = max(lag, torch.finfo(self.problem.dtype).eps)
             if since > self.patience:
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
-            new = self._new_atoms(f, peaks)
+            if self.oracle.tight or len(self.model):
+                new = self._new_atoms(f, peaks, self.batch)
+            else:
+                new = self._new_atoms(f, peaks.merge(self._scattered(f)), self.widest)
             grown = self.model if new is None else self.model.append(new)
             if not len(grown):
                 return Stop.STALLED
             if self.oracle.tight:
                 grown = self._descend(Rays(self.problem, grown), grown)
             # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
-            fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
+            fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since) if self.oracle.tight else grown
             model = self._descend(self.problem, fewer)
             if len(fewer) < len(grown) and self._objective(model) > self._objective(self.model):
                 model = self._descend(self.problem, grown)
@@ -134,6 +149,7 @@ class ReLUColumnGeneration:
             n_starts=16 if tight else 8,
             iterations=30 if tight else 12,
             rtol=1e-7 if tight else 1e-4,
+            climbers=None if tight else self.batch,
         )
         norm = float(peaks.values[:1].sum())
         objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
@@ -147,11 +163,20 @@ class ReLUColumnGeneration:
             self._witness = f
         return peaks, self.monitor.record(objective, dual, len(self.model))
 
-    def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks) -> Atoms | None:
-        """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, with the best common ``t``; None where none pays."""
+    def _scattered(self, f: Float[Tensor, "n r c"]) -> Peaks:
+        """Random directions as they are: ascents would lead many of them to the same few."""
+        each = self.widest // self.problem.head.n_groups
+        R = self.problem.residual(f)
+        return self.oracle.search(R, generator=self.generator, n_starts=each, iterations=0)
+
+    def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks, most: int) -> Atoms | None:
+        """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, at most so many, with the best common ``t``.
+
+        None where none pays.
+        """
         problem = self.problem
         peaks = peaks.select(peaks.values > self.beta * (1 + 1e-9)).distinct()
-        room = self.batch if self.max_heads is None else min(self.batch, self.max_heads - len(self.model))
+        room = most if self.max_heads is None else min(most, self.max_heads - len(self.model))
         peaks = peaks.select(torch.arange(len(peaks.values)) < room)
         if not len(peaks.values):
             return None
@@ -167,18 +192,23 @@ class ReLUColumnGeneration:
 
     # -- descend and tidy ---------------------------------------------------------------------------------------------
     def _descend(self, passes: Passes, atoms: Atoms) -> Atoms:
-        """Up to `descent_steps` iterations."""
-        descent = FactoredDescent(passes, atoms, self.beta)
-        before = descent.value
-        for step in range(self.descent_steps):
-            if not descent.step() or self.monitor.out_of_time():
-                break
-            if step % 10 == 9:
-                self.monitor.record(descent.value, -torch.inf, len(atoms))
-                if before - descent.value <= self.noise * abs(before):
-                    break
-                before = descent.value
-        return descent.atoms
+        """Up to `descent_steps` iterations, in whitened coordinates where the problem is large."""
+        problem, beta, tight = self.problem, self.beta, self.oracle.tight
+        rounds = 1 if tight else self.descent_steps // self.renewal
+        for _ in range(rounds):
+            coordinates = None if tight else Whitening(problem, atoms, problem.outputs(atoms), beta)
+            descent = FactoredDescent(passes, atoms, beta, coordinates)
+            before = descent.value
+            for step in range(self.descent_steps // rounds):
+                if not descent.step() or self.monitor.out_of_time():
+                    return descent.atoms
+                if step % 10 == 9:
+                    self.monitor.record(descent.value, -torch.inf, len(atoms))
+                    if before - descent.value <= self.noise * abs(before):
+                        return descent.atoms
+                    before = descent.value
+            atoms = descent.atoms
+        return atoms
 
     def _tidy(self, atoms: Atoms, apart: float = 1e-9) -> Atoms:
         """Balanced atoms; those merged whose directions differ by less than ``apart`` in cosine, tiny ones dropped.
