@@ -90,24 +90,25 @@ class MLPMixer(Head):
     def gated_workspace(self, k: int, gates: int) -> int:
         return (gates + math.ceil(k / gates)) * self.p * self.d + k * self.r * self.d
 
-    # Entry (p, t; e, o) is Σ_i D_pe X_te R_o / s: for every e one product, of which all gates share the right side.
+    # Entry (p, t; e, o) is Σ_i D_pe X_te R_o / s: for every channel e one product, which all gates share.
     def forming(self, c: int, *, gated: bool) -> Forming | None:
-        return Forming(c, self.d * (self.s * c + self.p)) if gated and self.r == 1 else None
+        return Forming(c, self.s * c + self.p * self.d) if gated and self.r == 1 else None
 
     def gated_gradient(self, batches: Iterable[tuple[Data, Tensor, Tensor]]) -> Tensor:
         total: Tensor | None = None
         for data, R, gated in batches:
-            weighted = torch.einsum("nte,no->ento", data["X"], R[:, 0]).flatten(2)  # (d, n, s·c)
+            outputs = R[:, 0]
+            masks = gated.permute(3, 1, 2, 0).contiguous().flatten(1, 2)  # (d, j·p, n)
             if total is None:
-                total = R.new_zeros(gated.shape[1], self.d, self.p, weighted.shape[2])
-            for of_gate, D in zip(total, gated.unbind(1), strict=True):
-                of_gate.baddbmm_(D.permute(2, 1, 0), weighted)
+                total = R.new_zeros(*masks.shape[:2], self.s * R.shape[2])
+            for of_channel, D, x in zip(total, masks, data["X"].unbind(2), strict=True):
+                weighted = x.unsqueeze(2) * outputs.unsqueeze(1)  # (n, s, c)
+                of_channel.addmm_(D, weighted.flatten(1))
         assert total is not None
-        G = total.new_zeros(len(total), self.s, self.s, self.d, total.shape[3] // self.s)
-        G[:, self.rows] = total.unflatten(3, (self.s, -1)).permute(0, 2, 3, 1, 4) / (
-            self.s if self.pool == "mean" else 1
-        )
-        return G.view(len(G), self.s * self.s, -1)
+        entries = total.view(self.d, -1, self.p, self.s, total.shape[2] // self.s).permute(1, 2, 3, 0, 4)
+        G = total.new_zeros(len(entries), self.s, *entries.shape[2:])
+        G[:, self.rows] = entries / (self.s if self.pool == "mean" else 1)
+        return G.flatten(3).flatten(1, 2)
 
 
 def _sum_of_products(A: Float[Tensor, "b x d"], B: Float[Tensor, "b t d"]) -> Float[Tensor, "x t"]:
