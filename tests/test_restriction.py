@@ -12,6 +12,7 @@ from convexhead.losses import CrossEntropy
 from convexhead.problem import Atoms, Problem
 from convexhead.solvers import restriction
 from convexhead.solvers.base import Monitor
+from convexhead.solvers.fista import Fista
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 
 HEADS = [("mlp", "shared"), ("fno", "shared"), ("block-fno", "shared"), ("block-fno", "grouped")]
@@ -55,7 +56,7 @@ def test_passes_are_those_of_the_problem(name, outputs, activation):
     inner = torch.randn(2 * j, 2, generator=generator, dtype=torch.float64)
     inner[block == 0, 1] = 0
     V = torch.randn(2 * j, 1, 4, generator=generator, dtype=torch.float64)
-    passes = Restriction(problem, left)
+    passes = Restriction(problem, left, torch.float64)
     atoms = passes.rotate_back(Atoms(inner, problem.mask_values(V, block), block, torch.zeros(4).double()))
     torch.testing.assert_close(passes.rotate(atoms).U, inner)
     f = problem.outputs(atoms)
@@ -77,6 +78,22 @@ def test_rounds_end_at_the_optimum_of_the_whole():
         atoms, past = solve_restricted(problem, atoms, both, beta, until=1e-8, monitor=Monitor()), left
     certificate = certify_atoms(problem, atoms, beta, tol=1e-5)
     assert certificate.converged
+
+
+def test_single_precision_ends_where_rounding_hides_the_decrease():
+    problem = build("fno", "shared", "gated-relu")
+    directions = all_directions(problem, problem.residual(torch.zeros(80, 1, 4, dtype=torch.float64)))
+    beta = 0.02 * float(directions.sigma.max())
+    objectives = []
+    for dtype in (torch.float32, torch.float64):
+        passes = Restriction(problem, leading_left(directions, beta), dtype)
+        method = Fista(passes.problem, beta, problem.empty(), Monitor(), dense=passes)
+        method.max_iterations = 2000
+        method.advance(0.0)
+        atoms = method.atoms()
+        objectives.append(problem.data_term(problem.outputs(atoms)) + beta * problem.penalty(atoms))
+    assert objectives[0] == pytest.approx(objectives[1], rel=1e-6)
+    assert objectives[0] != objectives[1]
 
 
 @pytest.mark.parametrize("intercept", [False, True])

@@ -22,7 +22,7 @@ class DensePasses:
     Attributes
     ----------
     features : Tensor (n·r, j·w·e)
-        ``Φ``, blocks side by side.
+        ``Φ``, blocks side by side. Products with it are made in its precision, all else in that of the problem.
     rotation : Tensor (p, w)
         Orthonormal basis of the visible mixing directions.
     """
@@ -47,13 +47,23 @@ class DensePasses:
 
     def outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
         """``f`` at dense weights."""
-        return (self.features @ Z.reshape(-1, self.problem.c) + b).view(self.problem.Y.shape)
+        f = self.features @ Z.reshape(-1, self.problem.c).to(self.features.dtype)
+        return (f + b).view(self.problem.Y.shape)
 
     def gradient(self, R: Float[Tensor, "n r c"]) -> Float[Tensor, "j w q"]:
         """``𝒜_j*(R)`` of every block."""
         # Several times faster than features.T @ R, whose few columns leave the product to slow kernels.
-        G = self.problem.sum(R.flatten(0, 1).T @ self.features)[0].T.reshape(self.shape)
+        G = R.flatten(0, 1).T.to(self.features.dtype) @ self.features
+        G = self.problem.sum(G.to(R.dtype))[0].T.reshape(self.shape)
         return G if self.mask is None else G * self.mask
+
+    def norm(self, steps: int = 10) -> float:
+        """``‖Φ‖₂``, estimated from below by the power method."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.features.shape[1], generator=generator).to(self.features)
+        for _ in range(steps):
+            v = self.features.T @ (self.features @ torch.nn.functional.normalize(v, dim=0))
+        return float(v.norm()) ** 0.5
 
     def matrices(self, atoms: Atoms) -> Float[Tensor, "j w q"]:
         """``Z_j = Σ_k u_k v_kᵀ`` for atoms with rotated mixing weights ``(k, w)``."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,10 @@ class Fista:
     check_every = 5
     polish_below = 0.05
     """Relative gap under which factors may take over."""
+    slack: ClassVar = {torch.float64: 1e-14, torch.float32: 1e-7}
+    """Relative decrease of the objective that means nothing in a precision of the features."""
+    trials = 60
+    """Of a step; where none is short enough, rounding hides the decrease."""
 
     def __init__(
         self, problem: Problem, beta: float, start: Atoms, monitor: Monitor, dense: DensePasses | None = None
@@ -54,8 +58,8 @@ class Fista:
         self.problem, self.beta, self.monitor = problem, beta, monitor
         self.dense = dense or DensePasses(problem)
         self.Z = self.dense.matrices(self.dense.rotate(start))
-        square = torch.linalg.matrix_norm(self.dense.features, 2) ** 2
-        norm = math.sqrt(float(problem.sum(square)[0]))  # at least the norm of all processes' features
+        square = torch.tensor(self.dense.norm() ** 2, dtype=torch.float64)
+        norm = math.sqrt(float(problem.sum(square)[0]))  # about, or above, that of all processes' features
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
         self.omega = norm / math.sqrt(problem.n * problem.head.r) or 1.0
         self.b = start.intercept / self.omega
@@ -80,6 +84,7 @@ class Fista:
     @torch.inference_mode()
     def advance(self, target: float) -> Stop:
         """Iterate until the estimated relative gap is at most ``target``."""
+        slack = self.slack[self.dense.features.dtype]
         f = self._outputs(self.Z, self.b)
         Y, yb, fY, momentum, wait, polished, first = self._resumed or (self.Z, self.b, f, 1.0, 0, 0, 0)
         self._resumed = ()
@@ -104,7 +109,7 @@ class Fista:
                     Y, yb, fY, momentum = self.Z, self.b, f, 1.0
                     continue
                 wait -= 1
-            while True:
+            for _ in range(self.trials):
                 Z = self._prox(Y - G / self.L, self.beta / self.L)
                 b = yb if gb is None else yb - gb / self.L
                 f_new = self._outputs(Z, b)
@@ -113,9 +118,11 @@ class Fista:
                 if gb is not None:
                     square, along = square + float((b - yb).square().sum()), along + float(gb @ (b - yb))
                 decrease = self.problem.data_term(f_new) - FY - along
-                if decrease <= self.L / 2 * square + 1e-14 * abs(FY):
+                if decrease <= self.L / 2 * square + slack * abs(FY):
                     break
                 self.L *= 1.5
+            else:
+                return Stop.STALLED
             self.L /= 1.02
             last = Z - self.Z
             turned = float(moved @ last.flatten())

@@ -80,7 +80,8 @@ class FactoredNewton:
         f, G = self._at
         k, e, c = atoms.V.shape
         w = atoms.U.shape[1]
-        features = self.dense.features.view(-1, problem.n_blocks, w, e).index_select(1, atoms.block)  # (n·r, k, w, e)
+        features = self.dense.features.view(-1, problem.n_blocks, w, e)
+        features = features.index_select(1, atoms.block).to(f.dtype)  # (n·r, k, w, e)
         units = torch.eye(c, dtype=f.dtype, device=f.device)[:, None, None].expand(-1, *f.shape)
         columns = problem.loss.hessian_root(f.repeat(c, 1, 1), problem.Y.repeat(c, 1, 1), units.flatten(0, 1))
         assert columns is not None  # `pays` has asked

@@ -28,11 +28,13 @@ MOST_VALUES = 128
 """Entries of a value up to which gradient matrices are formed."""
 MOST_FORMED = 5e7
 """Numbers that they may take."""
-MOST_FEATURES = 5e6
+MOST_FEATURES = 2e7
 """Numbers that the features of the chosen directions may take."""
 MARGIN = 0.3
 """Left directions are in where ``σ > (1 − MARGIN) β``."""
 MOST_ITERATIONS = 3000
+SINGLE = 1e-5
+"""Relative gap down to which a restricted problem may be solved with its features in single precision."""
 
 
 class Restriction(DensePasses):
@@ -43,14 +45,16 @@ class Restriction(DensePasses):
     problem : Problem
     left : Tensor (j, p, m)
         ``A``: orthonormal columns, or zero ones.
+    dtype : torch.dtype
+        Precision of the features.
     """
 
-    def __init__(self, problem: Problem, left: Float[Tensor, "j p m"]) -> None:
+    def __init__(self, problem: Problem, left: Float[Tensor, "j p m"], dtype: torch.dtype) -> None:
         j, _, m = left.shape
         blocks = torch.arange(j, device=left.device).repeat_interleave(m)
         mixed = problem.mixed(left.mT.reshape(-1, *problem.head.mixing_shape), blocks)
         self.problem, self.left = problem.in_double(), left.double()
-        self.features = mixed.flatten(0, 1).flatten(1).double()
+        self.features = mixed.flatten(0, 1).flatten(1).to(dtype)
         e, c = problem.value_shape
         self.shape = (j, m, e * c)
         self.mask = self._output_mask()
@@ -102,7 +106,8 @@ def solve_restricted(
     problem: Problem, atoms: Atoms, left: Float[Tensor, "j p w"], beta: float, *, until: float, monitor: Monitor
 ) -> Atoms:
     """The model after a solve over its span and the directions ``left``, to the relative gap ``until`` there."""
-    passes = Restriction(problem, _left_span(problem, atoms, left))
+    dtype = problem.dtype if until > SINGLE else torch.float64
+    passes = Restriction(problem, _left_span(problem, atoms, left), dtype)
     own = replace(monitor, callback=None, save=None, history=[], dual=-torch.inf)  # bounds of the restriction alone
     start = atoms.to(problem.device, torch.float64)
     method = Fista(passes.problem, beta, start, own, dense=passes)
