@@ -47,7 +47,7 @@ class Fista:
     check_every = 5
     polish_below = 0.05
     """Relative gap under which factors may take over."""
-    slack: ClassVar = {torch.float64: 1e-14, torch.float32: 1e-7}
+    slack: ClassVar = {torch.float64: 1e-14, torch.float32: 1e-9}
     """Relative decrease of the objective that means nothing in a precision of the features."""
     trials = 60
     """Of a step; where none is short enough, rounding hides the decrease."""

@@ -30,11 +30,15 @@ MOST_FORMED = 5e7
 """Numbers that they may take."""
 MOST_FEATURES = 2e7
 """Numbers that the features of the chosen directions may take."""
+FIRST = 400
+"""Directions of all blocks together that a model without atoms is solved over; later twice those of its widest block.
+Far from the optimum most directions seem to matter and few will."""
 MARGIN = 0.3
 """Left directions are in where ``σ > (1 − MARGIN) β``."""
 MOST_ITERATIONS = 3000
-SINGLE = 1e-5
-"""Relative gap down to which a restricted problem may be solved with its features in single precision."""
+SINGLE = 1e-3
+"""Relative gap down to which a restricted problem is solved with its features in single precision: further down line
+searches would be misled by rounding."""
 
 
 class Restriction(DensePasses):
@@ -117,8 +121,9 @@ def solve_restricted(
 
 
 def _left_span(problem: Problem, atoms: Atoms, left: Float[Tensor, "j p w"]) -> Float[Tensor, "j p m"]:
-    """Orthonormal bases of the model's mixing weights and, as far as there is room, of directions that are not zero."""
-    bases, most = [], room(problem)
+    """Orthonormal bases of the model's mixing weights and, up to a number, of directions that are not zero."""
+    widest = int(torch.bincount(atoms.block, minlength=1).max())
+    bases, most = [], min(room(problem), max(2 * widest, FIRST // len(left)))
     for block, more in enumerate(left):
         weights = atoms.U[atoms.block == block].flatten(1).T
         more = more[:, more.any(0)][:, : max(0, most - weights.shape[1])]
