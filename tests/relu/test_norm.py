@@ -72,6 +72,17 @@ def test_mixing_span_loses_nothing(name):
     assert float(values.max()) >= 0.9 * upper
 
 
+def test_only_the_highest_starts_climb():
+    problem = build("mlp", n=20, d=5)
+    R, generator = torch.randn_like(problem.Y), torch.Generator()
+    oracle = NormOracle(problem)
+    before = oracle.search(R, generator=generator.manual_seed(0), n_starts=12, iterations=0)
+    after = oracle.search(R, generator=generator.manual_seed(0), n_starts=12, climbers=3)
+    assert len(before.values) == 12
+    assert len(after.values) == 3
+    assert bool((after.values >= before.values[:3] * (1 - 1e-12)).all())
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("w", "h"), [(1, 3), (2, 7), (3, 9), (4, 8)])
 def test_faces_and_branch_and_bound_agree(w, h, seed):

@@ -187,6 +187,20 @@ def test_dual_point_is_taken_at_the_best_round(monkeypatch):
     assert torch.equal(method.witness(), max(tried, key=lambda pair: pair[0])[1])
 
 
+@pytest.mark.parametrize(("name", "most"), [("mlp", 256), ("mlp-mixer", 32)])
+def test_a_large_problem_begins_with_many_heads(name, most):
+    problem = build(name, 1, c=3, n=60, s=9, d=8)
+    method = relu.ReLUColumnGeneration(
+        problem, 1e-3, problem.empty(), base.Monitor(), max_heads=None, generator=torch.Generator().manual_seed(0)
+    )
+    f = problem.outputs(problem.empty())
+    peaks, _ = method._price(f, 1e-3)
+    assert len(peaks.values) <= method.batch
+    first = method._new_atoms(f, peaks.merge(method._scattered(f)), method.widest)
+    assert method.batch < len(first) <= most == method.widest
+    assert problem.data_term(f + problem.outputs(first)) < problem.data_term(f)
+
+
 def test_audit_of_weights_that_others_trained():
     problem = build("mlp", 2, c=2, n=8)
     trained = train_adam(problem, 0.02, n_heads=4, lr=0.03, epochs=100)
