@@ -123,7 +123,7 @@ class ReLUColumnGeneration:
             if self.oracle.tight:
                 grown = self._descend(Rays(self.problem, grown), grown)
             # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
-            fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since) if self.oracle.tight else grown
+            fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
             model = self._descend(self.problem, fewer)
             if len(fewer) < len(grown) and self._objective(model) > self._objective(self.model):
                 model = self._descend(self.problem, grown)
