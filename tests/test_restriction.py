@@ -66,7 +66,9 @@ def test_passes_are_those_of_the_problem(name, outputs, activation):
     torch.testing.assert_close(passes.gradient(R), left.mT @ whole)
 
 
-def test_rounds_end_at_the_optimum_of_the_whole():
+@pytest.mark.parametrize("first", [restriction.FIRST, 1])
+def test_rounds_end_at_the_optimum_of_the_whole(first, monkeypatch):
+    monkeypatch.setattr(restriction, "FIRST", first)  # 1: fewer than there are blocks
     problem = build("fno", "shared", "gated-relu")
     f = torch.zeros(80, 1, 4, dtype=torch.float64)
     beta = 0.1 * float(all_directions(problem, problem.residual(f)).sigma.max())

@@ -100,7 +100,7 @@ class LinearActivation:
         return self.mix(data, U, block), lambda T: self.mix_adjoint(data, T, block)
 
     def forming(self, c: int) -> Forming | None:
-        return self.head.forming(c, gated=False)
+        return self.head.forming(c, gates=0)
 
     def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
         return self.head.gradient(batches)
@@ -194,7 +194,7 @@ class GatedReLU:
         )
 
     def forming(self, c: int) -> Forming | None:
-        return self.head.forming(c, gated=True)
+        return self.head.forming(c, gates=self.n_blocks // self.head.n_groups)
 
     def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
         return self.head.gated_gradient((data, R, self._gated(data, block)[0]) for data, R in batches)

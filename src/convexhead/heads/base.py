@@ -212,8 +212,8 @@ class Head(ABC):
         return X.mean(1, keepdim=True) if self.pool == "mean" else X[:, self.rows]
 
     # -- gradient matrices, all entries at once -----------------------------------------------------------------------
-    def forming(self, c: int, *, gated: bool) -> Forming | None:
-        """The cost of `gradient` or `gated_gradient` for ``c`` outputs; None where the head has none."""
+    def forming(self, c: int, *, gates: int) -> Forming | None:
+        """The cost of `gradient`, with ``gates`` of `gated_gradient`, for ``c`` outputs; None where there is none."""
         return None
 
     def gradient(self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"]]]) -> Float[Tensor, "1 p ec"]:

@@ -91,8 +91,9 @@ class MLPMixer(Head):
         return (gates + math.ceil(k / gates)) * self.p * self.d + k * self.r * self.d
 
     # Entry (p, t; e, o) is Σ_i D_pe X_te R_o / s: for every channel e one product, which all gates share.
-    def forming(self, c: int, *, gated: bool) -> Forming | None:
-        return Forming(c, self.s * c + self.p * self.d) if gated and self.r == 1 else None
+    # Masks are read once, in order: they may lie outside of the caches, and an eighth of them is counted.
+    def forming(self, c: int, *, gates: int) -> Forming | None:
+        return Forming(c, self.s * c + gates * self.p * self.d // 8) if gates and self.r == 1 else None
 
     def gated_gradient(self, batches: Iterable[tuple[Data, Tensor, Tensor]]) -> Tensor:
         total: Tensor | None = None

@@ -113,11 +113,11 @@ class SelfAttention(Head):
 
     # Entry (a, b; e, o) is Σ_i q_a K_be R_o with the pooled query q over s and the Gram matrix K = XᵀX, or with gates
     # Σ_i Σ_q Y_qa X_qb X_qe R_o / s: symmetric in b and e, so that b ≤ e will do.
-    def forming(self, c: int, *, gated: bool) -> Forming | None:
+    def forming(self, c: int, *, gates: int) -> Forming | None:
         if self.r > 1:
             return None
         d, pairs = self.d, self.d * (self.d + 1) // 2
-        if gated:
+        if gates:
             return Forming((self.s + c) * pairs / (self.s * d), 2 * self.s * d + d * d)
         return Forming(pairs * c / (2 * d + c), d * d + d * c)
 

@@ -123,7 +123,7 @@ def solve_restricted(
 def _left_span(problem: Problem, atoms: Atoms, left: Float[Tensor, "j p w"]) -> Float[Tensor, "j p m"]:
     """Orthonormal bases of the model's mixing weights and, up to a number, of directions that are not zero."""
     widest = int(torch.bincount(atoms.block, minlength=1).max())
-    bases, most = [], min(room(problem), max(2 * widest, FIRST // len(left)))
+    bases, most = [], min(room(problem), max(1, 2 * widest, FIRST // len(left)))
     for block, more in enumerate(left):
         weights = atoms.U[atoms.block == block].flatten(1).T
         more = more[:, more.any(0)][:, : max(0, most - weights.shape[1])]
