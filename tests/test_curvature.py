@@ -26,6 +26,22 @@ def build(n=40, loss="cross-entropy"):
     return problem, Atoms(normal(2, 3, 3, seed=1), normal(2, 3, 3, seed=2), block, torch.zeros(3).double())
 
 
+@pytest.mark.parametrize("n_classes", [3, 40])
+def test_cross_entropy_in_either_layout_of_outputs(n_classes):
+    loss, f = make_loss("cross-entropy"), normal(7, 2, n_classes)
+    y = torch.eye(n_classes, dtype=torch.float64)[torch.randint(n_classes, (7, 2))]
+    columns = [part.movedim(2, 0).contiguous().movedim(0, 2) for part in (f, y)]
+    for expected, *found in zip(
+        (-(y * torch.log_softmax(f, -1)).sum((1, 2)), torch.softmax(f, -1) - y),
+        loss.value_and_residual(f, y),
+        loss.value_and_residual(*columns),
+        (loss.value(*columns), loss.residual(*columns)),
+        strict=True,
+    ):
+        for part in found:
+            torch.testing.assert_close(part, expected)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_root_of_the_hessian(name):
     loss, f, y = make_loss(name), normal(1, 1, 5), torch.eye(5, dtype=torch.float64)[None, :1]

@@ -49,6 +49,8 @@ ENOUGH_STEPS = 20
 """Krylov steps from random starts after which the norm of what is left should be known well enough."""
 MOST_SPLITS = 3
 """How often more directions are split off where it is not."""
+CLOSE = 1e-4
+"""Relative distance of two scalings of a dual point between which its value hardly changes."""
 ROUNDING = 1e-9
 """Relative amount by which σ is raised to cover float64 rounding in the gradient matrix."""
 
@@ -244,7 +246,7 @@ class _Dual:
 
     def __init__(self, problem: Problem, f: Tensor, R: Tensor, beta: float) -> None:
         self.problem, self.R, self.beta = problem, R, beta
-        domain = min(problem.loss.scaled_domain(f[rows], problem.Y[rows]) for rows in problem.rows())
+        domain = min(problem.loss.scaled_domain(f[rows], problem.Y[rows]) for rows in problem.rows)
         self.domain = -problem.ranks.largest(-domain)[0]
         self.charge = 0.0
         if problem.fit_intercept:
@@ -274,16 +276,17 @@ class _Dual:
 
     def _best(self, start: float, limit: float, penalty) -> float:  # type: ignore[no-untyped-def]
         """The best value at ``start`` or at any τ up to ``limit``: each is a valid bound, the search only a choice."""
-        values = [self.value(start) - penalty(start)]
-        found = minimize_scalar(
-            lambda tau: penalty(tau) - self.value(tau),
-            bounds=(0.0, min(limit, 2 * start)),
-            method="bounded",
-            options={"maxiter": 20},
-        )
-        if math.isfinite(found.fun):
-            values.append(-float(found.fun))
-        return max(values)
+
+        def value(tau: float) -> float:
+            return self.value(tau) - penalty(tau)
+
+        top = min(limit, 2 * start)
+        end = value(top)
+        best = max(value(start), end)
+        if end > value((1 - CLOSE) * top):
+            return best  # concave in τ and rising at the end, as a rule: what lies between is hardly better
+        found = minimize_scalar(lambda tau: -value(tau), bounds=(0.0, top), method="bounded", options={"maxiter": 20})
+        return max(best, -float(found.fun)) if math.isfinite(found.fun) else best
 
 
 class _KrylovBound:

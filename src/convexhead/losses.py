@@ -14,6 +14,7 @@ right for a loss bounded below). To use a loss of your own, subclass `Loss` and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor
 from convexhead.errors import InputError, choose
 
 Batch = Float[Tensor, "n r c"]
+Batches = Float[Tensor, "... n r c"]
+FEW_CLASSES = 16
+"""Up to which softmax is much slower along rows than across them, in columns that are copied for it."""
 
 
 class Loss(ABC):
@@ -48,9 +52,10 @@ class Loss(ABC):
         units = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
         return torch.stack([self.hessian_times(f, y, e.expand_as(f)).sum(1).mean(0) for e in units])
 
-    def hessian_times(self, f: Batch, y: Batch, z: Batch) -> Batch:
-        """``∇²ℓ(f_i, y_i) z_i``. By a forward derivative of `residual`; override where a formula is cheaper."""
-        return torch.func.jvp(lambda f: self.residual(f, y), (f,), (z,))[1]
+    def hessian_times(self, f: Batch, y: Batch, z: Batches) -> Batches:
+        """``∇²ℓ(f_i, y_i) z_i`` for one ``z`` or, in front, many. By a forward derivative of `residual`, at as many
+        copies of ``f``; override where a formula is cheaper."""
+        return torch.func.jvp(lambda f: self.residual(f, y), (f.expand_as(z).clone(),), (z,))[1]
 
     def hessian_root(self, f: Batch, y: Batch, z: Batch) -> Batch | None:
         """``L_i z_i`` with ``L_i L_iᵀ = ∇²ℓ(f_i, y_i)``: draws ``z`` of mean 0 and covariance 1 become draws whose
@@ -75,17 +80,17 @@ class CrossEntropy(Loss):
     name = "cross-entropy"
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
-        return -(y * torch.log_softmax(f, -1)).sum((-2, -1))
+        return -(y * _over_classes(torch.log_softmax, f)).sum((-2, -1))
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        return torch.softmax(f, -1) - y
+        return _over_classes(torch.softmax, f) - y
 
     def value_and_residual(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(f, -1)
+        log_p = _over_classes(torch.log_softmax, f)
         return -(y * log_p).sum((-2, -1)), log_p.exp() - y
 
     def mean_hessian(self, f: Tensor, y: Tensor) -> Tensor:
-        p = torch.softmax(f, -1).flatten(0, 1)
+        p = _over_classes(torch.softmax, f).flatten(0, 1)
         return (torch.diag(p.sum(0)) - p.T @ p) / len(f)
 
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
@@ -97,19 +102,26 @@ class CrossEntropy(Loss):
 
     def scaled_domain(self, f: Tensor, y: Tensor) -> float:
         # p = y + τ(softmax − y) ≥ 0 wherever softmax < y
-        q = torch.softmax(f, -1)
+        q = _over_classes(torch.softmax, f)
         shrink = torch.where(y > q, y / (y - q).clamp_min(torch.finfo(y.dtype).tiny), torch.inf)
         return max(1.0, float(shrink.min()))
 
     def hessian_times(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        p = torch.softmax(f, -1)
+        p = _over_classes(torch.softmax, f)
         return p * (z - (p * z).sum(-1, keepdim=True))
 
     def hessian_root(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
         # (D^½ − p√pᵀ)(D^½ − √p pᵀ) = D − ppᵀ for D = diag(p), Σ p = 1
-        p = torch.softmax(f, -1)
+        p = _over_classes(torch.softmax, f)
         rooted = p.sqrt() * z
         return rooted - p * rooted.sum(-1, keepdim=True)
+
+
+def _over_classes(function: Callable[[Tensor, int], Tensor], f: Batch) -> Batch:
+    """`torch.softmax` or `torch.log_softmax` of every row of outputs, in the layout that is fast for it."""
+    if f.shape[-1] > FEW_CLASSES and f.stride(-1) == 1:
+        return function(f, -1)
+    return function(f.movedim(-1, 0), 0).movedim(0, -1)
 
 
 class Squared(Loss):

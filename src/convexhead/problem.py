@@ -169,6 +169,12 @@ class Problem:
         exact.samples = self.samples.in_precision(torch.float64, reuse=reuse, step=exact._preparation_step())
         return exact
 
+    def class_by_class(self) -> Problem:
+        """The same problem with targets that lie in memory as dense passes make outputs: a column for every class."""
+        same = copy(self)
+        same.Y = self.Y.movedim(2, 0).contiguous().movedim(0, 2)
+        return same
+
     def with_half_products(self) -> Problem | None:
         """The same problem with its large products in bfloat16, weights and sums in float32: for rough early work.
 
@@ -213,14 +219,14 @@ class Problem:
 
     def mean_of(self, function: Callable[..., Float[Tensor, " b"]], *parts: Float[Tensor, "n r c"]) -> float:
         """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time to save memory."""
-        slices = self.rows()
-        if len(slices) == 1:
+        if len(self.rows) == 1:
             return self.mean(function(*parts))
-        return self.mean(torch.stack([function(*(part[rows] for part in parts)).double().sum() for rows in slices]))
+        return self.mean(torch.stack([function(*(part[rows] for part in parts)).double().sum() for rows in self.rows]))
 
+    @cached_property
     def rows(self) -> list[slice]:
-        """This process's samples in slices whose outputs stay in the caches."""
-        step = self._batch_size(self.head.r * self.c)
+        """This process's samples in slices whose outputs, in float64, stay in the caches."""
+        step = max(1, BATCH_BYTES[self.device.type] // 8 // (self.head.r * self.c))
         return [slice(i, i + step) for i in range(0, len(self.Y), step)]
 
     @cached_property

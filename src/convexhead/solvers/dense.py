@@ -21,20 +21,22 @@ class DensePasses:
 
     Attributes
     ----------
-    features : Tensor (n·r, j·w·e)
-        ``Φ``, blocks side by side. Products with it are made in its precision, all else in that of the problem.
+    problem : Problem
+        With targets class by class, as `outputs` are: few classes are slow to pass over in any other layout.
+    features : Tensor (j·w·e, n·r)
+        ``Φᵀ``, blocks one below the other. Products with it are made in its precision, all else in that of the problem.
     rotation : Tensor (p, w)
         Orthonormal basis of the visible mixing directions.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problem = problem.class_by_class()
         e, c = problem.value_shape
         unfolded = problem.features().unflatten(2, (-1, e))  # (j, n·r, p, e)
         self.rotation = _visible(problem.sum(torch.einsum("jnpe,jnqe->pq", unfolded, unfolded))[0])
         self.shape = (problem.n_blocks, self.rotation.shape[1], e * c)
-        rotated = torch.einsum("jnpe,pw->njwe", unfolded, self.rotation)
-        self.features = rotated.flatten(1).contiguous()
+        rotated = torch.einsum("jnpe,pw->jwen", unfolded, self.rotation)
+        self.features = rotated.flatten(0, 2).contiguous()
         self.mask = self._output_mask()
 
     def _output_mask(self) -> Float[Tensor, "j 1 q"] | None:
@@ -47,22 +49,22 @@ class DensePasses:
 
     def outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
         """``f`` at dense weights."""
-        f = self.features @ Z.reshape(-1, self.problem.c).to(self.features.dtype)
-        return (f + b).view(self.problem.Y.shape)
+        f = Z.reshape(-1, self.problem.c).T.to(self.features.dtype) @ self.features
+        return (f + b.unsqueeze(1)).T.view(self.problem.Y.shape)
 
     def gradient(self, R: Float[Tensor, "n r c"]) -> Float[Tensor, "j w q"]:
         """``𝒜_j*(R)`` of every block."""
-        # Several times faster than features.T @ R, whose few columns leave the product to slow kernels.
-        G = R.flatten(0, 1).T.to(self.features.dtype) @ self.features
+        # Several times faster than features @ R, whose few columns leave the product to slow kernels.
+        G = R.flatten(0, 1).T.to(self.features.dtype) @ self.features.T
         G = self.problem.sum(G.to(R.dtype))[0].T.reshape(self.shape)
         return G if self.mask is None else G * self.mask
 
     def norm(self, steps: int = 10) -> float:
         """``‖Φ‖₂``, estimated from below by the power method."""
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.features.shape[1], generator=generator).to(self.features)
+        v = torch.randn(len(self.features), generator=generator).to(self.features)
         for _ in range(steps):
-            v = self.features.T @ (self.features @ torch.nn.functional.normalize(v, dim=0))
+            v = self.features @ (torch.nn.functional.normalize(v, dim=0) @ self.features)
         return float(v.norm()) ** 0.5
 
     def matrices(self, atoms: Atoms) -> Float[Tensor, "j w q"]:

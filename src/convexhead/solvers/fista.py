@@ -55,8 +55,8 @@ class Fista:
     def __init__(
         self, problem: Problem, beta: float, start: Atoms, monitor: Monitor, dense: DensePasses | None = None
     ) -> None:
-        self.problem, self.beta, self.monitor = problem, beta, monitor
         self.dense = dense or DensePasses(problem)
+        self.problem, self.beta, self.monitor = self.dense.problem, beta, monitor
         self.Z = self.dense.matrices(self.dense.rotate(start))
         square = torch.tensor(self.dense.norm() ** 2, dtype=torch.float64)
         norm = math.sqrt(float(problem.sum(square)[0]))  # about, or above, that of all processes' features

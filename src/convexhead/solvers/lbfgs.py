@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.linalg.blas import dtrsv
 from torch import Tensor
 
 Vector = Float[Tensor, " m"]
@@ -58,11 +59,10 @@ class Pairs:
         gamma = SY[-1, -1] / YY[-1, -1]
         S, Y = self.S[:filled], self.Y[:filled]
         Sg, Yg = ((part @ g).double().cpu().numpy()[order] for part in (S, Y))
-        R = np.triu(SY)
-        u = np.linalg.solve(R, Sg)
+        u = dtrsv(SY, Sg)  # reads the upper triangle alone
         inner = SY.diagonal() * u + gamma * (YY @ u - Yg)
         back = np.empty((2, filled))
-        back[0, order] = np.linalg.solve(R.T, inner)
+        back[0, order] = dtrsv(SY, inner, trans=1)
         back[1, order] = gamma * u
         along_S, along_Y = torch.from_numpy(back).to(g.device, g.dtype)
         return gamma * g + along_S @ S - along_Y @ Y

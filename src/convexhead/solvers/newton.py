@@ -1,8 +1,8 @@
 """Newton's method over the factors of a dense problem, where its whole Hessian costs less than the steps it saves.
 
-With ``x = (U, V, b)``, ``J_i = ∂f_i/∂x`` and ``∇²ℓ(f_i, y_i) = L_i L_iᵀ``,
+With ``x = (U, V, b)`` and ``J_i = ∂f_i/∂x``,
 
-    ∇²Φ = (1/n) Σ_i (L_iᵀ J_i)ᵀ (L_iᵀ J_i) + C + β I,    C what couples U_k and V_k: ∂²⟨G, Σ_k U_k V_kᵀ⟩ / ∂U_k ∂V_k = G
+    ∇²Φ = (1/n) Σ_i J_iᵀ ∇²ℓ(f_i, y_i) J_i + C + β I,    C what couples U_k and V_k: ∂²⟨G, Σ_k U_k V_kᵀ⟩ / ∂U_k ∂V_k = G
 
 (``b`` is not penalised). Rotations among the atoms of a block leave ``Φ`` as it is, so the Hessian is singular there;
 a little damping, more where a step fails (Levenberg & Marquardt), takes care of that and of what is not convex.
@@ -36,12 +36,9 @@ class FactoredNewton:
 
     @staticmethod
     def pays(dense: DensePasses, atoms: Atoms) -> bool:
-        """Whether the Hessian is cheap, and the loss knows its part of it."""
+        """Whether the Hessian is cheap."""
         problem = dense.problem
-        size = len(pack(atoms))
-        one = problem.Y[:1]
-        few = problem.n * problem.head.r * problem.c * size**2 <= MOST_PRODUCTS
-        return few and problem.loss.hessian_root(one, one, one) is not None
+        return problem.n * problem.head.r * problem.c * len(pack(atoms)) ** 2 <= MOST_PRODUCTS
 
     @property
     def atoms(self) -> Atoms:
@@ -80,20 +77,17 @@ class FactoredNewton:
         f, G = self._at
         k, e, c = atoms.V.shape
         w = atoms.U.shape[1]
-        features = self.dense.features.view(-1, problem.n_blocks, w, e)
-        features = features.index_select(1, atoms.block).to(f.dtype)  # (n·r, k, w, e)
-        units = torch.eye(c, dtype=f.dtype, device=f.device)[:, None, None].expand(-1, *f.shape)
-        columns = problem.loss.hessian_root(f.repeat(c, 1, 1), problem.Y.repeat(c, 1, 1), units.flatten(0, 1))
-        assert columns is not None  # `pays` has asked
-        L = columns.view(c, -1, c).permute(1, 2, 0)  # (n·r, c, c)
-        of_V = torch.einsum("ikwe,kw->ike", features, atoms.U)
-        of_V = of_V[:, None, :, :, None] * L.mT[:, :, None, None, :]  # (n·r, c, k, e, c)
+        features = self.dense.features.view(problem.n_blocks, w, e, -1)
+        features = features.index_select(0, atoms.block).to(f.dtype)  # (k, w, e, n·r)
+        each = torch.eye(c, dtype=f.dtype, device=f.device).unsqueeze(2)  # (c, c, 1)
+        of_U = atoms.V.mT.unsqueeze(1) @ features  # (k, w, c, n·r)
+        of_V = (atoms.U.unsqueeze(1) @ features.flatten(2)).view(k, e, 1, 1, -1) * each  # (k, e, c, c, n·r)
         if problem.output_mask is not None:
-            of_V = of_V * problem.output_mask[atoms.block % problem.head.n_groups].unsqueeze(1)
-        of_U = torch.bmm(L.mT, torch.einsum("ikwe,keo->iokw", features, atoms.V).flatten(2))
-        of_b = L.mT if problem.fit_intercept else torch.zeros_like(L)
-        J = torch.cat([of_U, of_V.flatten(2), of_b], 2).flatten(0, 1)
-        H = problem.sum(J.T @ J)[0] / problem.n
+            of_V = of_V * problem.output_mask[atoms.block % problem.head.n_groups][:, None, :, None, None]
+        of_b = (each if problem.fit_intercept else torch.zeros_like(each)).expand(-1, -1, features.shape[3])
+        J = torch.cat([of_U.flatten(0, 1), of_V.flatten(0, 2), of_b])  # of every f_i: (m, c, n·r)
+        curved = problem.loss.hessian_times(f, problem.Y, J.unflatten(2, f.shape[:2]).movedim(1, 3)).movedim(3, 1)
+        H = problem.sum(J.flatten(1) @ curved.flatten(1).T)[0] / problem.n
         weights = k * (w + e * c)
         H.diagonal()[:weights] += self.beta
         for i, j in enumerate(atoms.block.tolist()):

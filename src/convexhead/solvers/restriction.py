@@ -57,8 +57,8 @@ class Restriction(DensePasses):
         j, _, m = left.shape
         blocks = torch.arange(j, device=left.device).repeat_interleave(m)
         mixed = problem.mixed(left.mT.reshape(-1, *problem.head.mixing_shape), blocks)
-        self.problem, self.left = problem.in_double(), left.double()
-        self.features = mixed.flatten(0, 1).flatten(1).to(dtype)
+        self.problem, self.left = problem.in_double().class_by_class(), left.double()
+        self.features = mixed.flatten(0, 1).flatten(1).T.to(dtype).contiguous()
         e, c = problem.value_shape
         self.shape = (j, m, e * c)
         self.mask = self._output_mask()
