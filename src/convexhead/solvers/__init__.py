@@ -135,8 +135,11 @@ def solve(
                 stage.attempt += 1
                 if checkpoint is not None and stop is Stop.TIME:
                     checkpoint.flush()
-                model = _finish(problem, method.atoms(), negligible, max_heads)
-                certificate = certify(method.witness())
+                reached, witness = method.atoms(), method.witness()
+                model = _finish(problem, reached, negligible, max_heads)
+                if witness is None and len(model) < len(reached):
+                    witness = problem.outputs(reached)  # what is negligible in the model need not be in its gradient
+                certificate = certify(witness)
                 stage.dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
                 stage.failure = certificate.failure_probability
                 if certificate.converged or stop in (Stop.TIME, Stop.HEADS):
