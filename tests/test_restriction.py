@@ -120,3 +120,23 @@ def test_every_route_ends_at_the_same_objective(name, outputs, activation, inter
     for certificate in (dense, restricted, factored):
         assert certificate.converged
         assert certificate.primal >= max(dense.dual, restricted.dual, factored.dual)
+
+
+def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypatch):
+    # A little of the nuclear norm, but much of the distance to the optimum where β is small.
+    given = {}
+
+    def certify(problem, model, beta, *, witness=None, **others):
+        given["witness"] = witness
+        given["own"] = certify_atoms(problem, model, beta, **others | {"known_dual": -torch.inf}).relative_gap
+        return certify_atoms(problem, model, beta, witness=witness, **others)
+
+    monkeypatch.setattr(solvers, "certify_atoms", certify)
+    X, y = data(n=300)
+    model = ch.ConvexHeadClassifier(
+        "block-fno", activation="gated-relu", n_gates=12, n_blocks=2, beta_ratio=0.005, tol=1e-2, random_state=0
+    )
+    model.fit(X, y)
+    estimate = model.history_[-1]["gap"] / model.history_[-1]["objective"]
+    assert given["witness"] is not None
+    assert model.certificate_.relative_gap < 1.01 * estimate < given["own"]

@@ -83,7 +83,7 @@ def solve(
     monitor.dual = known_dual
     method: Method | None = None
     stage, stop = Stage(0.8 * tol, known_dual), Stop.STALLED
-    negligible = 0.01 * min(tol, 1e-2)
+    negligible = 1e-3 * min(tol, 1e-2)
     model, certificate = start or _zero_model(problem), None
     saved = None if checkpoint is None else checkpoint.load()
     if saved is not None:
