@@ -25,8 +25,11 @@ rng = np.random.default_rng(0)
 X = rng.normal(size=(90, 9, 5))
 Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)
 
+MANY = np.arange(len(X)) % 18
+
 RUNS = {
     "fista": ("self-attention", {"tol": 1e-9}),
+    "fista, many classes": ("self-attention", {"tol": 1e-7}),
     "column generation": ("self-attention", {"tol": 1e-8, "max_heads": 40}),
     "single then double precision": (
         "mlp",
@@ -63,8 +66,9 @@ def run(request, monkeypatch):
                 raise error
 
         clf = ch.ConvexHeadClassifier(head, **{"beta_ratio": 0.05, "random_state": 3, **parameters, **others})
-        return clf.fit(X, Y, callback=count, checkpoint=folder, checkpoint_minutes=0.0), len(rows)
+        return clf.fit(X, labels, callback=count, checkpoint=folder, checkpoint_minutes=0.0), len(rows)
 
+    labels = MANY if request.param.endswith("many classes") else Y
     fit.kind = request.param
     return fit
 

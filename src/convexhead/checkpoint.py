@@ -195,7 +195,8 @@ class Checkpoint:
         try:
             with safe_open(self.folder / name, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["convexhead"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                # Copies: products may round otherwise where numbers lie as they do in a file, not aligned.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             if about["generation"] != generation or about["sha256"] != _digest(tensors):
                 raise self._damaged(name, "its checksum differs")
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -79,7 +79,8 @@ class Fista:
         """Go on from a checkpoint: its tensors, and those of this process's samples."""
         self.Z, self.b, self.ranks = shared["Z"], shared["b"], shared["ranks"].int().tolist()
         momentum, *counts, self.L = shared["known"].tolist()
-        self._resumed = shared["Y"], shared["yb"], rows["fY"], momentum, *map(int, counts)
+        fY = torch.empty_like(self.problem.Y).copy_(rows["fY"])  # in its layout, on which rounding depends
+        self._resumed = shared["Y"], shared["yb"], fY, momentum, *map(int, counts)
 
     @torch.inference_mode()
     def advance(self, target: float) -> Stop:
