@@ -18,6 +18,7 @@ from convexhead.heads import HEADS, make_head
 from convexhead.losses import CrossEntropy, Squared
 from convexhead.patterns import all_gates, sample_patterns
 from convexhead.problem import Atoms, Problem
+from convexhead.relu.norm import NormOracle
 from convexhead.relu.scores import scores_of
 from convexhead.solvers import Stop, base, relu, solve
 from convexhead.solvers.cones import descend_in_cones
@@ -167,6 +168,14 @@ def test_large_problems_are_estimated_and_say_so(name, tmp_path):
     assert audit.dual <= audit.primal
 
 
+def searched(problem, beta):
+    oracle, generator = NormOracle(problem), torch.Generator().manual_seed(0)
+    assert not oracle.tight
+    return relu.SearchedRounds(
+        problem, oracle, beta, problem.empty(), base.Monitor(), max_heads=None, generator=generator
+    )
+
+
 def test_dual_point_is_taken_at_the_best_round(monkeypatch):
     """Rewards do not fall from round to round, so the last round need not have the best dual point."""
     problem = build("block-fno", 1, c=3, n=60, s=9, d=8)
@@ -177,11 +186,8 @@ def test_dual_point_is_taken_at_the_best_round(monkeypatch):
         return tried[-1][0]
 
     monkeypatch.setattr(relu, "scaled_dual", scaled_dual)
-    method = relu.ReLUColumnGeneration(
-        problem, 0.01, problem.empty(), base.Monitor(), max_heads=None, generator=torch.Generator().manual_seed(0)
-    )
+    method = searched(problem, 0.01)
     method.max_rounds = 6
-    assert not method.oracle.tight
     method.advance(1e-3)
     assert len(tried) > 2
     assert torch.equal(method.witness(), max(tried, key=lambda pair: pair[0])[1])
@@ -190,11 +196,9 @@ def test_dual_point_is_taken_at_the_best_round(monkeypatch):
 @pytest.mark.parametrize(("name", "most"), [("mlp", 256), ("mlp-mixer", 32)])
 def test_a_large_problem_begins_with_many_heads(name, most):
     problem = build(name, 1, c=3, n=60, s=9, d=8)
-    method = relu.ReLUColumnGeneration(
-        problem, 1e-3, problem.empty(), base.Monitor(), max_heads=None, generator=torch.Generator().manual_seed(0)
-    )
+    method = searched(problem, 1e-3)
     f = problem.outputs(problem.empty())
-    peaks, _ = method._price(f, 1e-3)
+    peaks, _ = method._price(f, problem.data_term(f), 1e-3)
     assert len(peaks.values) <= method.batch
     first = method._new_atoms(f, peaks.merge(method._scattered(f)), method.widest)
     assert method.batch < len(first) <= most == method.widest

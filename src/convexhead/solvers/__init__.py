@@ -16,11 +16,12 @@ from convexhead.certificate import Certificate, certify_atoms
 from convexhead.checkpoint import Checkpoint, Snapshot
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem
+from convexhead.relu.norm import NormOracle
 from convexhead.solvers.base import Monitor, Progress, Resumable, Solution, Stop
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.fista import Fista
 from convexhead.solvers.group_lasso import GroupNewton, is_group_lasso
-from convexhead.solvers.relu import ReLUColumnGeneration
+from convexhead.solvers.relu import ExactRounds, ReLUColumnGeneration, SearchedRounds
 from convexhead.solvers.ridge import RidgeDescent
 
 Method = Fista | ColumnGeneration | GroupNewton | RidgeDescent | ReLUColumnGeneration
@@ -277,7 +278,9 @@ def _method(
     if not problem.head.learns_mixing:
         return RidgeDescent(problem, beta, start, monitor)
     if not problem.activation.convex:
-        return ReLUColumnGeneration(problem, beta, start, monitor, max_heads=max_heads, generator=generator)
+        oracle = NormOracle(problem)
+        rounds = ExactRounds if oracle.tight else SearchedRounds
+        return rounds(problem, oracle, beta, start, monitor, max_heads=max_heads, generator=generator)
     if is_small(problem) and problem.dtype == torch.float64 and max_heads is None:
         return Fista(problem, beta, start, monitor)
     if is_group_lasso(problem):

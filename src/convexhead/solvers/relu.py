@@ -1,21 +1,25 @@
 """Column generation on the mixing weights themselves, for ReLU heads.
 
     repeat
-        price:   the mixing weights u that the residual rewards most, h(R) = max ‖Σ_i (P mix(X_i, u))ᵀ R_i‖
-        grow:    append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search; (large problems) at
-                 first also in many random directions
-        weigh:   (small problems) L-BFGS over values and lengths of the mixing weights: a convex problem, a group lasso
-    descend: L-BFGS over all factors of the ReLU network, whitened (`whitening`) where the problem is large
-        tidy:    merge atoms of one direction, drop those that the penalty has shrunk
-        settle:  (small problems) descend within the cones of the atoms' activation patterns (`cones`)
-        stop:    when the scaled dual point says that the gap is small enough
+        price:    the mixing weights u that the residual rewards most, h(R) = max ‖Σ_i (P mix(X_i, u))ᵀ R_i‖
+        stop:     when the scaled dual point says that the gap is small enough
+        grow:     append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search
+        descend:  L-BFGS over all factors of the ReLU network
+        tidy:     merge atoms of one direction, drop those that the penalty has shrunk
 
 No gates are sampled: a stationary point whose largest reward is at most β is a global optimum of the network of any
 width. Optimal weights often lie on hyperplanes where some pre-activations vanish. The objective has kinks there, at
 which quasi-Newton steps crawl; within the cone of one activation pattern it is smooth.
+
+Where rewards can be bounded (`ExactRounds`) rounds are few and thorough, and end within the cones of the patterns
+(`cones`). Elsewhere (`SearchedRounds`) the model begins wide, in random directions, and a round goes only as far as the
+gap at hand asks for, in whitened coordinates (`whitening`).
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -31,12 +35,14 @@ from convexhead.solvers.pricing import with_best_step
 from convexhead.solvers.whitening import Whitening
 
 
-class ReLUColumnGeneration:
-    """See the module's text. State survives between calls of `advance`.
+class ReLUColumnGeneration(ABC):
+    """What all such solvers share; see the module's text. State survives between calls of `advance`.
 
     Parameters
     ----------
     problem : Problem
+    oracle : NormOracle
+        Of the problem.
     beta : float
     start : Atoms
         Where to begin.
@@ -50,26 +56,21 @@ class ReLUColumnGeneration:
 
     batch = 16
     """Atoms that one pricing may add, at least."""
-    wide = 256
-    """Value rows of the atoms that a large problem begins with, where one pricing after another would find them one by
-    one. A fourth of them may be added later on at a time."""
+    search: ClassVar[dict[str, Any]]
+    """How hard a pricing looks: random starts, iterations of an ascent, and the relative gain that ends it."""
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
-    renewal = 50
-    """Iterations after which the coordinates of a descent are whitened anew."""
-    max_rounds = 200
-    far = 0.1
-    """A gap estimated larger than this says no more than that."""
     settled = 1e-2
     """Relative decrease of the objective in ten iterations, over the square of a gap, that ends a descent: the dual
-    lags behind the objective as a gradient does. In large problems it is the gap at hand, since far from the optimum
-    new atoms pay more than iterations; in small ones, where iterations cost little, the gap asked for."""
+    lags behind the objective as a gradient does."""
+    max_rounds = 200
     patience = 8
     """Rounds without a better gap after which the run has stalled."""
 
     def __init__(
         self,
         problem: Problem,
+        oracle: NormOracle,
         beta: float,
         start: Atoms,
         monitor: Monitor,
@@ -77,97 +78,72 @@ class ReLUColumnGeneration:
         max_heads: int | None,
         generator: torch.Generator,
     ) -> None:
-        self.problem, self.beta, self.monitor = problem, beta, monitor
+        self.problem, self.oracle, self.beta, self.monitor = problem, oracle, beta, monitor
         self.max_heads, self.generator = max_heads, generator
-        self.oracle = NormOracle(problem)
-        if not self.oracle.tight:
-            self.batch = max(self.batch, self.wide // 4 // problem.head.value_rows)
-        self.widest = max(self.batch, self.wide // problem.head.value_rows)
         self.model = start
-        self._witness: Tensor | None = None
 
     def atoms(self) -> Atoms:
         """The current model."""
         return self.model
 
     def witness(self) -> Float[Tensor, "n r c"] | None:
-        """Outputs with the best dual point that searches suggest: rewards rise and fall while the objective falls.
-
-        None, for the model's own, where rewards are bounded.
-        """
-        return self._witness
+        """Outputs to take the dual point at; None for the model's own."""
+        return None
 
     def advance(self, target: float) -> Stop:
         """Rounds until the estimated relative gap is at most ``target``."""
         best, since = float("inf"), 0
         for _ in range(self.max_rounds):
             f = self.problem.outputs(self.model)
-            peaks, gap = self._price(f, target)
+            objective = self._objective(f, self.model)
+            peaks, dual = self._price(f, objective, target)
+            gap = self.monitor.record(objective, dual, len(self.model))
             if gap <= target:
                 return Stop.CONVERGED
             if self.monitor.out_of_time():
                 return Stop.TIME
             best, since = (gap, 0) if gap < 0.9 * best else (best, since + 1)
-            lag = self.settled * (target if self.oracle.tight else min(gap, self.far)) ** 2
-            self.noise = max(lag, torch.finfo(self.problem.dtype).eps)
             if since > self.patience:
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
-            if self.oracle.tight or len(self.model):
-                new = self._new_atoms(f, peaks, self.batch)
-            else:
-                new = self._new_atoms(f, peaks.merge(self._scattered(f)), self.widest)
-            grown = self.model if new is None else self.model.append(new)
+            noise = max(self.settled * self._decisive(gap, target) ** 2, torch.finfo(self.problem.dtype).eps)
+            grown = self._grow(f, peaks, noise)
             if not len(grown):
                 return Stop.STALLED
-            if self.oracle.tight:
-                grown = self._descend(Rays(self.problem, grown), grown)
             # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
             fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
-            model = self._descend(self.problem, fewer)
-            if len(fewer) < len(grown) and self._objective(model) > self._objective(self.model):
-                model = self._descend(self.problem, grown)
-            self.model = self._tidy(model)
-            if self.oracle.scores is not None and self.oracle.tight:
-                settled = descend_in_cones(
-                    self.problem, self.model, self.oracle.scores, self.beta, self.monitor.out_of_time
-                )
-                self.model = self._tidy(settled)
+            model = self._descend(fewer, noise)
+            if len(fewer) < len(grown) and self._objective(self.problem.outputs(model), model) > objective:
+                model = self._descend(grown, noise)
+            self.model = self._settle(self._tidy(model))
         return Stop.STALLED
 
-    def _objective(self, atoms: Atoms) -> float:
-        return self.problem.data_term(self.problem.outputs(atoms)) + self.beta * self.problem.penalty(atoms)
+    @abstractmethod
+    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[Peaks, float]:
+        """What a search finds at outputs ``f``, and the dual value that follows."""
 
-    # -- price and grow -----------------------------------------------------------------------------------------------
-    def _price(self, f: Float[Tensor, "n r c"], target: float) -> tuple[Peaks, float]:
-        """What a search finds at outputs ``f``, and the relative gap that follows, recorded."""
-        R, tight = self.problem.residual(f), self.oracle.tight
-        peaks = self.oracle.search(
-            R,
-            warm=self.model,
-            generator=self.generator,
-            n_starts=16 if tight else 8,
-            iterations=30 if tight else 12,
-            rtol=1e-7 if tight else 1e-4,
-            climbers=None if tight else self.batch,
-        )
-        norm = float(peaks.values[:1].sum())
-        objective = self.problem.data_term(f) + self.beta * self.problem.penalty(self.model)
-        dual = scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
-        hopeful = objective - dual <= target * abs(objective)
-        if tight and (hopeful or self.oracle.method == "faces"):
-            found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
-            peaks = found.peaks
-            dual = scaled_dual(self.problem, f, found.upper, self.beta, self.model.intercept)
-        if dual > self.monitor.dual and not tight:
-            self._witness = f
-        return peaks, self.monitor.record(objective, dual, len(self.model))
+    @abstractmethod
+    def _decisive(self, gap: float, target: float) -> float:
+        """The gap on which it depends how far a descent goes."""
 
-    def _scattered(self, f: Float[Tensor, "n r c"]) -> Peaks:
-        """Random directions as they are: ascents would lead many of them to the same few."""
-        each = self.widest // self.problem.head.n_groups
-        R = self.problem.residual(f)
-        return self.oracle.search(R, generator=self.generator, n_starts=each, iterations=0)
+    @abstractmethod
+    def _grow(self, f: Float[Tensor, "n r c"], peaks: Peaks, noise: float) -> Atoms:
+        """The model with atoms for what was found."""
+
+    @abstractmethod
+    def _descend(self, atoms: Atoms, noise: float) -> Atoms:
+        """Up to `descent_steps` iterations, ended by decreases of less than ``noise``."""
+
+    def _settle(self, atoms: Atoms) -> Atoms:
+        """What is left to do for a model in a round."""
+        return atoms
+
+    def _objective(self, f: Float[Tensor, "n r c"], atoms: Atoms) -> float:
+        """Of a model with outputs ``f``."""
+        return self.problem.data_term(f) + self.beta * self.problem.penalty(atoms)
+
+    def _dual(self, f: Float[Tensor, "n r c"], norm: float) -> float:
+        return scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
 
     def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks, most: int) -> Atoms | None:
         """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, at most so many, with the best common ``t``.
@@ -190,25 +166,18 @@ class ReLUColumnGeneration:
         )
         return with_best_step(problem, f, new, excess, self.beta)
 
-    # -- descend and tidy ---------------------------------------------------------------------------------------------
-    def _descend(self, passes: Passes, atoms: Atoms) -> Atoms:
-        """Up to `descent_steps` iterations, in whitened coordinates where the problem is large."""
-        problem, beta, tight = self.problem, self.beta, self.oracle.tight
-        rounds = 1 if tight else self.descent_steps // self.renewal
-        for _ in range(rounds):
-            coordinates = None if tight else Whitening(problem, atoms, problem.outputs(atoms), beta)
-            descent = FactoredDescent(passes, atoms, beta, coordinates)
-            before = descent.value
-            for step in range(self.descent_steps // rounds):
-                if not descent.step() or self.monitor.out_of_time():
-                    return descent.atoms
-                if step % 10 == 9:
-                    self.monitor.record(descent.value, -torch.inf, len(atoms))
-                    if before - descent.value <= self.noise * abs(before):
-                        return descent.atoms
-                    before = descent.value
-            atoms = descent.atoms
-        return atoms
+    def _run(self, descent: FactoredDescent, steps: int, noise: float) -> bool:
+        """Iterations of a descent; whether it has not ended."""
+        before = descent.value
+        for step in range(steps):
+            if not descent.step() or self.monitor.out_of_time():
+                return False
+            if step % 10 == 9:
+                self.monitor.record(descent.value, -torch.inf, len(descent.atoms))
+                if before - descent.value <= noise * abs(before):
+                    return False
+                before = descent.value
+        return True
 
     def _tidy(self, atoms: Atoms, apart: float = 1e-9) -> Atoms:
         """Balanced atoms; those merged whose directions differ by less than ``apart`` in cosine, tiny ones dropped.
@@ -230,6 +199,105 @@ class ReLUColumnGeneration:
         merged, sizes = rescale(merged)
         size = torch.cat(sizes) if sizes else size[:0]
         return merged.select(size > 1e-7 * size.sum())
+
+
+class ExactRounds(ReLUColumnGeneration):
+    """For problems whose rewards can be bounded."""
+
+    search: ClassVar = {"n_starts": 16, "iterations": 30, "rtol": 1e-7}
+
+    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[Peaks, float]:
+        R = self.problem.residual(f)
+        peaks = self.oracle.search(R, warm=self.model, generator=self.generator, **self.search)
+        dual = self._dual(f, float(peaks.values[:1].sum()))
+        if objective - dual <= target * abs(objective) or self.oracle.method == "faces":
+            found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
+            peaks, dual = found.peaks, self._dual(f, found.upper)
+        return peaks, dual
+
+    def _decisive(self, gap: float, target: float) -> float:
+        """The one asked for: iterations cost little."""
+        return target
+
+    def _grow(self, f: Float[Tensor, "n r c"], peaks: Peaks, noise: float) -> Atoms:
+        """Values and lengths are weighed before directions move: a convex problem, a group lasso."""
+        new = self._new_atoms(f, peaks, self.batch)
+        grown = self.model if new is None else self.model.append(new)
+        return self._along(Rays(self.problem, grown), grown, noise) if len(grown) else grown
+
+    def _descend(self, atoms: Atoms, noise: float) -> Atoms:
+        return self._along(self.problem, atoms, noise)
+
+    def _along(self, passes: Passes, atoms: Atoms, noise: float) -> Atoms:
+        descent = FactoredDescent(passes, atoms, self.beta)
+        self._run(descent, self.descent_steps, noise)
+        return descent.atoms
+
+    def _settle(self, atoms: Atoms) -> Atoms:
+        """Within the cones of its patterns."""
+        if self.oracle.scores is None:
+            return atoms
+        return self._tidy(
+            descend_in_cones(self.problem, atoms, self.oracle.scores, self.beta, self.monitor.out_of_time)
+        )
+
+
+class SearchedRounds(ReLUColumnGeneration):
+    """For all others: rewards are what a search has found."""
+
+    search: ClassVar = {"n_starts": 8, "iterations": 12, "rtol": 1e-4}
+    wide = 256
+    """Value rows of the atoms that a model begins with, where one pricing after another would find them one by one. A
+    fourth of them may be added later on at a time."""
+    far = 0.1
+    """A gap estimated larger than this says no more than that."""
+    renewal = 50
+    """Iterations after which the coordinates of a descent are whitened anew."""
+
+    def __init__(self, problem: Problem, *args: Any, **others: Any) -> None:
+        super().__init__(problem, *args, **others)
+        self.batch = max(self.batch, self.wide // 4 // problem.head.value_rows)
+        self.widest = max(self.batch, self.wide // problem.head.value_rows)
+        self._witness: Tensor | None = None
+
+    def witness(self) -> Float[Tensor, "n r c"] | None:
+        """Outputs with the best dual point that searches suggest: rewards rise and fall while the objective falls."""
+        return self._witness
+
+    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[Peaks, float]:
+        R = self.problem.residual(f)
+        peaks = self.oracle.search(R, warm=self.model, generator=self.generator, climbers=self.batch, **self.search)
+        dual = self._dual(f, float(peaks.values[:1].sum()))
+        if dual > self.monitor.dual:
+            self._witness = f
+        return peaks, dual
+
+    def _decisive(self, gap: float, target: float) -> float:
+        """The one at hand: far from the optimum new atoms pay more than iterations."""
+        return min(gap, self.far)
+
+    def _grow(self, f: Float[Tensor, "n r c"], peaks: Peaks, noise: float) -> Atoms:
+        """A model without atoms gets many at once."""
+        begun = len(self.model) > 0
+        found, most = (peaks, self.batch) if begun else (peaks.merge(self._scattered(f)), self.widest)
+        new = self._new_atoms(f, found, most)
+        return self.model if new is None else self.model.append(new)
+
+    def _scattered(self, f: Float[Tensor, "n r c"]) -> Peaks:
+        """Random directions as they are: ascents would lead many of them to the same few."""
+        each = self.widest // self.problem.head.n_groups
+        R = self.problem.residual(f)
+        return self.oracle.search(R, generator=self.generator, n_starts=each, iterations=0)
+
+    def _descend(self, atoms: Atoms, noise: float) -> Atoms:
+        for _ in range(self.descent_steps // self.renewal):
+            coordinates = Whitening(self.problem, atoms, self.problem.outputs(atoms), self.beta)
+            descent = FactoredDescent(self.problem, atoms, self.beta, coordinates)
+            goes_on = self._run(descent, self.renewal, noise)
+            atoms = descent.atoms
+            if not goes_on:
+                break
+        return atoms
 
 
 class Rays:
