@@ -63,7 +63,7 @@ class Fista:
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
         self.omega = norm / math.sqrt(problem.n * problem.head.r) or 1.0
         self.b = start.intercept / self.omega
-        self.L = max(norm**2 / problem.n / 16, torch.finfo(torch.float64).tiny)
+        self.L = max(norm**2 / problem.n / 64, torch.finfo(torch.float64).tiny)
         self.ranks: list[int] = []
         self._resumed: tuple[Any, ...] = ()
 
@@ -124,7 +124,7 @@ class Fista:
                 self.L *= 1.5
             else:
                 return Stop.STALLED
-            self.L /= 1.02
+            self.L /= 1.05
             last = Z - self.Z
             turned = float(moved @ last.flatten())
             if gb is not None:

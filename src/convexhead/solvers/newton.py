@@ -73,25 +73,26 @@ class FactoredNewton:
         return value, pack(Atoms(gU, gV, atoms.block, gb))
 
     def _hessian(self) -> Float[Tensor, "m m"]:
+        """From single precision: a step need only be about right, its gradient is exact."""
         problem, atoms = self.dense.problem, self.atoms
-        f, G = self._at
+        (f, G), block = self._at, atoms.block
         k, e, c = atoms.V.shape
         w = atoms.U.shape[1]
-        features = self.dense.features.view(problem.n_blocks, w, e, -1)
-        features = features.index_select(0, atoms.block).to(f.dtype)  # (k, w, e, n·r)
-        each = torch.eye(c, dtype=f.dtype, device=f.device).unsqueeze(2)  # (c, c, 1)
-        of_U = atoms.V.mT.unsqueeze(1) @ features  # (k, w, c, n·r)
-        of_V = (atoms.U.unsqueeze(1) @ features.flatten(2)).view(k, e, 1, 1, -1) * each  # (k, e, c, c, n·r)
+        f, Y, U, V = (part.float() for part in (f, problem.Y, atoms.U, atoms.V))
+        features = self.dense.features.view(problem.n_blocks, w, e, -1).index_select(0, block).float()  # (k, w, e, n·r)
+        each = torch.eye(c, device=f.device).unsqueeze(2)  # (c, c, 1)
+        of_U = V.mT.unsqueeze(1) @ features  # (k, w, c, n·r)
+        of_V = (U.unsqueeze(1) @ features.flatten(2)).view(k, e, 1, 1, -1) * each  # (k, e, c, c, n·r)
         if problem.output_mask is not None:
-            of_V = of_V * problem.output_mask[atoms.block % problem.head.n_groups][:, None, :, None, None]
+            of_V *= problem.output_mask[block % problem.head.n_groups][:, None, :, None, None]
         of_b = (each if problem.fit_intercept else torch.zeros_like(each)).expand(-1, -1, features.shape[3])
         J = torch.cat([of_U.flatten(0, 1), of_V.flatten(0, 2), of_b])  # of every f_i: (m, c, n·r)
-        curved = problem.loss.hessian_times(f, problem.Y, J.unflatten(2, f.shape[:2]).movedim(1, 3)).movedim(3, 1)
-        H = problem.sum(J.flatten(1) @ curved.flatten(1).T)[0] / problem.n
+        curved = problem.loss.hessian_times(f, Y, J.unflatten(2, f.shape[:2]).movedim(1, 3)).movedim(3, 1)
+        H = problem.sum((J.flatten(1) @ curved.flatten(1).T).double())[0] / problem.n
         weights = k * (w + e * c)
         H.diagonal()[:weights] += self.beta
-        for i, j in enumerate(atoms.block.tolist()):
-            U, V = slice(i * w, (i + 1) * w), slice(k * w + i * e * c, k * w + (i + 1) * e * c)
-            H[U, V] += G[j]
-            H[V, U] += G[j].T
+        for i, j in enumerate(block.tolist()):
+            rows, columns = slice(i * w, (i + 1) * w), slice(k * w + i * e * c, k * w + (i + 1) * e * c)
+            H[rows, columns] += G[j]
+            H[columns, rows] += G[j].T
         return H
