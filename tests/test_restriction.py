@@ -131,7 +131,9 @@ def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypa
         given["own"] = certify_atoms(problem, model, beta, **others | {"known_dual": -torch.inf}).relative_gap
         return certify_atoms(problem, model, beta, witness=witness, **others)
 
+    finish = solvers._finish
     monkeypatch.setattr(solvers, "certify_atoms", certify)
+    monkeypatch.setattr(solvers, "_finish", lambda problem, atoms, _, most: finish(problem, atoms, 1e-3, most))
     X, y = data(n=300)
     model = ch.ConvexHeadClassifier(
         "block-fno", activation="gated-relu", n_gates=12, n_blocks=2, beta_ratio=0.005, tol=1e-2, random_state=0
@@ -139,4 +141,4 @@ def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypa
     model.fit(X, y)
     estimate = model.history_[-1]["gap"] / model.history_[-1]["objective"]
     assert given["witness"] is not None
-    assert model.certificate_.relative_gap < 1.01 * estimate < given["own"]
+    assert model.certificate_.relative_gap < 1.5 * estimate < given["own"]
