@@ -282,7 +282,7 @@ class _Dual:
 
         top = min(limit, 2 * start)
         end = value(top)
-        best = max(value(start), end)
+        best = end if start == top else max(value(start), end)
         if end > value((1 - CLOSE) * top):
             return best  # concave in τ and rising at the end, as a rule: what lies between is hardly better
         found = minimize_scalar(lambda tau: -value(tau), bounds=(0.0, top), method="bounded", options={"maxiter": 20})

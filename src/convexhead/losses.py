@@ -53,9 +53,11 @@ class Loss(ABC):
         return torch.stack([self.hessian_times(f, y, e.expand_as(f)).sum(1).mean(0) for e in units])
 
     def hessian_times(self, f: Batch, y: Batch, z: Batches) -> Batches:
-        """``∇²ℓ(f_i, y_i) z_i`` for one ``z`` or, in front, many. By a forward derivative of `residual`, at as many
-        copies of ``f``; override where a formula is cheaper."""
-        return torch.func.jvp(lambda f: self.residual(f, y), (f.expand_as(z).clone(),), (z,))[1]
+        """``∇²ℓ(f_i, y_i) z_i`` for one ``z (n, r, c)`` or for many. By a forward derivative of `residual`, one ``z``
+        after another; override where a formula is cheaper."""
+        if z.ndim > f.ndim:
+            return torch.stack([self.hessian_times(f, y, one) for one in z])
+        return torch.func.jvp(lambda f: self.residual(f, y), (f,), (z,))[1]
 
     def hessian_root(self, f: Batch, y: Batch, z: Batch) -> Batch | None:
         """``L_i z_i`` with ``L_i L_iᵀ = ∇²ℓ(f_i, y_i)``: draws ``z`` of mean 0 and covariance 1 become draws whose

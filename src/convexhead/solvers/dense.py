@@ -63,8 +63,9 @@ class DensePasses:
         """``‖Φ‖₂``, estimated from below by the power method."""
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(len(self.features), generator=generator).to(self.features)
+        tiny = torch.finfo(v.dtype).tiny  # normalize takes 1e-12, above what attention makes of small tokens
         for _ in range(steps):
-            v = self.features @ (torch.nn.functional.normalize(v, dim=0) @ self.features)
+            v = self.features @ (torch.nn.functional.normalize(v, dim=0, eps=tiny) @ self.features)
         return float(v.norm()) ** 0.5
 
     def matrices(self, atoms: Atoms) -> Float[Tensor, "j w q"]:

@@ -29,6 +29,8 @@ class FactoredNewton:
 
     def __init__(self, dense: DensePasses, atoms: Atoms, beta: float) -> None:
         self.dense, self.beta, self._like = dense, beta, atoms
+        blocks = dense.features.view(dense.shape[0], dense.shape[1], dense.problem.value_shape[0], -1)
+        self._features = blocks.index_select(0, atoms.block).float()  # (k, w, e, n·r)
         self._x = pack(atoms)
         self.value, self._gradient = self._evaluate(self._x)
         self._at = dense.last
@@ -79,7 +81,7 @@ class FactoredNewton:
         k, e, c = atoms.V.shape
         w = atoms.U.shape[1]
         f, Y, U, V = (part.float() for part in (f, problem.Y, atoms.U, atoms.V))
-        features = self.dense.features.view(problem.n_blocks, w, e, -1).index_select(0, block).float()  # (k, w, e, n·r)
+        features = self._features
         each = torch.eye(c, device=f.device).unsqueeze(2)  # (c, c, 1)
         of_U = V.mT.unsqueeze(1) @ features  # (k, w, c, n·r)
         of_V = (U.unsqueeze(1) @ features.flatten(2)).view(k, e, 1, 1, -1) * each  # (k, e, c, c, n·r)
