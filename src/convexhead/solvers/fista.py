@@ -49,6 +49,8 @@ class Fista:
     """Relative gap under which factors may take over."""
     slack: ClassVar = {torch.float64: 1e-14, torch.float32: 1e-9}
     """Relative decrease of the objective that means nothing in a precision of the features."""
+    lengthening: ClassVar = {torch.float64: 1.05, torch.float32: 1.02}
+    """Factor by which a step grows from one iteration to the next: where rounding blurs decreases, with care."""
     trials = 60
     """Of a step; where none is short enough, rounding hides the decrease."""
 
@@ -124,7 +126,7 @@ class Fista:
                 self.L *= 1.5
             else:
                 return Stop.STALLED
-            self.L /= 1.05
+            self.L /= self.lengthening[self.dense.features.dtype]
             last = Z - self.Z
             turned = float(moved @ last.flatten())
             if gb is not None:
