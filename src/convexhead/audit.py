@@ -77,12 +77,15 @@ def certify(
         raise InputError(f"beta must be a positive number, got {beta!r}")
     choose("activation", activation, ACTIVATIONS)
     X = inputs.resolve_store(X)
-    tokens = inputs.open_tokens(X)
     if isinstance(weights, _ConvexHead):
         if not hasattr(weights, "certificate_"):
             raise NotFittedError("this estimator is not fitted yet: call fit before certify")
+        whole, X = X, weights.as_trained_on(X)
+        if y is not None and len(X) < len(whole) == len(y):  # trained on some of the split
+            y = np.asarray(y)[X.rows]
         loss = loss or getattr(weights, "loss", None)
         weights = weights.to_module(torch.float64)
+    tokens = inputs.open_tokens(X)
     module_head: Head
     if isinstance(weights, HeadModule):
         module_head, activation, atoms = cast(Head, weights.head), weights.activation_name, weights.to_atoms()

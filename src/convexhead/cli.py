@@ -209,19 +209,30 @@ def extract(
         ),
     ],
     out: Out,
+    like: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="A store or a run: its backbone, layer, preprocessing, fitted reduction, dtype and order of classes."
+        ),
+    ] = None,
     backbone: Annotated[
-        str,
-        typer.Option(help="packaged:efficientnet-lite0, timm:NAME[@FILE.safetensors], hf:NAME or patches:K."),
-    ] = "packaged:efficientnet-lite0",
+        Optional[str],
+        typer.Option(help="packaged:efficientnet-lite0 (default), timm:NAME[@FILE.safetensors], hf:NAME or patches:K."),
+    ] = None,
     layer: Annotated[Optional[int], typer.Option(help="Inner block; default: the last map.")] = None,
     image_size: Annotated[Optional[int], typer.Option(help="Pixels; default: the backbone's own.")] = None,
     crop_pct: Annotated[Optional[float], typer.Option(help="Share of the image kept by the centre crop.")] = None,
     channels: Annotated[Optional[int], typer.Option(help="Channels to keep; default: all.")] = None,
-    reduce: Annotated[Reduce, typer.Option(help="How channels are reduced.")] = Reduce.avgpool,
+    reduce: Annotated[Optional[Reduce], typer.Option(help="How channels are reduced; default: avgpool.")] = None,
     token_pool: Annotated[Optional[int], typer.Option(help="Side of the token grid to average down to.")] = None,
-    standardize: Annotated[bool, typer.Option(help="Standardise channels, fitted on train.")] = True,
-    constant: Annotated[bool, typer.Option(help="Append a channel of ones.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of stored tokens.")] = Dtype.float16,
+    standardize: Annotated[
+        Optional[bool],
+        typer.Option("--standardize/--no-standardize", help="Standardise channels, fitted on train; default: yes."),
+    ] = None,
+    constant: Annotated[
+        Optional[bool], typer.Option("--constant/--no-constant", help="Append a channel of ones; default: no.")
+    ] = None,
+    dtype: Annotated[Optional[Dtype], typer.Option(help="Precision of stored tokens; default: float16.")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Images a batch; default: chosen for the device.")] = None,
     shard_size: Annotated[int, typer.Option(help="Images a shard: what a crash can lose.")] = 512,
     skip_broken: Annotated[bool, typer.Option(help="Leave out images that cannot be read.")] = False,
@@ -234,17 +245,18 @@ def extract(
     with _progress(as_json) as notify:
         store = run(
             images,
-            backbone,
+            backbone or ("packaged:efficientnet-lite0" if like is None else None),
             out,
+            like=like,
             layer=layer,
             image_size=image_size,
             crop_pct=crop_pct,
             channels=channels,
-            reduce=reduce.value,  # type: ignore[arg-type]
+            reduce=None if reduce is None else reduce.value,  # type: ignore[arg-type]
             token_pool=token_pool,
             standardize=standardize,
             constant=constant,
-            dtype=dtype.value,  # type: ignore[arg-type]
+            dtype=None if dtype is None else dtype.value,  # type: ignore[arg-type]
             batch_size=batch_size,
             shard_size=shard_size,
             skip_broken=skip_broken,
@@ -472,13 +484,17 @@ def evaluate(
     """Accuracy of a trained head on a split of a store."""
     import numpy as np
 
+    from convexhead.estimators import ConvexHeadClassifier
     from convexhead.persistence import load
 
     clf = load(run)
+    if not isinstance(clf, ConvexHeadClassifier):
+        raise InputError(f"{run} holds a regressor: evaluate scores classifiers")
     view = _open(store, split)
+    labels = clf.labels_of(view)
     probabilities = clf.predict_proba(view)
     position = {label: i for i, label in enumerate(clf.classes_.tolist())}
-    truth = np.array([position.get(label, -1) for label in view.labels.tolist()])
+    truth = np.array([position.get(label, -1) for label in labels.tolist()])
     ranked = np.argsort(-probabilities, axis=1)
     top = {k: float((ranked[:, :k] == truth[:, None]).any(1).mean()) for k in (1, 5)}
     result = {"run": str(run), "split": split, "images": len(truth), "top1": top[1], "top5": top[5]}
@@ -705,7 +721,8 @@ def report(
 def main() -> None:
     """Entry point: errors are one line, and the exit code says what happened."""
     try:
-        app(standalone_mode=False)
+        with _notes():
+            app(standalone_mode=False)
     except ConvexHeadError as error:
         _fail(str(error), 1)
     except (ValueError, OSError) as error:
@@ -720,6 +737,21 @@ def main() -> None:
                 _fail(error.format_message(), 2)
             sys.exit(error.exit_code)
         raise
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """What the library warns of, a line each on standard error."""
+    told = set()
+
+    def note(message: Warning | str, *_: Any) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            errors.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield
 
 
 def _fail(message: str, code: int) -> None:

@@ -283,6 +283,7 @@ class _ConvexHead(BaseEstimator):
     def _outputs(self, X: Any) -> NDArray[np.float64]:
         """``f (n, r, c)`` in float64."""
         check_is_fitted(self)
+        X = self.as_fitted_on(X)
         X = self._check_features(X)
         head, atoms = self._fitted_head(), self._atoms()
         gates = None if self.gates_ is None else torch.from_numpy(self.gates_)
@@ -296,6 +297,51 @@ class _ConvexHead(BaseEstimator):
             parts.append(problem.outputs(atoms).cpu().numpy())
         return np.concatenate(parts)
 
+    def as_fitted_on(self, X: Any) -> Any:
+        """Tokens as this head takes them: of a split of a store the view that it must read, all else unchanged.
+
+        A head reads another store's tokens as they were stored, through the reduction that it was fitted behind, and
+        the labels by the names of its own classes.
+
+        Raises
+        ------
+        InputError
+            The store's tokens are made otherwise than those that the head was fitted on.
+
+        Warns
+        -----
+        UserWarning
+            The head was fitted on arrays, or by an early version: nothing tells how its tokens were made.
+        """
+        X = inputs.resolve_store(X)
+        if not hasattr(X, "read_as"):
+            return X
+        if self.origin_ is not None:
+            return X.read_as(self.origin_)
+        known = "this head was fitted on arrays, which do not say how their tokens were made"
+        if self.reduction_ is not None:
+            known = "this head was saved by an earlier version, which did not keep how its tokens were made"
+            if X.reduction is None or X.reduction.identity != self.reduction_.identity:
+                raise InputError(
+                    f"{known}, and the reduction that it was fitted behind is not that of {X!r}: fit it again"
+                )
+        warnings.warn(
+            f"{known}: that {X!r} holds such tokens is taken on trust, and its classes are matched by number",
+            UserWarning,
+            stacklevel=4,
+        )
+        return X
+
+    def as_trained_on(self, X: Any) -> Any:
+        """As `as_fitted_on`, and refuses a split of a store that does not hold the images of the training.
+
+        A head that was trained on some images of the split gets a view of those.
+        """
+        X = inputs.resolve_store(X)
+        if self.origin_ is not None and hasattr(X, "read_to_audit"):
+            return X.read_to_audit(self.origin_)
+        return self.as_fitted_on(X)
+
     def _check_features(self, X: Any) -> Any:
         """scikit-learn's checks (names, counts) for 2-D input; others are checked as tokens."""
         if inputs.is_table(X):
@@ -306,6 +352,7 @@ class _ConvexHead(BaseEstimator):
         if inputs.is_table(X):
             X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
         self.reduction_ = getattr(X, "reduction", None) if inputs.is_store(X) else None
+        self.origin_ = X.origin() if hasattr(X, "origin") else None
         self._store_grid = X.grid if inputs.is_store(X) else None
         tokens = inputs.open_tokens(X)
         inputs.check_informative(tokens)
@@ -422,6 +469,12 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         ``seconds``, ``objective``, ``gap`` (the solver's estimate), ``heads``.
     n_features_in_, n_tokens_ : int
         ``d`` and ``s``.
+    class_names_ : list of str or None
+        The names of ``classes_``, where a store tells them.
+    origin_ : TokenOrigin or None
+        How the tokens of the store that the head was fitted on were made; None for arrays.
+    reduction_ : Reduction or None
+        What those tokens were read through.
 
     Examples
     --------
@@ -518,6 +571,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         X = inputs.resolve_store(X)
         y = _labels_of(X, y)
         tokens = self._fit_tokens(X)
+        if self.origin_ is not None and not np.array_equal(y, X.labels):
+            self.origin_ = self.origin_.without_class_names()
         check_classification_targets(y)
         inputs.check_lengths(tokens, len(y))
         self.classes_, indices = np.unique(y, return_inverse=True)
@@ -541,9 +596,16 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         return torch.softmax(torch.from_numpy(self._outputs(X)[:, 0]), -1).numpy()
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Class labels ``(n,)``."""
+        """Class labels ``(n,)``, numbered as in training whatever the store: see ``class_names_``."""
         f = self._outputs(X)[:, 0]
         return self.classes_[f.argmax(1)]
+
+    @property
+    def class_names_(self) -> list[str] | None:
+        """The names of ``classes_``, of a head that was fitted on a store with the store's labels; else None."""
+        if self.origin_ is None or self.origin_.class_names is None:
+            return None
+        return [self.origin_.class_names[int(label)] for label in self.classes_]
 
     def _score_fitted(self, problem: Problem) -> float:
         """Accuracy on the tokens of ``problem``."""
@@ -551,9 +613,26 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         return problem.mean((f.argmax(-1) == problem.Y.argmax(-1)).double().mean(1))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Accuracy; ``y`` may be left out for a split of a store."""
+        """Accuracy; ``y`` may be left out for a split of a store, whose classes are matched by name."""
+        check_is_fitted(self)
         X = inputs.resolve_store(X)
+        named = self.class_names_ is not None
+        if inputs.is_store(X) and (y is None or (named and np.array_equal(y, X.labels))):
+            y = self.labels_of(X)
         return super().score(X, _labels_of(X, y), sample_weight)
+
+    def labels_of(self, X: Any) -> NDArray[Any]:
+        """The labels of a split of a store as this head numbers them.
+
+        Raises
+        ------
+        InputError
+            The head's own labels were not a store's, or it was not trained on a class of this one.
+        """
+        X = self.as_fitted_on(X)
+        if self.origin_ is not None and self.origin_.class_names is None:
+            raise InputError("this head was fitted with labels of the user's own: pass such labels as y")
+        return np.asarray(X.labels)
 
 
 class ConvexHeadRegressor(RegressorMixin, _ConvexHead):

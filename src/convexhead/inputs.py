@@ -18,7 +18,7 @@ from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_ro
 
 def is_store(X: Any) -> bool:
     """Whether ``X`` is a split of a token store: sliced into arrays, with labels of its own."""
-    return hasattr(X, "chunks") and hasattr(X, "labels")
+    return hasattr(X, "chunks") and hasattr(type(X), "labels")  # of its class: reading labels may refuse them
 
 
 def resolve_store(X: Any) -> Any:

@@ -97,7 +97,7 @@ def regularization_path(
     def fit(ratio: float, start: Atoms | None, search: float | None) -> Row:
         nonlocal began
         model = clone(template).set_params(beta_ratio=ratio)
-        for name in ("classes_", "_target_shape", "feature_names_in_", "reduction_"):
+        for name in ("classes_", "_target_shape", "feature_names_in_", "reduction_", "origin_"):
             if hasattr(template, name):
                 setattr(model, name, getattr(template, name))
         if search is None:

@@ -108,6 +108,11 @@ def _describe(estimator: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         for name in ("mean", "scale", "basis"):
             if getattr(reduction, name) is not None:
                 tensors[f"reduction.{name}"] = getattr(reduction, name)
+    origin = getattr(estimator, "origin_", None)
+    if origin is not None:
+        config["tokens"] = origin.to_dict()
+        if origin.rows is not None:
+            tensors["tokens.rows"] = origin.rows
     try:
         config = json.loads(json.dumps(config, default=_plain))
     except TypeError as error:
@@ -177,11 +182,16 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
         estimator._target_shape = tuple(config["target_shape"])
     if "feature_names" in config:
         estimator.feature_names_in_ = np.array(config["feature_names"], dtype=object)
+    estimator.reduction_ = estimator.origin_ = None
     if "reduction" in config:
         from convexhead.tokens import Reduction
 
         parts: dict[str, Any] = {name: tensors.get(f"reduction.{name}") for name in ("mean", "scale", "basis")}
         estimator.reduction_ = Reduction(**parts, **config["reduction"])
+    if "tokens" in config:
+        from convexhead.tokens.origin import TokenOrigin
+
+        estimator.origin_ = TokenOrigin.from_dict(config["tokens"], tensors.get("tokens.rows"), estimator.reduction_)
     if "coef" in tensors:
         estimator.coef_ = tensors["coef"]
         estimator.singular_values_ = [np.linalg.svd(estimator.coef_, compute_uv=False)]

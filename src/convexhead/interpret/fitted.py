@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ class FittedHead:
     head: Head
     activation: Activation
     atoms: Atoms
+    read: Callable[[Any], Any] = lambda X: X
+    """Makes of a split of a store what the head reads, see `estimators`' ``as_fitted_on``."""
 
     @property
     def is_linear(self) -> bool:
@@ -51,7 +54,7 @@ class FittedHead:
 
     def tokens(self, X: Any) -> Float[Tensor, "n s d"]:
         """``X`` checked, in float64."""
-        return inputs.as_tokens(X, n_channels=self.head.d, n_tokens=self.head.s).double()
+        return inputs.as_tokens(self.read(X), n_channels=self.head.d, n_tokens=self.head.s).double()
 
 
 def as_fitted(model: Any) -> FittedHead:
@@ -71,4 +74,4 @@ def as_fitted(model: Any) -> FittedHead:
         raise InputError(f"{type(model).__name__} is not a fitted head: fit it first")
     head = model._fitted_head()
     gates = None if model.gates_ is None else torch.from_numpy(model.gates_)
-    return FittedHead(head, make_activation(model.activation, head, gates), model._atoms())
+    return FittedHead(head, make_activation(model.activation, head, gates), model._atoms(), model.as_fitted_on)

@@ -78,14 +78,14 @@ def collect(
         The tokens are not those of this head.
     """
     split = next(name for name in ("test", "val", "train") if name in store.splits)
-    view = store[split]
-    if view.shape[1:] != (model.n_tokens_, model.n_features_in_) or len(store.class_names) <= int(max(model.classes_)):
+    view = model.as_fitted_on(store[split])
+    if view.shape[1:] != (model.n_tokens_, model.n_features_in_) or len(view.class_names) <= int(max(model.classes_)):
         raise InputError(
             f"{store.path} holds {view.shape[1]} tokens x {view.shape[2]} channels and {len(store.class_names)} classes"
             f"; this head was fitted on others: give the store that it was fitted on"
         )
     position = {int(label): i for i, label in enumerate(model.classes_)}
-    labels = np.array([position.get(int(label), -1) for label in view.labels])
+    labels = np.array([position.get(int(label), -1) for label in model.labels_of(store[split])])
     starts = range(0, len(view), BATCH)
     arrays = _score(np.concatenate([model._outputs(view[i : i + BATCH])[:, 0] for i in starts]), labels)
     sample = choose_sample(arrays)
@@ -98,7 +98,7 @@ def collect(
         "command": shlex.join(command),
         "environment": _environment(),
         "split": split,
-        "classes": [store.class_names[int(label)] for label in model.classes_],
+        "classes": [view.class_names[int(label)] for label in model.classes_],
         "files": [view.files[i] for i in sample],
         "tokens": info | {"path": str(store.path.resolve()), "source": _absolute(info["source"])},
         "path": None if path is None else [_path_row(row) for row in path],

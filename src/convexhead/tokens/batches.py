@@ -45,6 +45,7 @@ class BatchExtractor:
 
     def config(self) -> dict[str, Any]:
         """Return what determines the stored numbers, as JSON values."""
+        numbering = getattr(self.source, "numbering", None)  # of its classes, where it is not the source's own
         return {
             # A weights file may move: its content is in `weights`.
             "backbone": self.backbone.spec.partition("@")[0],
@@ -55,6 +56,7 @@ class BatchExtractor:
             "channels": self.channels,
             "token_pool": list(self.token_pool) if self.token_pool else None,
             "dtype": self.dtype,
+            **({} if numbering is None else {"classes": numbering}),
         }
 
     def first(self) -> TokenBatch:

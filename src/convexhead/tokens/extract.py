@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -16,6 +16,7 @@ from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.files import make_folder, sha256_file, write_atomic, writer_lock
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.job import ExtractionJob, Task
+from convexhead.tokens.like import number_like, open_backbone_like, options_like, origin_of
 from convexhead.tokens.manifest import DTYPES, MANIFEST, Manifest
 from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.progress import ProgressCallback, ProgressMeter
@@ -28,6 +29,10 @@ from convexhead.tokens.view import SplitView
 PATIENCE = timedelta(days=30)
 
 
+DEFAULTS = {"reduce": "avgpool", "standardize": True, "constant": False, "dtype": "float16"}
+"""What options are that nobody gave."""
+
+
 class Fit(TypedDict):
     """What is asked of the fitted reduction, see `fit_reduction`."""
 
@@ -38,18 +43,19 @@ class Fit(TypedDict):
 
 def extract(
     source: str | Path | ImageSource,
-    backbone: str | Backbone,
+    backbone: str | Backbone | None,
     out: str | Path,
     *,
+    like: str | Path | None = None,
     layer: int | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
     channels: int | None = None,
-    reduce: Literal["avgpool", "pca"] = "avgpool",
+    reduce: Literal["avgpool", "pca"] | None = None,
     token_pool: int | tuple[int, int] | None = None,
-    standardize: bool = True,
-    constant: bool = False,
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    standardize: bool | None = None,
+    constant: bool | None = None,
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None,
     batch_size: int | None = None,
     shard_size: int = 512,
     skip_broken: bool = False,
@@ -67,16 +73,19 @@ def extract(
 
     Args:
         source: see `open_source`.
-        backbone: see `open_backbone`, as for ``layer``, ``image_size`` and ``crop_pct``.
+        backbone: see `open_backbone`, as for ``layer``, ``image_size`` and ``crop_pct``; None with ``like``.
         out: folder of the store; made if it does not exist.
+        like: a store, or a run that was fitted on one: backbone, layer, preprocessing, pooling, type, the fitted
+            reduction with its values and the order of the classes are taken from there, and options that say
+            something else are refused. The tokens can then be compared with those.
         channels: channels to keep; None keeps all.
-        reduce: how to reduce channels. ``"avgpool"`` averages neighbours before they are written; ``"pca"``
+        reduce: how to reduce channels. ``"avgpool"`` (None) averages neighbours before they are written; ``"pca"``
             writes all and keeps the leading principal components of the train tokens when they are read.
         token_pool: token grid to average down to, ``(h, w)`` or one number for a square.
         standardize: give every channel mean 0 and variance 1 over the train tokens when they are read, before
-            principal components are taken.
-        constant: append a channel of ones when they are read.
-        dtype: type in which tokens are written.
+            principal components are taken; None does.
+        constant: append a channel of ones when they are read; None does not.
+        dtype: type in which tokens are written; None is float16.
         batch_size: images a forward pass; None is 8 on a CPU (one batch a core, small enough for its
             cache), else 256.
         shard_size: images a file, and the most that a crash can lose.
@@ -91,32 +100,56 @@ def extract(
             shards are kept.
         HubError, MissingExtraError: see `open_backbone` and `open_source`.
     """
-    choose("reduction", reduce, ["avgpool", "pca"])
-    choose("dtype", dtype, DTYPES)
+    asked: dict[str, Any] = {
+        "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
+        "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant, "dtype": dtype,
+    }  # fmt: skip
+    if reduce is not None:
+        choose("reduction", reduce, ["avgpool", "pca"])
+    if dtype is not None:
+        choose("dtype", dtype, DTYPES)
     for name, value in {"channels": channels, "batch_size": batch_size, "shard_size": shard_size}.items():
         if value is not None and value < 1:
             raise InputError(f"{name}={value} must be at least 1")
-    if reduce == "pca" and channels is None:
+    origin = None if like is None else origin_of(like)
+    if origin is not None:
+        asked = options_like(origin, asked)
+    elif backbone is None:
+        raise InputError("a backbone is needed, or like: a store or a run to take it from")
+    else:
+        asked = {name: DEFAULTS.get(name) if value is None else value for name, value in asked.items()}
+    if asked["reduce"] == "pca" and asked["channels"] is None:
         raise InputError("reduce='pca' needs channels, the number of components to keep")
 
     place = _device(device)
     if place.type == "cpu":
         reuse_freed_memory()
-    source = open_source(source)
-    backbone = open_backbone(backbone, layer=layer, image_size=image_size, crop_pct=crop_pct)
+    source, pool = open_source(source), asked["token_pool"]
+    if origin is None:
+        sizes = {name: asked[name] for name in ("layer", "image_size", "crop_pct")}
+        backbone = open_backbone(asked["backbone"], **sizes)
+    else:
+        source = number_like(source, origin.class_names)
+        backbone = open_backbone_like(origin, asked)
+    components = asked["channels"] if asked["reduce"] == "pca" else None
     extractor = BatchExtractor(
         source=source,
         backbone=backbone.to(place),
         device=place,
-        channels=channels if reduce == "avgpool" else None,
-        token_pool=(token_pool, token_pool) if isinstance(token_pool, int) else token_pool,
-        dtype=dtype,
+        channels=asked["channels"] if components is None else None,
+        token_pool=(pool, pool) if isinstance(pool, int) else pool,
+        dtype=asked["dtype"],
         skip_broken=skip_broken,
     )
     batch_size = batch_size or (8 if place.type == "cpu" else 256)
-    job = ExtractionJob(extractor, Path(out).expanduser(), batch_size, shard_size)
-    components = channels if reduce == "pca" else None
-    fit: Fit = {"standardize": standardize, "components": components, "constant": constant}
+    job = ExtractionJob(extractor, Path(out).expanduser(), batch_size, shard_size, origin)
+    fit: Fit | Reduction = {
+        "standardize": asked["standardize"],
+        "components": components,
+        "constant": asked["constant"],
+    }
+    if origin is not None and origin.reduction is not None:
+        fit = origin.reduction
     ranks = join_ranks(PATIENCE)
     with contextlib.ExitStack() as held:
 
@@ -143,13 +176,16 @@ def extract(
     return TokenStore.open(job.out)
 
 
-def _is_fitted(folder: Path, manifest: Manifest, fit: Fit) -> bool:
-    """Return whether the reduction on disk is whole and what is asked for."""
+def _is_fitted(folder: Path, manifest: Manifest, fit: Fit | Reduction) -> bool:
+    """Return whether the reduction on disk is whole and what is asked for: a way to fit one, or that very one."""
     path = folder / manifest.reduction
-    return sha256_file(path) == manifest.reduction_sha256 and Reduction.load(path).options == fit
+    if sha256_file(path) != manifest.reduction_sha256:
+        return False
+    there = Reduction.load(path)
+    return there.identity == fit.identity if isinstance(fit, Reduction) else there.options == fit
 
 
-def _finish(job: ExtractionJob, manifest: Manifest, new_shards: bool, fit: Fit) -> None:
+def _finish(job: ExtractionJob, manifest: Manifest, new_shards: bool, fit: Fit | Reduction) -> None:
     """List new shards, fit the reduction unless the one on disk is what is asked for, and say: complete."""
     if manifest.complete and not new_shards and _is_fitted(job.out, manifest, fit):
         return
@@ -159,11 +195,11 @@ def _finish(job: ExtractionJob, manifest: Manifest, new_shards: bool, fit: Fit) 
     manifest.save(job.out)
 
 
-def fit_stored_reduction(folder: Path, manifest: Manifest, fit: Fit) -> None:
-    """Fit the reduction with the options ``fit`` on the stored train tokens and write it beside them."""
-    train = SplitView(folder, manifest, "train", reduction=None)
-    content = fit_reduction(train.raw_chunks(), **fit).to_bytes()
-    write_atomic(folder / manifest.reduction, content)
+def fit_stored_reduction(folder: Path, manifest: Manifest, fit: Fit | Reduction) -> None:
+    """Fit the reduction with the options ``fit`` on the stored train tokens, or take it as it is; write it there."""
+    if not isinstance(fit, Reduction):
+        fit = fit_reduction(SplitView(folder, manifest, "train", reduction=None).raw_chunks(), **fit)
+    write_atomic(folder / manifest.reduction, fit.to_bytes())
     manifest.reduction_sha256 = sha256_file(folder / manifest.reduction)
 
 

@@ -14,6 +14,7 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.batches import BatchExtractor, Extracted
 from convexhead.tokens.files import LOCK, write_atomic
 from convexhead.tokens.manifest import MANIFEST, REDUCTION, Manifest, Split, digest_json
+from convexhead.tokens.origin import TokenOrigin
 from convexhead.tokens.parallel import map_on_cores
 from convexhead.tokens.progress import ProgressMeter
 from convexhead.tokens.shards import ShardFile, encode_shard
@@ -33,12 +34,13 @@ class Task(NamedTuple):
 
 @dataclass
 class ExtractionJob:
-    """What is to be extracted, where to, and in which portions."""
+    """What is to be extracted, where to, in which portions, and what the tokens must be comparable with."""
 
     extractor: BatchExtractor
     out: Path
     batch_size: int
     shard_size: int
+    like: TokenOrigin | None = None
 
     def config(self) -> dict[str, Any]:
         """Return what determines the stored bytes, as JSON values."""
@@ -96,6 +98,8 @@ class ExtractionJob:
             class_names=source.class_names,
             splits={split: Split() for split in source.splits},
         )
+        if self.like is not None and (told := self.like.differences(manifest)):
+            raise InputError(f"these would not be the same tokens: {'; '.join(told)}")
         manifest.save(self.out)
         return manifest
 

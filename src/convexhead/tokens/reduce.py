@@ -7,6 +7,7 @@ does standardisation, principal components and the constant channel.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,11 @@ class Reduction:
     basis: NDArray[np.float32] | None
     constant: bool
     options: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of everything that decides what comes out: the same map has the same text."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def channels(self) -> int:

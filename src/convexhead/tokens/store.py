@@ -103,6 +103,7 @@ class TokenStore:
             "channel_pool": config["channels"],
             "token_pool": config["token_pool"],
             "reduction": self.reduction.options,
+            "reduction_sha256": manifest.reduction_sha256,
             "shards": len(files),
             "bytes": sum(shard.bytes for shard in files),
             "config_hash": manifest.config_hash,

@@ -1,0 +1,148 @@
+"""Extraction that is comparable with an earlier one: everything that decides tokens and labels is taken from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convexhead.errors import FileFormatError, InputError
+from convexhead.tokens.backbones import Backbone, open_backbone
+from convexhead.tokens.manifest import MANIFEST
+from convexhead.tokens.origin import TokenOrigin, differences
+from convexhead.tokens.sources import ImageSource
+from convexhead.tokens.store import TokenStore
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def origin_of(path: str | Path) -> TokenOrigin:
+    """How the tokens of a store, or those that a run was fitted on, are made.
+
+    Raises:
+        FileFormatError: neither a store nor a run.
+        InputError: a run that does not know where its tokens came from.
+    """
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).is_file():
+        store = TokenStore.open(folder)
+        return store[store.splits[0]].origin()
+    if not (folder / "config.json").is_file():
+        raise FileFormatError(f"{str(path)!r} is neither a token store nor a trained head: give one of them")
+    from convexhead.persistence import load
+
+    origin: TokenOrigin | None = load(folder).origin_
+    if origin is None:
+        raise InputError(f"{str(path)!r} does not say how its tokens were made: give the store that it was fitted on")
+    return origin
+
+
+def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `extract`: those of ``origin``, with which what is ``given`` (not None) must agree.
+
+    The place of a weights file and the size of images are compared by what comes of them, once the backbone is open.
+
+    Raises:
+        InputError: names an option that says something else.
+    """
+    fitted = origin.reduction.options if origin.reduction else {}
+    pool = origin.config["token_pool"]
+    options = {
+        "backbone": origin.backbone,
+        "layer": origin.config["layer"],
+        "channels": fitted.get("components") or origin.config["channels"],
+        "reduce": "pca" if fitted.get("components") else "avgpool",
+        "token_pool": tuple(pool) if pool else None,
+        "standardize": fitted.get("standardize", False),
+        "constant": fitted.get("constant", False),
+        "dtype": origin.config["dtype"],
+    }
+    for name, value in given.items():
+        if value is None or name in ("image_size", "crop_pct") or isinstance(value, Backbone):
+            continue
+        taken = options[name]
+        asked, there = (str(v).partition("@")[0] if name == "backbone" else v for v in (value, taken))
+        if name == "token_pool":
+            asked = (value, value) if isinstance(value, int) else tuple(value)
+        if asked != there:
+            raise InputError(f"{name} is {there!r} in what the tokens shall be like, not {asked!r}: leave {name} out")
+    place = {"backbone": given["backbone"]} if given["backbone"] is not None else {}
+    return {**options, "image_size": given["image_size"], "crop_pct": given["crop_pct"], **place}
+
+
+def open_backbone_like(origin: TokenOrigin, options: dict[str, Any]) -> Backbone:
+    """Open the backbone so that it does what ``origin`` says.
+
+    Raises:
+        InputError: it does something else: other weights, another preprocessing.
+    """
+    told: list[str] = []
+    for size in _sizes(origin.config["preprocessing"], options):
+        backbone = open_backbone(options["backbone"], layer=options["layer"], **size)
+        made = {
+            **origin.config,
+            "backbone": backbone.spec.partition("@")[0],
+            "weights": backbone.weights_hash,
+            "layer": backbone.layer,
+            "preprocessing": backbone.preprocessing,
+        }
+        told = differences(origin.config, made)
+        if not told:
+            return backbone
+        if isinstance(options["backbone"], Backbone):
+            break
+    raise InputError(f"these would not be the same tokens: {'; '.join(told)}")
+
+
+def _sizes(preprocessing: dict[str, Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Ways to ask for what ``preprocessing`` says: stores keep what came of image size and crop, not the question."""
+    given = {name: options[name] for name in ("image_size", "crop_pct")}
+    yield given
+    if isinstance(options["backbone"], Backbone) or given != {"image_size": None, "crop_pct": None}:
+        return
+    for name in ("input_size", "image_size", "crop", "resize"):
+        size = preprocessing.get(name)
+        size = size[-1] if isinstance(size, (list, tuple)) else size
+        if size is not None:
+            yield {"image_size": size, "crop_pct": preprocessing.get("crop_pct")}
+            break
+    if preprocessing.get("crop_pct") is not None:
+        yield {"image_size": None, "crop_pct": preprocessing["crop_pct"]}
+
+
+class Renumbered:
+    """An image source whose labels are numbered as the classes of a store are."""
+
+    def __init__(self, source: ImageSource, class_names: list[str]) -> None:
+        if strangers := [name for name in source.class_names if name not in class_names]:
+            raise InputError(
+                f"{source.spec!r} has the class {strangers[0]!r}, which what the tokens shall be like does not have "
+                f"({', '.join(map(repr, class_names[:8]))}{', …' if len(class_names) > 8 else ''}): leave it out"
+            )
+        self._source = source
+        self._numbers = np.array([class_names.index(name) for name in source.class_names], np.int64)
+        self.spec, self.splits = source.spec, source.splits
+        self.class_names = self.numbering = list(class_names)
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        labels: NDArray[np.int64] = self._numbers[self._source.labels(split)]
+        return labels
+
+    def files(self, split: str) -> list[str]:
+        return self._source.files(split)
+
+    def load(self, split: str, index: int) -> Image.Image:
+        return self._source.load(split, index)
+
+    def fingerprint(self) -> str:
+        """Of the images alone: the numbering stands beside it in the store's settings."""
+        return self._source.fingerprint()
+
+
+def number_like(source: ImageSource, class_names: list[str] | None) -> ImageSource:
+    """Return ``source`` with its labels numbered as ``class_names`` are; None leaves them."""
+    return source if class_names in (None, source.class_names) else Renumbered(source, class_names or [])
