@@ -241,6 +241,7 @@ def extract(
 ) -> None:
     """Run a frozen backbone over images and keep the tokens; run it again to resume."""
     from convexhead.tokens import extract as run
+    from convexhead.tokens.census import census_lines
 
     with _progress(as_json) as notify:
         store = run(
@@ -266,13 +267,14 @@ def extract(
             ),
         )
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process speaks for all
-        _show_store(store, as_json)
+        _show_store(store, as_json, *map(escape, census_lines(store.info()["found"])))
         broken = [name for names in store.info()["broken"].values() for name in names]
         if broken and not as_json:
-            errors.print(f"{len(broken)} broken images left out: {', '.join(map(escape, broken[:5]))} …")
+            names = ", ".join(map(repr, broken[:5])) + (", …" if len(broken) > 5 else "")
+            errors.print(escape(f"{len(broken)} broken images left out: {names}"))
 
 
-def _show_store(store: Any, as_json: bool) -> None:
+def _show_store(store: Any, as_json: bool, *lines: str) -> None:
     info = store.info()
     counts = ", ".join(f"{count} {split}" for split, count in info["images"].items())
     _emit(
@@ -280,6 +282,7 @@ def _show_store(store: Any, as_json: bool) -> None:
         as_json,
         f"[bold]{info['path']}[/]: {counts} images, {info['classes']} classes, "
         f"{info['tokens']} tokens x {info['channels']} channels, {info['bytes'] / 1e6:.1f} MB",
+        *lines,
     )
 
 

@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from convexhead.errors import FileFormatError
-from convexhead.tokens import StoreWriteError, TokenStore, extract
+from convexhead.errors import FileFormatError, InputError
+from convexhead.tokens import Progress, StoreWriteError, TokenStore, extract, merge_stores
 from convexhead.tokens.files import LOCK, writer_lock
 
 # A process that has imported everything forks one child an attempt: 25 interpreters would take a minute.
@@ -171,3 +174,68 @@ def test_lock_of_a_dead_process_is_taken_over(photos: Path, tmp_path: Path) -> N
     assert (out / LOCK).exists()
     extract(photos, "patches:3", out).verify()
     assert not (out / LOCK).exists()
+
+
+@pytest.mark.parametrize("how", ["appears", "disappears", "is rewritten"])
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_source_that_changes_meanwhile_is_noticed(kind: str, how: str, photos: Path, tmp_path: Path) -> None:
+    """The last image or shard is changed when the first batch is done; without the change the same run ends well."""
+    source, last, other = str(photos), photos / "test" / "dog" / "img3.png", photos / "train" / "cat" / "img1.png"
+    if kind == "shards":
+        for split in ("train", "test"):
+            with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+                for path in sorted((photos / split).rglob("*.png")):
+                    name = f"{path.parent.name}-{path.stem}"
+                    (tmp_path / "label").write_text(path.parent.name)
+                    archive.add(path, f"{name}.png")
+                    archive.add(tmp_path / "label", f"{name}.cls")
+        source, last, other = f"webdataset:{tmp_path}", tmp_path / "test.tar", tmp_path / "train.tar"
+    extract(source, "patches:4", tmp_path / "calm")
+    seen = []
+
+    def change(progress: Progress) -> None:
+        if seen:
+            return
+        seen.append(progress)
+        if how == "appears":
+            shutil.copy(last, last.with_stem("new"))
+        elif how == "disappears":
+            last.unlink()
+        else:
+            time.sleep(0.01)
+            shutil.copy(other, last)
+
+    expected = {"appears": "appeared", "disappears": "disappeared", "is rewritten": "was rewritten"}[how]
+    options = {"shard_size": 4, "batch_size": 4, "skip_broken": True}
+    with pytest.raises(InputError, match=f"changed while its images were read: .*{expected}"):
+        extract(source, "patches:4", tmp_path / "out", progress=change, **options)
+    with pytest.raises(FileFormatError, match="not finished"):
+        TokenStore.open(tmp_path / "out")
+
+
+def test_shards_that_do_not_account_for_every_image(photos: Path, tmp_path: Path) -> None:
+    """A shard of the same settings and fewer images, as a killed copy of it could leave, completes no store."""
+    out = extract(photos, "patches:4", tmp_path / "out", shard_size=4).path
+    shutil.copy(out / "train-00005.safetensors", out / "train-00001.safetensors")
+    (out / "manifest.json").unlink()
+    with pytest.raises(FileFormatError, match="account for 20 of 22 images"):
+        extract(photos, "patches:4", out, shard_size=4)
+
+
+def test_shards_of_broken_images_alone(photos: Path, tmp_path: Path) -> None:
+    """First, inner and last shards without a single image are kept, read over, verified and merged."""
+    files = [f"train/{name}/img{i}.png" for name in ("cat", "dog") for i in range(1, 12)]
+    broken = [*files[:4], *files[8:16], *files[20:]]
+    for name in broken:
+        (photos / name).write_bytes(b"no image")
+    store = extract(photos, "patches:4", tmp_path / "out", shard_size=4, skip_broken=True)
+    store.verify()
+    left = [name for name in files if name not in broken]
+    assert store["train"].files == left
+    assert store["train"].broken == broken
+    assert store["train"].read().shape == store["train"][:].shape == (len(left), 9, 48)
+    np.testing.assert_array_equal(store["train"][[0, 4, 7]], store["train"].read()[[0, 4, 7]])
+    assert sum(len(chunk) for chunk in store["train"].chunks(3)) == len(left)
+    (photos / "train" / "cat" / "img12.png").write_bytes((photos / left[0]).read_bytes())
+    other = extract(photos, "patches:4", tmp_path / "other", shard_size=4, skip_broken=True)
+    assert merge_stores([store.path, other.path], tmp_path / "both")["train"].shape[0] == 2 * len(left) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from PIL import Image
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens import BrokenImageError, open_source
+from convexhead.tokens import BrokenImageError, TokenStore, extract, merge_stores, open_source
+from convexhead.tokens.census import census_lines
+from convexhead.tokens.manifest import digest_json
+from convexhead.tokens.timm_import import import_torchvision
 
 
 def test_folder_with_splits(photos: Path) -> None:
@@ -84,9 +88,17 @@ def test_folder_errors(photos: Path, tmp_path: Path, write_images: Any) -> None:
     with pytest.raises(InputError, match=r"zebra' has no counterpart"):
         open_source(photos)
     shutil.rmtree(photos / "test" / "zebra")
-    write_images(photos / "validation", {"cat": 1})
-    with pytest.raises(InputError, match="'validation' beside train"):
+    write_images(photos / "extra", {"cat": 1})
+    with pytest.raises(InputError, match="'extra' beside train"):
         open_source(photos)
+    shutil.rmtree(photos / "extra")
+    write_images(photos / "validation", {"cat": 1})
+    assert open_source(photos).splits == ("train", "val", "test")
+    assert open_source(photos).files("val") == ["validation/cat/img1.png"]
+    write_images(photos / "val", {"cat": 1})
+    with pytest.raises(InputError, match="both 'val' and 'validation'"):
+        open_source(photos)
+    shutil.rmtree(photos / "val")
     shutil.rmtree(photos / "train")
     with pytest.raises(InputError, match="no train/"):
         open_source(photos)
@@ -157,7 +169,45 @@ IMAGES = np.zeros((3, 4, 4), np.uint8)
         ({"images": IMAGES}, FileFormatError, "no array labels"),
         ({"test_images": IMAGES, "test_labels": np.zeros(3, int)}, FileFormatError, "train_images"),
         ({"images": IMAGES, "labels": np.zeros(2, int)}, InputError, "3 images but labels has shape"),
-        ({"images": IMAGES.astype(float), "labels": np.zeros(3, int)}, InputError, "must be uint8"),
+        ({"images": IMAGES + 1.01, "labels": np.zeros(3, int)}, InputError, r"floats outside of \[0, 1\]"),
+        ({"images": IMAGES - 0.01, "labels": np.zeros(3, int)}, InputError, r"floats outside of \[0, 1\]"),
+        ({"images": IMAGES * np.nan, "labels": np.zeros(3, int)}, InputError, r"floats outside of \[0, 1\]"),
+        *(
+            ({"images": IMAGES.astype(kind), "labels": np.zeros(3, int)}, InputError, f"not {kind}, whose black")
+            for kind in ("int8", "int16", "int64", "uint32", "complex64")
+        ),
+        (
+            {"images": np.zeros((3, 3, 32, 32), np.uint8), "labels": np.zeros(3, int)},
+            InputError,
+            "channels come last.*transpose",
+        ),
+        *(
+            ({"images": np.zeros(shape, np.uint8), "labels": np.zeros(3, int)}, InputError, "channels first or last")
+            for shape in ((3, 3, 3, 3), (3, 3, 8, 1), (3, 1, 8, 3))
+        ),
+        ({"images": np.zeros((3, 8, 8, 4), np.uint8), "labels": np.zeros(3, int)}, InputError, "must be uint8"),
+        (
+            {"images": IMAGES, "labels": np.zeros(3, int), "test_labels": np.zeros(3, int)},
+            InputError,
+            "test_labels belongs to no split",
+        ),
+        (
+            {
+                **{"train_images": IMAGES, "train_labels": np.zeros(3, int)},
+                **{"validation_images": IMAGES, "validation_labels": np.zeros(3, int)},
+            },
+            InputError,
+            "validation_images belongs to no split",
+        ),
+        ({"images": IMAGES, "labels": np.array(["a", "", "b"])}, InputError, "train-1 has no label"),
+        (
+            {
+                **{"train_images": IMAGES, "train_labels": np.array([0, 1, 1])},
+                **{"test_images": IMAGES, "test_labels": np.array([0, 1, 2])},
+            },
+            InputError,
+            "the class '2' has test images but no train images",
+        ),
         ({"images": IMAGES[0], "labels": np.zeros(4, int)}, InputError, "must be uint8 of shape"),
         ({"images": IMAGES, "labels": np.zeros(3)}, InputError, "integers or strings, not float64"),
         (
@@ -195,3 +245,141 @@ def test_npz_files(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(FileFormatError, match="not an npz file"):
         open_source(f"npz:{tmp_path / 'cut.npz'}")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 128, 257, 32768, 65535], np.uint16), [0, 0, 1, 128, 255]),
+        (np.array([0, 128, 257, 32768, 65535], ">u2"), [0, 0, 1, 128, 255]),
+        (np.array([False, True, True, False, True]), [0, 255, 255, 0, 255]),
+        (np.array([0, 0.5, 1 / 255, 100 / 255, 1]), [0, 128, 1, 100, 255]),
+        (np.array([0, 0.5, 1 / 255, 100 / 255, 1], np.float32), [0, 128, 1, 100, 255]),
+        (np.array([0, 0.5, 1 / 255, 100 / 255, 1], np.float16), [0, 128, 1, 100, 255]),
+    ],
+    ids=lambda values: str(getattr(values, "dtype", "")),
+)
+def test_npz_ranges(tmp_path: Path, values: Any, expected: list[int]) -> None:
+    images = np.stack([values.reshape(1, 5), values[::-1].reshape(1, 5)])
+    np.savez(tmp_path / "deep.npz", images=images, labels=np.array([b"cat", b"dog"]), note=np.zeros(3))
+    source = open_source(f"npz:{tmp_path / 'deep.npz'}")
+    np.testing.assert_array_equal(np.asarray(source.load("train", 0))[0, :, 1], expected)
+    np.testing.assert_array_equal(np.asarray(source.load("train", 1))[0, :, 1], expected[::-1])
+    assert source.class_names == ["cat", "dog"]
+    assert source.left_out == {"arrays of another name": ["note"]}
+
+
+def test_nested_folders_belong_to_their_class(tmp_path: Path, write_images: Any) -> None:
+    """As torchvision's ImageFolder has it: files and labels of both agree."""
+    root = tmp_path / "nested"
+    write_images(root / "train", {"cat": 2, "dog/big": 3, "dog/small/black": 2})
+    write_images(root / "train" / "dog", {"b.old": 1})
+    write_images(root / "test", {"cat/a": 1, "dog": 2})
+    source = open_source(root)
+    assert source.class_names == ["cat", "dog"]
+    folders = import_torchvision().datasets.ImageFolder
+    for split in source.splits:
+        theirs = folders(str(root / split))
+        expected = sorted((Path(path).relative_to(root).as_posix(), label) for path, label in theirs.samples)
+        ours = sorted(zip(source.files(split), source.labels(split).tolist(), strict=True))
+        assert ours == expected
+        assert theirs.classes == source.class_names
+
+
+def test_folder_counts_what_it_leaves_out(photos: Path, tmp_path: Path) -> None:
+    cat = photos / "train" / "cat"
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "more.txt", "img.heic", "README", ".hidden.png"):
+        (cat / name).write_bytes(b"x")
+    (photos / "train" / "logo.png").write_bytes(b"x")
+    (photos / "list.csv").write_bytes(b"x")
+    (photos / ".git").mkdir()
+    store = extract(photos, "patches:4", tmp_path / "out")
+    found = store.info()["found"]
+    assert found["splits"] == {
+        "train": {"images": 22, "per_class": [11, 11]},
+        "test": {"images": 6, "per_class": [3, 3]},
+    }
+    assert {reason: what["names"] for reason, what in found["left_out"].items()} == {
+        "beside the folders of classes": ["list.csv", "train/logo.png"],
+        "hidden": [".git", "train/cat/.DS_Store", "train/cat/.hidden.png"],
+        "not an image (.db)": ["train/cat/Thumbs.db"],
+        "not an image (.heic)": ["train/cat/img.heic"],
+        "not an image (.txt)": ["train/cat/more.txt", "train/cat/notes.txt"],
+        "not an image (no extension)": ["train/cat/README"],
+    }
+    lines = census_lines(found)
+    assert lines[0] == "train: 22 images of 2 classes, 11 to 11 a class (median 11)"
+    assert "not read, not an image (.txt): 2 ('train/cat/more.txt', 'train/cat/notes.txt')" in lines
+
+
+def test_stores_without_a_census_still_open(photos: Path, tmp_path: Path) -> None:
+    """Earlier versions stored none: such stores are read, extended and merged as before."""
+    out = extract(photos, "patches:4", tmp_path / "out").path
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    del manifest["found"], manifest["checksum"]
+    manifest["checksum"] = digest_json(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert TokenStore.open(out).info()["found"] == {}
+    assert extract(photos, "patches:4", out)["train"].shape[0] == 22
+    (photos / "train" / "cat" / "img1.png").unlink()
+    other = extract(photos, "patches:4", tmp_path / "other").path
+    assert merge_stores([out, other], tmp_path / "merged").info()["found"] == {}
+    again = extract(photos, "patches:4", tmp_path / "again", shard_size=7).path
+    (photos / "train" / "dog" / "img1.png").unlink()
+    (photos / "test" / "dog" / "x.txt").write_text("")
+    last = extract(photos, "patches:4", tmp_path / "last").path
+    found = merge_stores([again, last], tmp_path / "both").info()["found"]
+    assert found["splits"]["train"] == {"images": 41, "per_class": [20, 21]}
+    assert found["left_out"] == {"not an image (.txt)": {"count": 1, "names": ["test/dog/x.txt"]}}
+
+
+def test_folders_that_look_like_splits(tmp_path: Path, write_images: Any) -> None:
+    """None of these is read as classes named after splits, or with train and test images in one class."""
+    for name, tree in {
+        "capitals": {"Train/cat": 1, "Train/dog": 1, "Test/cat": 1},
+        "endings": {"training/cat": 1, "training/dog": 1, "testing/cat": 1},
+        "beside": {"Train/cat": 1, "lion": 2},
+        "flat": {"train": 2, "test": 2},
+    }.items():
+        write_images(tmp_path / name, tree)
+        with pytest.raises(InputError, match="where class folders should be: splits are the folders train, val, test"):
+            open_source(tmp_path / name)
+    write_images(tmp_path / "high", {"pets/train/cat": 1, "pets/test/cat": 1, "birds/train/owl": 1})
+    with pytest.raises(InputError, match=r"'birds/train' .*looks like a split inside a class"):
+        open_source(tmp_path / "high")
+    write_images(tmp_path / "one", {"data/cat": 1, "data/dog": 1})
+    with pytest.raises(InputError, match="only class folder, and its images lie in folders of their own"):
+        open_source(tmp_path / "one")
+
+
+def test_folder_with_odd_names_and_links(tmp_path: Path, write_images: Any) -> None:
+    root = write_images(tmp_path / "odd", {"b\udcff": 1, "\u00e9t\u00e9": 1, "[1]{2} %s": 1})
+    for i, name in enumerate(("UP.PNG", "two.dots.Jpg", "\u65e5\u672c.jpeg", "x\udcfe.gif", "-.bmp")):
+        Image.new("RGB", (12, 12), (i,) * 3).save(tmp_path / "any.png")
+        shutil.copy(tmp_path / "any.png", root / "\u00e9t\u00e9" / name)
+    write_images(tmp_path / "elsewhere", {"far": 2})
+    (root / "linked").symlink_to(tmp_path / "elsewhere" / "far")
+    (root / "\u00e9t\u00e9" / "link.png").symlink_to(tmp_path / "any.png")
+    (root / "circle").symlink_to(root / "circle")
+    source = open_source(root)
+    assert source.class_names == ["[1]{2} %s", "b\udcff", "linked", "\u00e9t\u00e9"]
+    assert np.bincount(source.labels("train")).tolist() == [1, 1, 2, 7]
+    store = extract(root, "patches:4", tmp_path / "out")
+    assert store["train"].files == source.files("train")
+    assert source.left_out == {"beside the folders of classes": ["circle"]}
+    (root / "linked").unlink()
+    (root / "b\udcff" / "loop").symlink_to(root)
+    with pytest.raises(InputError, match="is a link to a folder that holds it"):
+        open_source(root)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read anything")
+def test_folder_without_permission(photos: Path, tmp_path: Path) -> None:
+    (photos / "train" / "cat" / "img3.png").chmod(0)
+    with pytest.raises(BrokenImageError, match=r"img3\.png': Permission denied"):
+        extract(photos, "patches:4", tmp_path / "out")
+    assert extract(photos, "patches:4", tmp_path / "out", skip_broken=True)["train"].broken == ["train/cat/img3.png"]
+    (photos / "train" / "dog").chmod(0)
+    with pytest.raises(InputError, match="cannot list the folder"):
+        open_source(photos)
+    (photos / "train" / "dog").chmod(0o700)

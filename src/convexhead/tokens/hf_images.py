@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,11 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convexhead.errors import FileFormatError, HubError, InputError, choose, require
-from convexhead.tokens.decode import decode_image, name_classes
+from convexhead.tokens.decode import decode_image, decoded_anew, label_name, name_classes
 from convexhead.tokens.hub import unreachable
-from convexhead.tokens.sources import SPLITS, BrokenImageError, check_split
+from convexhead.tokens.sources import BrokenImageError, check_split, match_splits
 
-SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 OPTIONS = ("image", "label", "config")
 
 
@@ -27,19 +27,14 @@ class HubImages:
     def __init__(self, spec: str, parts: dict[str, Any], image: str, label: str) -> None:
         self.spec = spec
         self.splits = tuple(parts)
-        features = parts["train"].features
-        columns = {split: list(data[label]) for split, data in parts.items()}
-        names = getattr(features[label], "names", None)
-        if names:
-            self.class_names = [str(name) for name in names]
-            self._labels = {split: np.asarray(column, np.int64) for split, column in columns.items()}
-            if any(len(column) and column.min() < 0 for column in self._labels.values()):
-                raise InputError(f"{spec!r} has images without a label in the column {label!r}")
-        else:
-            self._labels, self.class_names = name_classes({s: [str(v) for v in c] for s, c in columns.items()})
+        self.left_out: dict[str, list[str]] = {}
+        self._labels, self.class_names = _read_labels(spec, parts, label)
         self._files = {s: [f"{s}-{row}" for row in range(len(column))] for s, column in self._labels.items()}
         encoded = require("datasets", "sources").Image(decode=False)
-        self._images = {split: data.select_columns(image).cast_column(image, encoded) for split, data in parts.items()}
+        try:
+            self._images = {s: data.select_columns(image).cast_column(image, encoded) for s, data in parts.items()}
+        except Exception as error:  # of pyarrow, for columns of another kind
+            raise InputError(f"the column {image!r} of {spec!r} holds no images: {_reason(error)}") from error
         self._column = image
 
     def labels(self, split: str) -> NDArray[np.int64]:
@@ -59,7 +54,11 @@ class HubImages:
         for split in self.splits:
             digest.update(f"{split}{self._labels[split].tolist()}".encode())
             for index in range(len(self._labels[split])):
-                digest.update(hashlib.sha256(self._read(split, index, f"{split}-{index}")).digest())
+                try:
+                    content = self._read(split, index, f"{split}-{index}")
+                except BrokenImageError:  # loading it says so, and may be asked to leave it out
+                    content = b""
+                digest.update(hashlib.sha256(content + decoded_anew(content)).digest())
         return digest.hexdigest()
 
     def _read(self, split: str, index: int, name: str) -> bytes:
@@ -87,7 +86,8 @@ def open_hf(name: str) -> HubImages:
     for option in options:
         choose("option of hf:", option, OPTIONS)
     data = _load(datasets, path, options.get("config"))
-    parts = {SPLIT_NAMES[split]: data[split] for split in data if split in SPLIT_NAMES}
+    names = match_splits(f"'hf:{path}'", map(str, data))
+    parts = {split: data[name] for split, name in names.items()}
     if "train" not in parts:
         raise InputError(f"'hf:{path}' has the splits {', '.join(map(str, data))} but no train split")
     features = parts["train"].features
@@ -96,7 +96,61 @@ def open_hf(name: str) -> HubImages:
     labels = labels or [column for column in features if column in ("label", "labels")]
     image = _column(path, "image", images, options, features)
     label = _column(path, "label", labels, options, features)
-    return HubImages(f"hf:{name}", {split: parts[split] for split in SPLITS if split in parts}, image, label)
+    for split, part in parts.items():
+        if missing := [column for column in (image, label) if column not in part.features]:
+            raise InputError(f"the {split} split of 'hf:{path}' has no column {missing[0]!r}")
+    _check_files(path, label, getattr(parts["train"].features[label], "names", None))
+    source = HubImages(f"hf:{name}", parts, image, label)
+    if others := [str(split) for split in data if split not in names.values()]:
+        source.left_out["splits of another name"] = others
+    return source
+
+
+def _read_labels(spec: str, parts: dict[str, Any], label: str) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """Read the labels of all splits as indices of class names; splits with other names are matched by name."""
+    own = {split: getattr(data.features[label], "names", None) for split, data in parts.items()}
+    columns = {}
+    for split, data in parts.items():
+        names, values = own[split], list(data[label])
+        for row, value in enumerate(values):
+            where = f"{spec!r}: {split}-{row}"
+            # -1 is how data sets mark the labels that they keep to themselves.
+            if names and (value is None or not 0 <= value < len(names)):
+                raise InputError(f"{where} has no label in the column {label!r}: images without a label are refused")
+            values[row] = str(names[value]) if names else label_name(value, where)
+        columns[split] = values
+    names = own["train"]
+    if not names:
+        return name_classes(columns)
+    index = {str(name): i for i, name in enumerate(names)}
+    if len(index) < len(names):
+        raise InputError(f"{spec!r}: two classes of the column {label!r} have the same name")
+    for split, values in columns.items():
+        if strangers := sorted(set(values) - set(index)):
+            raise InputError(f"{spec!r}: the class {strangers[0]!r} has {split} images but no train images")
+    labels = {split: np.asarray([index[value] for value in values], np.int64) for split, values in columns.items()}
+    return labels, list(index)
+
+
+def _check_files(path: str, label: str, names: list[str] | None) -> None:
+    """Refuse a folder of parquet files whose numbers stand for other classes than those of the first file.
+
+    ``datasets`` reads the numbers of all files with the first one's names.
+    """
+    if not names or not Path(path).expanduser().is_dir():
+        return
+    parquet = require("pyarrow.parquet", "sources")
+    for file in sorted(Path(path).expanduser().rglob("*.parquet")):
+        about = (parquet.read_schema(file).metadata or {}).get(b"huggingface")
+        try:
+            own = json.loads(about or b"{}")["info"]["features"][label]["names"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if own != names:
+            raise InputError(
+                f"'hf:{path}': {file.name} has the classes {', '.join(map(str, own[:5]))} where others have "
+                f"{', '.join(map(str, names[:5]))}: write all files with the same class names in the same order"
+            )
 
 
 def _column(path: str, kind: str, found: list[str], options: dict[str, str], features: Any) -> str:
@@ -113,6 +167,9 @@ def _load(datasets: Any, path: str, config: str | None) -> Any:
     local = Path(path).expanduser()
     if local.is_dir():
         try:
+            if any((local / file).is_file() for file in ("dataset_dict.json", "state.json")):
+                saved = datasets.load_from_disk(str(local))  # which `load_dataset` reads with one split's classes
+                return saved if hasattr(saved, "keys") else {"train": saved}
             return datasets.load_dataset(str(local), config)
         except Exception as error:  # every builder has errors of its own
             raise FileFormatError(f"{path!r} is not a folder that datasets can read: {_reason(error)}") from error

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convexhead.errors import FileFormatError, InputError, choose
-from convexhead.tokens.decode import check_class_indices, name_classes
+from convexhead.tokens.decode import check_class_indices, label_name, name_classes, scale_to_8_bits
 from convexhead.tokens.sources import SPLITS, check_split
 
 DIGITS_TEST_SHARE = 0.3
@@ -36,6 +36,7 @@ class ImageArrays:
         self.spec = spec
         self.splits = tuple(splits)
         self.class_names = class_names
+        self.left_out: dict[str, list[str]] = {}
         self._splits = splits
 
     def _split(self, name: str) -> ArraySplit:
@@ -63,8 +64,9 @@ class ImageArrays:
 def open_npz(file: str) -> ImageArrays:
     """Open ``npz:FILE``.
 
-    Images are uint8 ``(n, h, w)`` or ``(n, h, w, 3)``; labels are integers or strings, ``(n,)``. Optional
-    ``class_names`` says what the integers ``0 .. c-1`` mean; otherwise the distinct labels are the names.
+    Images are ``(n, h, w)``, ``(n, h, w, 1)`` or ``(n, h, w, 3)``, of type uint8, uint16, bool, or float with all
+    values of the file in [0, 1]; each type's range becomes 0 to 255. Labels are integers or strings, ``(n,)``.
+    Optional ``class_names`` says what the integers ``0 .. c-1`` mean; otherwise the distinct labels are the names.
 
     Raises:
         InputError: missing file, or arrays that do not fit together.
@@ -86,6 +88,12 @@ def open_npz(file: str) -> ImageArrays:
         wanted = missing[0] if missing else "images (or train_images)"
         raise FileFormatError(f"{file!r} has no array {wanted}: it holds {', '.join(sorted(arrays)) or 'nothing'}")
 
+    used = {key for pair in keys.values() for key in pair}
+    if unused := sorted(key for key in arrays if key not in used and key.endswith(("images", "labels"))):
+        raise InputError(
+            f"{file!r}: the array {unused[0]} belongs to no split that is read ({', '.join(keys)}): splits are named "
+            f"{', '.join(SPLITS)}, each with SPLIT_images and SPLIT_labels"
+        )
     for image_key, label_key in keys.values():
         _check_arrays(file, image_key, arrays[image_key], label_key, arrays[label_key])
     columns = {split: arrays[label_key].reshape(-1) for split, (_, label_key) in keys.items()}
@@ -93,22 +101,56 @@ def open_npz(file: str) -> ImageArrays:
     labels, class_names = _encode(file, columns, names)
     splits = {}
     for split, (image_key, _) in keys.items():
-        images = arrays[image_key]
+        images = _to_8_bits(arrays[image_key])
         images = images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
         splits[split] = ArraySplit(images, labels[split], [f"{split}-{i}" for i in range(len(images))])
-    return ImageArrays(f"npz:{file}", splits, class_names)
+    source = ImageArrays(f"npz:{file}", splits, class_names)
+    source.left_out = {"arrays of another name": sorted(set(arrays) - used - {"class_names"})}
+    return source
 
 
 def _check_arrays(file: str, image_key: str, images: NDArray[Any], label_key: str, labels: NDArray[Any]) -> None:
     grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] in (1, 3)
-    if images.dtype != np.uint8 or not (grey or colour) or 0 in images.shape:
+    if not (grey or colour) or 0 in images.shape:
+        first = images.ndim == 4 and images.shape[1] in (1, 3)
+        hint = "; channels come last: images.transpose(0, 2, 3, 1)" if first else ""
         raise InputError(
-            f"{file!r}: {image_key} must be uint8 of shape (n, h, w) or (n, h, w, 3), not {images.dtype} {images.shape}"
+            f"{file!r}: {image_key} must be uint8 of shape (n, h, w) or (n, h, w, 3), not {images.dtype} "
+            f"{images.shape}{hint}"
         )
+    if colour and images.shape[1] in (1, 3):
+        raise InputError(
+            f"{file!r}: {image_key} of shape {images.shape} may have its channels first or last: give larger images, "
+            "or grey ones of shape (n, h, w)"
+        )
+    _check_range(file, image_key, images)
     if labels.shape not in ((len(images),), (len(images), 1)):
         raise InputError(f"{file!r}: {len(images)} {image_key} but {label_key} has shape {labels.shape}")
     if labels.dtype.kind not in "iuUS":
         raise InputError(f"{file!r}: {label_key} must be integers or strings, not {labels.dtype}")
+
+
+def _check_range(file: str, key: str, images: NDArray[Any]) -> None:
+    """Refuse images whose type does not say what is black and what is white."""
+    if images.dtype.kind == "f":
+        if not (images.min() >= 0 and images.max() <= 1):
+            raise InputError(
+                f"{file!r}: {key} has floats outside of [0, 1], whose black and white are unknown: scale all images "
+                "to [0, 1], or give uint8"
+            )
+    elif images.dtype.newbyteorder("=") not in (np.uint8, np.uint16, np.bool_):
+        raise InputError(
+            f"{file!r}: {key} must be uint8, uint16, bool or float in [0, 1], not {images.dtype}, whose black and "
+            "white are unknown: if they are 0 and 255, store images.astype('uint8')"
+        )
+
+
+def _to_8_bits(images: NDArray[Any]) -> NDArray[np.uint8]:
+    if images.dtype == np.uint8:
+        return images
+    top = float(np.iinfo(images.dtype).max) if images.dtype.kind == "u" else 1.0
+    # Image by image: scaled floats need several times the memory.
+    return np.stack([scale_to_8_bits(image, top) for image in images])
 
 
 def _encode(
@@ -116,7 +158,11 @@ def _encode(
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
     """Turn label columns into indices of class names."""
     if class_names is None:
-        return name_classes({s: [str(label) for label in column.tolist()] for s, column in columns.items()})
+        named = {
+            split: [label_name(label, f"{file!r}: {split}-{i}") for i, label in enumerate(column.tolist())]
+            for split, column in columns.items()
+        }
+        return name_classes(named)
     check_class_indices(repr(file), columns, len(class_names))
     return {split: column.astype(np.int64) for split, column in columns.items()}, class_names
 

@@ -12,6 +12,7 @@ import torch
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.batches import BatchExtractor, Extracted
+from convexhead.tokens.census import take_census
 from convexhead.tokens.files import LOCK, write_atomic
 from convexhead.tokens.manifest import MANIFEST, REDUCTION, Manifest, Split, digest_json
 from convexhead.tokens.origin import TokenOrigin
@@ -97,6 +98,7 @@ class ExtractionJob:
             n_prefix=batch.prefix.shape[1],
             class_names=source.class_names,
             splits={split: Split() for split in source.splits},
+            found=take_census(source),
         )
         if self.like is not None and (told := self.like.differences(manifest)):
             raise InputError(f"these would not be the same tokens: {'; '.join(told)}")
@@ -171,12 +173,26 @@ class ExtractionJob:
         """Enter the shards in the folder, which must all be there, into the manifest.
 
         Raises:
-            InputError: a split without a single image that can be read.
+            InputError: a source that changed meanwhile, or a split without a single image that can be read.
+            FileFormatError: shards that do not account for every image of the source.
         """
+        source = self.extractor.source
+        changed = getattr(source, "changed", None)
+        if changed is not None and (change := changed()):
+            raise InputError(
+                f"{source.spec!r} changed while its images were read: {change}. Extract into a new folder when it is "
+                "at rest"
+            )
         manifest.splits = {split: Split() for split in manifest.splits}
         for task in self.tasks():
             split = manifest.splits[task.split]
             split.shards.append(ShardFile(self.out / task.file).record(split.count))
         for name, split in manifest.splits.items():
             if not split.count:
-                raise InputError(f"no {name} image of {self.extractor.source.spec!r} can be read")
+                raise InputError(f"no {name} image of {source.spec!r} can be read")
+            found = len(source.labels(name))
+            if split.count + len(split.broken) != found:
+                raise FileFormatError(
+                    f"the {name} shards in {str(self.out)!r} account for {split.count + len(split.broken)} of {found} "
+                    "images: delete the folder and extract again"
+                )

@@ -53,7 +53,8 @@ class Manifest:
 
     ``config`` holds what determines the stored numbers (weights, preprocessing, content of the source, ...):
     a run into the same folder must agree with it. ``backbone`` and ``source`` are the specifications as the
-    user gave them.
+    user gave them. ``found`` is the census of the source, see `convexhead.tokens.census`; stores of earlier
+    versions have none.
     """
 
     config: dict[str, Any]
@@ -67,6 +68,7 @@ class Manifest:
     reduction: str = REDUCTION
     reduction_sha256: str = ""
     complete: bool = False
+    found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config_hash(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from convexhead.errors import FileFormatError, InputError
+from convexhead.tokens.census import join_censuses
 from convexhead.tokens.extract import Fit, fit_stored_reduction
 from convexhead.tokens.files import make_folder, write_atomic, writer_lock
 from convexhead.tokens.manifest import Manifest, Split, digest_json
@@ -45,6 +46,7 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
         n_prefix=first.n_prefix,
         class_names=first.class_names,
         splits={name: Split() for name in names},
+        found=join_censuses([manifest.found for manifest in manifests]),
     )
     make_folder(folder)
     with writer_lock(folder):

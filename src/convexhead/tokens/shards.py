@@ -51,7 +51,8 @@ def encode_shard(arrays: dict[str, Tensor], config_hash: str, files: list[str], 
     """Return the content of a shard's file. Equal arguments give equal bytes."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(arrays[name].reshape(-1).view(torch.uint8).numpy().data)
+        if arrays[name].numel():  # the memory of none cannot be viewed as bytes
+            digest.update(arrays[name].reshape(-1).view(torch.uint8).numpy().data)
     about = {"config": config_hash, "sha256": digest.hexdigest(), "files": files, "broken": broken}
     # One entry only: safetensors does not keep the order of several.
     return safetensors.torch.save(arrays, metadata={_KEY: json.dumps(about, sort_keys=True)})

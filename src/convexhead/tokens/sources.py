@@ -2,12 +2,13 @@
 
 ===========================  =================================================================================
 ``PATH``                     a folder of class folders, or of ``train/``, ``val/``, ``test/`` with those
+                             (``validation/`` and ``valid/`` are ``val``)
 ``npz:FILE``                 arrays ``images``, ``labels``, or ``train_images``, ``test_labels``, ...
 ``hf:NAME_OR_FOLDER``        a data set of the ``datasets`` library, its hub or a folder (parquet, images);
                              ``hf:NAME?label=COLUMN&image=COLUMN&config=NAME`` where it has several
 ``torchvision:NAME[@ROOT]``  ``CIFAR10``, ``CIFAR100``, ``MNIST``, ``FashionMNIST``, ``KMNIST``
-``webdataset:PATTERN``       tar shards of ``KEY.jpg`` (or png, webp) and ``KEY.cls``; those whose name begins
-                             with ``val`` or ``test`` are these splits; ``*`` and ``{000..012}`` work
+``webdataset:PATTERN``       tar shards of ``KEY.jpg`` (or png, webp) and ``KEY.cls``; those with the word ``val``
+                             or ``test`` in their name are these splits; ``*`` and ``{000..012}`` work
 ``sklearn:digits``           scikit-learn's 1,797 handwritten digits, split 70/30
 ===========================  =================================================================================
 """
@@ -15,7 +16,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 """The names that a split can have, in the order in which splits are listed. ``train`` is always there."""
 
+SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
+"""What folders and data sets call their splits."""
+
 
 class BrokenImageError(InputError):
     """An image file that cannot be decoded; the message names the file."""
@@ -40,7 +44,9 @@ class ImageSource(Protocol):
     """Labelled images in one or more splits.
 
     ``spec`` is the string that opens the source, ``splits`` the names of its splits (``"train"`` first) and
-    ``class_names`` the name of every label, in label order and shared by all splits.
+    ``class_names`` the name of every label, in label order and shared by all splits. A source may also have
+    ``left_out``, the names of what it found but does not read, by reason (see `convexhead.tokens.census`), and
+    ``changed()``, which names what changed since its fingerprint was taken, or returns None.
     """
 
     spec: str
@@ -68,7 +74,8 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
     """Open an image source by its specification (see the module's table).
 
     Raises:
-        InputError: unknown scheme, missing path, or contents that cannot be used.
+        InputError: unknown scheme, missing path, or contents that cannot be used, such as a class of which
+            there are test images but no train images.
         FileFormatError: a file that is not what its scheme says.
         HubError: a data set that is neither in the local cache nor to be had.
         MissingExtraError: the library of the scheme is not installed.
@@ -84,7 +91,7 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
     from convexhead.tokens.torchvision_images import open_torchvision
 
     if Path(spec).expanduser().exists():
-        return ImageFolder(spec)
+        return _checked(ImageFolder(spec))
     scheme, separator, rest = str(spec).partition(":")
     openers: dict[str, Callable[[str], ImageSource]] = {
         "npz": open_npz,
@@ -99,7 +106,33 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
             f"there is no folder {str(spec)!r}: give a folder of class folders, or a source that begins with "
             f"{', '.join(f'{name}:' for name in openers)}"
         )
-    return openers[choose("image source", scheme, openers)](rest)
+    return _checked(openers[choose("image source", scheme, openers)](rest))
+
+
+def _checked(source: ImageSource) -> ImageSource:
+    """Refuse a source with a class that only splits other than train have: no head could predict it."""
+    known = set(source.labels("train").tolist())
+    for split in source.splits[1:]:
+        if strangers := sorted(set(source.labels(split).tolist()) - known):
+            name = source.class_names[strangers[0]]
+            raise InputError(f"{source.spec!r}: the class {name!r} has {split} images but no train images")
+    return source
+
+
+def match_splits(what: str, names: Iterable[str]) -> dict[str, str]:
+    """Map splits to the names that stand for them in a source, in the order of `SPLITS`.
+
+    Raises:
+        InputError: two names of one split.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        split = SPLIT_NAMES.get(name)
+        if split in found:
+            raise InputError(f"{what} has both {found[split]!r} and {name!r}: which of them is {split}? Rename one")
+        if split is not None:
+            found[split] = name
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def check_split(split: str, splits: Sequence[str]) -> str:

@@ -94,6 +94,7 @@ class TokenStore:
             "dtype": config["dtype"],
             "images": {name: split.count for name, split in manifest.splits.items()},
             "broken": {name: split.broken for name, split in manifest.splits.items()},
+            "found": manifest.found,
             "classes": len(manifest.class_names),
             "grid": list(manifest.grid),
             "tokens": manifest.shape[0],

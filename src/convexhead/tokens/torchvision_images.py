@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convexhead.errors import HubError, choose
+from convexhead.errors import FileFormatError, HubError, choose
 from convexhead.tokens.hub import check_reachable
 from convexhead.tokens.image_arrays import ArraySplit, ImageArrays
 from convexhead.tokens.timm_import import import_torchvision
@@ -21,6 +21,7 @@ def open_torchvision(name: str) -> ImageArrays:
 
     Raises:
         InputError: a data set that is not one of `NAMES`.
+        FileFormatError: its files are damaged.
         HubError: it is not on disk, and its site cannot be reached or does not give it.
         MissingExtraError: torchvision is not installed.
     """
@@ -29,6 +30,12 @@ def open_torchvision(name: str) -> ImageArrays:
     cls = getattr(import_torchvision().datasets, name)
     folder = Path(root).expanduser() if root else Path(torch.hub.get_dir()).parent / "convexhead-datasets"
     parts = {split: _load(cls, folder, split == "train") for split in ("train", "test")}
+    for split, data in parts.items():
+        if len(data.data) != len(data.targets):
+            raise FileFormatError(
+                f"torchvision:{name} in {str(folder)!r} has {len(data.data)} {split} images and {len(data.targets)} "
+                "labels: delete the folder to download it again"
+            )
     splits = {
         split: ArraySplit(
             np.asarray(data.data),
@@ -51,6 +58,11 @@ def _load(cls: Any, root: Path, train: bool) -> Any:
             f"the images of torchvision:{cls.__name__}",
             f"put them under {str(root)!r} or use another source",
         )
+    except Exception as error:  # of pickle, struct, ...: torchvision checks the sums of some files only
+        raise FileFormatError(
+            f"torchvision:{cls.__name__} in {str(root)!r} is damaged ({type(error).__name__}): delete the folder to "
+            "download it again"
+        ) from error
     try:
         return cls(str(root), train=train, download=True)
     except (RuntimeError, OSError) as error:
