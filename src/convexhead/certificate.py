@@ -30,6 +30,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from convexhead.errors import InputError
+from convexhead.identity import PARTS, differences
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.norm import NormOracle
@@ -53,6 +54,10 @@ CLOSE = 1e-4
 """Relative distance of two scalings of a dual point between which its value hardly changes."""
 ROUNDING = 1e-9
 """Relative amount by which σ is raised to cover float64 rounding in the gradient matrix."""
+SCOPES = {"global": "global optimum", "sampled-gates": "optimum for these gates", "estimated": "global optimum"}
+"""What a gap may be to, and how a sentence names it."""
+SAME_BETA = 1e-12
+"""Relative difference up to which two values of β are the same: what a detour over decimal digits can change."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,18 @@ class Certificate:
         Starts of that search.
     rewards : list of float
         The highest rewards it found, in units of β, repeats left out: above 1 the head can be improved.
+    tol : float or None
+        The relative gap that was asked for.
+    beta : float or None
+        ``β`` of the program.
+    identity : dict or None
+        All else that the optimum depends on, in named parts: see `convexhead.identity`. None where it was not recorded
+        (models saved before there were identities): then ``dual`` is no bound for any other model.
+
+    Raises
+    ------
+    InputError
+        The fields are not numbers, or contradict each other.
     """
 
     primal: float
@@ -101,6 +118,71 @@ class Certificate:
     estimated_gap: float | None = None
     ascents: int = 0
     rewards: list[float] = field(default_factory=list)
+    tol: float | None = None
+    beta: float | None = None
+    identity: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        wrong = self._contradiction()
+        if wrong:
+            raise InputError(f"this is not a certificate: {wrong}")
+
+    def _contradiction(self) -> str | None:
+        """What cannot be in the fields, in words; None where they agree."""
+        if self.scope not in SCOPES:
+            return f"unknown scope {self.scope!r}"
+        numbers = ["primal", "dual", "gap", "failure_probability"]
+        numbers += [name for name in ("estimated_gap", "tol", "beta") if getattr(self, name) is not None]
+        for name in numbers:
+            if not _is_number(getattr(self, name)):
+                return f"{name} is {getattr(self, name)!r}"
+        if not all(_is_number(reward) for reward in self.rewards):
+            return f"rewards are {self.rewards!r}"
+        rounding = 1e-12 * max(abs(self.primal), abs(self.dual))
+        if not self.gap >= 0 or abs(self.gap - (self.primal - self.dual)) > rounding:
+            return f"gap {self.gap!r} is not primal {self.primal!r} - dual {self.dual!r}"
+        relative = _relative(self.gap, self.primal)
+        if not isinstance(self.relative_gap, (int, float)) or not (
+            self.relative_gap == relative or abs(self.relative_gap - relative) <= 1e-12 * relative
+        ):
+            return f"relative_gap {self.relative_gap!r} is not gap / |primal| = {relative!r}"
+        if not isinstance(self.converged, bool) or (self.converged and self.scope == "estimated"):
+            return f"converged is {self.converged!r} with scope {self.scope!r}"
+        if self.tol is not None and self.converged != (self.relative_gap <= self.tol and self.scope != "estimated"):
+            return f"converged is {self.converged} at relative_gap {self.relative_gap!r} and tol {self.tol!r}"
+        if not (isinstance(self.sigma_slack, (int, float)) and self.sigma_slack >= 0):
+            return f"sigma_slack is {self.sigma_slack!r}"
+        if not 0 <= self.failure_probability <= 1:
+            return f"failure_probability is {self.failure_probability!r}"
+        if self.identity is not None and (
+            not isinstance(self.identity, dict)
+            or set(self.identity) != set(PARTS)
+            or not all(isinstance(text, str) for text in self.identity.values())
+        ):
+            return "identity lacks parts"
+        return None
+
+    def check_is_of(self, identity: dict[str, str], beta: float) -> None:
+        """Refuse a certificate of another problem than the one of this ``identity`` at this ``beta``.
+
+        Raises
+        ------
+        InputError
+            It names everything that differs.
+        """
+        if self.identity is None or self.beta is None:
+            raise InputError(
+                "this reference does not say which problem it was certified for (it was made before certificates did), "
+                "so its lower bound cannot be used: fit it again"
+            )
+        told = differences(self.identity, identity)
+        if abs(self.beta - beta) > SAME_BETA * abs(beta):
+            told.append(f"another beta: {self.beta:.10g} instead of {beta:.10g}")
+        if told:
+            raise InputError(
+                f"the reference was certified for another problem ({'; '.join(told)}), so its lower bound says nothing "
+                "here: take one of the same problem, or none"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -116,14 +198,23 @@ class Certificate:
                 + f", which suggests a gap of about {100 * (self.estimated_gap or 0.0):.2g}% (an estimate); proven is "
                 f"only that no head of this kind goes below {self.dual:.3g}"
             )
-        where = {"global": "global optimum", "sampled-gates": "optimum for these gates"}[self.scope]
         return (
-            f"objective {self.primal:.6g} is within {self.gap:.2g} ({100 * self.relative_gap:.2g}%) of the {where}"
+            f"objective {self.primal:.6g} is within {self.gap:.2g} ({100 * self.relative_gap:.2g}%) of the "
+            + SCOPES[self.scope]
             + (f", up to probability {self.failure_probability:.0e}" if self.failure_probability else "")
         )
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _relative(gap: float, primal: float) -> float:
+    """``gap / |primal|``, and where the objective is 0 nothing but a gap of 0 is small."""
+    return gap / abs(primal) if primal else (0.0 if gap == 0 else math.inf)
 
 
 def certify_atoms(
@@ -134,6 +225,7 @@ def certify_atoms(
     tol: float,
     known_dual: float = -math.inf,
     known_failure: float = 0.0,
+    known_from: str = "",
     witness: Float[Tensor, "n r c"] | None = None,
     failure_probability: float = 1e-6,
     generator: torch.Generator | None = None,
@@ -150,8 +242,11 @@ def certify_atoms(
     tol : float
         The relative gap asked for: sets how hard σ is bounded, and `Certificate.converged`.
     known_dual, known_failure : float
-        A lower bound on the optimum that was certified before, and its failure probability; the better bound is kept,
-        and both failures are reported.
+        A lower bound on the optimum of this problem that was certified before, and its failure probability; the better
+        bound is kept, and both failures are reported. The caller knows that the problem is the same
+        (`Certificate.check_is_of`).
+    known_from : str
+        What `Certificate.bound` says where that bound is the better one; as for the other one where empty.
     witness : Tensor (n, r, c) or None
         Outputs at which the dual point is taken, any at all: a solver may know better ones than the model's own.
     failure_probability : float
@@ -210,12 +305,25 @@ def certify_atoms(
             if found is not None:
                 found(bound.deflated.B if G.on_values else bound.deflated.A)
             slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
+    best = best if math.isfinite(best) else dual.value(0.0)
+    if not (math.isfinite(primal) and math.isfinite(best)):
+        raise InputError(
+            f"no finite bound on the optimum is known (objective {primal:g}, lower bound {best:g}): the weights or "
+            "tokens are too large for float64, or the loss has no lower bound"
+        )
     terms = data_term + abs(best) + exact.n * exact.mean_of(lambda R, Y: (R * Y).abs().sum(2).mean(1), R, exact.Y)
-    best = max(best - 1e-13 * terms, known_dual)
+    if known_dual > primal + 1e-9 * terms:
+        raise InputError(
+            f"the lower bound {known_dual:.10g} that was known before lies above the objective {primal:.10g} of these "
+            "weights, so it is false: fit the reference again"
+        )
+    best -= 1e-13 * terms
+    if known_dual > best:
+        best, how = known_dual, known_from or how
     if best > primal + 1e-9 * terms:
         raise RuntimeError(f"lower bound {best!r} above the objective {primal!r}: please report this as a bug")
     gap = max(primal - best, 0.0)
-    relative = gap / abs(primal) if primal else (0.0 if gap == 0 else math.inf)
+    relative = _relative(gap, primal)
     scope = "global" if problem.masks is None else "sampled-gates"
     searched: dict[str, Any] = {}
     if reward is not None:
@@ -235,8 +343,11 @@ def certify_atoms(
         sigma_slack=slack,
         failure_probability=min(1.0, failure + known_failure),
         scope=scope,
-        converged=relative <= tol,
+        converged=relative <= tol and scope != "estimated",
         bound=how,
+        tol=float(tol),
+        beta=float(beta),
+        identity=problem.identity,
         **searched,
     )
 

@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import assert_all_finite, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from convexhead import inputs
 from convexhead.activation import ACTIVATIONS, make_activation
@@ -384,6 +384,7 @@ class _ConvexHead(BaseEstimator):
             self.activation,
             gates,
             self._atoms(),
+            intercept=bool(self.fit_intercept),
             reduction=reduction if raw_tokens else None,
             dtype=dtype,
         )
@@ -735,24 +736,12 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
             raise ValueError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
         X = inputs.resolve_store(X)
         tokens = self._fit_tokens(X)
-        if isinstance(y, torch.Tensor):
-            y = y.detach().cpu().numpy()
-        y = check_array(y, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="y")
-        inputs.check_lengths(tokens, len(y))
-        self._target_shape = y.shape[1:]
         every_token = self.pool is None or self.pool == "none"
-        if every_token and y.ndim == 2 and tokens.shape[1] == 1:
-            y = y[:, None]
-        if y.ndim == 1:
-            y = y[:, None]
-        if every_token and (y.ndim != 3 or y.shape[1] != tokens.shape[1]):
-            raise InputError(f"with pool=None the targets must be (n, s, c) = (n, {tokens.shape[1]}, c), got {y.shape}")
-        if not every_token:
-            if y.ndim != 2:
-                raise InputError(f"targets must be (n,) or (n, c) with pool={self.pool!r}, got {y.shape}")
-            y = y[:, None]
+        targets = inputs.as_targets(y, n_tokens=tokens.shape[1], every_token=every_token)
+        inputs.check_lengths(tokens, len(targets))
+        self._target_shape = tuple(np.shape(y)[1:])
         generator = torch.Generator().manual_seed(self._seed() if seed is None else seed)
-        return self._make_problem(tokens, torch.from_numpy(y), make_loss(self.loss), generator), generator
+        return self._make_problem(tokens, targets, make_loss(self.loss), generator), generator
 
     def predict(self, X: Any) -> NDArray[np.float64]:
         """Outputs in the shape of the targets that the head was fitted on."""

@@ -118,6 +118,40 @@ def content_hash(X: Any, y: Any) -> str:
     return digest.hexdigest()
 
 
+def as_targets(y: Any, *, n_tokens: int, every_token: bool) -> torch.Tensor:
+    """Float targets ``(n, r, c)`` in float64.
+
+    Parameters
+    ----------
+    y : array or tensor
+        ``(n,)`` or ``(n, c)``; with ``every_token`` ``(n, s, c)``, and for one token a sample also the former.
+    n_tokens : int
+        ``s``.
+    every_token : bool
+        Whether there is an output for every token, ``r = s``, and not one for the pooled tokens.
+
+    Raises
+    ------
+    InputError
+        Another shape, NaN or infinity. Nothing is reshaped on a guess.
+    """
+    if isinstance(y, torch.Tensor):
+        y = y.detach().cpu().numpy()
+    y = check_array(y, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="y")
+    shape = y.shape
+    if every_token and y.ndim == 2 and n_tokens == 1:
+        y = y[:, None]
+    if y.ndim == 1:
+        y = y[:, None]
+    if every_token and (y.ndim != 3 or y.shape[1] != n_tokens):
+        raise InputError(f"with pool=None the targets must be (n, s, c) = (n, {n_tokens}, c), got {shape}")
+    if not every_token:
+        if y.ndim != 2:
+            raise InputError(f"targets must be (n,) or (n, c) with pooled tokens, got {shape}")
+        y = y[:, None]
+    return torch.from_numpy(np.ascontiguousarray(y))
+
+
 def check_lengths(X: Tokens, targets: int) -> None:
     """Raise unless there is one target a sample."""
     if len(X) != targets:

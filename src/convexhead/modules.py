@@ -137,7 +137,21 @@ class HeadModule(nn.Module):
         reduction: Affine | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> HeadModule:
-        """The network of a solution; ``intercept=None`` keeps one where the solution's is not zero."""
+        """The network of a solution.
+
+        Parameters
+        ----------
+        intercept : bool or None
+            Whether ``b`` is a parameter of the network, be it zero or not. Atoms cannot tell: theirs is zero where none
+            is fitted. None keeps one where it is not zero; say it where the network will be trained or audited.
+
+        Raises
+        ------
+        InputError
+            ``intercept=False`` for atoms with an intercept.
+        """
+        if intercept is False and bool(atoms.intercept.any()):
+            raise InputError("these atoms have an intercept: pass intercept=True")
         module = cls(
             head,
             activation,
@@ -159,6 +173,7 @@ class HeadModule(nn.Module):
 
     def to_atoms(self) -> Atoms:
         """The weights in factored form, detached copies in the module's precision."""
+        self._check_shapes()
         V = self.masked_values().detach().clone()
         b = V.new_zeros(V.shape[-1]) if self.intercept is None else self.intercept.detach().clone()
         return Atoms(self.mixing.detach().clone(), V, self.block.clone(), b)
@@ -184,6 +199,7 @@ class HeadModule(nn.Module):
                 data["masks"] = masks
             f = activation.mix(data, self.mixing, block).flatten(2) @ self.masked_values().flatten(0, 1)
         if self.intercept is not None:
+            self._check_intercept()
             f = f + self.intercept
         return f if self.head.pool == "none" else f.squeeze(1)
 
@@ -231,6 +247,19 @@ class HeadModule(nn.Module):
             self.values.mul_(size**-0.5)
 
     # -- inside ---------------------------------------------------------------------------------------------
+    def _check_shapes(self) -> None:
+        """Refuse parameters that were replaced by others of another shape: nothing broadcasts."""
+        k, c = len(self.block), self.values.shape[-1]
+        for name, wanted in (("mixing", (k, *self.head.mixing_shape)), ("values", (k, self.head.value_rows, c))):
+            if tuple(getattr(self, name).shape) != wanted:
+                raise InputError(f"{name} has shape {tuple(getattr(self, name).shape)}, this head needs {wanted}")
+        self._check_intercept()
+
+    def _check_intercept(self) -> None:
+        b, c = self.intercept, self.values.shape[-1]
+        if b is not None and b.shape != (c,):
+            raise InputError(f"the intercept has shape {tuple(b.shape)}, {c} outputs need {(c,)}")
+
     def _activation(self, gates: Tensor | None) -> Activation:
         return make_activation(self.activation_name, self.head, gates)
 

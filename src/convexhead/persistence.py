@@ -1,10 +1,13 @@
 """Models on disk: a folder with ``config.json`` and ``weights.safetensors``; nothing is ever unpickled.
 
-A folder appears whole or not at all: it is written beside its place and moved there.
+A folder appears whole or not at all: it is written beside its place and moved there. ``config.json`` holds the SHA-256
+of the weights' file and one of itself, so a model is read as it was saved or not at all. Models of format 1 had
+neither. They are read, but nothing ties their certificate to a problem, and it is no reference for others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -13,14 +16,16 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load as load_bytes
+from safetensors.numpy import save_file
 
 from convexhead._version import __version__
 from convexhead.certificate import Certificate
 from convexhead.errors import FileFormatError, InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.tokens.manifest import digest_json
 
-FORMAT, VERSION = "convexhead-model", 1
+FORMAT, VERSION = "convexhead-model", 2
 ESTIMATORS = {cls.__name__: cls for cls in (ConvexHeadClassifier, ConvexHeadRegressor)}
 SCALARS = (
     "beta_",
@@ -52,6 +57,8 @@ def save(estimator: Any, path: str | Path) -> None:
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         save_file(tensors, fresh / "weights.safetensors")
+        config["weights_sha256"] = hashlib.sha256((fresh / "weights.safetensors").read_bytes()).hexdigest()
+        config["checksum"] = digest_json(config)
         (fresh / "config.json").write_text(json.dumps(config, indent=1))
         fresh.chmod(0o755)
         old = path.with_name(f".{path.name}-replaced")
@@ -75,7 +82,8 @@ def keep_others(old: Path, fresh: Path) -> None:
 def _describe(estimator: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     params = estimator.get_params(deep=False)
     tensors = {"intercept": estimator.intercept_}
-    if params.pop("gates") is not None or estimator.gates_ is not None:
+    params.pop("gates")
+    if estimator.gates_ is not None:
         tensors["gates"] = estimator.gates_
     if hasattr(estimator, "coef_"):
         tensors["coef"] = estimator.coef_
@@ -132,18 +140,27 @@ def load(path: str | Path) -> ConvexHeadClassifier | ConvexHeadRegressor:
     Raises
     ------
     FileFormatError
-        Not a model folder, of a newer version, truncated, or its two files do not belong together.
+        Not a model folder, of a newer version, truncated, changed after it was saved, or its two files do not belong
+        together.
     """
     path = Path(path)
     config = _read_config(path)
     try:
-        tensors = load_file(path / "weights.safetensors")
+        content = (path / "weights.safetensors").read_bytes()
+        tensors = load_bytes(content)
     except (OSError, SafetensorError) as error:
         raise FileFormatError(
             f"{path / 'weights.safetensors'} is missing or damaged ({error}): save the model again"
         ) from error
+    if config["version"] > 1 and config.get("weights_sha256") != hashlib.sha256(content).hexdigest():
+        raise FileFormatError(
+            f"{path / 'weights.safetensors'} holds other weights than were saved with its config.json, so the "
+            "certificate there is not theirs: save the model again"
+        )
     try:
         return _restore(config, tensors)
+    except InputError as error:
+        raise FileFormatError(f"{path} does not hold a complete model ({error}): save the model again") from error
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FileFormatError(f"{path} does not hold a complete model ({error!r}): save the model again") from error
 
@@ -157,9 +174,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"{path / 'config.json'} is damaged ({error}): save the model again") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise FileFormatError(f"{path} is not a convexhead model: its config.json says nothing of {FORMAT!r}")
-    if config.get("version") != VERSION:
+    if config.get("version") not in (1, VERSION):
         raise FileFormatError(
             f"{path} has format version {config.get('version')}, this convexhead reads {VERSION}: upgrade convexhead"
+        )
+    if config["version"] > 1 and config.pop("checksum", None) != digest_json(config):
+        raise FileFormatError(
+            f"{path} does not hold a complete model as it was saved (the checksum of config.json differs): "
+            "save the model again"
         )
     return config
 
@@ -173,7 +195,7 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
     estimator.gates_ = tensors.get("gates")
     for name in SCALARS:
         setattr(estimator, name, config[name])
-    estimator.certificate_ = Certificate(**config["certificate"])
+    estimator.certificate_ = _restore_certificate(config)
     estimator.grid_ = tuple(config["grid"])
     estimator.intercept_ = tensors["intercept"]
     if "classes" in config:
@@ -192,6 +214,7 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
         from convexhead.tokens.origin import TokenOrigin
 
         estimator.origin_ = TokenOrigin.from_dict(config["tokens"], tensors.get("tokens.rows"), estimator.reduction_)
+    _check_tensors(estimator, tensors)
     if "coef" in tensors:
         estimator.coef_ = tensors["coef"]
         estimator.singular_values_ = [np.linalg.svd(estimator.coef_, compute_uv=False)]
@@ -199,9 +222,43 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
     head = estimator._fitted_head()
     n_blocks = head.n_groups * (1 if estimator.gates_ is None else len(estimator.gates_))
     block, mixing, values = tensors["block"], tensors["mixing"], tensors["values"]
-    if mixing.shape[1:] != head.mixing_shape or not len(block) == len(mixing) == len(values) == config["n_heads_"]:
+    shared = head.output_mask(estimator.n_outputs_) is None
+    columns = estimator.n_outputs_ if shared else estimator.n_outputs_ // head.n_groups
+    if (
+        mixing.shape[1:] != head.mixing_shape
+        or values.shape[1:] != (head.value_rows, columns)
+        or not len(block) == len(mixing) == len(values) == config["n_heads_"]
+        or not np.isin(block, np.arange(n_blocks)).all()
+    ):
         raise ValueError("weights do not have the shapes that config.json states")
     estimator.mixing_ = [mixing[block == j] for j in range(n_blocks)]
     estimator.values_ = [values[block == j] for j in range(n_blocks)]
     estimator.singular_values_ = [np.square(u).sum(axis=tuple(range(1, u.ndim))) for u in estimator.mixing_]
     return estimator
+
+
+def _restore_certificate(config: dict[str, Any]) -> Certificate:
+    """The certificate, whose numbers must agree with each other and with the settings."""
+    fields, parameters = dict(config["certificate"]), config["parameters"]
+    if config["version"] == 1:
+        fields = {**fields, "identity": None, "beta": None, "tol": None}
+    certificate = Certificate(**fields)
+    gated = parameters["activation"] == "gated-relu"
+    if gated != (certificate.scope == "sampled-gates"):
+        raise ValueError(f"scope {certificate.scope!r} of a {parameters['activation']} head")
+    if certificate.converged and certificate.tol is None and certificate.relative_gap > parameters["tol"]:
+        raise ValueError(f"converged at relative_gap {certificate.relative_gap!r} > tol {parameters['tol']!r}")
+    return certificate
+
+
+def _check_tensors(estimator: Any, tensors: dict[str, np.ndarray]) -> None:
+    """Raise unless what does not depend on the head has its shape and is finite: nothing broadcasts."""
+    c, d = estimator.n_outputs_, estimator.n_features_in_
+    if tensors["intercept"].shape != (c,) or ("coef" in tensors and tensors["coef"].shape != (d, c)):
+        raise ValueError(f"weights do not have the shapes of {c} outputs")
+    if hasattr(estimator, "classes_") and len(estimator.classes_) != c:
+        raise ValueError(f"{len(estimator.classes_)} classes for {c} outputs")
+    if ("gates" in tensors) != (estimator.activation == "gated-relu"):
+        raise ValueError(f"gates with activation {estimator.activation!r}")
+    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError("weights are not finite")

@@ -30,6 +30,7 @@ from torch import Tensor
 from convexhead.activation import Activation
 from convexhead.budget import Budget
 from convexhead.heads.base import Data, Forming, Head
+from convexhead.identity import FILES, identify
 from convexhead.lanes import Work, add_up
 from convexhead.losses import Loss
 from convexhead.ranks import Ranks
@@ -126,6 +127,8 @@ class Problem:
     ----------
     products : torch.dtype
         Precision of the matrix products of a pass: ``dtype``, or bfloat16 after `with_half_products`.
+    stored : str or None
+        Tells the tokens of a store from all others, where their values cannot (`StoredTokens.checksum`).
     n : int
         Samples of all processes together. Tensors with a dimension ``n`` hold this process's share of them.
     """
@@ -151,6 +154,7 @@ class Problem:
         self.samples = Samples(
             X, activation, dtype=dtype, device=self.device, memory=memory, reuse=reuse, step=self._preparation_step()
         )
+        self.stored = self._known_by_files(X)
         self.targets, self.Y = Y, Y.to(self.device, dtype)
         self.n, self.c = int(self.sum(torch.tensor(len(Y)))[0]), Y.shape[-1]
         self.n_blocks = activation.n_blocks
@@ -188,6 +192,21 @@ class Problem:
         half.products = torch.bfloat16
         half.samples = self.samples.with_products(torch.bfloat16)
         return half
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Everything that the optimum depends on but β, in named parts: see `convexhead.identity`.
+
+        Tokens and targets are those that a user gave. A problem that is solved in other coordinates takes over the
+        identity of the one that was stated. All processes ask for it together.
+        """
+        return identify(self)
+
+    def _known_by_files(self, X: Tensor | StoredTokens) -> str | None:
+        if isinstance(X, Tensor) or X.checksum is None:
+            return None
+        n, first = int(self.sum(torch.tensor(len(X)))[0]), -int(self.ranks.largest(-X.first)[0])
+        return f"{n}x{X.shape[1]}x{X.shape[2]} {FILES} from {first} {X.checksum}"
 
     @property
     def masks(self) -> Tensor | None:

@@ -39,6 +39,20 @@ class StoredTokens:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def checksum(self) -> str | None:
+        """What the files of a store say of these tokens, where values depend on how many are read at a time.
+
+        None where the values themselves tell: only principal components are products, whose rounding may differ.
+        """
+        reduction = getattr(self._source, "reduction", None)
+        return None if reduction is None or reduction.basis is None else str(self._source.tokens_identity)
+
+    @property
+    def first(self) -> int:
+        """The place of the first of them in the store or map."""
+        return self._rows.start
+
     def share(self, rows: slice) -> StoredTokens:
         """Some of them, still on disk."""
         part = self._rows[rows]

@@ -276,6 +276,8 @@ def _train(
             "learning_rate": lr,
             "optimizer": result.optimizer,
             "n_heads": n_heads,
+            "beta": model.beta_,
+            "identity": problem.identity,
             "objective": finite(result.objective),
             "convex_objective": finite(result.convex_objective),
             "validation_accuracy": top(scores, model.classes_, validation.labels),

@@ -308,11 +308,18 @@ def _excess(piece: Piece, certificate: dict[str, Any]) -> float | None:
     Raises
     ------
     ConvexHeadError
-        It ended below the certified lower bound, which would refute the certificate.
+        It ended below the certified lower bound, which would refute the certificate, or it was another problem's.
     """
     objective = piece.record["objective"]
     if objective is None:
         return None
+    # Records without an identity are older; the settings of their folder say that they are of the same problem.
+    told = [key for key in ("beta", "identity") if key in piece.record and key in certificate]
+    if any(piece.record[key] != certificate[key] for key in told):
+        raise ConvexHeadError(
+            f"{piece.name} was trained on another problem than the convex head was certified for, so the two cannot be "
+            "compared: delete the folder and run the same again"
+        )
     lowest, scale = piece.record["convex_objective"], abs(certificate["primal"])
     if lowest < certificate["dual"] - ROUNDING * scale:
         raise ConvexHeadError(

@@ -70,6 +70,8 @@ class Head(ABC):
     """False for the linear head: nothing to mix, one atom, and a squared Frobenius penalty on V alone."""
     reads_tokens: ClassVar[bool] = False
     """Whether `read` takes the tokens again; else ``pre`` is linear in them."""
+    reads_grid: ClassVar[bool] = False
+    """Whether the grid of the tokens matters; else it is only kept for pictures."""
     least_batch: ClassVar[int] = 8
     """Samples that a pass takes at a time at least, so that what a batch costs whatever its size is repaid."""
     value_rows: int

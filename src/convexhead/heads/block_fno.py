@@ -24,6 +24,7 @@ class BlockFNO(Head):
     """``U (s, d/B)``, ``v (1, c)`` or ``(1, c/B)``; scores ``q = 1``."""
 
     name = "block-fno"
+    reads_grid = True
     kept_gates = FNO.kept_gates
     least_batch = FNO.least_batch
 

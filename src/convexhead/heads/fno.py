@@ -19,6 +19,7 @@ class FNO(Head):
     """``U (s, d)``, ``v (1, c)``; scores ``q = 1``."""
 
     name = "fno"
+    reads_grid = True
     kept_gates = 8  # each takes about the memory of the spectrum
     least_batch = 512  # fewer samples would not repay the transforms of U
 

@@ -94,6 +94,7 @@ def render_runs(
             run["pictures"], run["missing"] = thumbnails(evidence.about, images)
         runs.append(run)
     _tell_apart(runs)
+    _number_problems(runs)
     for run in runs:
         run["figures"] = _figures(run, draw)
     return template.render(runs=runs, comparison=_comparison(runs, draw) if len(runs) > 1 else None)
@@ -105,6 +106,16 @@ def _tell_apart(runs: list[dict[str, Any]]) -> None:
     for i, run in enumerate(runs):
         if names.count(run["name"]) > 1:
             run["name"] = f"{run['name']} ({i + 1})"
+
+
+def _number_problems(runs: list[dict[str, Any]]) -> None:
+    """Runs get the same number as ``problem`` if they are of one problem at one β; None where a run does not say."""
+    met: list[tuple[Any, Any]] = []
+    for run in runs:
+        problem = (run["certificate"]["identity"], run["certificate"]["beta"])
+        if problem[0] is not None and problem not in met:
+            met.append(problem)
+        run["problem"] = None if problem[0] is None else met.index(problem) + 1
 
 
 def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
@@ -189,9 +200,13 @@ def _comparison(runs: list[dict[str, Any]], draw: Figures) -> list[dict[str, Any
     """Figures of all runs together."""
     trained = [run for run in runs if run["history"]]
     made = []
+    for number in sorted({run["problem"] for run in trained} - {None}):
+        same = [run for run in trained if run["problem"] == number]
+        if len(same) > 1:  # objectives and bounds of different problems have nothing to do with each other
+            names = ", ".join(f"{run['name']} ends at {run['certificate']['primal']:.5g}" for run in same)
+            caption = f"Objective against seconds, problem {number}"
+            made.append(draw.add(f"objectives-{number}", caption, run_figures.objective(same), f"{names}."))
     if trained:
-        names = ", ".join(f"{run['name']} ends at {run['certificate']['primal']:.5g}" for run in trained)
-        made.append(draw.add("objectives", "Objective against seconds", run_figures.objective(trained), f"{names}."))
         made.append(draw.add("gaps", "Relative gap against seconds", run_figures.gap(trained), "See the table above."))
     for axis in [name for name in runs[0]["spectra"] if all(name in run["spectra"] for run in runs)]:
         made.append(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from convexhead.certificate import Certificate, certify_atoms
 from convexhead.checkpoint import Checkpoint, Snapshot
+from convexhead.errors import InputError
+from convexhead.identity import differences
 from convexhead.intercept import solve_intercept
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.norm import NormOracle
@@ -80,6 +82,7 @@ def solve(
     Solution
         The last model with its certificate, whatever ended the run: the gap, the clock, the bound on heads or Ctrl-C.
     """
+    identity = problem.identity  # of the problem in all precisions
     monitor = Monitor(max_time, callback, problem.ranks)
     monitor.dual = known_dual
     method: Method | None = None
@@ -91,6 +94,15 @@ def solve(
         stage = Stage(**saved.about["stage"])
         monitor.before, monitor.dual = saved.about["seconds"], saved.about["dual"]
         monitor.history = [Progress(**row) for row in saved.about["history"]]
+        before = saved.about.get("problem")
+        if before is None:  # written before bounds were tied to problems: its weights are a start, its bound is nothing
+            stage.dual = monitor.dual = known_dual
+        elif before != {"beta": beta, **identity}:
+            told = differences(before, identity) or [f"another beta: {before['beta']!r} instead of {beta!r}"]
+            raise InputError(
+                f"the checkpoint is of another problem ({'; '.join(told)}): choose another folder, or delete that one "
+                "to begin anew"
+            )
 
     def snapshot(state: Resumable) -> Snapshot:
         shared, rows = state()
@@ -99,6 +111,7 @@ def solve(
             "seconds": monitor.seconds(),
             "dual": monitor.dual,
             "history": [row.to_dict() for row in monitor.history],
+            "problem": {"beta": beta, **identity},
         }
         return Snapshot(problem.n, about, {**shared, "generator": generator.get_state()}, rows)
 

@@ -68,14 +68,19 @@ class SplitView:
     @property
     def identity(self) -> str:
         """A text that two views share only if they hold the same tokens and labels."""
+        numbers = None if self._numbers is None else self._numbers.tolist()
+        return digest_json({"tokens": self.tokens_identity, "numbers": numbers})
+
+    @property
+    def tokens_identity(self) -> str:
+        """A text that two views share only if they hold the same tokens, however their classes are numbered."""
         facts: dict[str, Any] = {
             "shards": [shard.sha256 for shard in self._manifest.splits[self.split].shards],
             "reduction": self.reduction.identity if self.reduction else "",
             "class_token": self._with_class_token,
         }
-        for name, values in (("rows", self.rows), ("numbers", self._numbers)):
-            if values is not None:
-                facts[name] = values.tolist()
+        if self.rows is not None:
+            facts["rows"] = self.rows.tolist()
         return digest_json(facts)
 
     @cached_property
