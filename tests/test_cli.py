@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -69,6 +70,28 @@ def call_json(capsys, *arguments):
     capsys.readouterr()
     assert call(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_extract_says_what_it_found(photos, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "train" / "red" / "odd[bold].txt").write_text("")
+    (folder / "train" / "red" / "bad.png").write_text("")
+    arguments = ("extract", folder, "--backbone", "patches:4", "--out", tmp_path / "out")
+    assert call(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "bad.png': it is empty" in error
+    assert call(*arguments, "--skip-broken") == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-3:] == [
+        "train: 91 images of 3 classes, 30 to 31 a class (median 30)",
+        "test: 24 images of 3 classes, 8 to 8 a class (median 8)",
+        "not read, not an image (.txt): 1 ('train/red/odd[bold].txt')",
+    ]
+    assert "left out: 'train/red/bad.png'" in output.err
+    found = call_json(capsys, "store", "info", tmp_path / "out")["found"]
+    assert found["splits"]["train"] == {"images": 91, "per_class": [30, 30, 31]}
 
 
 def test_from_images_to_an_audit(work, capsys):

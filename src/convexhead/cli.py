@@ -292,7 +292,7 @@ def store_info(store: StorePath, as_json: Json = False) -> None:
     opened = _open(store)
     table = Table(show_header=False, box=None)
     for key, value in opened.info().items():
-        table.add_row(key, str(value))
+        table.add_row(key, escape(str(value)))
     _emit(opened.info(), as_json, table)
 
 

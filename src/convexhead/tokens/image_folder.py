@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,20 +110,19 @@ class ImageFolder:
     def _stamp(self, names: list[str]) -> dict[str, Stamp]:
         stamps = {}
         for name in names:
-            try:
-                status = os.stat(self.root / name)
-                stamps[name] = Stamp(status.st_size, status.st_mtime_ns)
-            except OSError:
-                stamps[name] = Stamp(-1, -1)
+            stamps[name] = Stamp(-1, -1)
+            with contextlib.suppress(OSError):
+                status = os.stat(f"{self.root}/{name}")
+                if stat.S_ISREG(status.st_mode):
+                    stamps[name] = Stamp(status.st_size, status.st_mtime_ns)
         return stamps
 
     def _hash_file(self, name: str) -> str:
-        path = self.root / name
-        try:
-            # Reading a pipe would wait for ever.
-            content = path.read_bytes() if path.is_file() else b""
-        except OSError:
-            content = b""
+        content = b""
+        # Reading a pipe would wait for ever.
+        if self._stamps[name].bytes >= 0:
+            with contextlib.suppress(OSError), open(f"{self.root}/{name}", "rb") as file:
+                content = file.read()
         return hashlib.sha256(content + decoded_anew(content)).hexdigest()
 
     def _split_folders(self) -> dict[str, Path]:
@@ -179,20 +180,20 @@ class ImageFolder:
         place = os.path.realpath(folder)
         if place in above:
             raise InputError(f"{str(folder)!r} is a link to a folder that holds it: remove the link")
+        within = folder.relative_to(self.root).as_posix()
         for entry in _entries(folder):
-            name = (folder / entry.name).relative_to(self.root).as_posix()
-            extension = Path(entry.name).suffix.lower()
+            extension = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
-                self.left_out["hidden"].append(name)
+                self.left_out["hidden"].append(f"{within}/{entry.name}")
             # A folder of such a name, or a link to nowhere, is an image that cannot be read.
             elif extension in EXTENSIONS:
                 yield entry.name
             elif not _is_folder(entry):
-                self.left_out[f"not an image ({extension or 'no extension'})"].append(name)
+                self.left_out[f"not an image ({extension or 'no extension'})"].append(f"{within}/{entry.name}")
             elif entry.name.lower() in SPLIT_LIKE and self._has_folders(Path(entry.path)):
                 raise InputError(
-                    f"{name!r} of {self.spec!r} looks like a split inside a class: give the folder that holds it, or "
-                    "rename it"
+                    f"'{within}/{entry.name}' of {self.spec!r} looks like a split inside a class: give the folder "
+                    "that holds it, or rename it"
                 )
             else:
                 for image in self._images(Path(entry.path), (*above, place)):
