@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,7 +31,8 @@ class TokenBatch(NamedTuple):
 
     Attributes:
         tokens: float32 ``(b, s, d)`` with ``s = h * w``, row by row over the grid.
-        prefix: float32 ``(b, n_prefix, d)``, class and register tokens; ``n_prefix`` is often 0.
+        prefix: float32 ``(b, n_prefix, d)``, all other tokens, those in front of the patches (class, register)
+            before those behind them (detection); ``n_prefix`` is often 0.
         grid: ``(h, w)``.
     """
 
@@ -126,9 +126,3 @@ def hash_state(state: State) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def sequence_grid(s: int) -> tuple[int, int]:
-    """Return the grid of ``s`` tokens of which nothing is known: a square if they can be one."""
-    side = math.isqrt(s)
-    return (side, side) if side * side == s else (s, 1)

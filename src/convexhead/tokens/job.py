@@ -85,6 +85,7 @@ class ExtractionJob:
                     f"{str(self.out)!r} holds the tokens of another run ({'; '.join(changes)}): "
                     "choose another folder, or delete this one"
                 )
+            self._check_layout(manifest)
             return manifest
         # One image shows what is wrong before anything is written.
         batch = self.extractor.first()
@@ -104,6 +105,22 @@ class ExtractionJob:
             raise InputError(f"these would not be the same tokens: {'; '.join(told)}")
         manifest.save(self.out)
         return manifest
+
+    def _check_layout(self, manifest: Manifest) -> None:
+        """Refuse a store whose tokens were laid out otherwise, as of some backbones before layouts were measured.
+
+        Raises:
+            FileFormatError: other prefix tokens, another grid or another number of channels.
+        """
+        tokens, prefix, grid = self.extractor.first()
+        before = (manifest.grid, manifest.n_prefix, manifest.shape)
+        now = (grid, prefix.shape[1], tuple(tokens.shape[1:]))
+        if before != now:
+            raise FileFormatError(
+                f"{str(self.out)!r} holds tokens of this backbone that an earlier version put on the grid {before[0]} "
+                f"with {before[1]} prefix tokens, shape {before[2]}; they are {now[0]}, {now[1]} and {now[2]}: "
+                "extract into another folder, or delete this one"
+            )
 
     def tasks(self) -> list[Task]:
         """Return all shards of the finished store, in order."""
