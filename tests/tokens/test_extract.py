@@ -24,6 +24,7 @@ from convexhead.tokens import (
     open_source,
 )
 from convexhead.tokens.backbones import Backbone, TokenBatch
+from convexhead.tokens.manifest import Manifest
 
 LITE0 = "packaged:efficientnet-lite0"
 
@@ -252,3 +253,20 @@ def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
     write_few, write_many, read_few, read_many = map(int, done.stdout.split())
     assert write_many - write_few < 10_000, done.stdout  # kilobytes
     assert read_many - read_few < 10_000, done.stdout
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_old_store_of_another_layout_is_refused(photos: Path, tmp_path: Path, complete: bool) -> None:
+    """Earlier versions took the class token of some backbones for a patch; their stores have no count of images."""
+    out = tmp_path / "out"
+    extract(photos, "patches:4", out)
+    manifest = Manifest.load(out)
+    manifest.found, manifest.complete = {}, complete
+    manifest.save(out)
+    assert extract(photos, "patches:4", out).grid == (3, 3)
+    manifest.grid = (9, 1)
+    manifest.complete = complete
+    manifest.found = {}
+    manifest.save(out)
+    with pytest.raises(FileFormatError, match=r"on the grid \(9, 1\) with 0 prefix tokens.*another folder"):
+        extract(photos, "patches:4", out)

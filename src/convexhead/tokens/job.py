@@ -85,7 +85,8 @@ class ExtractionJob:
                     f"{str(self.out)!r} holds the tokens of another run ({'; '.join(changes)}): "
                     "choose another folder, or delete this one"
                 )
-            self._check_layout(manifest)
+            if not manifest.found:  # it is as old as the backbones whose layout was not measured
+                self._check_layout(manifest)
             return manifest
         # One image shows what is wrong before anything is written.
         batch = self.extractor.first()
