@@ -30,6 +30,7 @@ class TransformersBackbone(NetworkBackbone):
     def __init__(self, spec: str, model: nn.Module, layer: int | None, pixels: Pixels) -> None:
         """Freeze the vision part of ``model``; ``pixels`` is what its image processor does."""
         super().__init__(spec, layer, _vision_part(spec, model))
+        self._config: Any = self.model.config
         self._options = _options(spec, self.model)
         self.weights_hash = hash_state(self.model.state_dict())
         self.preprocessing = pixels.settings
@@ -52,7 +53,7 @@ class TransformersBackbone(NetworkBackbone):
         if self.layer is None:
             return _last(self._run(x))
         # The embedding comes before the first block.
-        return self._hidden(x)[self.layer + (self.model.config.model_type not in _WITHOUT_EMBEDDING)]
+        return self._hidden(x)[self.layer + (self._config.model_type not in _WITHOUT_EMBEDDING)]
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, ...]:
         hidden: tuple[Tensor, ...] = self._run(x, output_hidden_states=True).hidden_states
@@ -60,9 +61,9 @@ class TransformersBackbone(NetworkBackbone):
 
     def _run(self, x: Tensor, **options: Any) -> Any:
         options |= self._options
-        if self.model.config.model_type == "vit_mae":
+        if self._config.model_type == "vit_mae":
             # It sorts the patches by noise before it masks the last of them: keep their order.
-            n = (x.shape[2] // self.model.config.patch_size) * (x.shape[3] // self.model.config.patch_size)
+            n = (x.shape[2] // self._config.patch_size) * (x.shape[3] // self._config.patch_size)
             options["noise"] = torch.arange(n, device=x.device, dtype=x.dtype).expand(len(x), n)
         return self.model(pixel_values=x, **options)
 
@@ -73,7 +74,7 @@ class TransformersBackbone(NetworkBackbone):
         if self.layer is not None:
             try:
                 with torch.inference_mode():
-                    n_layers = len(self._hidden(x)) - (self.model.config.model_type not in _WITHOUT_EMBEDDING)
+                    n_layers = len(self._hidden(x)) - (self._config.model_type not in _WITHOUT_EMBEDDING)
             except Exception as error:  # of any network's own code
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 raise InputError(
@@ -94,7 +95,7 @@ def _last(output: Any) -> Any:
     raise InputError("gives no last hidden state")
 
 
-def _vision_part(spec: str, model: nn.Module) -> nn.Module:
+def _vision_part(spec: str, model: Any) -> nn.Module:
     """Return the tower of a model of several that sees the images; a model of one is its own."""
     for name in ("vision_config", "image_config"):
         config = getattr(model.config, name, None)
@@ -102,12 +103,13 @@ def _vision_part(spec: str, model: nn.Module) -> nn.Module:
             continue
         for module in model.modules():
             if module is not model and type(getattr(module, "config", None)) is type(config):
-                return module
+                part: nn.Module = module
+                return part
         raise InputError(f"{spec!r} has no part that sees images alone: choose a vision model")
     return model
 
 
-def _options(spec: str, model: nn.Module) -> dict[str, Any]:
+def _options(spec: str, model: Any) -> dict[str, Any]:
     """Return the arguments beside the images with which a vision model is called."""
     accepted = inspect.signature(model.forward).parameters
     if "pixel_values" not in accepted:
