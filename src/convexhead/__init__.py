@@ -1,13 +1,20 @@
 """convexhead: token heads on frozen features, trained to a certified global optimum."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from convexhead._version import __version__
-from convexhead.audit import certify
-from convexhead.certificate import Certificate
-from convexhead.errors import ConvexHeadError, FileFormatError, HubError, InputError, MissingExtraError
-from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
-from convexhead.path import beta_max, regularization_path
-from convexhead.persistence import load
-from convexhead.tokens import TokenStore
+
+if TYPE_CHECKING:
+    from convexhead.audit import certify
+    from convexhead.certificate import Certificate
+    from convexhead.errors import ConvexHeadError, FileFormatError, HubError, InputError, MissingExtraError
+    from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+    from convexhead.path import beta_max, regularization_path
+    from convexhead.persistence import load
+    from convexhead.tokens import TokenStore
 
 __all__ = [
     "Certificate",
@@ -25,3 +32,38 @@ __all__ = [
     "load",
     "regularization_path",
 ]
+HOMES = {
+    "Certificate": "certificate",
+    "ConvexHeadClassifier": "estimators",
+    "ConvexHeadError": "errors",
+    "ConvexHeadRegressor": "estimators",
+    "FileFormatError": "errors",
+    "HubError": "errors",
+    "InputError": "errors",
+    "MissingExtraError": "errors",
+    "TokenStore": "tokens",
+    "beta_max": "path",
+    "certify": "audit",
+    "load": "persistence",
+    "regularization_path": "path",
+}
+"""The modules of the names above. They are imported when asked for: torch takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package."""
+    if name.startswith("_"):
+        raise AttributeError(f"module 'convexhead' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"convexhead.{HOMES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        if error.name != f"convexhead.{name}":
+            raise
+        raise AttributeError(f"module 'convexhead' has no attribute {name!r}") from error
+    value = getattr(module, name) if name in HOMES else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

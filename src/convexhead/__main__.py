@@ -1,5 +1,15 @@
-"""``python -m convexhead``."""
+"""``convexhead`` and ``python -m convexhead``: Ctrl-C is heard from here on, the rest takes seconds to import."""
 
-from convexhead.cli import main
+from convexhead.interrupts import interrupts
 
-main()
+
+def main() -> None:
+    """Entry point of the command line."""
+    with interrupts.watch():
+        from convexhead.cli import main as run
+
+        run()
+
+
+if __name__ == "__main__":
+    main()

@@ -176,7 +176,7 @@ def solve(
             if monitor.interrupted:
                 stop = Stop.INTERRUPTED
         except KeyboardInterrupt:
-            stop, certificate = Stop.INTERRUPTED, None
+            stop, certificate, monitor.interrupted = Stop.INTERRUPTED, None, True
             if checkpoint is not None:
                 checkpoint.flush()
             if method is not None:
@@ -186,7 +186,7 @@ def solve(
         stop = Stop.CONVERGED
     elif stop is Stop.CONVERGED:
         stop = Stop.STALLED  # by the method's own estimate only
-    return Solution(model, certificate, monitor.history, stop)
+    return Solution(model, certificate, monitor.history, stop, monitor.interrupted)
 
 
 def approach(

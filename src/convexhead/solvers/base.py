@@ -96,12 +96,16 @@ class Monitor:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Several processes must not leave a sum one by one: there Ctrl-C only asks them to stop at the next step."""
+        """Ctrl-C only asks to stop at the next step: a step that is cut in two may leave a model half changed, and
+        several processes must not leave a sum one by one. A second Ctrl-C ends the step too."""
 
         def ask(signum: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
             self.interrupted = True
 
-        if self.ranks.size == 1 or threading.current_thread() is not threading.main_thread():
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in workers, which their parent ends
+        if ignored or threading.current_thread() is not threading.main_thread():
             yield
             return
         old = signal.signal(signal.SIGINT, ask)
@@ -127,12 +131,14 @@ class Monitor:
 
 @dataclass
 class Solution:
-    """What a solve returns: balanced ``atoms``, their ``certificate``, the ``history`` and why it stopped."""
+    """What a solve returns: balanced ``atoms``, their ``certificate``, the ``history``, why it stopped, and whether the
+    user asked it to, which a model that is good enough does not tell."""
 
     atoms: Atoms
     certificate: Certificate
     history: list[Progress]
     stop: Stop
+    interrupted: bool = False
 
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
