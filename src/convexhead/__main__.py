@@ -8,7 +8,10 @@ def main() -> None:
     with interrupts.watch():
         from convexhead.cli import main as run
 
-        run()
+        try:
+            run()
+        finally:
+            interrupts.ignore()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Every command prints a table for people or, with ``--json``, one JSON object for
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional, TypeVar
 
 import typer
 from rich.console import Console
@@ -30,10 +31,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from sklearn.exceptions import ConvergenceWarning
 
 from convexhead._version import __version__
 from convexhead.errors import ConvexHeadError, InputError
+from convexhead.interrupts import Answer, interrupts
 
 app = typer.Typer(
     add_completion=False,
@@ -69,6 +70,32 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         print(__version__)
         raise typer.Exit
+
+
+class _Stopped(BaseException):
+    """A command that a signal ended in order; the text says what is kept and how to go on."""
+
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _command(kept: str, *, of: typer.Typer = app, name: str | None = None) -> Callable[[Command], Command]:
+    """Register a command that may be ended at any moment: ``kept`` says of which use that is, in its own arguments."""
+
+    def register(work: Command) -> Command:
+        @functools.wraps(work)
+        def command(**arguments: Any) -> None:
+            interrupts.kept = kept.format(**arguments)
+            work(**arguments)
+
+        of.command(name)(command)
+        return work
+
+    return register
+
+
+AGAIN = "run the same command again to go on"
+NOTHING = "nothing was written; run the same command again"
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -141,6 +168,16 @@ def _solver_progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
         yield show
 
 
+@contextlib.contextmanager
+def _gaps_are_shown() -> Iterator[None]:
+    """A gap that was not reached stands in what is printed: no warning says it again."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
 def _certificate_line(certificate: Any) -> str:
     mark = "[green]certified[/]" if certificate.converged else "[yellow]not converged[/]"
     return f"{mark}: {certificate}"
@@ -158,7 +195,7 @@ def _open(path: Path, split: str | None = None) -> Any:
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
-@app.command()
+@_command(f"what was finished is kept in {{out}}; {AGAIN}")
 def demo(
     out: Out = Path("demo"),
     seeds: Annotated[int, typer.Option(help="Adam runs of each head; 0 for none.")] = 3,
@@ -200,7 +237,7 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
-@app.command()
+@_command(f"finished shards are kept in {{out}}; {AGAIN}")
 def extract(
     images: Annotated[
         str,
@@ -286,7 +323,7 @@ def _show_store(store: Any, as_json: bool, *lines: str) -> None:
     )
 
 
-@store_app.command("info")
+@_command(NOTHING, of=store_app, name="info")
 def store_info(store: StorePath, as_json: Json = False) -> None:
     """What a store holds and how it was made."""
     opened = _open(store)
@@ -296,7 +333,7 @@ def store_info(store: StorePath, as_json: Json = False) -> None:
     _emit(opened.info(), as_json, table)
 
 
-@store_app.command("verify")
+@_command(NOTHING, of=store_app, name="verify")
 def store_verify(store: StorePath, as_json: Json = False) -> None:
     """Read every shard and compare it with its checksum."""
     opened = _open(store)
@@ -304,7 +341,7 @@ def store_verify(store: StorePath, as_json: Json = False) -> None:
     _emit({"path": str(store), "intact": True}, as_json, f"{store}: intact")
 
 
-@store_app.command("merge")
+@_command("{out} is not finished; delete it and run the same command again", of=store_app, name="merge")
 def store_merge(
     stores: Annotated[list[Path], typer.Argument(help="Stores of the same backbone and settings.")],
     out: Out,
@@ -316,7 +353,7 @@ def store_merge(
     _show_store(merge_stores(stores, out), as_json)
 
 
-@store_app.command("export")
+@_command(NOTHING, of=store_app, name="export")
 def store_export(
     store: StorePath,
     out: Annotated[Path, typer.Option("--out", help="Folder (npy, zarr) or file (h5) to write.")],
@@ -331,13 +368,15 @@ def store_export(
     _emit({"path": str(written)}, as_json, f"written: {written}")
 
 
-def _save(model: Any, out: Path, store: Path, path: list[dict[str, Any]] | None = None) -> None:
+def _save(
+    model: Any, out: Path, store: Path, path: list[dict[str, Any]] | None = None, at_edge: str | None = None
+) -> None:
     """The model, and beside it what a report shows of it."""
     from convexhead.report import evidence
 
     model.save(out)
     command = ["convexhead", *sys.argv[1:]]
-    evidence.write(evidence.collect(model, _open(store), command=command, path=path), out)
+    evidence.write(evidence.collect(model, _open(store), command=command, path=path, at_edge=at_edge), out)
 
 
 def _parameters(**given: Any) -> dict[str, Any]:
@@ -345,7 +384,7 @@ def _parameters(**given: Any) -> dict[str, Any]:
     return given
 
 
-@app.command()
+@_command("no head was trained yet; with --checkpoint MINUTES the same command goes on from the last checkpoint")
 def fit(
     store: StorePath,
     out: Out,
@@ -392,17 +431,17 @@ def fit(
             distributed=ranks.size > 1,
         )
     )  # fmt: skip
-    with _solver_progress(as_json or not first) as callback, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate is printed
-        clf.fit(
-            train,
-            callback=callback,
-            checkpoint=None if checkpoint is None else folder,
-            checkpoint_minutes=checkpoint or 0.0,
-        )
-    if not first:
-        return
-    _save(clf, out, store)
+    with interrupts.answer(Answer.FINISH):
+        with _solver_progress(as_json or not first) as callback, _gaps_are_shown(), interrupts.answer(Answer.RAISE):
+            clf.fit(
+                train,
+                callback=callback,
+                checkpoint=None if checkpoint is None else folder,
+                checkpoint_minutes=checkpoint or 0.0,
+            )
+        if not first:
+            return
+        _save(clf, out, store)
     if clf.certificate_.converged:
         checkpoints.remove(folder)
     seconds = clf.history_[-1]["seconds"] if clf.history_ else 0.0
@@ -422,9 +461,14 @@ def fit(
         f"{clf.n_heads_} heads, β = {clf.beta_:.4g} (β_max {clf.beta_max_:.4g}), {seconds:.1f} s, "
         f"saved in [bold]{out}[/]",
     )
+    if interrupts.received is not None and not clf.certificate_.converged:
+        more = "the same command goes on from its checkpoint" if checkpoint else "the same command trains it anew"
+        raise _Stopped(f"the best head so far is saved in {out}, with the gap that it has; {more}")
+    if interrupts.received is not None:
+        raise _Stopped(f"the head was finished and is saved in {out}")
 
 
-@app.command()
+@_command("no β was solved yet, and nothing was written; run the same command again")
 def path(
     store: StorePath,
     out: Annotated[Optional[Path], typer.Option("--out", help="Folder for the best head.")] = None,
@@ -444,28 +488,31 @@ def path(
     as_json: Json = False,
 ) -> None:
     """Train along a falling grid of β, warm-started, scored on held-out training images."""
+    import numpy as np
     from sklearn.model_selection import train_test_split
 
-    from convexhead.path import best, regularization_path
+    from convexhead.path import EDGES, best, grid_edge, regularization_path
 
     try:
         ratios = [float(part) for part in beta_ratios.split(",")]
     except ValueError as error:
         raise InputError(f"--beta-ratios must be numbers separated by commas, got {beta_ratios!r}") from error
     train = _open(store, "train")
-    X, y = train.read(), train.labels
-    kept, held = train_test_split(range(len(y)), test_size=validation, stratify=y, random_state=seed)
-    with _progress(as_json) as notify, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        rows = regularization_path(
-            X[kept], y[kept], beta_ratios=ratios, X_val=X[held], y_val=y[held], grid=train.grid,
-            callback=lambda row: notify(f"β/β_max {row['beta_ratio']:g}", 0, 0),
-            **_parameters(head=head, activation=activation, pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks,
-                          outputs=outputs, seed=seed, device=device),
-        )  # fmt: skip
-    chosen = best(rows)
-    if out is not None:
-        _save(chosen["model"], out, store, rows)
+    if not 0 < validation < 1:
+        raise InputError(f"--validation must be a share between 0 and 1, got {validation:g}")
+    kept, held = train_test_split(np.arange(len(train)), test_size=validation, stratify=train.labels, random_state=seed)
+    with interrupts.answer(Answer.FINISH):
+        with _progress(as_json) as notify, _gaps_are_shown(), interrupts.answer(Answer.RAISE):
+            rows = regularization_path(
+                train.subset(np.sort(kept)), beta_ratios=ratios, X_val=train.subset(np.sort(held)),
+                callback=lambda row: notify(f"β/β_max {row['beta_ratio']:g}", 0, 0),
+                **_parameters(head=head, activation=activation, pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks,
+                              outputs=outputs, seed=seed, device=device),
+            )  # fmt: skip
+        chosen = best(rows)
+        edge = grid_edge(ratios, chosen["beta_ratio"])
+        if out is not None:
+            _save(chosen["model"], out, store, rows, edge)
     table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")
     for row in rows:
         mark = "[bold]" if row is chosen else ""
@@ -473,11 +520,26 @@ def path(
             f"{mark}{row['beta_ratio']:g}", f"{100 * row['val_score']:.1f}%", f"{100 * row['train_score']:.1f}%",
             str(row["n_heads"]), f"{row['objective']:.5g}", f"{row['relative_gap']:.1e}", f"{row['seconds']:.1f}",
         )  # fmt: skip
-    plain = [{key: value for key, value in row.items() if key != "model"} for row in rows]
-    _emit({"rows": plain, "best": chosen["beta_ratio"]}, as_json, table)
+    result = {
+        "rows": [{key: value for key, value in row.items() if key != "model"} for row in rows],
+        "best": chosen["beta_ratio"],
+        "at_edge": edge,
+        "trained_on": {"split": "train", "images": len(kept), "held_out": len(held)},
+    }
+    _emit(
+        result,
+        as_json,
+        table,
+        f"trained on {len(kept)} of the {len(train)} training images; the other {len(held)} chose β",
+        *([f"[yellow]β/β_max {chosen['beta_ratio']:g} {EDGES[edge]}: try more with --beta-ratios[/]"] if edge else []),
+    )
+    if interrupts.received is not None:
+        solved = f"{len(rows)} of {len(set(ratios))} β are done"
+        saved = "nothing was saved without --out" if out is None else f"the best head so far is saved in {out}"
+        raise _Stopped(f"{solved}, {saved}; run the same command again for all")
 
 
-@app.command()
+@_command(NOTHING)
 def evaluate(
     run: RunPath,
     store: StorePath,
@@ -505,7 +567,7 @@ def evaluate(
     _emit(result, as_json, f"{split}: top-1 [bold]{100 * top[1]:.1f}%[/]{five} on {len(truth)} images")
 
 
-@app.command()
+@_command(NOTHING)
 def audit(
     run: Annotated[Path, typer.Argument(help="A trained head: a folder made by `convexhead fit` or `twin`.")],
     store: StorePath,
@@ -533,7 +595,7 @@ def audit(
     _emit(result, as_json, *lines)
 
 
-@app.command()
+@_command("Adam had not finished, and nothing was written; run the same command again")
 def twin(
     store: StorePath,
     out: Out,
@@ -564,7 +626,8 @@ def twin(
             clf, _open(store, "train"), n_heads=n_heads, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed,
             callback=lambda row: notify(f"objective {row.objective:.6g}", int(row.epoch), epochs),
         )  # fmt: skip
-    _save(clf, out, store)
+    with interrupts.answer(Answer.FINISH):
+        _save(clf, out, store)
     _emit(
         {"run": str(out), "objective": result.objective, "seconds": result.seconds, "beta": clf.beta_},
         as_json,
@@ -573,7 +636,7 @@ def twin(
     )
 
 
-@app.command()
+@_command(f"what was finished is kept in {{out}}; {AGAIN}")
 def compare(
     store: StorePath,
     out: Out = Path("comparison"),
@@ -631,7 +694,7 @@ class ScaleName(str, Enum):
     two = "2k"
 
 
-@app.command()
+@_command(f"what was finished is kept in {{out}}; {AGAIN}")
 def cifar100(
     out: Out = Path("cifar100"),
     images: Annotated[
@@ -680,7 +743,7 @@ def cifar100(
     _show_comparison(results, as_json)
 
 
-@app.command()
+@_command(NOTHING)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders made by `convexhead fit`, `path` or `twin`.")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("report.html"),
@@ -699,13 +762,14 @@ def report(
     """One HTML file about one or several runs: certificate, heads, spectra, maps and clusters on images, errors."""
     from convexhead.errors import require
     from convexhead.report.run_page import render_runs
+    from convexhead.tokens.files import make_folder, write_atomic
 
     require("jinja2", "report")
     require("matplotlib", "report")
     store = None if tokens is None else _open(tokens)
     page = render_runs(runs, store=store, images=images, size=size, figure_folder=figures)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    make_folder(out.parent)
+    write_atomic(out, page.encode())
     result = {"page": str(out), "bytes": out.stat().st_size, "runs": [str(run) for run in runs]}
     _emit(
         result,
@@ -716,23 +780,35 @@ def report(
 
 def main() -> None:
     """Entry point: errors are one line, and the exit code says what happened."""
-    try:
-        with _notes():
-            app(standalone_mode=False)
-    except ConvexHeadError as error:
-        _fail(str(error), 1)
-    except (ValueError, OSError) as error:
-        _fail(str(error).splitlines()[0] if str(error) else type(error).__name__, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted: run the same command again to go on", 130)
-    except SystemExit:
-        raise
-    except Exception as error:
-        if hasattr(error, "exit_code"):  # typer's own: usage errors and Exit
-            if hasattr(error, "format_message"):
-                _fail(error.format_message(), 2)
-            sys.exit(error.exit_code)
-        raise
+    with interrupts.watch():
+        try:
+            with _notes():
+                code = app(standalone_mode=False)
+            sys.stdout.flush()
+        except ConvexHeadError as error:
+            _fail(str(error), 1)
+        except BrokenPipeError:  # who reads our output has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (ValueError, OSError) as error:
+            _fail(str(error).splitlines()[0] if str(error) else type(error).__name__, 1)
+        except _Stopped as stopped:
+            _say_interrupted(str(stopped))
+        except SystemExit:
+            raise
+        except Exception as error:
+            if hasattr(error, "exit_code"):  # typer's own: usage errors and Exit
+                if hasattr(error, "format_message"):
+                    _fail(error.format_message(), 2)
+                sys.exit(error.exit_code)
+            raise
+        if code == 130:  # typer's word for KeyboardInterrupt
+            _say_interrupted(interrupts.kept or NOTHING)
+
+
+def _say_interrupted(kept: str) -> NoReturn:
+    errors.print(f"[red]interrupted:[/] {escape(kept)}", soft_wrap=True)
+    sys.exit(interrupts.code)
 
 
 @contextlib.contextmanager
@@ -750,7 +826,7 @@ def _notes() -> Iterator[None]:
         yield
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     errors.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
     sys.exit(code)
 

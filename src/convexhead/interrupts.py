@@ -10,6 +10,7 @@ import contextlib
 import enum
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ class Answer(enum.Enum):
     EXIT = "the process ends at once: all that it wrote is whole, and nothing else is worth keeping"
     RAISE = "KeyboardInterrupt, or what the solver at work does in its place"
     FINISH = "it is noted; what is being written is written"
-    NOTHING = "the work is done"
 
 
 class Interrupts:
@@ -65,9 +65,9 @@ class Interrupts:
             yield
             return
         self.received, self.kept, self._watching = None, "", True
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         # A signal that the parent had ignored (nohup, a job in the background) stays ignored.
         old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN}
         for signum, handler in {signal.SIGINT: self._interrupt, signal.SIGTERM: _terminate}.items():
@@ -80,26 +80,30 @@ class Interrupts:
         finally:
             self._watching = False
             for signum, previous in old.items():
-                signal.signal(signum, previous)
+                if signal.getsignal(signum) != signal.SIG_IGN:  # see `ignore`
+                    signal.signal(signum, previous)
             signal.set_wakeup_fd(wakeup)
-            os.close(writer)
+            writer.close()
             listener.join()
+
+    def ignore(self) -> None:
+        """From now on: for the moments in which the interpreter ends, where Python would print a traceback."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self._answer is Answer.RAISE:
             raise KeyboardInterrupt
 
-    def _listen(self, reader: int) -> None:
-        while signals := os.read(reader, 1):
-            if self._answer is Answer.NOTHING:
-                continue
+    def _listen(self, reader: socket.socket) -> None:
+        while signals := reader.recv(1):
             if self.received is not None:
                 _leave("", self.code)
             self.received = signals[0]
             if self._answer is Answer.EXIT:
                 _leave(f"interrupted: {self.kept or 'nothing was begun'}", self.code)
             _say("stopping and keeping what is good; Ctrl-C again ends at once")
-        os.close(reader)
+        reader.close()
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 
 from convexhead.clock import now
 from convexhead.errors import InputError
@@ -80,6 +82,12 @@ def regularization_path(
         One row for each β, as visited: ``beta_ratio``, ``beta``, ``objective``, ``dual``, ``gap``, ``relative_gap``,
         ``converged``, ``n_heads``, ``train_score``, ``val_score`` (None without held-out data), ``seconds`` and
         ``model``, the fitted estimator. `best` picks one.
+
+    Warns
+    -----
+    ConvergenceWarning
+        Ctrl-C ended the path. The rows are those of the fits that were finished, or the first one with its honest
+        gap; with ``search_tol``, where no fit has a certificate yet, KeyboardInterrupt is raised.
     """
     ratios = sorted({float(ratio) for ratio in beta_ratios}, reverse=True)
     if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
@@ -94,14 +102,20 @@ def regularization_path(
     problem, generator = template._prepare(X, y)
     largest = problem_beta_max(problem, generator)
 
+    rows: list[Row] = []
+    interrupted = False
+
     def fit(ratio: float, start: Atoms | None, search: float | None) -> Row:
-        nonlocal began
+        nonlocal began, interrupted
         model = clone(template).set_params(beta_ratio=ratio)
         for name in ("classes_", "_target_shape", "feature_names_in_", "reduction_", "origin_"):
             if hasattr(template, name):
                 setattr(model, name, getattr(template, name))
         if search is None:
-            model._solve(problem, generator, beta_max=largest, start=start, callback=progress)
+            solution = model._solve(problem, generator, beta_max=largest, start=start, callback=progress)
+            interrupted = solution.interrupted
+            if interrupted and rows and not solution.certificate.converged:
+                raise KeyboardInterrupt  # beside fits that are finished, it says nothing
             proof = model.certificate_.to_dict()
         else:
             model._approach(problem, generator, search, beta_max=largest, start=start, callback=progress)
@@ -126,21 +140,33 @@ def regularization_path(
         began = now()
         return row
 
-    rows: list[Row] = []
     start: Atoms | None = None
     for ratio in ratios:
-        row = fit(ratio, start, search_tol)
+        try:
+            row = fit(ratio, start, search_tol)
+        except KeyboardInterrupt:
+            if not rows or search_tol is not None:
+                raise
+            interrupted = True
+            break
         rows.append(row)
         start = row["model"]._atoms()
         if callback is not None:
             callback(row)
+        if interrupted:
+            break
         if patience is not None and X_val is not None:
             best_so_far = int(np.argmax([row["val_score"] for row in rows]))
             if len(rows) - 1 - best_so_far >= patience:
                 break
+    if interrupted and len(rows) < len(ratios):
+        told = f"interrupted: {len(rows)} of {len(ratios)} β were visited"
+        warnings.warn(told, ConvergenceWarning, stacklevel=2)
     if search_tol is not None:
         chosen = rows.index(best(rows))
         row = fit(rows[chosen]["beta_ratio"], rows[chosen]["model"]._atoms(), None)
+        if interrupted:
+            raise KeyboardInterrupt
         row["seconds"] += rows[chosen]["seconds"]
         searched = rows[chosen]["model"].history_
         after = [{**m, "seconds": m["seconds"] + searched[-1]["seconds"]} for m in row["model"].history_]
@@ -158,6 +184,20 @@ def best(rows: list[Row]) -> Row:
         raise InputError("the path has no validation scores to choose by: pass X_val and y_val")
     solved = [row for row in rows if row["model"] is not None]
     return max(solved, key=lambda row: (row["val_score"], row["beta_ratio"]))
+
+
+EDGES = {
+    "low": "is the smallest of the grid, and a smaller one may be better",
+    "high": "is the largest of the grid, and a larger one may be better",
+}
+"""What it means that β lies at an edge of its grid."""
+
+
+def grid_edge(beta_ratios: Sequence[float], chosen: float) -> Literal["low", "high"] | None:
+    """The edge of the grid that ``chosen`` lies at; None inside, and where the grid is a single value."""
+    if min(beta_ratios) == max(beta_ratios):
+        return None
+    return "low" if chosen <= min(beta_ratios) else "high" if chosen >= max(beta_ratios) else None
 
 
 def _estimator(loss: str | None, parameters: dict[str, Any]) -> ConvexHeadClassifier | ConvexHeadRegressor:

@@ -59,7 +59,12 @@ class Evidence:
 
 
 def collect(
-    model: Any, store: TokenStore, *, command: Sequence[str] = (), path: Sequence[Mapping[str, Any]] | None = None
+    model: Any,
+    store: TokenStore,
+    *,
+    command: Sequence[str] = (),
+    path: Sequence[Mapping[str, Any]] | None = None,
+    at_edge: str | None = None,
 ) -> Evidence:
     """Score ``model`` on the test split of ``store`` (else val, else train) and keep what a report shows.
 
@@ -71,6 +76,8 @@ def collect(
         That made the run, as on a command line.
     path : sequence of dict or None
         Rows of `regularization_path`, for the spectra along β.
+    at_edge : {"low", "high"} or None
+        The edge of its grid that the chosen β lies at, see `path.grid_edge`.
 
     Raises
     ------
@@ -102,6 +109,7 @@ def collect(
         "files": [view.files[i] for i in sample],
         "tokens": info | {"path": str(store.path.resolve()), "source": _absolute(info["source"])},
         "path": None if path is None else [_path_row(row) for row in path],
+        "at_edge": at_edge,
     }
     return Evidence(about, arrays)
 

@@ -11,6 +11,7 @@ import torch
 
 from convexhead.errors import InputError
 from convexhead.interpret import effective_rank, fourier_filters, mixing_matrix, spectra
+from convexhead.path import EDGES
 from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
 from convexhead.report.gallery import strongest_heads
@@ -49,7 +50,7 @@ def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, A
         kept = evidences.read(folder) if (folder / "evidence.json").is_file() else None
         evidence = evidences.collect(model, store)
         if kept is not None:
-            evidence.about |= {key: kept.about[key] for key in ("command", "environment", "path")}
+            evidence.about |= {key: kept.about.get(key) for key in ("command", "environment", "path", "at_edge")}
     run = describe(model, folder.resolve().name)
     if evidence is not None:
         run |= _scores(evidence)
@@ -82,6 +83,8 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "parameters": {key: "–" if value is None else str(value) for key, value in params.items()},
         "atoms": _atoms(model),
         "path": [],
+        "at_edge": None,
+        "trained_on": _trained_on(model),
         "scores": None,
     }
     run["spectra"] = {key: values.tolist() for key, values in spectra(model).items()}
@@ -92,6 +95,17 @@ def describe(model: Any, name: str) -> dict[str, Any]:
     if model.head in ("fno", "block-fno"):
         run["filters"] = {key: value[order].tolist() for key, value in fourier_filters(model)._asdict().items()}
     return run
+
+
+def _trained_on(model: Any) -> str | None:
+    """The images of the training, in words; None where nothing tells them."""
+    origin = model.origin_
+    if origin is None:
+        return None
+    if origin.rows is None:
+        return f"all {origin.images} images of the split {origin.split!r}"
+    n, held = len(origin.rows), origin.images - len(origin.rows)
+    return f"{n} of the {origin.images} images of the split {origin.split!r}; the other {held} chose β"
 
 
 def certificate_in_words(model: Any) -> str:
@@ -161,6 +175,7 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
             | {"effective_ranks": _effective_ranks(row["spectra"])}
             for row in rows
         ],
+        "at_edge": EDGES.get(about.get("at_edge") or ""),
         "commands": [_extraction(about["tokens"]), *([about["command"]] if about["command"] else [])],
         "store": about["tokens"],
         "environment": about["environment"],
