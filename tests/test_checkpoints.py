@@ -18,6 +18,7 @@ import convexhead as ch
 from convexhead import checkpoint as checkpoints
 from convexhead.cli import app
 from convexhead.errors import FileFormatError, InputError
+from convexhead.losses import Huber, Squared
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.tokens import extract
 
@@ -194,6 +195,82 @@ def test_the_checkpoint_of_another_run_is_refused(change, message, begun):
     data = parameters.pop("X"), parameters.pop("Y")
     with pytest.raises(InputError, match=f"of another run, {message}.*delete that one to begin anew"):
         ch.ConvexHeadClassifier(**parameters).fit(*data, checkpoint=begun)
+
+
+GATES = rng.normal(size=(2, 5))
+
+
+class Weighted(Squared):
+    """A loss of a user's, with a setting in its class."""
+
+    weight = 1.0
+
+
+class Steeper(Weighted):
+    """Another that differs in one constant of its code."""
+
+    def value(self, f, y):
+        return 2.0 * super().value(f, y)
+
+
+FINGERPRINTS = {
+    "gates in an array": ({"gates": GATES}, {"gates": GATES + 1e-15}, "gates is another"),
+    "gates in lists": ({"gates": GATES.tolist()}, {"gates": (GATES + 1e-15).tolist()}, "gates is another"),
+    "a loss's class": ({"loss": Weighted()}, {"loss": Steeper()}, "loss is another"),
+    "a loss's parameter": ({"loss": Huber(1.0)}, {"loss": Huber(1.5)}, "loss is another"),
+    "a loss's name": ({"loss": "squared"}, {"loss": "huber"}, "loss is 'squared' and not 'huber'"),
+    "tokens": ({"X": X}, {"X": X.astype(np.float32)}, "type of the tokens is 'float64' and not 'float32'"),
+    "samples": ({}, {"X": X[:-1], "Y": Y[:-1]}, "shape of the tokens is "),
+    "target": ({}, {"Y": Y + 1e-12}, r"data \(targets\) is another"),
+}
+
+
+def begin(folder, X=X, Y=Y, **options):
+    options = {"activation": "gated-relu", "gates": GATES, "random_state": 0, "tol": 0.3, "beta_ratio": 0.5, **options}
+    return ch.ConvexHeadRegressor("mlp", **options).fit(
+        X[:, :1], Y.astype(float), checkpoint=folder, checkpoint_minutes=0.0
+    )
+
+
+@pytest.mark.parametrize("kind", FINGERPRINTS)
+def test_a_fingerprint_sees_everything(kind, tmp_path):
+    before, after, message = FINGERPRINTS[kind]
+    begin(tmp_path / "c", **before)
+    begin(tmp_path / "c", **before)
+    with pytest.raises(InputError, match=f"is of another run, its {message}"):
+        begin(tmp_path / "c", **after)
+
+
+def test_a_fingerprint_sees_code_attributes_and_versions(tmp_path, monkeypatch):
+    begin(tmp_path / "c", loss=Steeper())
+    with monkeypatch.context() as patch:
+        patch.setattr(Weighted, "weight", 2.0)
+        with pytest.raises(InputError, match="its loss is another"):
+            begin(tmp_path / "c", loss=Steeper())
+    with monkeypatch.context() as patch:
+        patch.setattr(Steeper, "value", lambda self, f, y: 3.0 * Weighted.value(self, f, y))
+        with pytest.raises(InputError, match="its loss is another"):
+            begin(tmp_path / "c", loss=Steeper())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "__version__", "0.0")
+        with pytest.raises(InputError, match=r"its version of convexhead is .* and not '0.0'"):
+            begin(tmp_path / "c", loss=Steeper())
+    document = json.loads((tmp_path / "c" / "checkpoint.json").read_text())
+    (tmp_path / "c" / "checkpoint.json").write_text(json.dumps({**document, "version": 1}))
+    with pytest.raises(FileFormatError, match="finish the run with the version that began it, or delete the folder"):
+        begin(tmp_path / "c", loss=Steeper())
+
+
+@pytest.mark.parametrize("kind", ["state", "rows"])
+def test_a_file_of_another_checkpoint_is_refused(kind, tmp_path):
+    for name, targets in (("one", Y), ("two", Y[::-1])):
+        begin(tmp_path / name, Y=targets)
+    (mine,), (other,) = ((tmp_path / name).glob(f"{kind}-*") for name in ("one", "two"))
+    other.rename(mine.with_name(other.name))
+    if mine.name != other.name:
+        mine.with_name(other.name).replace(mine)
+    with pytest.raises(FileFormatError, match=r"its checksum differs.*delete the folder to begin anew"):
+        begin(tmp_path / "one")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "state", "rows"])

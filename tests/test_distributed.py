@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import convexhead as ch
 from convexhead import estimators, ranks, solvers
 from convexhead.cli import app
 from convexhead.errors import ConvexHeadError, InputError
+from convexhead.losses import Squared
 from convexhead.path import regularization_path
 from convexhead.ranks import Ranks
 from convexhead.solvers import restriction
@@ -146,6 +148,57 @@ def test_the_clock_and_an_interrupt_stop_all_together(tmp_path):
     assert 8 <= interrupt[2] < 40
 
 
+# What the second process does otherwise, and what both must then be told.
+DIFFERENT = {
+    "tokens": "data (tokens) in process 0 and in process 1",
+    "targets": "data (targets) in process 0 and in process 1",
+    "shape": "shape of the tokens is",
+    "samples": "shape of the targets is",
+    "dtype": 'type of the tokens is "float64" in process 0 and "float32" in process 1',
+    "memory map": "data (tokens) in process 0 and in process 1",
+    "beta": "beta is 0.1 in process 0 and 0.2 in process 1",
+    "gates": "gates in process 0 and in process 1",
+    "seed": "random_state is 0 in process 0 and 1 in process 1",
+    "head": 'head is "mlp" in process 0 and "linear" in process 1',
+    "loss": "loss in process 0 and in process 1",
+    "checkpoint": "checkpoint is null in process 0",
+    "version": "version of convexhead is",
+    "another run": 'run is "fit" in process 0 and "path" in process 1',
+    "path": "beta_ratios is [0.3, 0.1] in process 0 and [0.3, 0.2] in process 1",
+    "held-out data": "held-out data (tokens) in process 0 and in process 1",
+    "nan": "process 1 of 2 failed: Input X contains NaN",
+    "nothing": "process 1 of 2 failed: This ConvexHeadRegressor estimator requires y to be passed",
+}
+
+
+def test_processes_with_unequal_inputs_all_say_what_differs(tmp_path):
+    """One fit after the other in the same processes, so that each also shows that the one before is over."""
+    codes, outputs, errors = launch(2, tmp_path, "differ", tmp_path)
+    assert codes == [0, 0], errors
+    assert outputs[0] == outputs[1]
+    told = json.loads(outputs[0])
+    assert told.keys() == {*DIFFERENT, "alike", "late", "memory maps alike"}
+    for kind, message in DIFFERENT.items():
+        assert message in told[kind], kind
+    assert told["late"] is True
+    assert told["alike"] == told["memory maps alike"] == "converged"
+
+
+def test_a_process_that_dies_before_it_joins_the_run(tmp_path):
+    codes, _, errors = launch(2, tmp_path, "die")
+    assert codes == [1, 3]
+    assert "another process of this run has stopped" in errors[0]
+
+
+def test_an_extraction_of_unequal_processes(tmp_path):
+    codes, outputs, errors = launch(2, tmp_path, "tokens", tmp_path / "store")
+    assert codes == [0, 0], errors
+    assert outputs[0] == outputs[1]
+    token_pool, missing = json.loads(outputs[0])
+    assert "token_pool is null in process 0 and [2, 2] in process 1" in token_pool
+    assert "process 1 of 2 failed: " in missing
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces with a link between them: what to begin a command with on each."""
@@ -263,10 +316,105 @@ def vanish(folder, **options):
     return resume(folder, callback=cut, **options)
 
 
+class Bent(Squared):
+    """A loss of a user's."""
+
+    bend = 1.0
+
+
+def differ(folder, *, distributed):
+    """Fits whose second process has other inputs: what each is told."""
+    second = os.environ["RANK"] == "1"
+    other = rng.normal(size=(3, 5))
+
+    def fit(X=X, y=TARGETS, checkpoint=None, callback=None, **options):
+        options = {"beta": 0.1, "random_state": 0, "loss": Bent(), **options}
+        reg = ch.ConvexHeadRegressor(options.pop("head", "mlp"), distributed=distributed, **options)
+        return "converged" if reg.fit(X, y, checkpoint=checkpoint, callback=callback).certificate_.converged else "not"
+
+    def path(ratios=(0.3, 0.1), held=X):
+        options = {"head": "linear", "loss": "squared", "random_state": 0, "X_val": held, "y_val": TARGETS}
+        rows = regularization_path(X, TARGETS, beta_ratios=ratios, distributed=distributed, **options)
+        return "converged" if rows[-1]["converged"] else "not"
+
+    def mapped(kind, value):
+        array = np.memmap(Path(folder) / f"{kind}-{os.environ['RANK']}", np.float32, "w+", shape=X.shape)
+        array[:] = X
+        array[5, 0, 0] = value
+        return array
+
+    def fail(row):
+        raise InputError("the callback of the second process fails")
+
+    with_nan = X.copy()
+    with_nan[-1, 0, 0] = np.nan  # in the share of the second process
+    moved, exchanged = X.copy(), TARGETS.copy()
+    moved[0, 0, 0] += 1e-9  # in the share of the first
+    exchanged[[0, 1]] = exchanged[[1, 0]]
+    gated = {"activation": "gated-relu"}
+    calls = {
+        "tokens": lambda: fit(moved if second else X),
+        "alike": fit,
+        "targets": lambda: fit(y=exchanged if second else TARGETS),
+        "shape": lambda: fit(X[:, :4] if second else X),
+        "samples": lambda: fit(X[:200], TARGETS[:200]) if second else fit(),
+        "dtype": lambda: fit(X.astype(np.float32).astype(np.float32 if second else np.float64)),
+        "memory map": lambda: fit(mapped("unequal", float(second))),
+        "beta": lambda: fit(beta=0.2 if second else 0.1),
+        "gates": lambda: fit(**gated, gates=(other + 1e-12 * second).tolist()),
+        "seed": lambda: fit(**gated, random_state=int(second)),
+        "head": lambda: fit(head="linear" if second else "mlp"),
+        "loss": lambda: fit(),
+        "checkpoint": lambda: fit(checkpoint=Path(folder) / "c" if second else None),
+        "version": lambda: fit(),
+        "another run": lambda: path() if second else fit(),
+        "path": lambda: path((0.3, 0.2) if second else (0.3, 0.1)),
+        "held-out data": lambda: path(held=moved if second else X),
+        "nan": lambda: fit(with_nan if second else X),
+        "nothing": lambda: fit(y=None if second else TARGETS),
+        "late": lambda: fit(callback=fail if second else None),
+        "memory maps alike": lambda: fit(mapped("equal", 1.0)),
+    }
+    told = {}
+    for kind, call in calls.items():
+        with contextlib.ExitStack() as held:
+            if kind == "loss" and second:
+                held.enter_context(patch.object(Bent, "bend", 2.0))
+            if kind == "version" and second:
+                held.enter_context(patch.dict(estimators.SOFTWARE, {"version of convexhead": "0.0"}))
+            try:
+                told[kind] = call()
+            except ConvexHeadError as error:
+                told[kind] = str(error) if isinstance(error, InputError) or kind == "late" else repr(error)
+    mine, others = "the callback of the second process fails", "another process of this run has stopped"
+    told["late"] = (mine if second else others) in told["late"]
+    return told
+
+
+def die(*, distributed):
+    """A fit whose second process has ended before it."""
+    if os.environ["RANK"] == "1":
+        os._exit(3)
+    return fit("ridge", distributed=distributed)
+
+
+def tokens(folder, *, distributed):
+    """Extractions whose second process is asked for something else, or has no images."""
+    second = os.environ["RANK"] == "1"
+    for source, token_pool in [
+        ("sklearn:digits", 2 if second else None),
+        ("/nowhere" if second else "sklearn:digits", None),
+    ]:
+        with pytest.raises(InputError) as error:
+            extract(source, "patches:2", folder, token_pool=token_pool)
+        yield str(error.value)
+
+
 def work(task, *arguments):
     """What one process does; its exit code."""
     warnings.simplefilter("ignore")
     tasks = {"everything": everything, "resume": resume, "stop": stopped, "lose": lose, "vanish": vanish}
+    tasks |= {"differ": differ, "die": die, "tokens": tokens}
     try:
         result = tasks[task](*arguments, distributed=True)
         print(json.dumps(result if isinstance(result, (dict, tuple)) else list(result)), flush=True)

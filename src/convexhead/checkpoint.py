@@ -26,10 +26,10 @@ from torch import Tensor
 from convexhead._version import __version__
 from convexhead.errors import FileFormatError, InputError
 from convexhead.ranks import Ranks
-from convexhead.tokens.files import make_folder, write_atomic
+from convexhead.tokens.files import make_folder, sha256_file, write_atomic
 from convexhead.tokens.manifest import digest_json
 
-FORMAT, VERSION = "convexhead-checkpoint", 1
+FORMAT, VERSION = "convexhead-checkpoint", 2
 MANIFEST = "checkpoint.json"
 COPY_SECONDS = 1.0
 """How often the state is copied in memory, to be written should the run be interrupted."""
@@ -79,7 +79,8 @@ class Checkpoint:
     ) -> None:
         if not minutes >= 0:
             raise InputError(f"minutes between checkpoints must be a number from 0, got {minutes!r}")
-        self.folder, self._settings, self._ranks = Path(folder), settings, ranks or Ranks()
+        self.folder, self._ranks = Path(folder), ranks or Ranks()
+        self._settings = {**settings, "version of convexhead": __version__}
         self._seconds = 60 * minutes
         self._next_copy, self._next_write = 0.0, time.monotonic() + self._seconds
         self._latest: Snapshot | None = None
@@ -113,17 +114,18 @@ class Checkpoint:
         latest, self._latest = self._latest, None
         generation = self._manifest.get("generation", 0) + 1
         self._ranks.first_does(lambda: make_folder(self.folder))
-        mine = self.folder / _rows_file(generation, self._ranks.rank)
-        write_atomic(mine, _encode(latest.rows, generation))
+        mine = {_rows_file(generation, self._ranks.rank): latest.rows}
         if self._ranks.rank == 0:
-            write_atomic(self.folder / _state_file(generation), _encode(latest.shared, generation))
+            mine[_state_file(generation)] = latest.shared
+        digests = {name: self._encode(name, tensors) for name, tensors in mine.items()}
+        files = {name: digest for part in self._ranks.gather(digests) for name, digest in part.items()}
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "convexhead": __version__,
             "settings": self._settings,
             "notes": self.notes,
             "generation": generation,
+            "files": files,
             "parts": [Ranks(k, self._ranks.size).share(latest.n).start for k in range(self._ranks.size)],
             "samples": latest.n,
             "about": latest.about,
@@ -132,6 +134,15 @@ class Checkpoint:
         self._ranks.first_does(lambda: self._replace(document))
         self._manifest = document
         self._next_write = time.monotonic() + self._seconds
+
+    def _encode(self, name: str, tensors: State) -> str:
+        """Write a file of tensors; the hash of its bytes."""
+        copies = {
+            key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()
+        }  # views share memory
+        content = safetensors.torch.save(copies)
+        write_atomic(self.folder / name, content)
+        return hashlib.sha256(content).hexdigest()
 
     def _replace(self, document: dict[str, Any]) -> None:
         write_atomic(self.folder / MANIFEST, json.dumps(document).encode())
@@ -152,12 +163,12 @@ class Checkpoint:
         if not self._manifest:
             return None
         generation, starts, n = (self._manifest[name] for name in ("generation", "parts", "samples"))
-        shared = self._decode(_state_file(generation), generation)
+        shared = self._decode(_state_file(generation))
         wanted = self._ranks.share(n)
         pieces = []
         for part, (start, stop) in enumerate(zip(starts, [*starts[1:], n], strict=True)):
             if start < wanted.stop and wanted.start < stop:
-                rows = self._decode(_rows_file(generation, part), generation)
+                rows = self._decode(_rows_file(generation, part))
                 inside = slice(max(wanted.start - start, 0), wanted.stop - start)
                 pieces.append({name: value[inside] for name, value in rows.items()})
         rows = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -178,30 +189,34 @@ class Checkpoint:
         except (OSError, ValueError, AttributeError) as error:
             raise self._damaged(MANIFEST, error) from error
         if known != (FORMAT, VERSION):
-            raise FileFormatError(f"{path} is of format {known}, this convexhead reads {(FORMAT, VERSION)}: delete it")
+            raise FileFormatError(
+                f"the checkpoint {self.folder} is of format {known}, this convexhead reads {(FORMAT, VERSION)}: "
+                "finish the run with the version that began it, or delete the folder to begin anew"
+            )
         checksum = document.pop("checksum", None)
         if checksum != digest_json(document):
             raise self._damaged(MANIFEST, "its checksum differs")
-        before = document["settings"]
-        for name, value in json.loads(json.dumps(self._settings)).items():
-            if before.get(name) != value:
+        before, now = document["settings"], json.loads(json.dumps(self._settings))
+        for name in {**now, **before}:
+            if before.get(name) != now.get(name):
+                told = f"{before.get(name)!r} and not {now.get(name)!r}"
+                if "sha256:" in told:
+                    told = "another"
                 raise InputError(
-                    f"the checkpoint {self.folder} is of another run, its {name} is {before.get(name)!r} and not "
-                    f"{value!r}: choose another folder, or delete that one to begin anew"
+                    f"the checkpoint {self.folder} is of another run, its {name} is {told}: "
+                    "choose another folder, or delete that one to begin anew"
                 )
         return document
 
-    def _decode(self, name: str, generation: int) -> State:
+    def _decode(self, name: str) -> State:
         try:
-            with safe_open(self.folder / name, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["convexhead"])
-                # Copies: products may round otherwise where numbers lie as they do in a file, not aligned.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            if about["generation"] != generation or about["sha256"] != _digest(tensors):
+            if sha256_file(self.folder / name) != self._manifest["files"][name]:
                 raise self._damaged(name, "its checksum differs")
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            with safe_open(self.folder / name, framework="pt") as file:
+                # Copies: products may round otherwise where numbers lie as they do in a file, not aligned.
+                return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError) as error:
             raise self._damaged(name, error) from error
-        return tensors
 
     def _damaged(self, name: str, error: object) -> FileFormatError:
         return FileFormatError(
@@ -228,17 +243,3 @@ def _state_file(generation: int) -> str:
 
 def _rows_file(generation: int, part: int) -> str:
     return f"rows-{generation:06d}-{part:05d}.safetensors"
-
-
-def _encode(tensors: State, generation: int) -> bytes:
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}  # views share memory
-    about = {"generation": generation, "sha256": _digest(tensors)}
-    return safetensors.torch.save(tensors, metadata={"convexhead": json.dumps(about)})
-
-
-def _digest(tensors: State) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

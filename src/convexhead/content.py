@@ -1,8 +1,8 @@
 """Hashes of values by their content: arrays in full, a user's objects with their code.
 
 Two values have equal hashes only if a fit cannot tell them apart. An array is hashed by dtype, shape and bytes, an
-object by its class and its state. A class or function of the user is hashed by its bytecode, its attributes, and the functions
-and constants it refers to. A class or function of an installed library is known by its name and the library's version.
+object by its class and its state. A class or function of the user is hashed by its bytecode, its attributes, and the
+functions and constants it refers to. A class or function of an installed library is known by its name and version.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from convexhead import inputs
 from convexhead.activation import ACTIVATIONS, make_activation
 from convexhead.checkpoint import Checkpoint
+from convexhead.content import content_hash, described
 from convexhead.errors import InputError, choose
 from convexhead.heads import Head, make_head
 from convexhead.intercept import solve_intercept
@@ -32,7 +35,7 @@ from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
 from convexhead.patterns import all_gates, sample_patterns
 from convexhead.problem import Atoms, Problem
-from convexhead.ranks import Ranks, join_ranks
+from convexhead.ranks import SOFTWARE, Ranks, join_ranks
 from convexhead.relu.norm import NormOracle
 from convexhead.samples import default_memory
 from convexhead.solvers import Progress, Solution, approach, solve
@@ -45,6 +48,33 @@ SMALL_TOKENS = 2e5
 """Numbers of tokens up to which the solver works in float64 whatever the tolerance."""
 TIGHT = 1e-4
 """Tolerance under which it always does."""
+
+
+@dataclass
+class Data:
+    """Checked tokens and targets of a fit, all samples of them, and its loss.
+
+    Attributes
+    ----------
+    y : array or Tensor
+        What ``targets`` were made of.
+    """
+
+    tokens: Tokens
+    targets: torch.Tensor
+    loss: Loss
+    y: NDArray[Any] | torch.Tensor
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What tells the data from others: in parts, so that a message can say which of them differs."""
+        return {
+            "shape of the tokens": str(tuple(self.tokens.shape)),
+            "type of the tokens": str(self.tokens.dtype).removeprefix("torch."),
+            "data (tokens)": inputs.tokens_hash(self.tokens),
+            "shape of the targets": str(tuple(self.y.shape)),
+            "data (targets)": f"sha256:{content_hash(self.y)}",
+        }
 
 
 class _ConvexHead(BaseEstimator):
@@ -110,8 +140,43 @@ class _ConvexHead(BaseEstimator):
         except (TypeError, ValueError) as error:
             raise InputError(f"gates cannot be read as an array of numbers: {error}") from error
 
+    def _read(self, X: Any, y: Any) -> Data:
+        """The data, checked: all that this process can do alone."""
+        raise NotImplementedError
+
+    def _agreed(self, X: Any, y: Any, **run: Any) -> Data:
+        """The data, once all processes have the same data, the same settings and the same ``run``."""
+
+        def read() -> Data:
+            self._check_parameters()
+            return self._read(X, y)
+
+        def facts(data: Data) -> dict[str, Any]:
+            device = inputs.pick_device(self.device).type
+            return {**run, **SOFTWARE, "device": device, **self._settings(), **data.fingerprint}
+
+        return self._ranks().agree(read, facts)
+
+    def _prepare(self, X: Any, y: Any, **run: Any) -> tuple[Problem, torch.Generator]:
+        """The problem of these data, the same in all processes, and a generator that its seed is in.
+
+        Parameters
+        ----------
+        **run
+            What else the processes must agree on, as JSON values.
+        """
+        return self._pose(self._agreed(X, y, **run), self._seed())
+
+    def _pose(self, data: Data, seed: int) -> tuple[Problem, torch.Generator]:
+        generator = torch.Generator().manual_seed(seed)
+        return self._make_problem(data.tokens, data.targets, data.loss, generator), generator
+
+    def _settings(self) -> dict[str, Any]:
+        """What determines the iterates besides the data, as JSON values."""
+        settings = self.get_params(deep=False).items()
+        return {name: described(value) for name, value in settings if name not in NOT_SETTINGS}
+
     def _make_problem(self, X: Tokens, Y: torch.Tensor, loss: Loss, generator: torch.Generator) -> Problem:
-        self._check_parameters()
         ranks, device = self._ranks(), inputs.pick_device(self.device)
         head = self._make_head(X.shape[1], X.shape[2])
         gates = self._make_gates(head, X, generator)
@@ -139,32 +204,31 @@ class _ConvexHead(BaseEstimator):
         """Of gates and random starts, the same in all processes."""
         return self._ranks().first_does(lambda: int(check_random_state(self.random_state).randint(2**31 - 1)))
 
-    def _checkpoint(self, folder: str | Path | None, minutes: float, X: Any, y: Any) -> Checkpoint | None:
-        """The checkpoint of this fit, its seed among the notes; None without a folder."""
+    def _checkpoint(self, folder: str | Path | None, minutes: float, data: Data) -> Checkpoint | None:
+        """The checkpoint of this fit; None without a folder."""
         if folder is None:
             return None
-        if self.activation == "relu":
-            raise InputError("activation='relu' has no checkpoints: leave checkpoint out")
-        ranks = self._ranks()
-        settings = {name: value for name, value in self.get_params().items() if name not in NOT_SETTINGS}
-        settings = {name: _described(value) for name, value in settings.items()}
-        settings["data"] = ranks.first_does(lambda: inputs.content_hash(X, y))
-        return Checkpoint(folder, settings, minutes=minutes, ranks=ranks)
+        settings = {**self._settings(), **data.fingerprint}
+        return Checkpoint(folder, settings, minutes=minutes, ranks=self._ranks())
 
     # -- fitting ------------------------------------------------------------------------------------------------------
     def _fit(
         self, X: Any, y: Any, callback: Callable[[Progress], None] | None, checkpoint: str | Path | None, minutes: float
     ) -> None:
-        saved = self._checkpoint(checkpoint, minutes, X, y)
-        if saved is None:
-            problem, generator = self._prepare(X, y)
-            self._solve(problem, generator, callback=callback)
-            return
-        seed = saved.notes.setdefault("seed", self._seed())
-        problem, generator = self._prepare(X, y, seed=seed)
-        if "beta_max" not in saved.notes:
-            saved.notes["beta_max"] = problem_beta_max(problem, generator)
-        self._solve(problem, generator, beta_max=saved.notes["beta_max"], callback=callback, checkpoint=saved)
+        if checkpoint is not None and self.activation == "relu":
+            raise InputError("activation='relu' has no checkpoints: leave checkpoint out")
+        with self._ranks().all_or_none():
+            data = self._agreed(X, y, run="fit", checkpoint=None if checkpoint is None else str(checkpoint))
+            saved = self._checkpoint(checkpoint, minutes, data)
+            if saved is None:
+                problem, generator = self._pose(data, self._seed())
+                self._solve(problem, generator, callback=callback)
+                return
+            seed = saved.notes.setdefault("seed", self._seed())
+            problem, generator = self._pose(data, seed)
+            if "beta_max" not in saved.notes:
+                saved.notes["beta_max"] = problem_beta_max(problem, generator)
+            self._solve(problem, generator, beta_max=saved.notes["beta_max"], callback=callback, checkpoint=saved)
 
     # -- solving ------------------------------------------------------------------------------------------------------
     def _solve(
@@ -568,7 +632,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         self._fit(X, y, callback, checkpoint, checkpoint_minutes)
         return self
 
-    def _prepare(self, X: Any, y: Any, *, seed: int | None = None) -> tuple[Problem, torch.Generator]:
+    def _read(self, X: Any, y: Any) -> Data:
         X = inputs.resolve_store(X)
         y = _labels_of(X, y)
         tokens = self._fit_tokens(X)
@@ -583,9 +647,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
             )
         if self.pool not in ("mean", "cls"):
             raise InputError(f"pool must be 'mean' or 'cls' for a classifier, got {self.pool!r}")
-        generator = torch.Generator().manual_seed(self._seed() if seed is None else seed)
-        loss = make_loss("cross-entropy")
-        return self._make_problem(tokens, inputs.one_hot(indices, len(self.classes_)), loss, generator), generator
+        return Data(tokens, inputs.one_hot(indices, len(self.classes_)), make_loss("cross-entropy"), y)
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Logits ``(n, c)``; for two classes their difference ``(n,)``, as scikit-learn has it."""
@@ -731,7 +793,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         self._fit(X, y, callback, checkpoint, checkpoint_minutes)
         return self
 
-    def _prepare(self, X: Any, y: Any, *, seed: int | None = None) -> tuple[Problem, torch.Generator]:
+    def _read(self, X: Any, y: Any) -> Data:
         if y is None:
             raise ValueError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
         X = inputs.resolve_store(X)
@@ -740,8 +802,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         targets = inputs.as_targets(y, n_tokens=tokens.shape[1], every_token=every_token)
         inputs.check_lengths(tokens, len(targets))
         self._target_shape = tuple(np.shape(y)[1:])
-        generator = torch.Generator().manual_seed(self._seed() if seed is None else seed)
-        return self._make_problem(tokens, targets, make_loss(self.loss), generator), generator
+        return Data(tokens, targets, make_loss(self.loss), targets)
 
     def predict(self, X: Any) -> NDArray[np.float64]:
         """Outputs in the shape of the targets that the head was fitted on."""
@@ -781,17 +842,6 @@ def _labels_of(X: Any, y: Any) -> NDArray[Any]:
     y = column_or_1d(y, warn=True)
     assert_all_finite(y, input_name="y")
     return y
-
-
-def _described(value: Any) -> Any:
-    """A parameter as a JSON value that tells it from others."""
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return inputs.content_hash(value, None)
-    if isinstance(value, Loss):
-        return f"{type(value).__name__}({vars(value)})"
-    if isinstance(value, np.random.RandomState):
-        return None  # like no seed at all: what was drawn is in the checkpoint
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _print_progress(row: Progress) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_array
 
+from convexhead.content import content_hash
 from convexhead.errors import InputError
 from convexhead.ranks import local_ranks
-from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, forget_pages, read_ahead
+from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
 
 
 def is_store(X: Any) -> bool:
@@ -102,20 +102,12 @@ def token_chunks(X: Any, **expected: int | None) -> Iterator[torch.Tensor]:
         yield chunk
 
 
-def content_hash(X: Any, y: Any) -> str:
-    """SHA-256 of tokens and targets. A split of a store is known by its files' checksums and is not read."""
-    X = resolve_store(X)
-    digest = hashlib.sha256()
-    if is_store(X):
-        digest.update(X.identity.encode())
-    for array in (None if is_store(X) else X, y):
-        array = np.asarray(array.detach().cpu()) if isinstance(array, torch.Tensor) else np.asanyarray(array)
-        digest.update(repr((array.dtype, array.shape)).encode())
-        for i in range(0, len(array) if array.ndim else 0, 256):
-            rows = np.ascontiguousarray(array[i : i + 256])
-            digest.update(str(rows.tolist()).encode() if rows.dtype.hasobject else rows.view(np.uint8).data)
-            forget_pages(array)
-    return digest.hexdigest()
+def tokens_hash(X: Tokens) -> str:
+    """A text that tokens share only with equal ones. Those of a store are known by its files' checksums, unread."""
+    if not isinstance(X, StoredTokens):
+        return f"sha256:{content_hash(X)}"
+    source, rows = X.origin
+    return f"sha256:{content_hash(getattr(source, 'identity', source), rows)}"
 
 
 def as_targets(y: Any, *, n_tokens: int, every_token: bool) -> torch.Tensor:

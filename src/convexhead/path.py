@@ -11,7 +11,9 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
+from convexhead import inputs
 from convexhead.clock import now
+from convexhead.content import content_hash
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor, problem_beta_max
 from convexhead.problem import Atoms
@@ -33,8 +35,9 @@ def beta_max(X: Any, y: Any = None, *, loss: str | None = None, **parameters: An
     **parameters
         Of `ConvexHeadClassifier` or `ConvexHeadRegressor`: ``head``, ``activation``, ``pool``, …
     """
-    problem, generator = _estimator(loss, parameters)._prepare(X, y)
-    return problem_beta_max(problem, generator)
+    template = _estimator(loss, parameters)
+    with template._ranks().all_or_none():
+        return problem_beta_max(*template._prepare(X, y, run="beta_max"))
 
 
 def regularization_path(
@@ -98,8 +101,35 @@ def regularization_path(
     if search_tol is not None and X_val is None:
         raise InputError("search_tol solves only the best β to the end: pass X_val and y_val to choose it by")
     template = _estimator(loss, parameters)
+    with template._ranks().all_or_none():
+        return _follow(template, X, y, ratios, X_val, y_val, patience, search_tol, callback, progress)
+
+
+def _follow(
+    template: ConvexHeadClassifier | ConvexHeadRegressor,
+    X: Any,
+    y: Any,
+    ratios: list[float],
+    X_val: Any,
+    y_val: Any,
+    patience: int | None,
+    search_tol: float | None,
+    callback: Callable[[Row], None] | None,
+    progress: Callable[[Progress], None] | None,
+) -> list[Row]:
+    """`regularization_path`, its arguments checked."""
     began = now()
-    problem, generator = template._prepare(X, y)
+    problem, generator = template._prepare(
+        X, y, run="path", beta_ratios=ratios, patience=patience, search_tol=search_tol, validation=X_val is not None
+    )
+    if X_val is not None:
+        problem.ranks.agree(
+            lambda: inputs.open_tokens(X_val),
+            lambda tokens: {
+                "held-out data (tokens)": inputs.tokens_hash(tokens),
+                "held-out data (targets)": f"sha256:{content_hash(None if y_val is None else np.asarray(y_val))}",
+            },
+        )
     largest = problem_beta_max(problem, generator)
 
     rows: list[Row] = []
@@ -133,7 +163,8 @@ def regularization_path(
             **{key: proof[key] for key in ("dual", "gap", "relative_gap", "converged")},
             "n_heads": model.n_heads_,
             "train_score": model._score_fitted(problem),
-            "val_score": None if X_val is None else model.score(X_val, y_val),
+            # One process scores for all, so that they choose alike.
+            "val_score": None if X_val is None else problem.ranks.first_does(lambda: model.score(X_val, y_val)),
             "seconds": now() - began,
             "model": model,
         }

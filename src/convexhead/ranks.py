@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
+from convexhead._version import __version__
 from convexhead.errors import ConvexHeadError, InputError
 
 T = TypeVar("T")
 
+SOFTWARE = {"version of convexhead": __version__, "version of torch": torch.__version__}
+"""What must be the same in all processes of a run."""
 PATIENCE = timedelta(minutes=10)
 """How long processes wait for each other: a host that vanished is noticed after that, a process that died at once."""
 
@@ -34,11 +37,17 @@ class Ranks:
         Messages summed over the processes so far, and the bytes that they held.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, patience: timedelta = PATIENCE) -> None:
         self.rank = rank
         self.size = size
         self.sums = self.bytes = 0
-        self._group = group
+        self._patience = patience
+
+    @property
+    def _group(self) -> Any:
+        if self._patience not in _groups:
+            raise ConvexHeadError("the processes have left this run: start it again")
+        return _groups[self._patience]
 
     def share(self, n: int) -> slice:
         """This process's rows out of ``n``, as even as can be.
@@ -83,6 +92,67 @@ class Ranks:
         """Until all processes are here."""
         self.largest(0.0)
 
+    def agree(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] | None = None) -> T:
+        """Run ``work`` in every process and go on only if all have succeeded, and with equal ``facts``.
+
+        Every run begins with this, before anything is computed together: processes with unequal data would converge
+        to a bound on no problem, and processes with unequal settings would wait for each other without end.
+
+        Parameters
+        ----------
+        work : callable
+            What a process can do alone: open its files, check its input.
+        facts : callable (result of ``work``) -> dict, or None
+            What must be equal in all processes, as JSON values by name. Not called where there is one process.
+
+        Raises
+        ------
+        InputError
+            The same in all processes: what differs and between which of them, or which of them failed and why.
+        """
+        if self.size == 1:
+            return work()
+        result, error, mine = None, None, {}
+        try:
+            result = work()
+            mine = {} if facts is None else dict(facts(result))
+        except Exception as caught:  # whatever it is, the others must not wait for this process
+            error = caught
+        told = self.gather((mine, None if error is None else str(error) or type(error).__name__))
+        failures = {rank: text for rank, (_, text) in enumerate(told) if text is not None}
+        if error is not None and len(failures) == self.size and len(set(failures.values())) == 1:
+            raise error
+        if failures:
+            first = min(failures)
+            raise InputError(f"process {first} of {self.size} failed: {failures[first]}") from error
+        if differing := _differences([fact for fact, _ in told]):
+            raise InputError(
+                f"the processes of this run differ: {'; '.join(differing)}. "
+                "Start all of them with the same settings and the same data"
+            )
+        return cast(T, result)
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has passed, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _stopped_process_named():
+            distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """A run of all processes: if the block fails in this one, the others fail in their next message.
+
+        Without it they would wait for this process as long as it lives, or take its next run's messages for this one's.
+        """
+        try:
+            yield
+        except BaseException:
+            _leave_group(self._patience)
+            raise
+
     def first_does(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the first process only; all return its result, or raise what it raised.
 
@@ -109,6 +179,27 @@ def _result_or_error(work: Callable[[], T]) -> T | ConvexHeadError:
         return error
 
 
+def _differences(facts: list[Mapping[str, Any]]) -> list[str]:
+    """In words what differs between processes: short values are quoted, hashes are not."""
+    told = []
+    for name in dict.fromkeys(name for each in facts for name in each):
+        groups: dict[str, list[int]] = {}
+        for rank, each in enumerate(facts):
+            groups.setdefault(json.dumps(each.get(name), sort_keys=True), []).append(rank)
+        if len(groups) == 1:
+            continue
+        if any("sha256:" in value for value in groups):
+            told.append(f"{name} in {' and in '.join(map(_processes, groups.values()))}")
+        else:
+            told.append(f"{name} is " + " and ".join(f"{v} in {_processes(g)}" for v, g in groups.items()))
+    return told
+
+
+def _processes(ranks: list[int], most: int = 4) -> str:
+    names = ", ".join(map(str, ranks[:most])) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
+    return f"process{'es' if len(ranks) > 1 else ''} {names}"
+
+
 @contextlib.contextmanager
 def _stopped_process_named() -> Iterator[None]:
     try:
@@ -132,12 +223,19 @@ def join_ranks(timeout: timedelta | None = None) -> Ranks:
     timeout = timeout or PATIENCE
     if not distributed.is_available():
         return Ranks()
-    if not distributed.is_initialized() and distributed.is_torchelastic_launched():
-        distributed.init_process_group(_backend(), timeout=timeout)
-        atexit.register(_leave)
-    if not distributed.is_initialized():
-        return Ranks()
-    return Ranks(distributed.get_rank(), distributed.get_world_size(), _group(timeout))
+    with _stopped_process_named():
+        if not distributed.is_initialized() and distributed.is_torchelastic_launched():
+            distributed.init_process_group(_backend(), timeout=timeout)
+            atexit.register(_leave)
+        if not distributed.is_initialized():
+            _groups.clear()
+            return Ranks()
+        if timeout not in _groups:
+            if "cpu:gloo" in distributed.get_backend_config():
+                # A group forms through a store, which does not notice that a process has ended; a message does.
+                distributed.all_reduce(torch.zeros(1))
+            _groups[timeout] = distributed.new_group(backend=_backend(), timeout=timeout)
+        return Ranks(distributed.get_rank(), distributed.get_world_size(), timeout)
 
 
 def _leave() -> None:
@@ -151,10 +249,15 @@ def _backend() -> str:
     return "cpu:gloo,cuda:nccl" if nccl else "gloo"
 
 
-@functools.cache
-def _group(timeout: timedelta) -> Any:
-    """Return a group of all processes with this timeout, whatever the backend of the default group."""
-    return distributed.new_group(backend=_backend(), timeout=timeout)
+_groups: dict[timedelta, Any] = {}
+"""A group of all processes for each timeout, whatever the backend of the default group. Nothing else holds a group: its
+connections close when the last reference goes."""
+
+
+def _leave_group(patience: timedelta) -> None:
+    """Close the connections of a group, so that whoever waits for this process in it fails at once."""
+    if distributed.is_initialized() and patience in _groups:
+        distributed.destroy_process_group(_groups.pop(patience))
 
 
 def local_ranks() -> tuple[int, int]:

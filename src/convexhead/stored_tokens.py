@@ -53,6 +53,11 @@ class StoredTokens:
         """The place of the first of them in the store or map."""
         return self._rows.start
 
+    @property
+    def origin(self) -> tuple[Any, range]:
+        """What they are read from, and which of its rows they are."""
+        return self._source, self._rows
+
     def share(self, rows: slice) -> StoredTokens:
         """Some of them, still on disk."""
         part = self._rows[rows]

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from convexhead.errors import InputError, choose
-from convexhead.ranks import join_ranks, local_ranks
+from convexhead.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
 from convexhead.tokens.backbones import Backbone, open_backbone
 from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.files import make_folder, sha256_file, write_atomic, writer_lock
@@ -100,61 +100,81 @@ def extract(
             shards are kept.
         HubError, MissingExtraError: see `open_backbone` and `open_source`.
     """
-    asked: dict[str, Any] = {
-        "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
-        "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant, "dtype": dtype,
-    }  # fmt: skip
-    if reduce is not None:
-        choose("reduction", reduce, ["avgpool", "pca"])
-    if dtype is not None:
-        choose("dtype", dtype, DTYPES)
-    for name, value in {"channels": channels, "batch_size": batch_size, "shard_size": shard_size}.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-    origin = None if like is None else origin_of(like)
-    if origin is not None:
-        asked = options_like(origin, asked)
-    elif backbone is None:
-        raise InputError("a backbone is needed, or like: a store or a run to take it from")
-    else:
-        asked = {name: DEFAULTS.get(name) if value is None else value for name, value in asked.items()}
-    if asked["reduce"] == "pca" and asked["channels"] is None:
-        raise InputError("reduce='pca' needs channels, the number of components to keep")
 
-    place = _device(device)
-    if place.type == "cpu":
-        reuse_freed_memory()
-    source, pool = open_source(source), asked["token_pool"]
-    if origin is None:
-        sizes = {name: asked[name] for name in ("layer", "image_size", "crop_pct")}
-        backbone = open_backbone(asked["backbone"], **sizes)
-    else:
-        source = number_like(source, origin.class_names)
-        backbone = open_backbone_like(origin, asked)
-    components = asked["channels"] if asked["reduce"] == "pca" else None
-    extractor = BatchExtractor(
-        source=source,
-        backbone=backbone.to(place),
-        device=place,
-        channels=asked["channels"] if components is None else None,
-        token_pool=(pool, pool) if isinstance(pool, int) else pool,
-        dtype=asked["dtype"],
-        skip_broken=skip_broken,
-    )
-    batch_size = batch_size or (8 if place.type == "cpu" else 256)
-    job = ExtractionJob(extractor, Path(out).expanduser(), batch_size, shard_size, origin)
-    fit: Fit | Reduction = {
-        "standardize": asked["standardize"],
-        "components": components,
-        "constant": asked["constant"],
-    }
-    if origin is not None and origin.reduction is not None:
-        fit = origin.reduction
+    def plan() -> tuple[ExtractionJob, dict[str, Any], Fit | Reduction]:
+        asked: dict[str, Any] = {
+            "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
+            "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant,
+            "dtype": dtype,
+        }  # fmt: skip
+        if reduce is not None:
+            choose("reduction", reduce, ["avgpool", "pca"])
+        if dtype is not None:
+            choose("dtype", dtype, DTYPES)
+        for name, value in {"channels": channels, "batch_size": batch_size, "shard_size": shard_size}.items():
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+        origin = None if like is None else origin_of(like)
+        if origin is not None:
+            asked = options_like(origin, asked)
+        elif backbone is None:
+            raise InputError("a backbone is needed, or like: a store or a run to take it from")
+        else:
+            asked = {name: DEFAULTS.get(name) if value is None else value for name, value in asked.items()}
+        if asked["reduce"] == "pca" and asked["channels"] is None:
+            raise InputError("reduce='pca' needs channels, the number of components to keep")
+
+        place = _device(device)
+        if place.type == "cpu":
+            reuse_freed_memory()
+        images, pool = open_source(source), asked["token_pool"]
+        if origin is None:
+            sizes = {name: asked[name] for name in ("layer", "image_size", "crop_pct")}
+            network = open_backbone(asked["backbone"], **sizes)
+        else:
+            images = number_like(images, origin.class_names)
+            network = open_backbone_like(origin, asked)
+        components = asked["channels"] if asked["reduce"] == "pca" else None
+        extractor = BatchExtractor(
+            source=images,
+            backbone=network.to(place),
+            device=place,
+            channels=asked["channels"] if components is None else None,
+            token_pool=(pool, pool) if isinstance(pool, int) else pool,
+            dtype=asked["dtype"],
+            skip_broken=skip_broken,
+        )
+        size = batch_size or (8 if place.type == "cpu" else 256)
+        job = ExtractionJob(extractor, Path(out).expanduser(), size, shard_size, origin)
+        fit: Fit | Reduction = {
+            "standardize": asked["standardize"],
+            "components": components,
+            "constant": asked["constant"],
+        }
+        if origin is not None and origin.reduction is not None:
+            fit = origin.reduction
+        return job, job.config(), fit
+
     ranks = join_ranks(PATIENCE)
+    with ranks.all_or_none():
+        job, config, fit = ranks.agree(plan, _facts)
+        _extract_together(job, config, fit, ranks, progress)
+    return TokenStore.open(job.out)
+
+
+def _facts(plan: tuple[ExtractionJob, dict[str, Any], Fit | Reduction]) -> dict[str, Any]:
+    """What all processes of an extraction must have alike."""
+    _, config, fit = plan
+    wanted = {"reduction": f"sha256:{fit.identity}"} if isinstance(fit, Reduction) else fit
+    return {"run": "extract", **SOFTWARE, **config, **wanted}
+
+
+def _extract_together(
+    job: ExtractionJob, config: dict[str, Any], fit: Fit | Reduction, ranks: Ranks, progress: ProgressCallback | None
+) -> None:
     with contextlib.ExitStack() as held:
 
         def begin() -> tuple[Manifest, list[Task]]:
-            config = job.config()
             job.check_target(config)
             if (job.out / MANIFEST).exists():
                 # A store that is as it should be may lie on a read-only disk.
@@ -164,6 +184,7 @@ def extract(
             make_folder(job.out)
             held.enter_context(writer_lock(job.out))
             manifest = job.manifest(config)
+            components = None if isinstance(fit, Reduction) else fit["components"]
             if components is not None and components > manifest.shape[1]:
                 raise InputError(f"channels={components} must be at most the tokens' {manifest.shape[1]} channels")
             return manifest, job.missing(manifest)
@@ -173,7 +194,6 @@ def extract(
         meter = ProgressMeter(progress, sum(len(task.items) for task in mine), ranks.size)
         job.write(mine, manifest, meter)
         ranks.first_does(lambda: _finish(job, manifest, bool(missing), fit))
-    return TokenStore.open(job.out)
 
 
 def _is_fitted(folder: Path, manifest: Manifest, fit: Fit | Reduction) -> bool:
