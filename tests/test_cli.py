@@ -152,6 +152,10 @@ def test_compare_writes_a_page(work, capsys):
         assert row["certificate"]["converged"]
         assert row["twin"]["runs"][0]["objective"] >= row["certificate"]["dual"]
     assert "</html>" in (out / "index.html").read_text()
+    # Its models know the store that they come from, as those of `fit` do.
+    saved = out / "models" / "mlp-linear"
+    assert call_json(capsys, "evaluate", saved, work / "tokens")["top1"] == result["rows"][0]["test_accuracy"]
+    assert call_json(capsys, "audit", saved, work / "tokens")["certificate"]["converged"]
     assert {"results.json", "table.md", "table.csv", "models", "figures"} <= {p.name for p in out.iterdir()}
 
 

@@ -149,6 +149,8 @@ def fit_path(splits: Splits, settings: PathSettings, cell: Cell, folder: RunFold
         )
     chosen = best(path)
     model = chosen["model"]
+    if splits.origin is not None:  # it was fitted on arrays that were read from there
+        model.origin_, model.reduction_ = splits.origin, splits.origin.reduction
     model.save(folder.model(cell.name))
     weights = [model.coef_] if hasattr(model, "coef_") else [*model.mixing_, *model.values_]
     kept = ("beta_ratio", "objective", "relative_gap", "seconds")

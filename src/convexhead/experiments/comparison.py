@@ -8,15 +8,17 @@ Each piece of work is kept in the run's folder, from which the same command goes
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -163,7 +165,8 @@ def _train_in_processes(
         # The longest first: gated cells.
         cells = sorted(settings.cells, key=lambda cell: cell.activation == "linear")
         tasks: list[Cell | str] = [*cells, *settings.probes]
-        pending = {pool.submit(_work, task) for task in tasks}
+        with _ignoring_interrupts():  # workers inherit that: Ctrl-C is the parent's, and they end with it
+            pending = {pool.submit(_work, task) for task in tasks}
         try:
             while pending:
                 done, pending = wait(pending, timeout=1.0, return_when="FIRST_COMPLETED")
@@ -173,6 +176,18 @@ def _train_in_processes(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 def _not_here() -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from convexhead.errors import InputError
 from convexhead.tokens.fit_reduction import fit_reduction
+from convexhead.tokens.origin import TokenOrigin
 from convexhead.tokens.reduce import pool_grid
 from convexhead.tokens.sources import ImageSource
 from convexhead.tokens.store import TokenStore
@@ -58,6 +59,8 @@ class Splits:
         JSON-able values, the same only for the same images and tokens.
     test_files : list of str
         Names of the test images.
+    origin : TokenOrigin or None
+        Where the train part comes from, for heads that are saved; None where it is pooled after reading.
     """
 
     train: Part
@@ -69,21 +72,31 @@ class Splits:
     backbone: str
     identity: dict[str, Any]
     test_files: list[str] = field(default_factory=list)
+    origin: TokenOrigin | None = None
 
 
 def hold_out(whole: Part, share: float, seed: int) -> tuple[Part, Part]:
     """Train and validation part: ``share`` of every class is held out."""
-    kept, held = train_test_split(
-        np.arange(len(whole.labels)), test_size=share, stratify=whole.labels, random_state=seed
-    )
-    return whole.take(np.sort(kept)), whole.take(np.sort(held))
+    kept, held = _held_out(whole.labels, share, seed)
+    return whole.take(kept), whole.take(held)
+
+
+def _held_out(labels: Array, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows kept and held out, in order."""
+    kept, held = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=seed)
+    return np.sort(kept), np.sort(held)
 
 
 def splits_of_store(store: TokenStore, *, validation: float = 0.2, seed: int = 0) -> Splits:
     """A whole store as it is read; a validation part is held out of the train split where there is no split of it."""
     check_test_split(store)
-    train = whole_part(store["train"])
-    kept, held = (train, whole_part(store["val"])) if "val" in store.splits else hold_out(train, validation, seed)
+    view = store["train"]
+    train = whole_part(view)
+    if "val" in store.splits:
+        kept, held = train, whole_part(store["val"])
+    else:
+        kept, held = hold_out(train, validation, seed)
+        view = view.subset(_held_out(train.labels, validation, seed)[0])
     return Splits(
         train=kept,
         validation=held,
@@ -94,6 +107,7 @@ def splits_of_store(store: TokenStore, *, validation: float = 0.2, seed: int = 0
         backbone=backbone_of(store),
         identity=_identity(store) | {"validation": validation, "split_seed": seed},
         test_files=store["test"].files,
+        origin=view.origin(),
     )
 
 
@@ -254,6 +268,11 @@ def chosen_splits(store: TokenStore, choice: TokenChoice) -> Splits:
         backbone=backbone_of(store),
         identity=_identity(store) | asdict(choice),
         test_files=[test.files[row] for row in rows["test"]],
+        origin=None
+        if grid != store.grid
+        else replace(
+            train.subset(np.sort(kept)).origin(), reduction=reduction, class_names=store.class_names[: choice.classes]
+        ),
     )
 
 
