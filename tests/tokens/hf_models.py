@@ -188,17 +188,6 @@ FAMILIES = {
         None,
     ),
     "vivit": Family("vivit", {**SIZE, "intermediate_size": 64, "image_size": 64}, (64, 64), None),
-    "whole-bridgetower": Family(
-        "bridgetower",
-        {
-            "vision_config": {**SIZE, "image_size": 64, "patch_size": 16},
-            "text_config": TEXT,
-            "num_attention_heads": 2,
-            "hidden_size": 32,
-        },
-        (64, 64),
-        None,
-    ),
 }
 
 

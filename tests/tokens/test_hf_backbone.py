@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from convexhead.errors import FileFormatError, HubError, InputError
 from convexhead.tokens import extract, open_backbone, open_source
+from convexhead.tokens.hf_preprocessing import choose_pixels
 from convexhead.tokens.timm_import import import_torchvision
 
 pytest.importorskip("transformers")
@@ -127,3 +129,108 @@ def test_unreachable_hub_fails_within_seconds(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(HubError, match=r"cannot be reached.*hf:FOLDER"):
         open_backbone("hf:facebook/dinov2-small")
     assert time.monotonic() - start < 5
+
+
+SQUARE = {"height": 32, "width": 32}
+# Processors (class, settings), and whether our own bytes are as good.
+PROCESSORS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "squares": ("ViTImageProcessor", {"size": SQUARE}, True),
+    "crop": ("CLIPImageProcessor", {"size": {"shortest_edge": 40}, "crop_size": SQUARE}, True),
+    "crop-pct": ("ConvNextImageProcessor", {"size": {"shortest_edge": 32}, "crop_pct": 0.5}, False),
+    "blue-first": ("MobileViTImageProcessor", {"size": {"shortest_edge": 40}, "crop_size": SQUARE}, False),
+    "no-normalisation": ("ViTImageProcessor", {"size": SQUARE, "do_normalize": False}, True),
+    "no-rescaling": ("ViTImageProcessor", {"size": SQUARE, "do_rescale": False, "do_normalize": False}, False),
+    "another-scale": (
+        "ViTImageProcessor",
+        {"size": SQUARE, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3},
+        True,
+    ),
+    "nearest": ("ViTImageProcessor", {"size": SQUARE, "resample": 0}, None),
+    "longest-edge": ("YolosImageProcessor", {"size": {"shortest_edge": 32, "longest_edge": 48}}, False),
+    "larger-crop": ("BitImageProcessor", {"size": {"shortest_edge": 24}, "crop_size": SQUARE}, None),
+    "padded": ("ViTImageProcessor", {"size": SQUARE, "do_pad": True, "pad_size": {"height": 40, "width": 40}}, False),
+    "levit": ("LevitImageProcessor", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, None),
+    "mobilenet": ("MobileNetV2ImageProcessor", {"size": {"shortest_edge": 40}, "crop_size": SQUARE}, None),
+    "efficientnet": ("EfficientNetImageProcessor", {"size": SQUARE}, None),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_the_network_sees_the_processors_pixels(tmp_path: Path, kind: str) -> None:
+    name, settings, ours = PROCESSORS[kind]
+    processor = getattr(transformers, name)(**settings)
+    pixels = choose_pixels("hf:here", processor, None, 32)
+    if ours is not None:
+        assert ("processor" not in pixels.settings) == ours
+    assert json.loads(json.dumps(pixels.settings)) == pixels.settings
+    rng = np.random.default_rng(0)
+    for width, height in ((130, 90), (40, 77), (64, 64), (33, 20), (60, 100)):
+        noise = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        image = noise.resize((width, height), Image.Resampling.BICUBIC)
+        expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        prepared = pixels.prepare(image)
+        seen = prepared if prepared.is_floating_point() else (prepared.float() - pixels.mean) / pixels.std
+        assert seen.shape == expected.shape
+        assert (seen - expected).abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("kind", ["squares", "crop", "crop-pct", "blue-first", "efficientnet"])
+def test_image_size_scales_the_processors_pixels(kind: str) -> None:
+    name, settings, _ = PROCESSORS[kind]
+    pixels = choose_pixels("hf:here", getattr(transformers, name)(**settings), 64, 32)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    assert pixels.prepare(image).shape == (3, 64, 64)
+    assert pixels.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "image_size", "message"),
+    [
+        ("Siglip2ImageProcessor", {}, None, "cut images into patches or tiles"),
+        ("LlavaNextImageProcessor", {}, None, "cut images into patches or tiles"),
+        ("Idefics3ImageProcessor", {}, None, "cut images into patches or tiles"),
+        ("VideoMAEImageProcessor", {}, None, "cut images into patches or tiles"),
+        ("YolosImageProcessor", {"size": {"shortest_edge": 32, "longest_edge": 48}}, 64, "omit image_size"),
+        (
+            "ViTImageProcessor",
+            {"size": SQUARE, "do_pad": True, "pad_size": {"height": 40, "width": 40}},
+            36,
+            "image_size",
+        ),
+    ],
+)
+def test_processors_of_other_things_are_refused(
+    name: str, settings: dict[str, Any], image_size: int | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        choose_pixels("hf:here", getattr(transformers, name)(**settings), image_size, 32)
+
+
+def test_stores_of_a_processors_own_pixels(tmp_path: Path, photos: Path) -> None:
+    """ConvNeXt's store holds what the model makes of its processor's pixels, and says that they are its."""
+    model = save(tmp_path / "model", "convnext")
+    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.7)
+    processor.save_pretrained(tmp_path / "model")
+    store = extract(photos, f"hf:{tmp_path / 'model'}", tmp_path / "out", standardize=False, dtype="float32")
+    assert store.manifest.config["preprocessing"]["processor"]["crop_pct"] == 0.7
+    x = processor(images=open_source(photos).load("train", 3), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values=x).last_hidden_state.flatten(2).transpose(1, 2)[0]
+    np.testing.assert_allclose(store["train"][3], expected.numpy(), rtol=1e-3, atol=1e-4)
+    again = extract(photos, f"hf:{tmp_path / 'model'}", tmp_path / "out", standardize=False, dtype="float32")
+    assert again.manifest == store.manifest
+    processor.crop_pct = 0.9
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(FileFormatError, match="preprocessing was"):
+        extract(photos, f"hf:{tmp_path / 'model'}", tmp_path / "out", standardize=False, dtype="float32")
+
+
+def test_a_whole_clip_in_a_folder(tmp_path: Path, photos: Path) -> None:
+    sizes = {"image_size": 32, "patch_size": 8, **SMALL}
+    text = {**SMALL, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=sizes, text_config=text))
+    model.save_pretrained(tmp_path / "clip")
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE).save_pretrained(tmp_path / "clip")
+    store = extract(photos, f"hf:{tmp_path / 'clip'}", tmp_path / "out", standardize=False)
+    assert (store.grid, store.manifest.n_prefix, store.manifest.shape) == ((4, 4), 1, (16, 32))

@@ -82,9 +82,11 @@ def open_backbone(
         spec: the specification, or a backbone that is open already (which the rest cannot change).
         layer: inner block to take, counted from 0 (a stage for networks that timm divides into stages); None
             takes the final map.
-        image_size: side of the square input in pixels; None is the backbone's own.
+        image_size: side of the square input in pixels; None is the backbone's own. Resizing and cropping keep
+            their proportion; a transformers processor that cannot give such squares is refused.
         crop_pct: share of the resized image that the centre crop keeps; None is the backbone's own, 1 keeps
-            all, which is better for small images without margins.
+            all, which is better for small images without margins. Of timm only: transformers models crop as
+            their processor says.
 
     Raises:
         InputError: unknown name, impossible layer or size.
