@@ -1,10 +1,15 @@
 """Shape and dtype annotations are checked while the tests run (jaxtyping with beartype)."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from jaxtyping import install_import_hook
 
 sys.path.insert(0, str(Path(__file__).parent))
 CHECKED = ["heads", "activation", "losses", "problem", "relu", "spectral", "certificate", "solvers"]
+# Notes about verified shards do not go into the cache folder of whoever runs the tests.
+_cache = tempfile.TemporaryDirectory(prefix="convexhead-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 install_import_hook([f"convexhead.{module}" for module in CHECKED], "beartype.beartype")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+import convexhead as ch
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens import SplitView, TokenStore, extract
+from convexhead.tokens import SplitView, TokenStore, extract, verified
 from convexhead.tokens.backbones import Backbone, TokenBatch
 from convexhead.tokens.manifest import digest_json
+from convexhead.tokens.shards import ShardFile
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +198,136 @@ def test_exchanged_shard_is_seen_on_reading(store: Path) -> None:
     shutil.copy(store / "train-00001.safetensors", store / "train-00002.safetensors")
     with pytest.raises(FileFormatError, match=r"not the shard that the manifest lists|instead of"):
         TokenStore.open(store)["train"][:3]
+
+
+def exchange(store: Path) -> None:
+    """Exchange the tokens of two shards of equal size; headers, sizes and times stay."""
+    paths = [store / f"train-0000{k}.safetensors" for k in (1, 2)]
+    contents = [path.read_bytes() for path in paths]
+    times = [path.stat() for path in paths]
+    for path, own, other, before in zip(paths, contents, contents[::-1], times, strict=True):
+        path.write_bytes(own[:-30000] + other[-30000:])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flip_quietly(store: Path, position: int = -9000) -> None:
+    """Flip a bit of the fifth shard; its size and the time of its last change stay."""
+    path = store / "train-00004.safetensors"
+    before = path.stat()
+    flip(path, position)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flip_label(store: Path) -> None:
+    flip_quietly(store, ShardFile(store / "train-00004.safetensors")._places["labels"][2])
+
+
+USES: dict[str, Any] = {
+    "fit": lambda train: ch.ConvexHeadClassifier("linear", tol=0.1).fit(train),
+    "path": lambda train: ch.regularization_path(train, head="linear", beta_ratios=[0.5], tol=0.1),
+    "beta_max": lambda train: ch.beta_max(train, head="linear"),
+    "audit": lambda train: ch.certify((None, np.zeros((13, 10))), train, beta=0.1, head="linear"),
+    "read": lambda train: train.read(),
+}
+
+
+@pytest.fixture
+def old(store: Path) -> Path:
+    """A store whose files were not written just now."""
+    time.sleep(1.5 * verified.YOUNG[0])
+    return store
+
+
+@pytest.mark.parametrize("damage", [exchange, flip_quietly, flip_label])
+@pytest.mark.parametrize("use", USES)
+def test_no_changed_shard_is_used(old: Path, use: str, damage: Callable[[Path], None]) -> None:
+    TokenStore.open(old)["train"].read()  # verified and noted
+    damage(old)
+    with pytest.raises(FileFormatError, match=r"train-0000\d\.safetensors' has changed|none of its 10 classes"):
+        USES[use](TokenStore.open(old)["train"])
+
+
+def test_scores_and_predictions_are_of_whole_shards(old: Path) -> None:
+    head = USES["fit"](TokenStore.open(old)["train"])
+    flip_quietly(old)
+    for use in (head.predict, head.score):
+        with pytest.raises(FileFormatError, match=r"train-00004\.safetensors' has changed"):
+            use(TokenStore.open(old)["train"])
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are read in full from now on."""
+    names: list[str] = []
+    content = ShardFile._content
+
+    def count(self: ShardFile) -> str:
+        names.append(self.path.name)
+        return content(self)
+
+    monkeypatch.setattr(ShardFile, "_content", count)
+    return names
+
+
+def test_a_shard_is_verified_once(old: Path, hashed: list[str]) -> None:
+    train = TokenStore.open(old)["train"]
+    train[150:250]
+    assert hashed == ["train-00001.safetensors", "train-00002.safetensors"], "only shards that are used"
+    train.read()
+    train.read()
+    assert sorted(hashed) == [f"train-{k:05d}.safetensors" for k in range(13)]
+    hashed.clear()
+    TokenStore.open(old)["train"].read()
+    verified._read.clear()  # as in another process
+    TokenStore.open(old)["train"].read()
+    assert hashed == []
+    os.utime(old / "train-00007.safetensors")
+    train.read()
+    assert hashed == ["train-00007.safetensors"]
+    TokenStore.open(old).verify()
+    assert len(hashed) == 1 + 13 + 6, "verify reads everything whatever was noted"
+
+
+def test_a_shard_that_changes_while_it_is_open_is_found(old: Path) -> None:
+    train = TokenStore.open(old)["train"]
+    train.read()
+    flip_quietly(old)
+    with pytest.raises(FileFormatError, match=r"train-00004\.safetensors' has changed"):
+        train.read()
+    assert train[:100].shape[0] == 100
+
+
+@pytest.mark.parametrize("cache", ["a file", "garbled", "another hash"])
+def test_notes_that_cannot_be_kept_or_believed(
+    cache: str, old: Path, hashed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    if cache == "a file":
+        home.write_text("")
+    else:
+        TokenStore.open(old)["train"].read()
+        (notes,) = home.rglob("*.jsonl")
+        lines = notes.read_text()
+        notes.write_text(
+            "x" * 9 + lines.replace("[", "{") if cache == "garbled" else re.sub(r"[0-9a-f]{64}", "0" * 64, lines)
+        )
+        verified._read.clear()
+        hashed.clear()
+    for _ in range(2):
+        assert TokenStore.open(old)["train"].read().shape[0] == 1257
+    assert len(hashed) == (26 if cache == "a file" else 13)
+
+
+@pytest.mark.parametrize(("age", "reads"), [(0.01, 2), (10.0, 1)])
+def test_a_file_written_just_now_is_not_noted(
+    age: float, reads: int, store: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store / "train-00000.safetensors"
+    monkeypatch.setattr(verified.time, "time_ns", lambda: path.stat().st_ctime_ns + int(1e9 * age))
+    for _ in range(2):
+        TokenStore.open(store)["train"][:1]
+    assert hashed == [path.name] * reads
 
 
 def test_lost_files_are_restored(store: Path, finished: Path) -> None:

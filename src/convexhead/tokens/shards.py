@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convexhead.errors import FileFormatError
+from convexhead.tokens import verified
 
 # numpy has no bfloat16: its bits are read as uint16 and widened by `to_float`.
 _TYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
 _KEY = "convexhead"
+BLOCK = 1 << 20
+"""Bytes that are hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._verified: verified.Stamp | None = None
         about = self._read_header()
         try:
             self.config_hash = str(about["config"])
@@ -105,14 +110,21 @@ class ShardFile:
     @property
     def files(self) -> list[str]:
         """One name an image; read anew each time, so that layouts stay small."""
-        return list(self._read_header()["files"])
+        before = self.sha256
+        names = list(self._read_header()["files"])
+        if self.sha256 != before:
+            raise FileFormatError(damaged(self.path))
+        return names
 
     def map(self, name: str) -> NDArray[Any]:
         """Map an array into memory, read-only, in its stored type (bfloat16 as uint16).
 
         The map lives as long as the result: pages that were read are let go with it, so that reading much
-        does not fill the memory.
+        does not fill the memory. Before tokens are read, the shard is verified, unless that was done since it last
+        changed. Labels alone are not worth reading a whole shard for; they are verified with their tokens.
         """
+        if name != "labels":
+            self._verify_once()
         dtype, shape, offset = self._places[name]
         if 0 in shape:
             return np.empty(shape, dtype)
@@ -121,17 +133,51 @@ class ShardFile:
         except (OSError, ValueError) as error:
             raise FileFormatError(f"{str(self.path)!r} is not the shard that it was: {error}") from error
 
+    def _verify_once(self) -> None:
+        seen = self._stamp()
+        if seen == self._verified:
+            return
+        # What is noted is the hash of the header, which holds that of the arrays.
+        if not verified.is_noted(self.path, seen, self.sha256):
+            self.verify()
+            return
+        self._verified = seen
+
     def verify(self) -> None:
-        """Compare the arrays with the hash in the header.
+        """Compare the whole file with the hashes of its header and, in that, of its arrays.
 
         Raises:
             FileFormatError: they differ.
         """
-        digest = hashlib.sha256()
-        for name in sorted(self._places):
-            digest.update(np.ascontiguousarray(self.map(name)).reshape(-1).view(np.uint8).data)
-        if digest.hexdigest() != self.content_sha256:
+        seen, header = self._stamp(), self.sha256
+        self._read_header()
+        if self.sha256 != header or self._content() != self.content_sha256 or self._stamp() != seen:
+            self.sha256 = header
             raise FileFormatError(damaged(self.path))
+        verified.note(self.path, seen, header)
+        self._verified = seen
+
+    def _stamp(self) -> verified.Stamp:
+        try:
+            return verified.stamp(self.path)
+        except OSError as error:
+            raise FileFormatError(f"{str(self.path)!r} is not the shard that it was: {error}") from error
+
+    def _content(self) -> str:
+        """Hash the arrays, a block at a time: a map of them would count as memory of the process."""
+        digest = hashlib.sha256()
+        try:
+            with open(self.path, "rb") as file:
+                for name in sorted(self._places):
+                    dtype, shape, offset = self._places[name]
+                    file.seek(offset)
+                    left = dtype.itemsize * math.prod(shape)
+                    while block := file.read(min(left, BLOCK)):
+                        digest.update(block)
+                        left -= len(block)
+        except OSError as error:
+            raise FileFormatError(f"{str(self.path)!r} cannot be read: {error}") from error
+        return digest.hexdigest()
 
     def record(self, first_row: int) -> Shard:
         """Return what a manifest lists if the shard's rows begin at ``first_row``."""

@@ -44,7 +44,10 @@ class TokenStore:
     def open(cls, path: str | Path, split: str) -> SplitView: ...
     @classmethod
     def open(cls, path: str | Path, split: str | None = None) -> TokenStore | SplitView:
-        """Open a store, or one split of it. Of the shards only the sizes are looked at: see `verify`.
+        """Open a store, or one split of it. Of the shards only the sizes are looked at.
+
+        A shard is read in full and compared with its checksum before its tokens are first used, by whatever reads
+        them, and again only after it has changed.
 
         Raises:
             FileFormatError: not a token store, not finished, of a newer format, or with missing, truncated or
@@ -68,7 +71,7 @@ class TokenStore:
         return store if split is None else store[choose("split", split, store.splits)]
 
     def verify(self) -> None:
-        """Read every shard and compare it with its checksums.
+        """Read every shard and compare it with its checksums, whether or not that was done before.
 
         Raises:
             FileFormatError: names the first shard that differs.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convexhead.errors import InputError
+from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.gather import ShardedRows
 from convexhead.tokens.manifest import Manifest, digest_json
 from convexhead.tokens.origin import TokenOrigin
@@ -89,8 +89,14 @@ class SplitView:
 
         Raises:
             InputError: a view made by `read_as` holds images of a class that the head does not know.
+            FileFormatError: a label that is no class.
         """
         labels: NDArray[np.int64] = self._take("labels", slice(None))
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self._manifest.class_names):
+            raise FileFormatError(
+                f"{str(self._folder)!r} has a label that is none of its {len(self._manifest.class_names)} classes: "
+                "find the damaged shard with `convexhead store verify`"
+            )
         if self._numbers is None:
             return labels
         if strangers := [self._manifest.class_names[i] for i in np.unique(labels) if self._numbers[i] < 0]:
