@@ -34,6 +34,7 @@ class Activation(Protocol):
     """Mixes tokens for atoms of given blocks, and pulls gradients back to their mixing weights."""
 
     name: ClassVar[str]
+    head: Head
     n_blocks: int
     convex: ClassVar[bool]
     """Whether mixing is linear in ``U``: only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""

@@ -11,9 +11,8 @@ honest about it.
   approximate leading singular directions are split off, the norm of what is left is at most ``σ̂/√(1 − ε)`` from random
   starts but with `failure_probability`, and the norms of all parts bound that of the whole (see `spectral.Deflated`).
   Splitting pays: what is left lies below β, so a crude ``ε`` will do.
-* An unpenalised intercept needs ``Σ_i R_i = 0``. It is solved for, and what is left is charged for every ``b`` of a box
-  ``|b_k| ≤ INTERCEPT_BOX``.
-* Rounding: ``σ`` is raised and ``D`` lowered by more than float64 can have lost.
+* An unpenalised intercept needs ``Σ_i R_i = 0``: the residual is projected, and what rounding left is charged.
+* Rounding: ``σ`` is raised and ``D`` lowered by more than float64 can have lost (`convexhead.dual`).
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from convexhead.dual import DualPoint, error_of_objective
 from convexhead.errors import InputError
 from convexhead.identity import PARTS, differences
 from convexhead.intercept import solve_intercept
+from convexhead.loss_check import check_loss
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.norm import NormOracle
 from convexhead.spectral import (
@@ -44,16 +44,10 @@ from convexhead.spectral import (
     worth_forming,
 )
 
-INTERCEPT_BOX = 1e4
-"""Bound on ``|b_k|``, in units of ``1 + max |y|``, for which the residual mean left by the intercept is charged."""
 ENOUGH_STEPS = 20
 """Krylov steps from random starts after which the norm of what is left should be known well enough."""
 MOST_SPLITS = 3
 """How often more directions are split off where it is not."""
-CLOSE = 1e-4
-"""Relative distance of two scalings of a dual point between which its value hardly changes."""
-ROUNDING = 1e-9
-"""Relative amount by which σ is raised to cover float64 rounding in the gradient matrix."""
 SCOPES = {"global": "global optimum", "sampled-gates": "optimum for these gates", "estimated": "global optimum"}
 """What a gap may be to, and how a sentence names it."""
 SAME_BETA = 1e-12
@@ -261,6 +255,9 @@ def certify_atoms(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
+    check_loss(problem.loss, problem.Y)
+    if math.isnan(known_dual):
+        raise InputError("the lower bound that was passed is NaN")
     exact = problem.in_double(reuse=True)
     atoms = atoms.to(exact.device, torch.float64)
     if not torch.equal(atoms.V, exact.mask_values(atoms.V, atoms.block)):
@@ -273,15 +270,24 @@ def certify_atoms(
         directions, penalty = atoms, exact.penalty(atoms)
     data_term = exact.data_term(f)
     primal = data_term + beta * penalty
+    weights = float((atoms.U.unsqueeze(-1).flatten(1).norm(dim=1) * atoms.V.flatten(1).norm(dim=1)).sum())
+    error = error_of_objective(exact, f, weights, len(atoms), abs(data_term) + beta * penalty)
+    if not math.isfinite(primal + error):
+        raise InputError(
+            f"the objective of this model is {primal}: its weights or the tokens are too large to compute with in "
+            "float64; scale the tokens"
+        )
     f = f if witness is None else witness.to(exact.device, torch.float64)
     if problem.fit_intercept:
         f = f + solve_intercept(exact, f)
-    R = exact.residual(f)
-    dual = _Dual(exact, f, R, beta)
+    dual = DualPoint(exact, f, beta)
+    R = dual.R
 
     slack, failure, reward = 0.0, 0.0, None
     if not problem.head.learns_mixing:
         best, how = dual.ridge(), "Frobenius norm"
+    elif not dual.computable:
+        best, how = dual.spectral(dual.size), "norms of tokens"
     elif not problem.activation.convex:
         oracle = oracle or NormOracle(exact)
         peaks = oracle.search(R, warm=directions, generator=generator, n_starts=32, iterations=15, rtol=1e-4)
@@ -293,7 +299,7 @@ def certify_atoms(
             best, how = dual.spectral(formed_norm(G)), "singular values"
         else:
             failure = failure_probability
-            fast = GradientMatrices(problem, R.to(problem.dtype))
+            fast = GradientMatrices(problem, R.to(problem.dtype)) if dual.in_single_range else G
             bound = _KrylovBound(G, fast, directions, tol, failure, generator)
             enough, steps = False, 0
             while bound.step() and not enough and (steps := steps + 1) < max_steps:
@@ -306,22 +312,24 @@ def certify_atoms(
                 found(bound.deflated.B if G.on_values else bound.deflated.A)
             slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
     best = best if math.isfinite(best) else dual.value(0.0)
-    if not (math.isfinite(primal) and math.isfinite(best)):
+    if not math.isfinite(best):
         raise InputError(
             f"no finite bound on the optimum is known (objective {primal:g}, lower bound {best:g}): the weights or "
             "tokens are too large for float64, or the loss has no lower bound"
         )
-    terms = data_term + abs(best) + exact.n * exact.mean_of(lambda R, Y: (R * Y).abs().sum(2).mean(1), R, exact.Y)
-    if known_dual > primal + 1e-9 * terms:
+    if known_dual > primal + error:
         raise InputError(
             f"the lower bound {known_dual:.10g} that was known before lies above the objective {primal:.10g} of these "
             "weights, so it is false: fit the reference again"
         )
-    best -= 1e-13 * terms
     if known_dual > best:
         best, how = known_dual, known_from or how
-    if best > primal + 1e-9 * terms:
-        raise RuntimeError(f"lower bound {best!r} above the objective {primal!r}: please report this as a bug")
+    best -= error
+    if best > primal:
+        raise InputError(
+            f"no certificate can be given: by its conjugate the loss {type(problem.loss).__name__} is nowhere below "
+            f"{best:.17g}, but the objective is {primal:.17g}; correct the conjugate"
+        )
     gap = max(primal - best, 0.0)
     relative = _relative(gap, primal)
     scope = "global" if problem.masks is None else "sampled-gates"
@@ -329,7 +337,7 @@ def certify_atoms(
     if reward is not None:
         if reward.loose and relative > tol:
             scope = "estimated"
-        likely = max(dual.spectral(reward.lower), best)
+        likely = max(dual.spectral(reward.lower) - error, best)
         searched = {
             "estimated_gap": max(primal - likely, 0.0) / abs(primal) if primal else 0.0,
             "ascents": reward.ascents,
@@ -337,67 +345,19 @@ def certify_atoms(
         }
     return Certificate(
         primal=primal,
-        dual=min(best, primal),
+        dual=best,
         gap=gap,
         relative_gap=relative,
         sigma_slack=slack,
         failure_probability=min(1.0, failure + known_failure),
         scope=scope,
         converged=relative <= tol and scope != "estimated",
-        bound=how,
+        bound=", ".join(filter(None, (how, dual.assumed))),
         tol=float(tol),
         beta=float(beta),
         identity=problem.identity,
         **searched,
     )
-
-
-class _Dual:
-    """``D(τ)`` at one residual, with the charge for what the intercept left."""
-
-    def __init__(self, problem: Problem, f: Tensor, R: Tensor, beta: float) -> None:
-        self.problem, self.R, self.beta = problem, R, beta
-        domain = min(problem.loss.scaled_domain(f[rows], problem.Y[rows]) for rows in problem.rows)
-        self.domain = -problem.ranks.largest(-domain)[0]
-        self.charge = 0.0
-        if problem.fit_intercept:
-            box = INTERCEPT_BOX * (1 + problem.largest_target)
-            self.charge = box * float(problem.sum(R.sum((0, 1)))[0].abs().sum())
-
-    def value(self, tau: float) -> float:
-        problem = self.problem
-        mean = problem.mean_of(lambda R, Y: problem.loss.conjugate(tau * problem.n * R, Y), self.R, problem.Y)
-        return -mean - tau * self.charge
-
-    def largest(self, sigma: float) -> float:
-        """The largest ``τ ≤ 1`` with ``τ σ ≤ β``."""
-        return min(1.0, self.beta / (sigma * (1 + ROUNDING))) if sigma > 0 else 1.0
-
-    def spectral(self, sigma: float) -> float:
-        """``max_τ D(τ)`` over ``τ σ ≤ β``."""
-        limit = self.beta / (sigma * (1 + ROUNDING)) if sigma > 0 else math.inf
-        return self._best(self.largest(sigma), min(self.domain, limit), lambda tau: 0.0)
-
-    def ridge(self) -> float:
-        """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``."""
-        block = torch.zeros(1, dtype=torch.int64, device=self.R.device)
-        one = torch.ones(1, dtype=self.R.dtype, device=self.R.device)
-        square = float(self.problem.adjoint_times_mixing(self.R, one, block).square().sum())
-        return self._best(1.0, self.domain, lambda tau: tau * tau * square / (2 * self.beta) * (1 + ROUNDING))
-
-    def _best(self, start: float, limit: float, penalty) -> float:  # type: ignore[no-untyped-def]
-        """The best value at ``start`` or at any τ up to ``limit``: each is a valid bound, the search only a choice."""
-
-        def value(tau: float) -> float:
-            return self.value(tau) - penalty(tau)
-
-        top = min(limit, 2 * start)
-        end = value(top)
-        best = end if start == top else max(value(start), end)
-        if end > value((1 - CLOSE) * top):
-            return best  # concave in τ and rising at the end, as a rule: what lies between is hardly better
-        found = minimize_scalar(lambda tau: -value(tau), bounds=(0.0, top), method="bounded", options={"maxiter": 20})
-        return max(best, -float(found.fun)) if math.isfinite(found.fun) else best
 
 
 class _KrylovBound:
@@ -443,6 +403,8 @@ class _KrylovBound:
         krylov = self.krylov
         krylov.step()
         found = krylov.values[:, -1].sqrt()
+        if not bool(torch.isfinite(found).all()):
+            return False  # comparisons with NaN would pass for a bound
         inner = self.deflated.inner[krylov.blocks]
         self.lower = max(self.lower, float(torch.maximum(inner, found).max()))
         self.floor = max(self._settled, float(self.deflated.norm(found, krylov.blocks).max()))

@@ -70,7 +70,46 @@ class Loss(ABC):
 
     def scaled_domain(self, f: Batch, y: Batch) -> float:
         """The largest known ``τ ≥ 1`` with ``τ ∇ℓ(f_i, y_i)`` in the domain of ``ℓ*`` for every ``i``."""
+        return max(1.0, self.scale_limit(self.residual(f, y), y))
+
+    def scale_limit(self, g: Batch, y: Batch) -> float:
+        """The largest known ``τ`` with ``τ g_i`` in the domain of ``ℓ*`` for every ``i``, if it holds ``g``."""
         return 1.0
+
+    # -- dual points of a problem with an intercept: see `convexhead.dual` -------------------------------------------
+    def without_sum(
+        self, g: Batch, y: Batch, excess: Float[Tensor, " c"], targets: Float[Tensor, " c"], rows: int
+    ) -> Batch:
+        """Points near ``g``, in the domain of ``ℓ*``, whose sum is less by ``excess``.
+
+        Where the domain is not a whole space, subtracting the mean as here may lead out of it: override.
+
+        Parameters
+        ----------
+        g, y : Tensor (n, r, c)
+            Points and targets of some of the samples.
+        excess, targets : Tensor (c,)
+            Sums of ``g`` and of ``y`` over all samples and rows.
+        rows : int
+            How many there are.
+        """
+        return g - excess / rows
+
+    def cost_of_sum(
+        self, left: Float[Tensor, " c"], targets: Float[Tensor, " c"], value: float, reach: float, n: int
+    ) -> float:
+        """How much ``(1/n) Σ_i ℓ*(g_i)`` rises, at most, as `without_sum` takes away a sum of ``|Σ_i g_ik| ≤ left_k``.
+
+        As ``ℓ*`` is convex, at most ``⟨f, Δ⟩`` for ``f ∈ ∂ℓ*`` at the point reached.
+
+        Parameters
+        ----------
+        value : float
+            ``|(1/n) Σ_i ℓ*(g_i)|``.
+        reach : float
+            A bound on such ``f``: ``y + g`` of squared and Huber losses, the outputs of any at the residual itself.
+        """
+        return reach * float(left.sum()) / n
 
 
 class CrossEntropy(Loss):
@@ -81,11 +120,18 @@ class CrossEntropy(Loss):
 
     name = "cross-entropy"
 
+    # log Σ exp f − ⟨y, f⟩ = log1p(Σ_{k ≠ top} exp(f_k − f_top)) + Σ_k y_k (f_top − f_k): however small, nothing cancels
     def value(self, f: Tensor, y: Tensor) -> Tensor:
-        return -(y * _over_classes(torch.log_softmax, f)).sum((-2, -1))
+        f, y, dim = _classes_along(f, y)
+        top, at = f.max(dim, keepdim=True)
+        below = top - f
+        others = below.neg().exp().scatter(dim, at, 0.0).sum(dim)
+        return (others.log1p() + (y * below).sum(dim)).sum(-1)
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        return _over_classes(torch.softmax, f) - y
+        # Of a class whose probability is nearly 1 the difference has lost what the others still know.
+        g = _over_classes(torch.softmax, f) - y
+        return g - y * g.sum(-1, keepdim=True)
 
     def value_and_residual(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         log_p = _over_classes(torch.log_softmax, f)
@@ -96,17 +142,35 @@ class CrossEntropy(Loss):
         return (torch.diag(p.sum(0)) - p.T @ p) / len(f)
 
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
+        g, y, dim = _classes_along(g, y)
         p = y + g
-        tiny = 64 * torch.finfo(p.dtype).eps  # rounding may leave a probability this much outside [0, 1]
-        outside = (p < -tiny).any(-1) | ((p.sum(-1) - 1).abs() > tiny * p.shape[-1])
-        p = p.clamp_min(0)
-        return torch.where(outside, torch.inf, torch.xlogy(p, p).sum(-1)).sum(-1)
+        tiny = 64 * torch.finfo(p.dtype).eps  # g / (1 + tiny) may be in the domain where g is not
+        outside = (p < -tiny * y).any(dim) | ((p.sum(dim) - 1).abs() > tiny * p.shape[dim])
+        p = p.clamp_min_(0)
+        # Where p is nearly 1, log p is known from 1 − p = (1 − y) − g, of which the first difference is exact.
+        top, at = p.max(dim, keepdim=True)
+        near = top * torch.log1p((y.gather(dim, at) - 1) + g.gather(dim, at))
+        terms = torch.xlogy(p, p)
+        terms.scatter_(dim, at, torch.where(top > 0.5, near, terms.gather(dim, at)))
+        return torch.where(outside, torch.inf, terms.sum(dim)).sum(-1)
 
-    def scaled_domain(self, f: Tensor, y: Tensor) -> float:
-        # p = y + τ(softmax − y) ≥ 0 wherever softmax < y
-        q = _over_classes(torch.softmax, f)
-        shrink = torch.where(y > q, y / (y - q).clamp_min(torch.finfo(y.dtype).tiny), torch.inf)
-        return max(1.0, float(shrink.min()))
+    def scale_limit(self, g: Tensor, y: Tensor) -> float:
+        # p = y + τ g ≥ 0 wherever g < 0
+        return float(torch.where(g < 0, y / -g, torch.inf).min())
+
+    def without_sum(self, g: Tensor, y: Tensor, excess: Tensor, targets: Tensor, rows: int) -> Tensor:
+        # Of every class with too much probability each sample gives the same share, to the classes with too little.
+        share = (excess.clamp_min(0) / (targets + excess)).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+        missing = excess.neg().clamp_min(0)
+        if not missing.any():
+            return g
+        given = (y + g) * share
+        return g - given + given.sum(-1, keepdim=True) * (missing / missing.sum())
+
+    def cost_of_sum(self, left: Tensor, targets: Tensor, value: float, reach: float, n: int) -> float:
+        # Entropy falls by at most the share that a class gives, and by δ where a probability rises by δ.
+        share = float(torch.where(left > 0, 2 * left / targets, 0.0).max())
+        return min(1.0, share) * value + float(left.sum()) / n
 
     def hessian_times(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
         p = _over_classes(torch.softmax, f)
@@ -124,6 +188,13 @@ def _over_classes(function: Callable[[Tensor, int], Tensor], f: Batch) -> Batch:
     if f.shape[-1] > FEW_CLASSES and f.stride(-1) == 1:
         return function(f, -1)
     return function(f.movedim(-1, 0), 0).movedim(0, -1)
+
+
+def _classes_along(f: Batch, y: Batch) -> tuple[Tensor, Tensor, int]:
+    """Both in the layout in which sums over classes are fast, and the dimension of the classes in it."""
+    if f.shape[-1] > FEW_CLASSES and f.stride(-1) == 1:
+        return f, y, -1
+    return f.movedim(-1, 0).contiguous(), y.movedim(-1, 0), 0
 
 
 class Squared(Loss):
@@ -145,7 +216,7 @@ class Squared(Loss):
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
         return (g.square() / 2 + g * y).sum((-2, -1))
 
-    def scaled_domain(self, f: Tensor, y: Tensor) -> float:
+    def scale_limit(self, g: Tensor, y: Tensor) -> float:
         return float("inf")
 
 
@@ -184,9 +255,9 @@ class Huber(Loss):
         inside = (g.abs() <= self.delta * (1 + 8 * torch.finfo(g.dtype).eps)).all(-1).all(-1)
         return torch.where(inside, (g.square() / 2 + g * y).sum((-2, -1)), torch.inf)
 
-    def scaled_domain(self, f: Tensor, y: Tensor) -> float:
-        largest = float((f - y).abs().max())
-        return max(1.0, self.delta / largest) if largest > 0 else float("inf")
+    def scale_limit(self, g: Tensor, y: Tensor) -> float:
+        largest = float(g.abs().max())
+        return self.delta / largest if largest > 0 else float("inf")
 
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, Squared, Huber)}

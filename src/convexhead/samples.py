@@ -84,6 +84,7 @@ class Samples:
         self._bring_in(first, reuse)
         self._keep(first, reuse)
         self._fill(step, pack=True)
+        self._step, self._mix_bounds = step, list[Tensor]()
 
     def __len__(self) -> int:
         return self._n
@@ -168,6 +169,16 @@ class Samples:
     def _masked(self, data: Data, rows: slice) -> Data:
         return data if self.masks is None else {**data, "masks": self.masks[rows]}
 
+    @property
+    def mix_bounds(self) -> Tensor:
+        """``a_i (n,)`` in float64, of `Head.mix_bound`: one pass over the tokens the first time, in any precision."""
+        if not self._mix_bounds:
+            norms = torch.empty(len(self), dtype=torch.float64, device=self.device)
+            for rows, X in self._tokens(0, len(self), self._step):
+                norms[rows] = _norms(X.double().flatten(1))
+            self._mix_bounds.append(self.activation.head.mix_bound(norms))
+        return self._mix_bounds[0]
+
     # -- the same samples otherwise -----------------------------------------------------------------------------------
     def in_precision(self, dtype: torch.dtype, *, reuse: bool, step: int) -> Samples:
         """Prepared in another precision, and kept as far as the budget that both share still goes."""
@@ -193,11 +204,21 @@ class Samples:
         """Some of the samples, with what was prepared of them."""
         other = copy(self)
         other._n, other.masks = len(index), None if self.masks is None else self.masks[index]
+        other._mix_bounds = [bounds[index] for bounds in self._mix_bounds]
         if self.complete:
             other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
         else:
             other.X, other.data, other.kept = self.X[index].to(self.device), {}, 0
         return other
+
+
+def _norms(X: Tensor) -> Tensor:
+    """2-norms of rows, whose squares need not be in the range of floats."""
+    norms = X.norm(dim=1)
+    if not bool(((norms > 1e-140) & (norms < 1e140)).all()):
+        largest = X.abs().amax(1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+        norms = largest[:, 0] * (X / largest).norm(dim=1)
+    return norms * (1 + 1e-12)
 
 
 def _same(value: Tensor, tokens: Tensor) -> bool:

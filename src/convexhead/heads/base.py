@@ -101,6 +101,13 @@ class Head(ABC):
         """Orthonormal float64 rows whose span holds a best mixing weight for any residuals; None: the whole space."""
         return None
 
+    def mix_bound(self, norms: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """``a`` with ``‖P mix(X, U)‖_F ≤ a ‖U‖_F``, given ``‖X‖_F``, for every activation that shrinks its argument.
+
+        It holds of absolute values as well, and of what transforms round: rounding is bounded by it.
+        """
+        return norms / math.sqrt(self.s) if self.pool == "mean" else norms
+
     def output_mask(self, n_outputs: int) -> Bool[Tensor, "g c"] | None:
         """Which outputs each channel group writes; None where all write all."""
         return None

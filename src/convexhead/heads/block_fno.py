@@ -41,6 +41,9 @@ class BlockFNO(Head):
         self.value_rows = 1
         self._fno = FNO(n_tokens, self.width, **options)  # type: ignore[arg-type]
 
+    def mix_bound(self, norms: Tensor) -> Tensor:
+        return self._fno.mix_bound(norms)
+
     @property
     def score_width(self) -> int:
         return 1

@@ -9,6 +9,8 @@ activation every shift has the same mean, so the head sees the mean token alone.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,10 @@ class FNO(Head):
         self.value_rows = 1
         h, w = self.grid
         self.fft_grid = (1, h) if w == 1 else (h, w)  # the real FFT halves the last axis
+
+    def mix_bound(self, norms: Tensor) -> Tensor:
+        # Each of the s rows of circ(X) has the norm of X; a mean over them takes back the root.
+        return super().mix_bound(norms) * math.sqrt(self.s)
 
     @property
     def score_width(self) -> int:

@@ -29,6 +29,9 @@ class SelfAttention(Head):
         self.mixing_shape = (self.d, self.d)
         self.value_rows = self.d
 
+    def mix_bound(self, norms: Tensor) -> Tensor:
+        return super().mix_bound(norms / self.s * norms * norms)
+
     @property
     def score_width(self) -> int:
         return self.s

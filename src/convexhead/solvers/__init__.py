@@ -17,6 +17,7 @@ from convexhead.checkpoint import Checkpoint, Snapshot
 from convexhead.errors import InputError
 from convexhead.identity import differences
 from convexhead.intercept import solve_intercept
+from convexhead.loss_check import check_loss
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.norm import NormOracle
 from convexhead.solvers.base import Monitor, Progress, Resumable, Solution, Stop
@@ -82,6 +83,7 @@ def solve(
     Solution
         The last model with its certificate, whatever ended the run: the gap, the clock, the bound on heads or Ctrl-C.
     """
+    check_loss(problem.loss, problem.Y)
     identity = problem.identity  # of the problem in all precisions
     monitor = Monitor(max_time, callback, problem.ranks)
     monitor.dual = known_dual
