@@ -201,22 +201,37 @@ GATES = rng.normal(size=(2, 5))
 
 
 class Weighted(Squared):
-    """A loss of a user's, with a setting in its class."""
+    """``w/2 ‖f − y‖²``, a loss of a user's with a setting in its class."""
 
     weight = 1.0
 
+    def value(self, f, y):
+        return self.weight * super().value(f, y)
 
-class Steeper(Weighted):
+    def residual(self, f, y):
+        return self.weight * (f - y)
+
+    def conjugate(self, g, y):
+        return (g.square() / 2 / self.weight + g * y).sum((-2, -1))
+
+    def hessian_times(self, f, y, z):
+        return self.weight * z
+
+    def hessian_root(self, f, y, z):
+        return self.weight**0.5 * z
+
+
+class Careful(Weighted):
     """Another that differs in one constant of its code."""
 
-    def value(self, f, y):
-        return 2.0 * super().value(f, y)
+    def scaled_domain(self, f, y):
+        return 1.0
 
 
 FINGERPRINTS = {
     "gates in an array": ({"gates": GATES}, {"gates": GATES + 1e-15}, "gates is another"),
     "gates in lists": ({"gates": GATES.tolist()}, {"gates": (GATES + 1e-15).tolist()}, "gates is another"),
-    "a loss's class": ({"loss": Weighted()}, {"loss": Steeper()}, "loss is another"),
+    "a loss's class": ({"loss": Weighted()}, {"loss": Careful()}, "loss is another"),
     "a loss's parameter": ({"loss": Huber(1.0)}, {"loss": Huber(1.5)}, "loss is another"),
     "a loss's name": ({"loss": "squared"}, {"loss": "huber"}, "loss is 'squared' and not 'huber'"),
     "tokens": ({"X": X}, {"X": X.astype(np.float32)}, "type of the tokens is 'float64' and not 'float32'"),
@@ -242,23 +257,23 @@ def test_a_fingerprint_sees_everything(kind, tmp_path):
 
 
 def test_a_fingerprint_sees_code_attributes_and_versions(tmp_path, monkeypatch):
-    begin(tmp_path / "c", loss=Steeper())
+    begin(tmp_path / "c", loss=Careful())
     with monkeypatch.context() as patch:
         patch.setattr(Weighted, "weight", 2.0)
         with pytest.raises(InputError, match="its loss is another"):
-            begin(tmp_path / "c", loss=Steeper())
+            begin(tmp_path / "c", loss=Careful())
     with monkeypatch.context() as patch:
-        patch.setattr(Steeper, "value", lambda self, f, y: 3.0 * Weighted.value(self, f, y))
+        patch.setattr(Careful, "scaled_domain", lambda self, f, y: 2.0)
         with pytest.raises(InputError, match="its loss is another"):
-            begin(tmp_path / "c", loss=Steeper())
+            begin(tmp_path / "c", loss=Careful())
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "__version__", "0.0")
         with pytest.raises(InputError, match=r"its version of convexhead is .* and not '0.0'"):
-            begin(tmp_path / "c", loss=Steeper())
+            begin(tmp_path / "c", loss=Careful())
     document = json.loads((tmp_path / "c" / "checkpoint.json").read_text())
     (tmp_path / "c" / "checkpoint.json").write_text(json.dumps({**document, "version": 1}))
     with pytest.raises(FileFormatError, match="finish the run with the version that began it, or delete the folder"):
-        begin(tmp_path / "c", loss=Steeper())
+        begin(tmp_path / "c", loss=Careful())
 
 
 @pytest.mark.parametrize("kind", ["state", "rows"])
