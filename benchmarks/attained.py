@@ -9,7 +9,6 @@ it is false whatever was rounded. The linear head has the penalty ``(β/2)‖V�
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,7 +133,7 @@ def gate_mask(program: Program, j: int, *, like: Array) -> Array:
     """``1[score of the gate ≥ 0]`` of block ``j``, one atom wide, in float64."""
     assert program.gates is not None
     gate, group = divmod(j, program.groups)
-    G = program.gates[gate][group] if program.head == "block-fno" else program.gates[gate]
+    G = program.gates[gate][group] if program.groups > 1 else program.gates[gate]
     mask = scores(program, program.X.astype(np.float64), np.asarray(G, np.float64)[None], group, np.einsum) >= 0
     return torch.from_numpy(mask) if isinstance(like, torch.Tensor) else mask
 
@@ -197,10 +196,8 @@ def search(
     per = scale if program.head == "linear" else scale ** (1.5 if program.head == "self-attention" else 0.5)
     tokens, Y = torch.from_numpy(X / scale), torch.from_numpy(program.Y.astype(np.float64))
     best, error = np.inf, 0.0
-    for W in [
-        *map(partial(_shifted, program, shift), starts),
-        *(random_weights(program, rng, atoms) for _ in range(random)),
-    ]:
+    begin = [_widened(program, _shifted(program, shift, W), rng) for W in starts]
+    for W in [*begin, *(random_weights(program, rng, atoms) for _ in range(random))]:
         mask = value_mask(program, W)
         m, k = W.U.size, W.V.size
 
@@ -219,7 +216,7 @@ def search(
             return float(total), gradient.numpy()
 
         first = np.concatenate([W.U.ravel() * (1.0 if program.head == "linear" else per), W.V.ravel() * per, W.b])
-        options = {"maxiter": 120, "ftol": 1e-15, "gtol": 1e-12}
+        options = {"maxiter": 60, "ftol": 1e-15, "gtol": 1e-12}
         for x in (first, minimize(value, first, jac=True, method="L-BFGS-B", options=options).x):
             found = unpack(x)
             U = found.U if program.head == "linear" else found.U / per
@@ -240,6 +237,16 @@ def _shifted(program: Program, shift: Array, W: Weights) -> Weights:
     along = np.ones(len(V)) if program.head == "linear" else U @ t
     V = np.einsum("e,kec->kc", t, V) if program.head == "linear" else V[:, 0]
     return replace(W, b=(b + along @ V).astype(np.float64))
+
+
+def _widened(program: Program, W: Weights, rng: np.random.Generator) -> Weights:
+    """The same outputs from more atoms, one a block, so that a descent may grow them."""
+    if program.head == "linear":
+        return W
+    k = program.blocks
+    U = 1e-3 * rng.normal(size=(k, *program.mixing_shape)) * max(np.abs(W.U).max(initial=0.0), 1e-3)
+    V = np.zeros((k, program.value_rows, program.Y.shape[-1]))
+    return Weights(np.concatenate([W.U, U]), np.concatenate([W.V, V]), np.concatenate([W.block, np.arange(k)]), W.b)
 
 
 def value_mask(program: Program, W: Weights) -> np.ndarray:
