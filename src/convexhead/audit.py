@@ -15,6 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from convexhead import inputs
 from convexhead.activation import ACTIVATIONS, make_activation
 from convexhead.certificate import Certificate, certify_atoms
+from convexhead.coordinates import Coordinates
 from convexhead.errors import InputError, choose
 from convexhead.estimators import _ConvexHead, _labels_of, atoms_from_blocks
 from convexhead.heads import Head, make_head
@@ -23,11 +24,13 @@ from convexhead.modules import HeadModule
 from convexhead.problem import Atoms, Problem
 from convexhead.samples import default_memory
 from convexhead.stored_tokens import Tokens
+from convexhead.surroundings import undisturbed
 
 OF_REFERENCE = "that of the reference"
 """How the ``bound`` of a certificate begins whose dual value is a reference's."""
 
 
+@undisturbed()
 def certify(
     weights: HeadModule | _ConvexHead | tuple[Sequence[Any], Sequence[Any]],
     X: Any,
@@ -93,7 +96,7 @@ def certify(
             "it bounds; pass certificate_ of a fit of the same problem"
         )
     choose("activation", activation, ACTIVATIONS)
-    X = inputs.resolve_store(X)
+    X = inputs.plain(inputs.resolve_store(X), "X")
     classes = None
     if isinstance(weights, _ConvexHead):
         if not hasattr(weights, "certificate_"):
@@ -138,11 +141,12 @@ def certify(
     targets = _targets(chosen, X, y, module_head, atoms.V.shape[2], classes)
     inputs.check_lengths(tokens, len(targets))
     where = inputs.pick_device(device)
+    chosen_activation = make_activation(activation, module_head, gates)
     problem = Problem(
         tokens,
         targets,
         module_head,
-        make_activation(activation, module_head, gates),
+        chosen_activation,
         chosen,
         fit_intercept=fit_intercept,
         reuse=False,
@@ -155,10 +159,13 @@ def certify(
     if lower_bound is not None:
         lower_bound.check_is_of(problem.identity, float(beta))
     generator = None if random_state is None else torch.Generator().manual_seed(random_state)
+    problem = problem.in_coordinates(
+        Coordinates.of(tokens, targets, module_head, chosen_activation, chosen, fit_intercept)
+    )
     return certify_atoms(
         problem,
-        atoms,
-        float(beta),
+        problem.enter(atoms),
+        problem.coordinates.beta(float(beta)),
         tol=float(tol),
         known_dual=-math.inf if lower_bound is None else lower_bound.dual,
         known_failure=0.0 if lower_bound is None else lower_bound.failure_probability,

@@ -272,6 +272,7 @@ def certify_atoms(
     primal = data_term + beta * penalty
     weights = float((atoms.U.unsqueeze(-1).flatten(1).norm(dim=1) * atoms.V.flatten(1).norm(dim=1)).sum())
     error = error_of_objective(exact, f, weights, len(atoms), abs(data_term) + beta * penalty)
+    error += exact.rounding(atoms, f)
     if not math.isfinite(primal + error):
         raise InputError(
             f"the objective of this model is {primal}: its weights or the tokens are too large to compute with in "
@@ -354,7 +355,7 @@ def certify_atoms(
         converged=relative <= tol and scope != "estimated",
         bound=", ".join(filter(None, (how, dual.assumed))),
         tol=float(tol),
-        beta=float(beta),
+        beta=problem.coordinates.user_beta(float(beta)),
         identity=problem.identity,
         **searched,
     )

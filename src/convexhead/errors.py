@@ -16,6 +16,10 @@ class InputError(ConvexHeadError, ValueError):
     """An argument or a data array that cannot be used as given."""
 
 
+class InputTypeError(InputError, TypeError):
+    """One whose values are of a kind that holds no numbers or labels."""
+
+
 class FileFormatError(ConvexHeadError, ValueError):
     """A file or folder that is foreign, truncated, half-written or of another format version."""
 

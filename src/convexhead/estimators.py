@@ -28,6 +28,7 @@ from convexhead import inputs
 from convexhead.activation import ACTIVATIONS, make_activation
 from convexhead.checkpoint import Checkpoint
 from convexhead.content import content_hash, described
+from convexhead.coordinates import Coordinates
 from convexhead.errors import InputError, choose
 from convexhead.heads import Head, make_head
 from convexhead.intercept import solve_intercept
@@ -41,6 +42,7 @@ from convexhead.samples import default_memory
 from convexhead.solvers import Progress, Solution, approach, solve
 from convexhead.spectral import spectral_norm
 from convexhead.stored_tokens import Tokens
+from convexhead.surroundings import undisturbed
 
 NOT_SETTINGS = ("max_time", "max_memory", "device", "distributed", "verbose")
 """Parameters that a checkpoint may be gone on from with other values of."""
@@ -103,19 +105,24 @@ class _ConvexHead(BaseEstimator):
     # -- from parameters and data to a problem ------------------------------------------------------------------------
     def _check_parameters(self) -> None:
         choose("activation", self.activation, ACTIVATIONS)
-        for name in ("beta", "max_time", "max_memory"):
+        for name, optional in (
+            ("beta", True), ("max_time", True), ("max_memory", True), ("beta_ratio", False), ("tol", False)
+        ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
-                raise InputError(f"{name} must be a positive number or None, got {value!r}")
-        for name in ("beta_ratio", "tol"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float, np.number)) and 0 < value < math.inf):
-                raise InputError(f"{name} must be a positive number, got {value!r}")
+            if not ((_is_number(value) and 0 < value < math.inf) or (optional and value is None)):
+                raise InputError(f"{name} must be a positive number{' or None' * optional}, got {value!r}")
         for name, others in (("n_gates", ("all",)), ("n_blocks", ()), ("max_heads", (None,))):
             value = getattr(self, name)
-            if not (isinstance(value, numbers.Integral) and int(value) >= 1) and value not in others:
+            whole = isinstance(value, numbers.Integral) and _is_number(value) and int(value) >= 1
+            if not whole and not any(value is other or (isinstance(value, str) and value == other) for other in others):
                 allowed = "".join(f" or {other!r}" for other in others)
                 raise InputError(f"{name} must be a positive integer{allowed}, got {value!r}")
+        for name in ("fit_intercept", "distributed"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise InputError(f"{name} must be True or False, got {value!r}")
+        if not isinstance(self.verbose, numbers.Integral) or self.verbose < 0:
+            raise InputError(f"verbose must be a whole number from 0, got {self.verbose!r}")
 
     def _make_head(self, n_tokens: int, n_channels: int) -> Head:
         return make_head(
@@ -123,8 +130,8 @@ class _ConvexHead(BaseEstimator):
             n_tokens,
             n_channels,
             pool="none" if self.pool is None else self.pool,
-            grid=self.grid or self._store_grid,
-            n_blocks=int(self.n_blocks),
+            grid=self._store_grid if self.grid is None else self.grid,
+            n_blocks=self.n_blocks,
             outputs=self.outputs,
         )
 
@@ -135,10 +142,7 @@ class _ConvexHead(BaseEstimator):
             return all_gates(head, X if isinstance(X, torch.Tensor) else X.read())
         if self.gates is None:
             return sample_patterns(head, X, int(self.n_gates), generator)
-        try:
-            return torch.as_tensor(np.asarray(self.gates, dtype=np.float64))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"gates cannot be read as an array of numbers: {error}") from error
+        return inputs.as_gates(self.gates)
 
     def _read(self, X: Any, y: Any) -> Data:
         """The data, checked: all that this process can do alone."""
@@ -157,44 +161,54 @@ class _ConvexHead(BaseEstimator):
 
         return self._ranks().agree(read, facts)
 
-    def _prepare(self, X: Any, y: Any, **run: Any) -> tuple[Problem, torch.Generator]:
+    @undisturbed()
+    def _prepare(self, X: Any, y: Any, *, to_solve: bool = False, **run: Any) -> tuple[Problem, torch.Generator]:
         """The problem of these data, the same in all processes, and a generator that its seed is in.
 
         Parameters
         ----------
+        to_solve : bool
+            In the coordinates that serve a solver best; else as it is stated.
         **run
             What else the processes must agree on, as JSON values.
         """
-        return self._pose(self._agreed(X, y, **run), self._seed())
+        return self._pose(self._agreed(X, y, **run), self._seed(), to_solve)
 
-    def _pose(self, data: Data, seed: int) -> tuple[Problem, torch.Generator]:
+    def _pose(self, data: Data, seed: int, to_solve: bool) -> tuple[Problem, torch.Generator]:
         generator = torch.Generator().manual_seed(seed)
-        return self._make_problem(data.tokens, data.targets, data.loss, generator), generator
+        return self._make_problem(data.tokens, data.targets, data.loss, generator, to_solve), generator
 
     def _settings(self) -> dict[str, Any]:
         """What determines the iterates besides the data, as JSON values."""
         settings = self.get_params(deep=False).items()
         return {name: described(value) for name, value in settings if name not in NOT_SETTINGS}
 
-    def _make_problem(self, X: Tokens, Y: torch.Tensor, loss: Loss, generator: torch.Generator) -> Problem:
+    def _make_problem(
+        self, X: Tokens, Y: torch.Tensor, loss: Loss, generator: torch.Generator, to_solve: bool
+    ) -> Problem:
         ranks, device = self._ranks(), inputs.pick_device(self.device)
         head = self._make_head(X.shape[1], X.shape[2])
         gates = self._make_gates(head, X, generator)
         if self.activation == "relu" and ranks.size > 1:
             raise InputError("activation='relu' is solved in one process: start it without torchrun")
+        activation, coordinates = make_activation(self.activation, head, gates), Coordinates()
+        if to_solve:
+            coordinates = Coordinates.of(X, Y, head, activation, loss, bool(self.fit_intercept))
         rows = ranks.share(len(X))
-        return Problem(
+        problem = Problem(
             X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
             Y[rows],
             head,
-            make_activation(self.activation, head, gates),
+            activation,
             loss,
             fit_intercept=bool(self.fit_intercept),
             dtype=torch.float64 if math.prod(X.shape) <= SMALL_TOKENS or self.tol < TIGHT else torch.float32,
+            reuse=not coordinates,
             device=device,
             memory=default_memory(device) if self.max_memory is None else float(self.max_memory),
             ranks=ranks,
         )
+        return problem.in_coordinates(coordinates)
 
     def _ranks(self) -> Ranks:
         """The processes that share the samples."""
@@ -202,7 +216,13 @@ class _ConvexHead(BaseEstimator):
 
     def _seed(self) -> int:
         """Of gates and random starts, the same in all processes."""
-        return self._ranks().first_does(lambda: int(check_random_state(self.random_state).randint(2**31 - 1)))
+        try:
+            return self._ranks().first_does(lambda: int(check_random_state(self.random_state).randint(2**31 - 1)))
+        except ValueError as error:
+            raise InputError(
+                "random_state must be None, a whole number below 2**32 or a numpy RandomState, "
+                f"got {self.random_state!r}"
+            ) from error
 
     def _checkpoint(self, folder: str | Path | None, minutes: float, data: Data) -> Checkpoint | None:
         """The checkpoint of this fit; None without a folder."""
@@ -212,6 +232,7 @@ class _ConvexHead(BaseEstimator):
         return Checkpoint(folder, settings, minutes=minutes, ranks=self._ranks())
 
     # -- fitting ------------------------------------------------------------------------------------------------------
+    @undisturbed()
     def _fit(
         self, X: Any, y: Any, callback: Callable[[Progress], None] | None, checkpoint: str | Path | None, minutes: float
     ) -> None:
@@ -221,16 +242,17 @@ class _ConvexHead(BaseEstimator):
             data = self._agreed(X, y, run="fit", checkpoint=None if checkpoint is None else str(checkpoint))
             saved = self._checkpoint(checkpoint, minutes, data)
             if saved is None:
-                problem, generator = self._pose(data, self._seed())
+                problem, generator = self._pose(data, self._seed(), True)
                 self._solve(problem, generator, callback=callback)
                 return
             seed = saved.notes.setdefault("seed", self._seed())
-            problem, generator = self._pose(data, seed)
+            problem, generator = self._pose(data, seed, True)
             if "beta_max" not in saved.notes:
                 saved.notes["beta_max"] = problem_beta_max(problem, generator)
             self._solve(problem, generator, beta_max=saved.notes["beta_max"], callback=callback, checkpoint=saved)
 
     # -- solving ------------------------------------------------------------------------------------------------------
+    @undisturbed()
     def _solve(
         self,
         problem: Problem,
@@ -243,8 +265,9 @@ class _ConvexHead(BaseEstimator):
     ) -> Solution:
         """Solve at this estimator's β and keep everything that a user may read."""
         limits = self._limits(problem, generator, beta_max, start, callback)
-        solution = solve(problem, self.beta_, tol=float(self.tol), checkpoint=checkpoint, **limits)
-        self._keep(problem.head, problem.activation, solution.atoms)
+        beta = problem.coordinates.beta(self.beta_)
+        solution = solve(problem, beta, tol=float(self.tol), checkpoint=checkpoint, **limits)
+        self._keep(problem.head, problem.activation, problem.leave(solution.atoms))
         self.certificate_ = solution.certificate
         self.history_ = [row.to_dict() for row in solution.history]
         self.stop_reason_ = solution.stop.value
@@ -260,6 +283,7 @@ class _ConvexHead(BaseEstimator):
             )
         return solution
 
+    @undisturbed()
     def _approach(
         self,
         problem: Problem,
@@ -272,8 +296,8 @@ class _ConvexHead(BaseEstimator):
     ) -> None:
         """Keep weights to be scored: a gap of about ``tol``, but no certificate."""
         limits = self._limits(problem, generator, beta_max, start, callback)
-        atoms, history = approach(problem, self.beta_, tol=tol, **limits)
-        self._keep(problem.head, problem.activation, atoms)
+        atoms, history = approach(problem, problem.coordinates.beta(self.beta_), tol=tol, **limits)
+        self._keep(problem.head, problem.activation, problem.leave(atoms))
         self.history_ = [row.to_dict() for row in history]
 
     def _limits(
@@ -288,9 +312,9 @@ class _ConvexHead(BaseEstimator):
         self.beta_max_ = problem_beta_max(problem, generator) if beta_max is None else beta_max
         self.beta_ = float(self.beta) if self.beta is not None else float(self.beta_ratio) * self.beta_max_
         # Targets without signal have beta_max 0 and the zero model at any weight.
-        self.beta_ = max(self.beta_, float(np.finfo(np.float64).tiny) ** 0.5)
+        self.beta_ = self.beta_ or problem.coordinates.user_beta(float(np.finfo(np.float64).tiny) ** 0.5)
         return {
-            "start": start,
+            "start": None if start is None else problem.enter(start),
             "max_heads": None if self.max_heads is None else int(self.max_heads),
             "max_time": None if self.max_time is None else float(self.max_time),
             "callback": callback or (_print_progress if self.verbose and problem.ranks.rank == 0 else None),
@@ -344,6 +368,7 @@ class _ConvexHead(BaseEstimator):
         )
 
     # -- using --------------------------------------------------------------------------------------------------------
+    @undisturbed()
     def _outputs(self, X: Any) -> NDArray[np.float64]:
         """``f (n, r, c)`` in float64."""
         check_is_fitted(self)
@@ -408,13 +433,17 @@ class _ConvexHead(BaseEstimator):
 
     def _check_features(self, X: Any) -> Any:
         """scikit-learn's checks (names, counts) for 2-D input; others are checked as tokens."""
+        X = inputs.plain(inputs.resolve_store(X), "X")
         if inputs.is_table(X):
-            return validate_data(self, X, reset=False, dtype=(np.float64, np.float32))
+            with inputs.told_plainly():
+                return validate_data(self, X, reset=False, dtype=(np.float64, np.float32))
         return X
 
     def _fit_tokens(self, X: Any) -> Tokens:
+        X = inputs.plain(X, "X")
         if inputs.is_table(X):
-            X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
+            with inputs.told_plainly():
+                X = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
         self.reduction_ = getattr(X, "reduction", None) if inputs.is_store(X) else None
         self.origin_ = X.origin() if hasattr(X, "origin") else None
         self._store_grid = X.grid if inputs.is_store(X) else None
@@ -422,6 +451,7 @@ class _ConvexHead(BaseEstimator):
         inputs.check_informative(tokens)
         return tokens
 
+    @undisturbed()
     def to_module(self, dtype: torch.dtype = torch.float32, *, raw_tokens: bool = False) -> HeadModule:
         """The fitted head as an ordinary `torch.nn.Module`: tokens ``(b, s, d)`` -> outputs ``(b, c)``.
 
@@ -453,6 +483,7 @@ class _ConvexHead(BaseEstimator):
             dtype=dtype,
         )
 
+    @undisturbed()
     def save(self, path: str | Path) -> None:
         """Write a folder ``config.json`` + ``weights.safetensors``; read it back with `convexhead.load`."""
         from convexhead.persistence import save
@@ -638,7 +669,6 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         tokens = self._fit_tokens(X)
         if self.origin_ is not None and not np.array_equal(y, X.labels):
             self.origin_ = self.origin_.without_class_names()
-        check_classification_targets(y)
         inputs.check_lengths(tokens, len(y))
         self.classes_, indices = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -672,7 +702,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
 
     def _score_fitted(self, problem: Problem) -> float:
         """Accuracy on the tokens of ``problem``."""
-        f = problem.outputs(self._atoms().to(problem.device, problem.dtype))
+        f = problem.outputs(problem.enter(self._atoms()).to(problem.device, problem.dtype))
         return problem.mean((f.argmax(-1) == problem.Y.argmax(-1)).double().mean(1))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -795,7 +825,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
 
     def _read(self, X: Any, y: Any) -> Data:
         if y is None:
-            raise ValueError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
+            raise InputError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
         X = inputs.resolve_store(X)
         tokens = self._fit_tokens(X)
         every_token = self.pool is None or self.pool == "none"
@@ -818,7 +848,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         """R² on the tokens of ``problem``."""
         from sklearn.metrics import r2_score
 
-        f = problem.outputs(self._atoms().to(problem.device, problem.dtype))
+        f = problem.outputs(problem.enter(self._atoms()).to(problem.device, problem.dtype))
         both = torch.zeros(2, problem.n, f[0].numel(), dtype=f.dtype, device=f.device)
         both[:, problem.ranks.share(problem.n)] = torch.stack([problem.Y, f]).flatten(2)
         Y, f = problem.sum(both)[0].cpu()
@@ -835,13 +865,20 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
 def _labels_of(X: Any, y: Any) -> NDArray[Any]:
     if y is None:
         if not inputs.is_store(X):
-            raise ValueError("This estimator requires y to be passed, but the target y is None")
+            raise InputError("This estimator requires y to be passed, but the target y is None")
         return np.asarray(X.labels)
-    if isinstance(y, torch.Tensor):
-        y = y.detach().cpu().numpy()
-    y = column_or_1d(y, warn=True)
-    assert_all_finite(y, input_name="y")
+    with inputs.told_plainly():
+        y = column_or_1d(inputs.plain(y, "y"), warn=True)
+        if y.dtype == object and len({type(label) for label in y.tolist()}) > 1:
+            raise InputError("y mixes labels of several types, or lacks some: give every sample a string, or a number")
+        assert_all_finite(y, input_name="y")
+        check_classification_targets(y)
     return y
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number; True and False are not meant as one."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.complexfloating))
 
 
 def _print_progress(row: Progress) -> None:
@@ -884,7 +921,9 @@ def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
         f = f + solve_intercept(exact, f)
     R = exact.residual(f)
     if problem.activation.convex:
-        return spectral_norm(exact, R, generator, fast=problem)
-    oracle = NormOracle(exact)
-    peaks = oracle.search(R, generator=generator)
-    return oracle.bound(R, peaks).upper if oracle.tight else float(peaks.values[:1].sum())
+        largest = spectral_norm(exact, R, generator, fast=problem)
+    else:
+        oracle = NormOracle(exact)
+        peaks = oracle.search(R, generator=generator)
+        largest = oracle.bound(R, peaks).upper if oracle.tight else float(peaks.values[:1].sum())
+    return problem.coordinates.user_beta_max(largest)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from sklearn.utils.validation import check_array
 
 from convexhead.content import content_hash
-from convexhead.errors import InputError
+from convexhead.errors import InputError, InputTypeError
 from convexhead.ranks import local_ranks
 from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
+
+DATES = ("m", "M")
+"""Kinds of numpy's dtypes for durations and dates."""
 
 
 def is_store(X: Any) -> bool:
@@ -32,7 +38,68 @@ def is_table(X: Any) -> bool:
     """Whether ``X`` is ordinary 2-D input, for which scikit-learn's own validation is right."""
     if is_store(X) or isinstance(X, torch.Tensor):
         return False
-    return (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) <= 2
+    with told_plainly():
+        return (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) <= 2
+
+
+def plain(value: Any, name: str) -> Any:
+    """``value`` with tensors as numpy arrays, after refusing what has no dense numbers or labels to read.
+
+    Data frames, lists and stores pass as they are, for those who know their names, lengths and files.
+
+    Raises
+    ------
+    InputError
+        Sparse, quantised, nested or masked values, records, dates, or nothing that holds values at all.
+    """
+    if is_store(value):
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.is_nested or value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            raise InputError(f"{name} is a {_kind(value)} tensor: pass a dense one with its values in memory")
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        value = (value.float() if value.is_floating_point() and value.dtype != torch.float64 else value).numpy()
+    if sparse.issparse(value):
+        raise InputError(f"{name} is sparse, which heads cannot read: pass the dense array {name}.toarray()")
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.getmaskarray(value).any():
+            raise InputError(f"{name} has masked entries: fill them in, or leave those samples out")
+        value = value.data
+    scalar = getattr(value, "ndim", 1) == 0 or not hasattr(value, "__len__")
+    if scalar or isinstance(value, (str, bytes, dict, set, frozenset)):
+        raise InputError(f"{name} is a {type(value).__name__}: pass an array, a list, a tensor or a token store")
+    if isinstance(value, np.matrix):
+        value = np.asarray(value)
+    dtypes = list(value.dtypes) if hasattr(value, "dtypes") and hasattr(value, "columns") else []
+    dtypes += [value.dtype] if hasattr(value, "dtype") else []
+    for dtype in dtypes:
+        if getattr(dtype, "names", None) is not None:
+            raise InputError(f"{name} has records of the fields {dtype.names}: pass one array of numbers")
+        if name == "X" and getattr(dtype, "kind", "") in DATES:
+            raise InputError(f"{name} holds dates or durations ({dtype}): turn them into numbers first")
+    return value
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantised"
+    return "meta" if tensor.device.type == "meta" else "sparse"
+
+
+@contextlib.contextmanager
+def told_plainly() -> Iterator[None]:
+    """What numpy, pandas and scikit-learn say of unusable values, in one line and as an `InputError`."""
+    try:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+            yield
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        text = re.sub(r"(array=)?\[[^\]]{40,}\]*\.?", "", str(error), flags=re.DOTALL)
+        kind = InputTypeError if isinstance(error, TypeError) else InputError
+        raise kind(" ".join(text.split())) from error
 
 
 def as_tokens(X: Any, *, n_channels: int | None = None, n_tokens: int | None = None) -> torch.Tensor:
@@ -52,14 +119,11 @@ def as_tokens(X: Any, *, n_channels: int | None = None, n_tokens: int | None = N
         Wrong rank, no samples, NaN or infinity, or another shape than the head was fitted on.
     """
     X = resolve_store(X)
-    if is_store(X):
-        X = X.read()
-    elif isinstance(X, torch.Tensor):
-        X = X.detach().cpu()
-        X = (X.float() if X.dtype in (torch.float16, torch.bfloat16) else X).numpy()
-    elif isinstance(X, np.ndarray) and X.dtype == np.float16:
+    X = X.read() if is_store(X) else plain(X, "X")
+    if isinstance(X, np.ndarray) and X.dtype == np.float16:
         X = X.astype(np.float32)
-    array = check_array(X, allow_nd=True, dtype=(np.float64, np.float32), order="C", input_name="X")
+    with told_plainly():
+        array = check_array(X, allow_nd=True, dtype=(np.float64, np.float32), order="C", input_name="X")
     if array.ndim > 3:
         raise InputError(
             f"tokens have {array.ndim} dimensions {array.shape}: flatten the grid to (n, s, d) and pass grid=(h, w)"
@@ -77,6 +141,19 @@ def as_tokens(X: Any, *, n_channels: int | None = None, n_tokens: int | None = N
     if not array.flags.writeable:
         array = array.copy()
     return torch.from_numpy(array)
+
+
+LARGEST_TARGET = 1e100
+"""Targets beyond this, or all below its inverse, have squares that leave the range of float64."""
+
+
+def as_gates(gates: Any) -> torch.Tensor:
+    """Explicit gates as a float64 tensor; their shape is the activation's to check."""
+    with told_plainly():
+        array = np.asarray(plain(gates, "gates"))
+        if array.dtype.kind not in "biufO":
+            raise InputError(f"gates must be real numbers, got an array of {array.dtype}")
+        return torch.as_tensor(array.astype(np.float64))
 
 
 def open_tokens(X: Any, **expected: int | None) -> Tokens:
@@ -125,11 +202,16 @@ def as_targets(y: Any, *, n_tokens: int, every_token: bool) -> torch.Tensor:
     Raises
     ------
     InputError
-        Another shape, NaN or infinity. Nothing is reshaped on a guess.
+        Another shape, NaN or infinity, or numbers whose squares float64 does not hold. Nothing is reshaped on a guess.
     """
-    if isinstance(y, torch.Tensor):
-        y = y.detach().cpu().numpy()
-    y = check_array(y, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="y")
+    y = plain(y, "y")
+    if getattr(getattr(y, "dtype", None), "kind", "") in DATES:
+        raise InputError("y holds dates or durations: turn them into numbers first")
+    with told_plainly():
+        y = check_array(y, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="y")
+    size = float(np.abs(y).max(initial=0.0))
+    if size and not 1 / LARGEST_TARGET < size < LARGEST_TARGET:
+        raise InputError(f"y has values of about {size:.0e}, whose squares leave the range of float64: rescale it")
     shape = y.shape
     if every_token and y.ndim == 2 and n_tokens == 1:
         y = y[:, None]
@@ -171,9 +253,13 @@ def pick_device(device: str) -> torch.device:
         local, processes = local_ranks()
         gpu = "cuda" if processes == 1 else f"cuda:{local % max(torch.cuda.device_count(), 1)}"
         return torch.device(gpu if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise InputError(f"device must be 'auto' or a device such as 'cpu' or 'cuda:0', got {device!r}")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if chosen.type == "meta":
+        raise InputError("device 'meta' holds no values: choose 'auto', 'cpu' or 'cuda'")
     return chosen

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -263,6 +263,6 @@ class Huber(Loss):
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, Squared, Huber)}
 
 
-def make_loss(loss: str | Loss) -> Loss:
+def make_loss(loss: Any) -> Loss:
     """The loss called ``loss``, or the instance itself."""
     return loss if isinstance(loss, Loss) else LOSSES[choose("loss", loss, LOSSES)]()

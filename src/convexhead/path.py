@@ -18,11 +18,13 @@ from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor, problem_beta_max
 from convexhead.problem import Atoms
 from convexhead.solvers import Progress
+from convexhead.surroundings import undisturbed
 
 DEFAULT_RATIOS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
 Row = dict[str, Any]
 
 
+@undisturbed()
 def beta_max(X: Any, y: Any = None, *, loss: str | None = None, **parameters: Any) -> float:
     """The smallest β at which the optimum is the zero model.
 
@@ -37,9 +39,10 @@ def beta_max(X: Any, y: Any = None, *, loss: str | None = None, **parameters: An
     """
     template = _estimator(loss, parameters)
     with template._ranks().all_or_none():
-        return problem_beta_max(*template._prepare(X, y, run="beta_max"))
+        return problem_beta_max(*template._prepare(X, y, to_solve=True, run="beta_max"))
 
 
+@undisturbed()
 def regularization_path(
     X: Any,
     y: Any = None,
@@ -120,7 +123,14 @@ def _follow(
     """`regularization_path`, its arguments checked."""
     began = now()
     problem, generator = template._prepare(
-        X, y, run="path", beta_ratios=ratios, patience=patience, search_tol=search_tol, validation=X_val is not None
+        X,
+        y,
+        to_solve=True,
+        run="path",
+        beta_ratios=ratios,
+        patience=patience,
+        search_tol=search_tol,
+        validation=X_val is not None,
     )
     if X_val is not None:
         problem.ranks.agree(

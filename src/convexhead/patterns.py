@@ -117,7 +117,7 @@ def preactivation_rows(head: Head, X: Float[Tensor, "n s d"], group: int = 0) ->
 
 def most_cells(n_rows: int, rank: int) -> int:
     """``2 Σ_{k<ρ} C(N − 1, k)``: the cells of ``n_rows`` central hyperplanes of ``rank`` in general position."""
-    return 2 * sum(math.comb(n_rows - 1, k) for k in range(rank)) if n_rows else 1
+    return 2 * sum(math.comb(n_rows - 1, k) for k in range(rank)) if n_rows > 0 else 1
 
 
 def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Tensor, "J u"]:

@@ -23,6 +23,7 @@ from convexhead._version import __version__
 from convexhead.certificate import Certificate
 from convexhead.errors import FileFormatError, InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.surroundings import undisturbed
 from convexhead.tokens.manifest import digest_json
 
 FORMAT, VERSION = "convexhead-model", 2
@@ -134,6 +135,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+@undisturbed()
 def load(path: str | Path) -> ConvexHeadClassifier | ConvexHeadRegressor:
     """Read a model that `save` wrote.
 

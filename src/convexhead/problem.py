@@ -29,6 +29,7 @@ from torch import Tensor
 
 from convexhead.activation import Activation
 from convexhead.budget import Budget
+from convexhead.coordinates import Coordinates
 from convexhead.heads.base import Data, Forming, Head
 from convexhead.identity import FILES, identify
 from convexhead.lanes import Work, add_up
@@ -129,6 +130,8 @@ class Problem:
         Precision of the matrix products of a pass: ``dtype``, or bfloat16 after `with_half_products`.
     stored : str or None
         Tells the tokens of a store from all others, where their values cannot (`StoredTokens.checksum`).
+    coordinates : Coordinates
+        Those that tokens, targets, weights and β are in; `stated` is the problem in the user's own.
     n : int
         Samples of all processes together. Tensors with a dimension ``n`` hold this process's share of them.
     """
@@ -149,6 +152,7 @@ class Problem:
         ranks: Ranks | None = None,
     ) -> None:
         self.head, self.activation, self.loss, self.ranks = head, activation, loss, ranks or Ranks()
+        self.coordinates, self.stated = Coordinates(), self
         self.fit_intercept, self.dtype, self.products = fit_intercept, dtype, dtype
         self.device = device or (X.device if isinstance(X, Tensor) else torch.device("cpu"))
         self.samples = Samples(
@@ -162,6 +166,27 @@ class Problem:
         output_mask = head.output_mask(self.c)
         self.output_mask = None if output_mask is None else output_mask.to(self.device, dtype)
 
+    def in_coordinates(self, coordinates: Coordinates) -> Problem:
+        """The same program in other coordinates, which its weights and its β are in as well."""
+        if not coordinates:
+            return self
+        inner = copy(self)
+        for name in ("rows", "largest_target", "forming"):
+            inner.__dict__.pop(name, None)
+        inner.coordinates, inner.stated = coordinates, self
+        inner.samples = Samples(
+            coordinates.tokens(self.X),
+            self.activation,
+            dtype=self.dtype,
+            device=self.device,
+            memory=self.budget.left,
+            reuse=True,
+            step=self._preparation_step(),
+        )
+        inner.targets = coordinates.targets(self.targets)
+        inner.Y = inner.targets.to(self.device, self.dtype)
+        return inner
+
     def in_double(self, *, reuse: bool = False) -> Problem:
         """The same problem in float64; unless ``reuse``, each batch is prepared anew and little memory is taken."""
         if self.dtype == torch.float64:
@@ -172,6 +197,26 @@ class Problem:
         exact.output_mask = None if self.output_mask is None else self.output_mask.double()
         exact.samples = self.samples.in_precision(torch.float64, reuse=reuse, step=exact._preparation_step())
         return exact
+
+    def enter(self, atoms: Atoms) -> Atoms:
+        """The user's weights in this problem's coordinates."""
+        return self.coordinates.enter(atoms, self.activation)
+
+    def leave(self, atoms: Atoms) -> Atoms:
+        """Weights of this problem as the user's."""
+        return self.coordinates.leave(atoms, self.activation)
+
+    def rounding(self, atoms: Atoms, f: Float[Tensor, "n r c"]) -> float:
+        """What the objective may grow by when these weights, with outputs ``f``, become the user's: see `Coordinates`.
+
+        With ``δ`` what their outputs may differ by, ``F(b + δ) ≤ F(b) + ⟨Σ_i R_i, δ⟩ + r‖δ‖²/2`` for a loss that curves
+        no more than ``½‖f‖²`` does, as all of the library do.
+        """
+        if not self.coordinates:
+            return 0.0
+        lost = self.coordinates.rounding(atoms, self.activation)
+        left = self.sum(self.residual(f).sum((0, 1)))[0].abs()
+        return float(lost @ left + self.head.r * lost.square().sum() / 2)
 
     def class_by_class(self) -> Problem:
         """The same problem with targets that lie in memory as dense passes make outputs: a column for every class."""
@@ -200,7 +245,7 @@ class Problem:
         Tokens and targets are those that a user gave. A problem that is solved in other coordinates takes over the
         identity of the one that was stated. All processes ask for it together.
         """
-        return identify(self)
+        return identify(self) if self.stated is self else self.stated.identity
 
     def _known_by_files(self, X: Tensor | StoredTokens) -> str | None:
         if isinstance(X, Tensor) or X.checksum is None:

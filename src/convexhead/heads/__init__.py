@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from convexhead.errors import choose
-from convexhead.heads.base import Head
-from convexhead.heads.block_fno import BlockFNO
+import numbers
+from typing import Any
+
+from convexhead.errors import InputError, choose
+from convexhead.heads.base import POOLS, Head, resolve_grid
+from convexhead.heads.block_fno import OUTPUTS, BlockFNO
 from convexhead.heads.fno import FNO
 from convexhead.heads.linear import Linear
 from convexhead.heads.mlp import MLP
@@ -15,19 +18,23 @@ HEADS: dict[str, type[Head]] = {head.name: head for head in (SelfAttention, MLPM
 
 
 def make_head(
-    name: str,
+    name: Any,
     n_tokens: int,
     n_channels: int,
     *,
-    pool: str = "mean",
-    grid: tuple[int, int] | None = None,
-    n_blocks: int = 4,
-    outputs: str = "shared",
+    pool: Any = "mean",
+    grid: Any = None,
+    n_blocks: Any = 4,
+    outputs: Any = "shared",
 ) -> Head:
-    """Build the head called ``name``; ``n_blocks`` and ``outputs`` concern block-FNO alone."""
+    """Build the head called ``name`` from what a user passes; ``n_blocks`` and ``outputs`` concern block-FNO alone."""
     head = HEADS[choose("head", name, HEADS)]
-    own = {"n_blocks": n_blocks, "outputs": outputs} if head is BlockFNO else {}
-    return head(n_tokens, n_channels, pool=pool, grid=grid, **own)
+    own = {}
+    if head is BlockFNO:
+        if not isinstance(n_blocks, numbers.Integral) or isinstance(n_blocks, bool):
+            raise InputError(f"n_blocks must be a positive integer, got {n_blocks!r}")
+        own = {"n_blocks": int(n_blocks), "outputs": choose("outputs", outputs, OUTPUTS)}
+    return head(n_tokens, n_channels, pool=choose("pool", pool, POOLS), grid=resolve_grid(n_tokens, grid), **own)
 
 
 __all__ = ["HEADS", "Head", "make_head"]

@@ -23,9 +23,10 @@ Symbols and shapes used throughout (``b`` samples of a batch, ``k`` atoms):
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -263,11 +264,15 @@ def mix_features_adjoint(
     return U
 
 
-def resolve_grid(n_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+def resolve_grid(n_tokens: int, grid: object) -> tuple[int, int]:
     """``(h, w)`` with ``h·w = n_tokens``: the given grid, else a square, else ``(n_tokens, 1)``."""
     if grid is None:
         side = math.isqrt(n_tokens)
         return (side, side) if side * side == n_tokens else (n_tokens, 1)
-    if len(grid) != 2 or grid[0] * grid[1] != n_tokens:
-        raise InputError(f"grid {tuple(grid)} does not hold {n_tokens} tokens: give (h, w) with h*w = {n_tokens}")
-    return int(grid[0]), int(grid[1])
+    sides: tuple[Any, ...] = tuple(grid) if isinstance(grid, Iterable) and not isinstance(grid, str) else ()
+    whole = all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and int(side) > 0 for side in sides)
+    if len(sides) != 2 or not whole or sides[0] * sides[1] != n_tokens:
+        raise InputError(
+            f"grid {grid!r} does not hold {n_tokens} tokens: give whole numbers (h, w) with h*w = {n_tokens}"
+        )
+    return int(sides[0]), int(sides[1])

@@ -19,6 +19,8 @@ from convexhead.errors import InputError, choose
 from convexhead.heads.base import Data, Head
 from convexhead.heads.fno import FNO
 
+OUTPUTS = ("shared", "grouped")
+
 
 class BlockFNO(Head):
     """``U (s, d/B)``, ``v (1, c)`` or ``(1, c/B)``; scores ``q = 1``."""
@@ -32,7 +34,7 @@ class BlockFNO(Head):
         self, n_tokens: int, n_channels: int, *, n_blocks: int = 4, outputs: str = "shared", **options: object
     ) -> None:
         super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
-        self.outputs = choose("outputs", outputs, ("shared", "grouped"))
+        self.outputs = choose("outputs", outputs, OUTPUTS)
         if not isinstance(n_blocks, int) or n_blocks < 1 or n_channels % n_blocks:
             raise InputError(f"n_blocks={n_blocks} must be a positive divisor of the {n_channels} channels")
         self.n_groups = n_blocks

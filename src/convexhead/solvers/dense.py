@@ -9,6 +9,8 @@ they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,17 +29,31 @@ class DensePasses:
         ``Φᵀ``, blocks one below the other. Products with it are made in its precision, all else in that of the problem.
     rotation : Tensor (p, w)
         Orthonormal basis of the visible mixing directions.
+    mean : Tensor (j·w·e,)
+        ``φ``, zero where no intercept is fitted.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem.class_by_class()
         e, c = problem.value_shape
-        unfolded = problem.features().unflatten(2, (-1, e))  # (j, n·r, p, e)
+        features = problem.features()
+        mean = self._taken_off(features, 1)
+        unfolded = features.unflatten(2, (-1, e))  # (j, n·r, p, e)
         self.rotation = _visible(problem.sum(torch.einsum("jnpe,jnqe->pq", unfolded, unfolded))[0])
         self.shape = (problem.n_blocks, self.rotation.shape[1], e * c)
         rotated = torch.einsum("jnpe,pw->jwen", unfolded, self.rotation)
         self.features = rotated.flatten(0, 2).contiguous()
+        self.mean = torch.einsum("jpe,pw->jwe", mean.unflatten(2, (-1, e))[:, 0], self.rotation).flatten()
         self.mask = self._output_mask()
+
+    def _taken_off(self, features: Tensor, dim: int) -> Tensor:
+        """The mean of features over samples and rows, which ``dim`` counts, after it was taken off them."""
+        if not self.problem.fit_intercept:
+            return torch.zeros_like(features.narrow(dim, 0, 1), dtype=self.problem.dtype)
+        (total,) = self.problem.sum(features.sum(dim, keepdim=True, dtype=torch.float64))
+        mean = total / (self.problem.n * self.problem.head.r)
+        features -= mean.to(features.dtype)
+        return mean.to(features.dtype).to(self.problem.dtype)
 
     def _output_mask(self) -> Float[Tensor, "j 1 q"] | None:
         """Which entries of a row of ``Z_j`` may be other than zero; None where all."""
@@ -95,14 +111,24 @@ class DensePasses:
         self.last = f, G  # a gap check right after needs both again
         return self.problem.mean(loss) + beta * self.problem.penalty(atoms), gU, gV, gb
 
-    def rotate(self, atoms: Atoms) -> Atoms:
-        """Atoms with their mixing weights in visible coordinates, ``(k, w)``."""
-        return Atoms(atoms.U.flatten(1) @ self.rotation, atoms.V, atoms.block, atoms.intercept)
+    def enter(self, atoms: Atoms) -> Atoms:
+        """Atoms of the problem with their mixing weights in the coordinates of the features, ``(k, w)``."""
+        atoms = self._rotate(atoms)
+        return replace(atoms, intercept=atoms.intercept + self._of_mean(atoms))
 
-    def rotate_back(self, atoms: Atoms) -> Atoms:
-        """Atoms with their mixing weights in the head's own shape."""
-        U = (atoms.U @ self.rotation.T).view(-1, *self.problem.head.mixing_shape)
-        return Atoms(U, atoms.V, atoms.block, atoms.intercept)
+    def leave(self, atoms: Atoms) -> Atoms:
+        """Inverse of `enter`, up to what the data cannot see."""
+        return replace(self._rotate_back(atoms), intercept=atoms.intercept - self._of_mean(atoms))
+
+    def _of_mean(self, atoms: Atoms) -> Float[Tensor, " c"]:
+        """``φᵀ vec(Z)``."""
+        return self.mean @ self.matrices(atoms).reshape(-1, self.problem.c)
+
+    def _rotate(self, atoms: Atoms) -> Atoms:
+        return replace(atoms, U=atoms.U.flatten(1) @ self.rotation)
+
+    def _rotate_back(self, atoms: Atoms) -> Atoms:
+        return replace(atoms, U=(atoms.U @ self.rotation.T).view(-1, *self.problem.head.mixing_shape))
 
 
 def _visible(gram: Float[Tensor, "p p"]) -> Float[Tensor, "p w"]:

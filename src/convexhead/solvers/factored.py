@@ -38,12 +38,15 @@ class FactoredDescent:
 
     def state(self) -> dict[str, Tensor]:
         """What `restored` goes on from."""
-        return {**self.atoms.state(), **self.lbfgs.state()}
+        return {**self.atoms.state(), "x": self.lbfgs.x, **self.lbfgs.state()}
 
     @classmethod
-    def restored(cls, passes: Passes, state: dict[str, Tensor], beta: float) -> FactoredDescent:
+    def restored(
+        cls, passes: Passes, state: dict[str, Tensor], beta: float, coordinates: Whitening | None = None
+    ) -> FactoredDescent:
         """A descent that takes the steps that the one with this `state` would have taken."""
-        descent = cls(passes, Atoms.restored(state), beta)
+        descent = cls(passes, Atoms.restored(state), beta, coordinates)
+        descent.lbfgs.x = state.get("x", descent.lbfgs.x)
         descent.lbfgs.restore(state)
         return descent
 

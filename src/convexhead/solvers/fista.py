@@ -47,6 +47,8 @@ class Fista:
     check_every = 5
     polish_below = 0.05
     """Relative gap under which factors may take over."""
+    slow = 300
+    """Iterations after which they may above it too: features of unequal scales hardly move proximal steps."""
     slack: ClassVar = {torch.float64: 1e-14, torch.float32: 1e-9}
     """Relative decrease of the objective that means nothing in a precision of the features."""
     lengthening: ClassVar = {torch.float64: 1.05, torch.float32: 1.02}
@@ -59,7 +61,8 @@ class Fista:
     ) -> None:
         self.dense = dense or DensePasses(problem)
         self.problem, self.beta, self.monitor = self.dense.problem, beta, monitor
-        self.Z = self.dense.matrices(self.dense.rotate(start))
+        start = self.dense.enter(start)
+        self.Z = self.dense.matrices(start)
         square = torch.tensor(self.dense.norm() ** 2, dtype=torch.float64)
         norm = math.sqrt(float(problem.sum(square)[0]))  # about, or above, that of all processes' features
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
@@ -103,7 +106,8 @@ class Fista:
                 if gap <= target:
                     return Stop.CONVERGED
                 self.ranks = [*self.ranks[-1:], rank]
-                settled = gap < self.polish_below and self.ranks == 2 * [rank] and rank
+                near = gap < self.polish_below or iteration >= self.slow
+                settled = near and self.ranks == 2 * [rank] and rank
                 if settled and (wait <= 0 or rank != polished):
                     if self._polish(target, max(60, iteration)):
                         return Stop.CONVERGED
@@ -192,4 +196,4 @@ class Fista:
 
     def atoms(self) -> Atoms:
         """The iterate as atoms of the head."""
-        return self.dense.rotate_back(self._factors())
+        return self.dense.leave(self._factors())

@@ -59,6 +59,7 @@ class Restriction(DensePasses):
         mixed = problem.mixed(left.mT.reshape(-1, *problem.head.mixing_shape), blocks)
         self.problem, self.left = problem.in_double().class_by_class(), left.double()
         self.features = mixed.flatten(0, 1).flatten(1).T.to(dtype).contiguous()
+        self.mean = self._taken_off(self.features, 1).flatten()
         e, c = problem.value_shape
         self.shape = (j, m, e * c)
         self.mask = self._output_mask()
@@ -72,13 +73,13 @@ class Restriction(DensePasses):
         widest = max(1, int(torch.bincount(atoms.block, minlength=1).max()))
         return room(problem) >= 2 * widest
 
-    def rotate(self, atoms: Atoms) -> Atoms:
+    def _rotate(self, atoms: Atoms) -> Atoms:
         U = atoms.U.new_zeros(len(atoms), self.left.shape[2])
         for j, mine in self._by_block(atoms):
             U[mine] = atoms.U[mine].flatten(1) @ self.left[j]
         return replace(atoms, U=U)
 
-    def rotate_back(self, atoms: Atoms) -> Atoms:
+    def _rotate_back(self, atoms: Atoms) -> Atoms:
         U = atoms.U.new_zeros(len(atoms), self.left.shape[1])
         for j, mine in self._by_block(atoms):
             U[mine] = atoms.U[mine] @ self.left[j].T
