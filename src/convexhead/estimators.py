@@ -311,8 +311,8 @@ class _ConvexHead(BaseEstimator):
         """Decides β; what a solver is told besides it and the tolerance."""
         self.beta_max_ = problem_beta_max(problem, generator) if beta_max is None else beta_max
         self.beta_ = float(self.beta) if self.beta is not None else float(self.beta_ratio) * self.beta_max_
-        # Targets without signal have beta_max 0 and the zero model at any weight.
-        self.beta_ = self.beta_ or problem.coordinates.user_beta(float(np.finfo(np.float64).tiny) ** 0.5)
+        # Targets or features without signal have beta_max 0 and the zero model at any weight.
+        self.beta_ = self.beta_ or problem.coordinates.user_beta(1.0)
         return {
             "start": None if start is None else problem.enter(start),
             "max_heads": None if self.max_heads is None else int(self.max_heads),
