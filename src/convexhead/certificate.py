@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,8 +74,9 @@ class Certificate:
         Probability, over the random starts, that the raised value is not a bound; 0 for an exact SVD.
     scope : str
         What the gap is to. ``"global"``: the optimum over all heads of this kind. ``"sampled-gates"``: that of the
-        program with these gates. ``"estimated"``: a ReLU head too large for a tight proof; ``dual``, ``gap`` and
-        ``relative_gap`` are still proven, but loose, and the last fields say what a search suggests.
+        program with these gates. ``"estimated"``: a ReLU head too large for a tight proof, or one whose pre-activations
+        float64 cannot tell apart well enough; ``dual``, ``gap`` and ``relative_gap`` are still proven, but loose, and
+        the last fields say what a search suggests.
     converged : bool
         Whether ``relative_gap ≤ tol``; never where ``scope`` is ``"estimated"``.
     bound : str
@@ -86,6 +87,8 @@ class Certificate:
         Starts of that search.
     rewards : list of float
         The highest rewards it found, in units of β, repeats left out: above 1 the head can be improved.
+    refuted : bool
+        Of a ReLU: whether that search, or the model, exceeded a bound that rounding had spoilt. It was discarded.
     tol : float or None
         The relative gap that was asked for.
     beta : float or None
@@ -112,6 +115,7 @@ class Certificate:
     estimated_gap: float | None = None
     ascents: int = 0
     rewards: list[float] = field(default_factory=list)
+    refuted: bool = False
     tol: float | None = None
     beta: float | None = None
     identity: dict[str, str] | None = None
@@ -191,6 +195,7 @@ class Certificate:
                 + (f"a change worth {worth}" if best > 1.001 else "nothing to improve")
                 + f", which suggests a gap of about {100 * (self.estimated_gap or 0.0):.2g}% (an estimate); proven is "
                 f"only that no head of this kind goes below {self.dual:.3g}"
+                + ("; a tighter bound was refuted by a search and discarded: centre the features" * self.refuted)
             )
         return (
             f"objective {self.primal:.6g} is within {self.gap:.2g} ({100 * self.relative_gap:.2g}%) of the "
@@ -323,6 +328,9 @@ def certify_atoms(
             f"the lower bound {known_dual:.10g} that was known before lies above the objective {primal:.10g} of these "
             "weights, so it is false: fit the reference again"
         )
+    if reward is not None and best > primal + error:  # the model itself refutes the bound
+        reward = replace(reward, upper=math.inf, refuted=True)
+        best, how = dual.value(0.0), "none"
     if known_dual > best:
         best, how = known_dual, known_from or how
     best -= error
@@ -336,12 +344,13 @@ def certify_atoms(
     scope = "global" if problem.masks is None else "sampled-gates"
     searched: dict[str, Any] = {}
     if reward is not None:
-        if reward.loose and relative > tol:
+        if reward.refuted or (reward.loose and relative > tol):
             scope = "estimated"
         likely = max(dual.spectral(reward.lower) - error, best)
         searched = {
             "estimated_gap": max(primal - likely, 0.0) / abs(primal) if primal else 0.0,
             "ascents": reward.ascents,
+            "refuted": reward.refuted,
             "rewards": [float(value) / beta for value in reward.peaks.distinct().values[:10]],
         }
     return Certificate(

@@ -10,7 +10,8 @@ of them when ``N`` rows of rank ``ρ`` are in general position, fewer otherwise 
 They are found one hyperplane after the other, by deletion and restriction. A new hyperplane cuts exactly those cells
 that the older ones leave on it, an arrangement of one dimension less; a point ``w`` of such a cell gives the points
 ``w ± ε K_i`` of the two that it becomes. No linear program is solved, and every cell comes with a point inside it, the
-gate.
+gate. The number of cells must grow by one for each cell that a new hyperplane is cut into; where rounding breaks that
+count, or could, the arrangement is refused.
 """
 
 from __future__ import annotations
@@ -26,10 +27,17 @@ from convexhead.errors import InputError
 from convexhead.heads.base import Head
 from convexhead.stored_tokens import Tokens
 
-PARALLEL = 1e-9
-"""Unit rows closer than this are one hyperplane, and rows this small relative to the largest none at all."""
+PARALLEL = 1e-14
+"""Unit rows this close are one hyperplane: some units in the last place of float64."""
+RELIABLE = 1e-9
+"""Error of a hyperplane within a flat, as an angle, up to which its cells are listed."""
 MAX_PATTERNS = 20_000
 """Patterns that are enumerated at most."""
+EPSILON = torch.finfo(torch.float64).eps
+
+
+class UnreliableError(InputError):
+    """Hyperplanes that float64 cannot tell apart well enough to list their cells."""
 
 
 def all_gates(head: Head, X: Float[Tensor, "n s d"], *, max_patterns: int = MAX_PATTERNS) -> Float[Tensor, "J ..."]:
@@ -52,7 +60,7 @@ def all_gates(head: Head, X: Float[Tensor, "n s d"], *, max_patterns: int = MAX_
     Raises
     ------
     InputError
-        There may be more patterns than ``max_patterns``.
+        There may be more patterns than ``max_patterns``, or their cells cannot be told apart in float64.
     """
     of_group = []
     for group in range(head.n_groups):
@@ -127,20 +135,55 @@ def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Te
     ------
     InputError
         There may be more than ``max_cells``.
+    UnreliableError
+        The hyperplanes are too close to degenerate to be sure of all cells.
     """
-    K = hyperplanes(K)
-    if not len(K):
-        return torch.eye(1, K.shape[1], dtype=K.dtype, device=K.device)
+    return cells_and_doubt(K, max_cells=max_cells)[0]
+
+
+def cells_and_doubt(
+    K: Float[Tensor, "m u"], error: Float[Tensor, " m"] | None = None, *, max_cells: int = MAX_PATTERNS
+) -> tuple[Float[Tensor, "J u"], float]:
+    """`cells`, and how far a unit vector can be from the closure of all of them that were found.
+
+    Rows that lie within rounding of each other, or of zero, count as equal: cells between them are thinner than that.
+
+    Parameters
+    ----------
+    K : Tensor (m, u)
+    error : Tensor (m,) or None
+        Bounds on the error of each row; None: rounding of the unit rows.
+    """
+    norm = K.norm(dim=1)
+    error = torch.zeros_like(norm) if error is None else error
+    seen = norm > 8 * error
+    dropped = float((8 * error[~seen]).max()) if not bool(seen.all()) else 0.0
+    if not bool(seen.any()):
+        return torch.eye(1, K.shape[1], dtype=K.dtype, device=K.device), dropped
+    if K.shape[1] == 1:  # only signs matter on a line
+        return K.new_tensor([[1.0], [-1.0]]), dropped
+    error = error[seen] / norm[seen] + 4 * EPSILON
+    worst = float(error.max())
+    if worst > RELIABLE:
+        raise _unreliable()
+    tolerance = max(PARALLEL, 8 * worst)
+    planes, of, _ = hyperplanes_of(K[seen], tolerance)
+    error = error.new_zeros(len(planes)).scatter_reduce_(0, of, error, "amax")
     # In coordinates of their span; the rest of the space changes no sign.
-    _, sigma, span = torch.linalg.svd(K, full_matrices=False)
-    span = span[sigma > PARALLEL * sigma[0]]
-    bound = most_cells(len(K), len(span))
+    _, sigma, span = torch.linalg.svd(planes, full_matrices=False)
+    span = span[sigma > tolerance * math.sqrt(len(planes))]
+    bound = most_cells(len(planes), len(span))
     if bound > max_cells:
         raise InputError(
-            f"{len(K)} distinct pre-activations of rank {len(span)} may have {bound:.2g} patterns, more than "
+            f"{len(planes)} distinct pre-activations of rank {len(span)} may have {bound:.2g} patterns, more than "
             f"{max_cells}: sample them with n_gates=50, or take fewer samples or tokens"
         )
-    return _cells(K @ span.T) @ span
+    within = planes @ span.T
+    points, doubt = _cells(within, error)
+    # Every sign is certain: no cell that was found is empty.
+    if bool(((points @ within.T).abs() <= 2 * error).any()):
+        raise _unreliable()
+    return points @ span, max(doubt, tolerance * math.sqrt(len(planes)), dropped)
 
 
 def hyperplanes(K: Float[Tensor, "m u"]) -> Float[Tensor, "N u"]:
@@ -148,18 +191,20 @@ def hyperplanes(K: Float[Tensor, "m u"]) -> Float[Tensor, "N u"]:
     return hyperplanes_of(K)[0]
 
 
-def hyperplanes_of(K: Float[Tensor, "m u"]) -> tuple[Float[Tensor, "N u"], Int[Tensor, " m"], Float[Tensor, " m"]]:
-    """The distinct hyperplanes as unit rows, the one of each row, and the signed scale: ``K_i = scale_i planes[of_i]``.
+def hyperplanes_of(
+    K: Float[Tensor, "m u"], tolerance: float = PARALLEL
+) -> tuple[Float[Tensor, "N u"], Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """The distinct hyperplanes as unit rows, the one of each row, and the signed scale: ``K_i ≈ scale_i planes[of_i]``.
 
-    Zero rows have scale 0 and belong to the first.
+    Zero rows have scale 0 and belong to the first. No other unit row is farther than ``tolerance`` from ± its plane.
     """
     norm = K.norm(dim=1)
     of, scale = torch.zeros(len(K), dtype=torch.int64, device=K.device), torch.zeros_like(norm)
-    rows = (norm > PARALLEL * norm.max()).nonzero().squeeze(1) if len(K) else of
+    rows = norm.nonzero().squeeze(1)
     if not len(rows):
         return K[:0], of, scale
-    unit = K[rows] / norm[rows].unsqueeze(1)
-    # Rows are parallel if they agree, up to sign, along a few random directions: sorting finds them.
+    unit = torch.nn.functional.normalize(K[rows] / norm[rows].unsqueeze(1))
+    # Rows are parallel only if they agree, up to sign, along a few random directions: sorting finds those.
     directions = torch.randn(K.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     along = unit @ (directions / directions.norm(dim=0)).to(unit)
     sign = torch.where(along[:, :1] < 0, -1.0, 1.0).to(unit)
@@ -167,36 +212,50 @@ def hyperplanes_of(K: Float[Tensor, "m u"]) -> tuple[Float[Tensor, "N u"], Int[T
     for t in (along * sign).T:
         order = torch.argsort(t)
         order = order[torch.argsort(same[order], stable=True)]
-        differs = (same[order].diff() != 0) | (t[order].diff() > PARALLEL)
+        differs = (same[order].diff() != 0) | (t[order].diff() > tolerance)
         same[order] = torch.nn.functional.pad(differs.long().cumsum(0), (1, 0))
     first = torch.full((int(same.max()) + 1,), len(rows), device=K.device)
-    first = first.scatter_reduce(0, same, torch.arange(len(rows), device=K.device), "amin")
-    leaders, of[rows] = torch.unique(first[same], return_inverse=True)
+    every = torch.arange(len(rows), device=K.device)
+    leader = first.scatter_reduce(0, same, every, "amin")[same]
+    # Of a chain of close rows those that are far from its first are planes of their own.
+    close = (unit * sign - unit[leader] * sign[leader]).norm(dim=1) <= tolerance
+    leaders, of[rows] = torch.unique(torch.where(close, leader, every), return_inverse=True)
     planes = unit[leaders]
     scale[rows] = norm[rows] * (unit * planes[of[rows]]).sum(1).sign()
     return planes, of, scale
 
 
-def _cells(K: Float[Tensor, "N r"]) -> Float[Tensor, "J r"]:
-    """As `cells`, for distinct unit rows that span the space."""
+def _unreliable() -> UnreliableError:
+    return UnreliableError(
+        "pre-activations are so close to parallel that their patterns cannot be listed in float64: centre and scale "
+        "the features, or sample the patterns with n_gates=50"
+    )
+
+
+def _cells(K: Float[Tensor, "N r"], error: Float[Tensor, " N"]) -> tuple[Float[Tensor, "J r"], float]:
+    """As `cells_and_doubt`, for distinct unit rows that span the space, each known up to its ``error``."""
     N, rank = K.shape
     if rank == 1:
-        return K.new_tensor([[1.0], [-1.0]])
+        return K.new_tensor([[1.0], [-1.0]]), 0.0
     if rank == 2:  # a fan: the cells lie between neighbouring rays
         angles = torch.atan2(K[:, 0], -K[:, 1])
         rays = torch.cat([angles, angles + math.pi]).remainder(2 * math.pi).sort().values
         middle = (rays + torch.cat([rays[1:], rays[:1] + 2 * math.pi])) / 2
-        return torch.stack([middle.cos(), middle.sin()], dim=1)
-    points = K[:1] * K.new_tensor([[1.0], [-1.0]])
+        return torch.stack([middle.cos(), middle.sin()], dim=1), 0.0
+    points, doubt = K[:1] * K.new_tensor([[1.0], [-1.0]]), 0.0
     for i in range(1, N):
         normal, older = K[i], K[:i]
         _, _, basis = torch.linalg.svd(normal.unsqueeze(0))
-        on_it = cells(older @ basis[1:].T, max_cells=most_cells(i, rank)) @ basis[1:]
+        on_it, more = cells_and_doubt(older @ basis[1:].T, error[:i] + error[i], max_cells=most_cells(i, rank))
+        on_it, doubt = on_it @ basis[1:], max(doubt, more)
         across = (older @ on_it.T).abs()  # how far each point is from the older hyperplanes
         step = 0.5 * (across / (older @ normal).abs().clamp_min(1e-300).unsqueeze(1)).amin(0).clamp_max(1.0)
         moved = step.unsqueeze(1) * normal
+        before = len(points)
         points = _distinct(torch.cat([on_it + moved, on_it - moved, points]), K[: i + 1])
-    return points / points.norm(dim=1, keepdim=True)
+        if len(points) != before + len(on_it):  # each cell on the new hyperplane cuts one in two
+            raise _unreliable()
+    return points / points.norm(dim=1, keepdim=True), doubt
 
 
 def _distinct(points: Float[Tensor, "m r"], K: Float[Tensor, "i r"]) -> Float[Tensor, "J r"]:

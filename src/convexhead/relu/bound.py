@@ -13,6 +13,10 @@ the cone of angle ``θ`` around it, ``u = cos φ (u₀ + tan φ v)`` with ``v �
 Boxes whose bound is not above the best value found are done; the others are halved. Every state gives a valid bound,
 so the search may stop at any time. The error of a box falls with the square of its size where ``g`` is smooth and with
 its size at kinks, where maxima are as sharp: few boxes survive at any size, in the few dimensions this is meant for.
+
+Rounding only ever raises a bound. Angles of boxes are widened by more than their centres are rounded; ``b²`` and ``λ``,
+differences of terms as large as ``‖M‖²``, are raised by as much as can be lost in them; errors in scores and sums are
+part of `Form.neglected`; what is not finite bounds nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexhead.patterns import EPSILON
 from convexhead.relu.scores import Form
 
 MAX_DIMENSION = 6
@@ -34,6 +39,8 @@ NUMBERS = 4_000_000
 """Numbers of workspace a batch of boxes may take."""
 FEW, BATCH = 200, 512
 """Hyperplanes up to which boxes share one function, and boxes examined at once then."""
+WIDER = 8 * EPSILON
+"""Added to the sine of a box's angle, for the rounding of its centre and sides."""
 OVERHEAD = 20_000
 """What a batch of boxes costs besides its scores, in scores."""
 
@@ -90,6 +97,7 @@ def largest_norm(
             found, best_u = float(value[top]), u[top]
             lower = max(lower, found)
         target = max(lower * (1 + rtol), enough)
+        bounds = bounds.nan_to_num(nan=math.inf)
         left = bounds > target
         below = max(below, float(torch.where(left, 0.0, bounds).max()))
         order = bounds.argsort(descending=True)[: int(left.sum())]
@@ -106,7 +114,8 @@ def _within(form: Form, center: Float[Tensor, "1 w"], half: Float[Tensor, "1 w"]
     """``g`` within one box: scores that keep their sign are linear there."""
     norm = center.norm()
     a = form.K @ (center[0] / norm)
-    cut = a.abs() < torch.asin(half.norm() / norm).tan() * (1 - a.square()).clamp_min(0).sqrt() * (1 + ROUNDING)
+    theta = torch.asin(half.norm() / norm + WIDER)
+    cut = a.abs() < theta.tan() * (1 - a.square()).clamp_min(0).sqrt() * (1 + ROUNDING) + WIDER
     on = ~cut & (a > 0)
     return Form(form.L + form.K[on].T @ form.c[on], form.K[cut], form.c[cut])
 
@@ -146,7 +155,7 @@ def _examine(
     values, bounds = [], []
     norm = centers.norm(dim=1)
     units = centers / norm.unsqueeze(1)
-    radius = halves.norm(dim=1) / norm  # sine of the cone's angle
+    radius = halves.norm(dim=1) / norm + WIDER  # sine of the cone's angle
     step = max(1, NUMBERS // max(1, 4 * h + 4 * w * (w + q)))
     for u, sine in zip(units.split(step), radius.split(step), strict=True):
         theta = torch.asin(sine)
@@ -160,12 +169,14 @@ def _examine(
         Mu = torch.einsum("bwq,bw->bq", M, u)
         MMu = torch.einsum("bwq,bq->bw", M, Mu)
         along = Mu.square().sum(1)
-        across = (MMu - along.unsqueeze(1) * u).norm(dim=1)
         gram = M @ M.mT
+        noise = 4 * (w + q) * EPSILON * gram.flatten(1).norm(dim=1)
+        across = (MMu - along.unsqueeze(1) * u).norm(dim=1) + noise
         mixed = u.unsqueeze(2) * MMu.unsqueeze(1)
         gram = gram - mixed - mixed.mT + along.view(-1, 1, 1) * (u.unsqueeze(2) * u.unsqueeze(1))
-        rest = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0)
-        turn = torch.minimum(torch.atan2(across, (along - rest) / 2), 2 * theta)
-        square = (along + rest) / 2 + (along - rest) / 2 * turn.cos() + across * turn.sin()
-        bounds.append(square.clamp_min(0).sqrt() + remainder)
+        rest = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0) + noise
+        turn = torch.minimum(torch.atan2(across, (along - rest) / 2) / 2, theta)
+        sin, cos = turn.sin(), turn.cos()
+        square = along * cos.square() + 2 * across * sin * cos + rest * sin.square()
+        bounds.append(square.sqrt() + remainder)
     return torch.cat(values), torch.cat(bounds), units

@@ -7,8 +7,10 @@ of exactly one. On the closure of a cell ``g`` is linear, ``M_Dᵀ u``, and so, 
 is a local, hence a global maximiser of ``‖(B M_D)ᵀ w‖`` over unit ``w``: a leading left singular vector of ``B M_D``.
 The maximum is therefore the largest ``σ_max(B M_D)`` over those faces that hold their leading singular vector.
 
-Where a singular value is nearly double or its vector nearly on the border of its face, the face is counted: that can
-only raise the bound.
+Everything is known up to rounding: a flat, the common zero set of some hyperplanes, up to an angle (its *doubt*) that
+grows where they are nearly dependent, and with it singular vectors. A face is counted unless its vector is outside of
+it beyond doubt, which can only raise the bound. Faces thinner than the doubt may be missed: a point of one is that
+close to a point of another, and ``g`` changes by at most ``(‖L‖ + Σ_h ‖c_h‖)`` times the distance.
 """
 
 from __future__ import annotations
@@ -20,13 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.patterns import PARALLEL, cells, most_cells
+from convexhead.patterns import EPSILON, cells_and_doubt, most_cells
 from convexhead.relu.scores import Form
 
 LIMITS = (100_000, 2_500)
 """Faces that are enumerated at most, and intersections of hyperplanes that are gone through."""
-DOUBT = 1e-7
-"""A leading vector this far outside of its face, or a singular value relatively this close to the next, is counted."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,13 @@ class FacesOfDimension:
         Orthonormal rows.
     signs : Tensor (f, h)
         Of every row of ``K`` on the face; 0 where it vanishes.
+    doubt : float
+        Angle up to which flats are known, and thinnest face that is sure to be among these.
     """
 
     span: Float[Tensor, "f m w"]
     signs: Float[Tensor, "f h"]
+    doubt: float
 
 
 def count_faces(n_planes: int, dimension: int) -> tuple[int, int]:
@@ -52,37 +55,57 @@ def count_faces(n_planes: int, dimension: int) -> tuple[int, int]:
 
 
 def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
-    """All faces of the arrangement of the distinct unit rows ``K`` that span the space, grouped by dimension."""
+    """All faces of the arrangement of the distinct unit rows ``K`` that span the space, grouped by dimension.
+
+    Raises
+    ------
+    UnreliableError
+        The hyperplanes are too close to degenerate to be sure of all faces.
+    """
     h, w = K.shape
     found: dict[int, tuple[list[Tensor], list[Tensor]]] = {m: ([], []) for m in range(1, w + 1)}
+    doubts = dict.fromkeys(found, 0.0)
     seen: set[bytes] = set()
-    todo = [(torch.eye(w, dtype=K.dtype, device=K.device), -1)]
+    todo = [(torch.eye(w, dtype=K.dtype, device=K.device), -1, 0.0)]
     while todo:
-        span, last = todo.pop()
+        span, last, error = todo.pop()
         seen_by = K @ span.T  # each row within the flat
-        vanish = seen_by.norm(dim=1) <= PARALLEL
+        size, row_error = seen_by.norm(dim=1), error + 4 * EPSILON
+        vanish = size <= 8 * row_error
         key = vanish.cpu().numpy().tobytes()
         if key in seen:
             continue
         seen.add(key)
-        inside = cells(seen_by[~vanish]) if not bool(vanish.all()) else span.new_ones(1, 1)
+        inside, doubt = span.new_ones(1, 1), 0.0
+        if not bool(vanish.all()):
+            rows = seen_by[~vanish]
+            inside, doubt = cells_and_doubt(rows, rows.new_full((len(rows),), row_error))
         signs = (inside @ seen_by.T).sign()
         signs[:, vanish] = 0.0
         spans, all_signs = found[len(span)]
         spans.append(span.expand(len(signs), -1, -1))
         all_signs.append(signs)
+        doubts[len(span)] = max(doubts[len(span)], doubt, 8 * row_error)
         if len(span) > 1:
             for i in range(last + 1, h):
                 if not vanish[i]:
                     _, _, basis = torch.linalg.svd(seen_by[i : i + 1])
-                    todo.append((basis[1:] @ span, i))
-    return [FacesOfDimension(torch.cat(spans), torch.cat(signs)) for spans, signs in found.values() if spans]
+                    todo.append((basis[1:] @ span, i, error + row_error / float(size[i])))
+    return [FacesOfDimension(torch.cat(a), torch.cat(b), doubts[m]) for m, (a, b) in found.items() if a]
+
+
+def doubt_of(form: Form, arrangement: list[FacesOfDimension]) -> float:
+    """How far the maximum may lie above that over these faces."""
+    return form.size * max((group.doubt for group in arrangement), default=0.0)
 
 
 def largest_norm_on_faces(
     form: Form, arrangement: list[FacesOfDimension], *, several: int = 16
 ) -> tuple[float, Float[Tensor, "k w"]]:
-    """The maximum (doubts included, rounding not), and the unit maximisers of ``several`` faces, best first."""
+    """The maximum over these faces, up to rounding, and the unit maximisers of ``several``, best first.
+
+    Faces in doubt are counted; `doubt_of` charges for those that may be missing.
+    """
     h, (w, q) = len(form.K), form.L.shape
     outer = (form.K.unsqueeze(2) * form.c.unsqueeze(1)).view(h, w * q)
     values_found, found = [form.L.new_zeros(1)], [form.L.new_zeros(1, w)]
@@ -94,9 +117,11 @@ def largest_norm_on_faces(
         u = torch.einsum("fm,fmw->fw", vectors[..., -1], group.span)
         along = (u @ form.K.T) * group.signs
         outside = torch.minimum(along.amin(1).neg(), along.amax(1)).clamp_min(0)
-        counted = outside <= DOUBT
+        off = form.size * (group.doubt + EPSILON * (h + w))  # of the matrix, and so of its leading vector
+        turned = torch.zeros_like(top)
         if values.shape[1] > 1:
-            counted |= values[:, -1] - values[:, -2] <= DOUBT * values[:, -1]
+            turned = 4 * off * (top + off) / (values[:, -1] - values[:, -2]).clamp_min(1e-300)
+        counted = outside <= 2 * turned + 16 * (group.doubt + EPSILON)
         top, u = top[counted], u[counted] * torch.where(along[counted].sum(1, keepdim=True) >= 0, 1.0, -1.0)
         first = top.topk(min(several, len(top))).indices
         values_found.append(top[first])

@@ -11,6 +11,10 @@ largest value that a *search* has found. How the bound is had depends on the siz
                        matrix of each, for scalar values restricted to the pattern's own cone, which makes it exact;
 ``product of norms``   ``max(t, 0) = (t + |t|)/2`` gives ``½‖Kᵀ C‖₂ + ½‖K‖₂‖C‖₂``: always valid, never tight;
 ``none``               the problem is too large to write its scores out.
+
+Faces and patterns are listed only where float64 can tell hyperplanes apart; where not, the next method serves. All
+charge what was dropped, merged and rounded (`scores`). A search is the last check: a value that it attained above a
+bound refutes the bound, which then gives way to the product of norms, or to none (``refuted``).
 """
 
 from __future__ import annotations
@@ -25,11 +29,11 @@ from jaxtyping import Float
 from scipy.optimize import nnls
 from torch import Tensor
 
-from convexhead.patterns import MAX_PATTERNS, cells, most_cells
+from convexhead.patterns import EPSILON, MAX_PATTERNS, UnreliableError, cells_and_doubt, most_cells
 from convexhead.problem import Atoms, Problem
 from convexhead.relu.ascent import Peaks, ascend, starts
 from convexhead.relu.bound import MAX_DIMENSION, ROUNDING, largest_norm
-from convexhead.relu.faces import LIMITS, count_faces, faces, largest_norm_on_faces
+from convexhead.relu.faces import LIMITS, FacesOfDimension, count_faces, doubt_of, faces, largest_norm_on_faces
 from convexhead.relu.scores import Form, Scores, scores_of
 
 WRITTEN_OUT = 2e6
@@ -44,7 +48,7 @@ LOOSE = 1.05
 
 @dataclass(frozen=True)
 class DualNorm:
-    """Bounds ``peaks.values[0] ≤ h(R) ≤ upper``.
+    """Bounds ``peaks.values[0] ≤ h(R) ≤ upper``; an ``upper`` that the peaks exceed becomes infinite.
 
     Attributes
     ----------
@@ -56,12 +60,20 @@ class DualNorm:
         What the search found.
     ascents : int
         Starts of the search.
+    refuted : bool
+        Whether a search attained more than a bound allowed, which was discarded: rounding was larger than it charged.
     """
 
     upper: float
     method: str
     peaks: Peaks
     ascents: int
+    refuted: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.upper >= self.lower:
+            object.__setattr__(self, "upper", math.inf)
+            object.__setattr__(self, "refuted", True)
 
     @property
     def loose(self) -> bool:
@@ -96,9 +108,22 @@ class NormOracle:
         rows = problem.n * head.p * head.score_width
         small = rows * max(head.mixing_size, problem.value_shape[0] * problem.c) * head.n_groups <= WRITTEN_OUT
         self.scores = scores_of(problem) if small else None
-        self.method = "none" if self.scores is None else _affordable(self.scores)
-        self._faces = [faces(s.planes) for s in self.scores or [] if self.method == "faces"]
-        self._cells = [cells(s.planes) for s in self.scores or [] if self.method == "patterns"]
+        self._faces: list[list[FacesOfDimension]] = []
+        self._cells: list[tuple[Tensor, float]] = []
+        self.method = "none" if self.scores is None else self._prepare(self.scores)
+
+    def _prepare(self, scores: list[Scores]) -> str:
+        """The tightest method that can be had and relied upon."""
+        for method in _affordable(scores):
+            try:
+                if method == "faces":
+                    self._faces = [faces(s.planes) for s in scores]
+                elif method == "patterns":
+                    self._cells = [cells_and_doubt(s.planes) for s in scores]
+            except UnreliableError:
+                continue
+            return method
+        return "product of norms"
 
     @property
     def tight(self) -> bool:
@@ -138,46 +163,63 @@ class NormOracle:
         enough : float
             A bound that need not be improved on.
         """
-        ascents, lower = len(peaks.values), float(peaks.values[:1].sum())
+        ascents = len(peaks.values)
+        peaks = self._in_double(R, peaks)
+        lower = float(peaks.values[:1].sum())
         if self.scores is None:
             return DualNorm(math.inf, self.method, peaks, ascents)
         upper, best = 0.0, []
-        for scores in self.scores:
-            form = scores.weights(self.problem, R.double())
+        forms = [scores.weights(self.problem, R.double()) for scores in self.scores]
+        for scores, form in zip(self.scores, forms, strict=True):
             if self.method == "faces":
                 bound, u = largest_norm_on_faces(form, self._faces[scores.group])
-                bound = bound * (1 + ROUNDING) + form.neglected
+                bound = bound * (1 + ROUNDING) + doubt_of(form, self._faces[scores.group]) + form.neglected
                 best.append(u @ scores.basis)
             elif self.method == "branch and bound":
                 bound, _, u = largest_norm(form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=WORK)
                 best.append(u.unsqueeze(0) @ scores.basis)
             elif self.method == "patterns":
-                bound = _over_patterns(form, self._cells[scores.group])
+                gates, doubt = self._cells[scores.group]
+                bound = _over_patterns(form, gates) + form.size * doubt
             else:
                 bound = product_of_norms(form)
-            upper = max(upper, bound)
+            upper = max(upper, bound) if math.isfinite(bound) else math.inf
         if best:
             U = torch.cat(best).to(peaks.U).view(-1, *self.problem.head.mixing_shape)
             block = torch.cat([torch.full((len(u),), group, device=U.device) for group, u in enumerate(best)])
             found = U.flatten(1).norm(dim=1) > 0
-            peaks = peaks.merge(ascend(self.problem, R.to(U.dtype), U[found], block[found], iterations=30))
-        return DualNorm(upper, self.method, peaks, ascents)
+            more = ascend(self.problem, R.to(self.problem.dtype), U[found], block[found], iterations=30)
+            peaks = peaks.merge(self._in_double(R, more))
+        known = DualNorm(upper, self.method, peaks, ascents)
+        if not known.refuted:
+            return known
+        return DualNorm(max(map(product_of_norms, forms)), "product of norms", peaks, ascents, refuted=True)
+
+    def _in_double(self, R: Float[Tensor, "n r c"], peaks: Peaks) -> Peaks:
+        """Values that a search in single precision found, as they are in double precision."""
+        if self.problem.dtype == torch.float64:
+            return peaks
+        U = torch.nn.functional.normalize(peaks.U.double().flatten(1)).view_as(peaks.U)
+        G = self.problem.in_double(reuse=True).adjoint_times_mixing(R.double(), U, peaks.block)
+        values = G.flatten(1).norm(dim=1)
+        return Peaks(values, peaks.U, peaks.G, peaks.block).select(values.argsort(descending=True))
 
 
-def _affordable(scores: list[Scores]) -> str:
-    """The tightest bound that can be had."""
+def _affordable(scores: list[Scores]) -> list[str]:
+    """Methods that can be paid for, the tightest first."""
     sizes = [(len(s.planes), s.dimension) for s in scores]
-    if all(count <= limit for size in sizes for count, limit in zip(count_faces(*size), LIMITS, strict=True)):
-        return "faces"
-    if all(dimension <= MAX_DIMENSION for _, dimension in sizes):
-        return "branch and bound"
-    if all(most_cells(*size) <= MAX_PATTERNS for size in sizes):
-        return "patterns"
-    return "product of norms"
+    within = {
+        "faces": all(n <= limit for size in sizes for n, limit in zip(count_faces(*size), LIMITS, strict=True)),
+        "branch and bound": all(dimension <= MAX_DIMENSION for _, dimension in sizes),
+        "patterns": all(most_cells(*size) <= MAX_PATTERNS for size in sizes),
+    }
+    return [method for method, affordable in within.items() if affordable]
 
 
 def product_of_norms(form: Form) -> float:
     """``‖(L + ½ Kᵀ c)ᵀ‖₂ + ½ ‖K‖₂ ‖c‖₂``."""
+    if not all(bool(part.isfinite().all()) for part in (form.L, form.c)):
+        return math.inf
     linear = torch.linalg.matrix_norm(form.L + form.K.T @ form.c / 2, 2)
     rest = torch.linalg.matrix_norm(form.K, 2) * torch.linalg.matrix_norm(form.c, 2) / 2
     return float(linear + rest) * (1 + ROUNDING) + form.neglected
@@ -210,6 +252,10 @@ def _in_cone(m: Float[Tensor, " w"], K: Float[Tensor, "h w"]) -> float:
     bounds = []
     for sign in (1.0, -1.0):
         target = -sign * m.numpy(force=True)
-        lam, _ = nnls(A, target)
-        bounds.append(float(np.linalg.norm(A @ np.maximum(lam, 0.0) - target)))
+        try:
+            lam = np.maximum(nnls(A, target)[0], 0.0)
+        except RuntimeError:  # it did not settle
+            lam = np.zeros(A.shape[1])
+        rounding = EPSILON * sum(A.shape) * lam.sum()
+        bounds.append(float(np.linalg.norm(A @ lam - target) + rounding))
     return max(bounds)

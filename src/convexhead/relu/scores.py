@@ -8,10 +8,15 @@ worth under the residuals ``R``,
 Parallel rows are one hyperplane ``k_h`` (unit, `patterns.hyperplanes`). Those that point the other way are turned round
 by ``max(−t, 0) = max(t, 0) − t``, which leaves a linear part:
 
-    Σ_ρ C_ρ max(K_ρ u, 0) = Lᵀ u + Σ_h c_h max(k_hᵀ u, 0)
+    Σ_ρ C_ρ max(K_ρ u, 0) = Lᵀ u + Σ_h c_h max(k_hᵀ u, 0) + δ(u)
 
 Mixing directions that no row sees, and those that a head can do without (`Head.mixing_span`), are dropped:
-``u = wᵀ basis``.
+``u = wᵀ basis``. Rows are parallel, and directions unseen, up to rounding only: where ``e_ρ`` is what a row loses,
+
+    ‖δ(u)‖ ≤ Σ_ρ (‖e_ρ‖ + γ ‖K_ρ‖) ‖C_ρ‖      for unit u,
+
+as a ReLU is 1-Lipschitz. ``γ`` covers the rounding of all sums over rows and directions, in any order. Rows keep their
+own scale: directions are sought among *unit* rows, so that one large row hides none.
 """
 
 from __future__ import annotations
@@ -22,11 +27,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexhead.patterns import hyperplanes_of, preactivation_rows
+from convexhead.patterns import EPSILON, hyperplanes_of, preactivation_rows
 from convexhead.problem import Problem
 
-RANK = 1e-11
-"""Directions whose singular value in ``K`` is this small relative to the largest are not seen by the data."""
+TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,9 @@ class Scores:
     plane : Tensor (N,)
         The hyperplane of each row; rows that vanish have scale 0.
     scale : Tensor (N,)
-        ``K_ρ = scale_ρ · planes[plane_ρ]``.
-    unseen : float
-        Largest singular value among the dropped directions.
+        ``K_ρ ≈ scale_ρ · planes[plane_ρ]``.
+    lost : Tensor (N,)
+        ``‖e_ρ‖ + γ ‖K_ρ‖``: by how much a row's activation may differ from that of its plane, rounding included.
     """
 
     group: int
@@ -54,7 +58,7 @@ class Scores:
     planes: Float[Tensor, "h w"]
     plane: Int[Tensor, " N"]
     scale: Float[Tensor, " N"]
-    unseen: float
+    lost: Float[Tensor, " N"]
 
     @property
     def dimension(self) -> int:
@@ -68,7 +72,7 @@ class Scores:
         towards = (self.scale > 0).unsqueeze(1)
         c = scaled.new_zeros(len(self.planes), C.shape[1]).index_add_(0, self.plane, scaled)
         away = torch.zeros_like(c).index_add_(0, self.plane, scaled * ~towards)
-        return Form(-self.planes.T @ away, self.planes, c, self.unseen * float(C.norm()))
+        return Form(-self.planes.T @ away, self.planes, c, float(self.lost @ C.norm(dim=1)))
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,18 @@ class Form:
         Unit rows.
     c : Tensor (h, q)
     neglected : float
-        Bound on the norm of what the dropped directions of a unit ``u`` add.
+        Bound on the norm of ``δ(u)`` for unit ``u``: what was dropped, merged and rounded.
     """
 
     L: Float[Tensor, "w q"]
     K: Float[Tensor, "h w"]
     c: Float[Tensor, "h q"]
     neglected: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """``‖L‖ + Σ_h ‖c_h‖``, a Lipschitz constant."""
+        return float(self.L.norm() + self.c.norm(dim=1).sum())
 
     def __call__(self, u: Float[Tensor, "b w"]) -> Float[Tensor, "b q"]:
         return u @ self.L + (u @ self.K.T).clamp_min(0) @ self.c
@@ -102,15 +111,22 @@ def scores_of(problem: Problem) -> list[Scores]:
         enough = problem.head.mixing_span()
         if enough is not None:
             rows = rows @ enough.to(rows).T
-        _, sigma, span = torch.linalg.svd(rows, full_matrices=False)
-        seen = sigma > RANK * sigma[:1]
-        basis = span[seen]
-        planes, plane, scale = hyperplanes_of(rows @ basis.T)
-        unseen = float(sigma[~seen].max()) if not bool(seen.all()) else 0.0
+        basis, planes, plane, scale, lost = _written_as_planes(rows)
         if enough is not None:
             basis = basis @ enough.to(rows)
-        found.append(Scores(group, basis, planes, plane, scale, unseen))
+        found.append(Scores(group, basis, planes, plane, scale, lost))
     return found
+
+
+def _written_as_planes(K: Float[Tensor, "N p"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(basis, planes, plane, scale, lost)`` as of `Scores`."""
+    size = K.norm(dim=1)
+    _, sigma, span = torch.linalg.svd(K / size.clamp_min(TINY).unsqueeze(1), full_matrices=False)
+    basis = span[sigma > EPSILON * max(K.shape) * sigma[:1]]
+    planes, plane, scale = hyperplanes_of(K @ basis.T)
+    kept = scale.unsqueeze(1) * planes[plane] @ basis if len(planes) else torch.zeros_like(K)
+    gamma = EPSILON * (len(K) / 2 + 2 * K.shape[1] + 16)
+    return basis, planes, plane, scale, (K - kept).norm(dim=1) + gamma * size
 
 
 def score_weights(problem: Problem, R: Float[Tensor, "n r c"], group: int) -> Float[Tensor, "N q"]:
