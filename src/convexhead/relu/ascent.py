@@ -50,10 +50,12 @@ class Peaks:
         merged = Peaks(*(torch.cat(pair) for pair in pairs))
         return merged.select(merged.values.argsort(descending=True))
 
-    def distinct(self, *, cosine: float = 0.999) -> Peaks:
-        """Of peaks in one block whose directions agree to ``cosine`` only the highest."""
+    def distinct(self, *, cosine: float = 0.999, seen: Float[Tensor, "k w"] | None = None) -> Peaks:
+        """Of peaks in one block whose directions, and those ``seen`` by the data, agree to ``cosine`` the highest."""
         flat = self.U.flatten(1)
         same = (flat @ flat.T > cosine) & (self.block.unsqueeze(1) == self.block)
+        if seen is not None:
+            same &= seen @ seen.T > cosine
         return self.select(~same.tril(-1).any(1))
 
 

@@ -25,7 +25,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from convexhead.problem import Atoms, Problem
 from convexhead.relu.ascent import Peaks, ascend, starts
 from convexhead.relu.bound import MAX_DIMENSION, ROUNDING, largest_norm
 from convexhead.relu.faces import LIMITS, FacesOfDimension, count_faces, doubt_of, faces, largest_norm_on_faces
-from convexhead.relu.scores import Form, Scores, scores_of
+from convexhead.relu.scores import TINY, Form, Scores, scores_of
 
 WRITTEN_OUT = 2e6
 """Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
@@ -131,6 +131,32 @@ class NormOracle:
         if self.method == "branch and bound":
             return all(s.dimension <= 3 or len(s.planes) <= FEW_PLANES for s in self.scores or [])
         return self.method in ("faces", "patterns")
+
+    def seen(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "k w"] | None:
+        """Unit vectors whose angles are those between mixing weights as the data sees them; None where not known.
+
+        Where all rows nearly agree, weights that differ by little score them quite differently.
+        """
+        if self.scores is None:
+            return None
+        flat = U.flatten(1).double()
+        found = flat.new_zeros(len(flat), max(scores.dimension for scores in self.scores))
+        for scores in self.scores:
+            mine = block == scores.group
+            found[mine, : scores.dimension] = flat[mine] @ scores.basis.T * scores.spread
+        return torch.nn.functional.normalize(found, eps=TINY)
+
+    def strength(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, " k"] | None:
+        """``‖K u‖``, the norm of all scores of mixing weights; None where not known."""
+        if self.scores is None:
+            return None
+        flat = U.flatten(1).double()
+        found = flat.new_zeros(len(flat))
+        for scores in self.scores:
+            mine = block == scores.group
+            along = flat[mine] @ scores.basis.T @ scores.planes.T
+            found[mine] = (along[:, scores.plane] * scores.scale).norm(dim=1) if along.numel() else 0.0
+        return found
 
     def search(
         self,

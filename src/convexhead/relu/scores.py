@@ -43,6 +43,8 @@ class Scores:
         The channel group, which is the block of a ReLU atom.
     basis : Tensor (w, p)
         Orthonormal rows that span the directions seen by the data.
+    spread : Tensor (w,)
+        How strongly it sees each: singular values of the rows scaled to unit norm.
     planes : Tensor (h, w)
         Distinct hyperplanes as unit rows, in these coordinates.
     plane : Tensor (N,)
@@ -55,6 +57,7 @@ class Scores:
 
     group: int
     basis: Float[Tensor, "w p"]
+    spread: Float[Tensor, " w"]
     planes: Float[Tensor, "h w"]
     plane: Int[Tensor, " N"]
     scale: Float[Tensor, " N"]
@@ -111,22 +114,23 @@ def scores_of(problem: Problem) -> list[Scores]:
         enough = problem.head.mixing_span()
         if enough is not None:
             rows = rows @ enough.to(rows).T
-        basis, planes, plane, scale, lost = _written_as_planes(rows)
+        basis, spread, planes, plane, scale, lost = _written_as_planes(rows)
         if enough is not None:
             basis = basis @ enough.to(rows)
-        found.append(Scores(group, basis, planes, plane, scale, lost))
+        found.append(Scores(group, basis, spread, planes, plane, scale, lost))
     return found
 
 
-def _written_as_planes(K: Float[Tensor, "N p"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(basis, planes, plane, scale, lost)`` as of `Scores`."""
+def _written_as_planes(K: Float[Tensor, "N p"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(basis, spread, planes, plane, scale, lost)`` as of `Scores`."""
     size = K.norm(dim=1)
     _, sigma, span = torch.linalg.svd(K / size.clamp_min(TINY).unsqueeze(1), full_matrices=False)
-    basis = span[sigma > EPSILON * max(K.shape) * sigma[:1]]
+    seen = sigma > EPSILON * max(K.shape) * sigma[:1]
+    basis = span[seen]
     planes, plane, scale = hyperplanes_of(K @ basis.T)
     kept = scale.unsqueeze(1) * planes[plane] @ basis if len(planes) else torch.zeros_like(K)
     gamma = EPSILON * (len(K) / 2 + 2 * K.shape[1] + 16)
-    return basis, planes, plane, scale, (K - kept).norm(dim=1) + gamma * size
+    return basis, sigma[seen], planes, plane, scale, (K - kept).norm(dim=1) + gamma * size
 
 
 def score_weights(problem: Problem, R: Float[Tensor, "n r c"], group: int) -> Float[Tensor, "N q"]:

@@ -265,6 +265,11 @@ def _finish(problem: Problem, atoms: Atoms, negligible: float, max_heads: int | 
                 dropped[: max(0, len(sigma) - max_heads)] = True
             keep = torch.ones_like(dropped)
             keep[order[dropped]] = False
+            # Where tokens are far from 0 a small ReLU atom may move outputs far.
+            if max_heads is None and not problem.activation.convex and not bool(keep.all()):
+                exact = problem.in_double()
+                before, after = (exact.data_term(exact.outputs(part)) for part in (atoms, atoms.select(keep)))
+                keep |= after > before + negligible * abs(before)
             atoms = atoms.select(keep)
     if problem.fit_intercept:
         exact = problem.in_double()

@@ -91,11 +91,20 @@ class ReLUColumnGeneration(ABC):
         return None
 
     def advance(self, target: float) -> Stop:
-        """Rounds until the estimated relative gap is at most ``target``."""
+        """Rounds until the estimated relative gap is at most ``target``; then, or before, the lowest model is kept."""
+        self._lowest = float("inf"), self.model
+        stop = self._rounds(target)
+        if self._objective(self.problem.outputs(self.model), self.model) > self._lowest[0]:
+            self.model = self._lowest[1]
+        return stop
+
+    def _rounds(self, target: float) -> Stop:
         best, since = float("inf"), 0
         for _ in range(self.max_rounds):
             f = self.problem.outputs(self.model)
             objective = self._objective(f, self.model)
+            if objective < self._lowest[0]:
+                self._lowest = objective, self.model
             peaks, dual = self._price(f, objective, target)
             gap = self.monitor.record(objective, dual, len(self.model))
             if gap <= target:
@@ -151,7 +160,8 @@ class ReLUColumnGeneration(ABC):
         None where none pays.
         """
         problem = self.problem
-        peaks = peaks.select(peaks.values > self.beta * (1 + 1e-9)).distinct()
+        peaks = peaks.select(peaks.values > self.beta * (1 + 1e-9))
+        peaks = peaks.distinct(seen=self.oracle.seen(peaks.U, peaks.block))
         room = most if self.max_heads is None else min(most, self.max_heads - len(self.model))
         peaks = peaks.select(torch.arange(len(peaks.values)) < room)
         if not len(peaks.values):
@@ -180,7 +190,8 @@ class ReLUColumnGeneration(ABC):
         return True
 
     def _tidy(self, atoms: Atoms, apart: float = 1e-9) -> Atoms:
-        """Balanced atoms; those merged whose directions differ by less than ``apart`` in cosine, tiny ones dropped.
+        """Balanced atoms; those merged whose directions, also as the data sees them, differ by less than ``apart`` in
+        cosine, tiny ones dropped whose scores are tiny too.
 
         Atoms of one direction do the same work for a larger penalty.
         """
@@ -190,6 +201,9 @@ class ReLUColumnGeneration(ABC):
         size = torch.cat(sizes)
         unit = torch.nn.functional.normalize(atoms.U.flatten(1).double())
         same = (unit @ unit.T > 1 - apart) & (atoms.block.unsqueeze(1) == atoms.block)
+        seen = self.oracle.seen(atoms.U, atoms.block)
+        if seen is not None:
+            same &= seen @ seen.T > 1 - apart
         same.fill_diagonal_(True)
         leader = same.int().argmax(1)
         V = torch.zeros_like(atoms.V).index_add_(
@@ -198,7 +212,12 @@ class ReLUColumnGeneration(ABC):
         merged = Atoms(atoms.U, V, atoms.block, atoms.intercept).select(leader.unique())
         merged, sizes = rescale(merged)
         size = torch.cat(sizes) if sizes else size[:0]
-        return merged.select(size > 1e-7 * size.sum())
+        keep = size > 1e-7 * size.sum()
+        strength = self.oracle.strength(torch.nn.functional.normalize(merged.U.flatten(1)), merged.block)
+        if strength is not None:
+            effect = size.double() * strength
+            keep |= effect > 1e-7 * effect.sum()
+        return merged.select(keep)
 
 
 class ExactRounds(ReLUColumnGeneration):
