@@ -109,12 +109,13 @@ def test_from_images_to_an_audit(work, capsys):
     assert score["top1"] > 0.6
 
     trained = call_json(
-        capsys, "twin", store, "--out", work / "adam", "--beta-ratio", 0.05, "--epochs", 20, "--heads", 6
+        capsys, "adam", store, "--out", work / "adam", "--beta-ratio", 0.05, "--epochs", 20, "--heads", 6
     )
     assert trained["beta"] == pytest.approx(fitted["beta"])
     loose = call_json(capsys, "audit", work / "adam", store)["certificate"]
     tight = call_json(capsys, "audit", work / "adam", store, "--reference", work / "run")["certificate"]
-    assert fitted["certificate"]["dual"] <= tight["dual"] <= fitted["certificate"]["primal"]
+    assert tight["dual"] >= fitted["certificate"]["dual"] - 1e-9  # less what rounding may do to the objective
+    assert tight["dual"] <= fitted["certificate"]["primal"]
     assert 0 <= tight["gap"] <= loose["gap"]
 
     path = call_json(capsys, "path", store, "--beta-ratios", "0.3,0.1", "--out", work / "best")
@@ -208,15 +209,15 @@ def test_a_real_process():
 
 
 def test_relu_head_by_every_command(work, capsys):
-    """Fit, twin and audit of a true ReLU head; what is estimated is called so."""
+    """Fit, Adam and audit of a true ReLU head; what is estimated is called so."""
     options = ("--head", "mlp", "--activation", "relu", "--beta-ratio", "0.3")
     assert call("fit", work / "tokens", "--out", work / "relu", *options, "--max-time", "2", "--json") == 0
     fitted = json.loads(capsys.readouterr().out)["certificate"]
     assert fitted["scope"] in ("global", "estimated")
     assert fitted["ascents"] > 0
-    assert call("twin", work / "tokens", "--out", work / "relu-twin", *options, "--epochs", "2", "--json") == 0
+    assert call("adam", work / "tokens", "--out", work / "relu-adam", *options, "--epochs", "2", "--json") == 0
     capsys.readouterr()
-    assert call("audit", work / "relu-twin", work / "tokens", "--json") == 0
+    assert call("audit", work / "relu-adam", work / "tokens", "--json") == 0
     audited = json.loads(capsys.readouterr().out)["certificate"]
     assert audited["primal"] >= fitted["dual"]
     assert audited["scope"] != "estimated" or not audited["converged"]

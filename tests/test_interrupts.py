@@ -153,7 +153,7 @@ COMMANDS = {
     "evaluate": ("RUN", "STORE"),
     "audit": ("RUN", "STORE"),
     "report": ("RUN", "--tokens", "STORE", "--out", "OUT"),
-    "twin": ("STORE", "--out", "OUT", "--epochs", "2000"),
+    "adam": ("STORE", "--out", "OUT", "--epochs", "2000"),
     "demo": ("--out", "OUT"),
 }
 
@@ -179,7 +179,7 @@ def test_any_command_at_any_moment(store, run, tmp_path, command):
 
 def readable(out: Path, command: str) -> None:
     """Whatever a stopped command left is whole, or what the next run of it takes."""
-    if command in ("fit", "path", "twin") and out.exists():
+    if command in ("fit", "path", "adam") and out.exists():
         ch.load(out)
     if command == "extract":
         assert "images" in end(begin(*["extract", *COMMANDS["extract"][:-1], out]), 0)[0]

@@ -64,7 +64,7 @@ def work(tmp_path_factory):
     assert call("path", tokens, "--out", folder / "path", "--beta-ratios", "0.5,0.2,0.05", "--tol", "0.01") == 0
     mixer = ("--head", "mlp-mixer", "--activation", "gated-relu", "--n-gates", 3, "--fit-intercept")
     assert call("fit", tokens, "--out", folder / "mixer", *mixer, "--beta-ratio", 0.1, "--tol", "0.01") == 0
-    assert call("twin", tokens, "--out", folder / "adam", "--epochs", 3, "--heads", 4) == 0
+    assert call("adam", tokens, "--out", folder / "adam", "--epochs", 3, "--heads", 4) == 0
     return folder
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from os import _exit as exit_at_once
 from types import FrameType
 from typing import Any
 
@@ -123,7 +124,7 @@ def _say(text: str) -> None:
 def _leave(text: str, code: int) -> None:
     if text:
         _say(text)
-    os._exit(code)
+    exit_at_once(code)
 
 
 interrupts = Interrupts()

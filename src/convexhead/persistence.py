@@ -51,8 +51,7 @@ def save(estimator: Any, path: str | Path) -> None:
         The place cannot be written; what was there is kept.
     """
     path = Path(path)
-    if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not a model folder: choose another path")
+    check_target(path)
     config, tensors = _describe(estimator)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
@@ -71,6 +70,18 @@ def save(estimator: Any, path: str | Path) -> None:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def check_target(path: Path) -> None:
+    """Refuse a place that a model cannot be saved in, before hours of training are spent on it.
+
+    Raises
+    ------
+    InputError
+        ``path`` is something else than a model folder.
+    """
+    if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not a model folder: choose another path")
 
 
 def keep_others(old: Path, fresh: Path) -> None:

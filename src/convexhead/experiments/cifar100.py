@@ -18,12 +18,14 @@ import numpy as np
 
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments.cells import Cell, PathSettings, TwinSettings
-from convexhead.experiments.comparison import Notify, Results, Settings, cells_of, run
+from convexhead.experiments.comparison import Results, Settings, cells_of, run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, check_test_split, chosen_splits
 from convexhead.heads import HEADS
+from convexhead.progress import Notify, silent
 from convexhead.tokens import TokenStore, extract, open_source
+from convexhead.tokens.progress import told_to
 
 BACKBONE = "timm:gmlp_s16_224.ra3_in1k"
 """The published one."""
@@ -100,7 +102,7 @@ def run_cifar100(
     tuning_seeds: int | None = None,
     sizes: bool = False,
     jobs: int | None = None,
-    notify: Notify | None = None,
+    notify: Notify = silent,
     command: Sequence[str] = (),
 ) -> Results:
     """Run the experiment into the folder ``out``, or go on with it, and write tables, figures and the page.
@@ -124,7 +126,8 @@ def run_cifar100(
         Also train the main heads on fewer images.
     jobs : int or None
         Cells trained at a time.
-    notify : callable (what, done, total) or None
+    notify : callable
+        Told of progress, see `convexhead.progress`.
     command : sequence of str
         What the page tells to type to have it again.
 
@@ -202,7 +205,7 @@ def _open_tokens(
     image_size: int | None,
     tokens: Path | None,
     choice: TokenChoice,
-    notify: Notify | None,
+    notify: Notify,
 ) -> TokenStore:
     """The store that was given, or that of the chosen images, extracted as far as it is not there."""
     if tokens is not None:
@@ -216,7 +219,6 @@ def _open_tokens(
     source = open_source(images)
     if "test" not in source.splits:
         raise InputError(f"{images} has no test images: it needs train/ and test/ beside each other")
-    say = notify or (lambda what, done, total: None)
     wanted: dict[str, int | None] = {"train": choice.train, "test": choice.test}
     return extract(
         Subset(source, classes=choice.classes, per_class=wanted, seed=choice.seed),
@@ -226,12 +228,12 @@ def _open_tokens(
         image_size=image_size,
         # 32 pixels have no margin to cut off; raw patches take the image as it is.
         crop_pct=None if backbone.startswith("patches:") else 1.0,
-        progress=lambda p: say(f"tokens, {p.images_per_second:.0f} images/s", p.done, p.total),
+        progress=told_to(notify),
     )
 
 
 def _sizes(
-    store: TokenStore, choice: TokenChoice, settings: Settings, out: Path, jobs: int, notify: Notify | None
+    store: TokenStore, choice: TokenChoice, settings: Settings, out: Path, jobs: int, notify: Notify
 ) -> list[dict[str, Any]]:
     """The main heads and the linear probe on few images of each class, each size a run of its own."""
     available = int(np.unique(store["train"].labels, return_counts=True)[1].min())

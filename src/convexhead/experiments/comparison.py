@@ -51,9 +51,9 @@ from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned
 from convexhead.heads import HEADS
 from convexhead.persistence import load
+from convexhead.progress import Notify, silent
 from convexhead.tokens.files import make_folder, writer_lock
 
-Notify = Callable[[str, int, int], None]
 Results = dict[str, Any]
 ROUNDING = 1e-9
 """By how much, relatively, rounding may put a twin below a certified bound."""
@@ -103,7 +103,7 @@ class Trained:
 
 
 def run(
-    splits: Splits, settings: Settings, out: Path, *, title: str, jobs: int = 1, notify: Notify | None = None
+    splits: Splits, settings: Settings, out: Path, *, title: str, jobs: int = 1, notify: Notify = silent
 ) -> Results:
     """Run everything that ``out`` does not hold yet, and return the results as `convexhead.report` takes them.
 
@@ -117,8 +117,8 @@ def run(
         Of the page.
     jobs : int
         Cells trained at a time, in processes that share the cores; seconds are then those of the processor.
-    notify : callable (what, done, total) or None
-        Told of progress.
+    notify : callable
+        Told of progress, see `convexhead.progress`.
 
     Raises
     ------
@@ -127,20 +127,19 @@ def run(
     StoreWriteError
         ``out`` cannot be written, or another process is writing it.
     """
-    say = notify or (lambda what, done, total: None)
     total = settings.pieces()
-    folder = RunFolder(out, lambda name: say(name, folder.count(), total))
+    folder = RunFolder(out, lambda name: notify(name, folder.count(), total))
     make_folder(out)
     with writer_lock(out):
         folder.begin({**asdict(settings), "images": splits.name, "data": splits.identity})
-        say("training", folder.count(), total)
+        notify("training", folder.count(), total)
         if jobs > 1:
-            _train_in_processes(splits, settings, folder, jobs, lambda: say("training", folder.count(), total))
+            _train_in_processes(splits, settings, folder, jobs, lambda: notify("training", folder.count(), total))
         probes = {name: fit_probe(name, splits, settings.twins, folder) for name in settings.probes}
         trained = [_train_cell(splits, settings, folder, cell) for cell in settings.cells]
-        say("test images", folder.count(), total)
+        notify("test images", folder.count(), total)
         test = folder.once("test", lambda: _score_test(splits, folder, probes, trained))
-        say("done", total, total)
+        notify("done", total, total)
     clock = "wall" if jobs == 1 else f"processor, {jobs} cells at a time"
     return _results(splits, settings, probes, trained, test.record, title, clock)
 

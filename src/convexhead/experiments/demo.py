@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from convexhead.errors import require
-from convexhead.experiments.cells import PathSettings
-from convexhead.experiments.comparison import Notify, Settings, run
+from convexhead.experiments.cells import PathSettings, TwinSettings
+from convexhead.experiments.comparison import Settings, run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Splits, splits_of_store
 from convexhead.interpret import token_contributions
 from convexhead.persistence import load
+from convexhead.progress import Notify, silent
 
 BACKBONE, SOURCE = "packaged:efficientnet-lite0", "sklearn:digits"
 EXTRACTION = {
@@ -29,12 +30,21 @@ EXTRACTION = {
     "reduce": "pca",
     "constant": True,
 }
-DEMO = Settings(path=PathSettings(beta_ratios=(0.1, 0.03, 0.01, 0.003), n_gates=4, patience=1))
+PATH = PathSettings(beta_ratios=(0.1, 0.03, 0.01, 0.003), n_gates=4, patience=1)
 N_MAPS = 12
 
 
-def run_demo(out: Path, *, settings: Settings | None = None, notify: Notify | None = None) -> dict[str, Any]:
-    """Extract, compare, and write the page; a second run reuses the tokens.
+def run_demo(out: Path, *, seeds: int = 3, notify: Notify = silent) -> dict[str, Any]:
+    """Extract, compare, and write the page; the same call goes on where it stopped.
+
+    Parameters
+    ----------
+    out : Path
+        Folder to write.
+    seeds : int
+        Runs of Adam for each head; 0: none.
+    notify : callable
+        Told of progress, see `convexhead.progress`.
 
     Returns
     -------
@@ -44,19 +54,20 @@ def run_demo(out: Path, *, settings: Settings | None = None, notify: Notify | No
     require("jinja2", "report")
     require("matplotlib", "report")
     from convexhead.tokens import extract, open_source
+    from convexhead.tokens.progress import told_to
 
-    say = notify or (lambda what, done, total: None)
     RunFolder(out).check()
     source = open_source(SOURCE)
     store = extract(
         source,
         BACKBONE,
         out / "tokens",
-        progress=lambda p: say(f"tokens, {p.images_per_second:.0f} images/s", p.done, p.total),
+        progress=told_to(notify),
         **EXTRACTION,  # type: ignore[arg-type]
     )
     splits = splits_of_store(store)
-    results = run(splits, settings or DEMO, out, title="Handwritten digits, every head", notify=notify)
+    settings = Settings(path=PATH, twins=TwinSettings(seeds=tuple(range(seeds))))
+    results = run(splits, settings, out, title="Handwritten digits, every head", notify=notify)
     results["dataset"]["name"] = "scikit-learn digits"
     results["reproduce"] = ["make demo", f"convexhead demo --out {out.name}"]
     results["attention"] = attention_gallery(out, splits, lambda i: source.load("test", i))

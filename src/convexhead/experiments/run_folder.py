@@ -47,7 +47,7 @@ class RunFolder:
     path : Path
         Made where it does not exist.
     on_piece : callable (str) or None
-        Called with the name of every piece that has been finished.
+        Called with the name of every piece when it is begun, and again when it is finished.
     """
 
     def __init__(self, path: Path, on_piece: Callable[[str], None] | None = None) -> None:
@@ -103,6 +103,7 @@ class RunFolder:
         record, weights = self._file(name, ".json"), self._file(name, ".safetensors")
         if record.is_file():
             return Piece(self._read(record), self._weights(weights) if weights.is_file() else {}, name)
+        self._on_piece(name)
         piece = make()
         piece.name = name
         make_folder(record.parent)

@@ -15,11 +15,11 @@ from convexhead.report.page import environment, inline_svg
 from convexhead.report.pictures import thumbnails
 from convexhead.report.runs import read_run
 from convexhead.report.tables import gap as gap_in_words
+from convexhead.tokens.files import make_folder, write_atomic
+from convexhead.tokens.store import TokenStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from convexhead.tokens.store import TokenStore
 
 
 class Figures:
@@ -60,7 +60,7 @@ def render_runs(
     Parameters
     ----------
     folders : sequence of Path
-        Runs of `convexhead fit`, `path` or `twin`.
+        Runs of `convexhead fit`, `path` or `adam`.
     store : TokenStore or None
         Scores all runs anew, for models that were saved without evidence, or on another store.
     images : str or None
@@ -194,6 +194,24 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
             "Strength of the filters over channels, in both domains.",
         )
     return made
+
+
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    tokens: Path | None = None,
+    images: str | None = None,
+    size: int = 64,
+    figure_folder: Path | None = None,
+) -> None:
+    """Write the page of `render_runs` into the file ``out``; ``tokens`` is the folder of its store."""
+    require("jinja2", "report")
+    require("matplotlib", "report")
+    store = None if tokens is None else TokenStore.open(tokens)
+    page = render_runs(folders, store=store, images=images, size=size, figure_folder=figure_folder)
+    make_folder(out.parent)
+    write_atomic(out, page.encode())
 
 
 def _comparison(runs: list[dict[str, Any]], draw: Figures) -> list[dict[str, Any]]:

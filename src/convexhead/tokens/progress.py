@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from convexhead.progress import Notify
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -29,6 +31,11 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def told_to(notify: Notify) -> ProgressCallback:
+    """Return a callback for `extract` that passes its progress on to ``notify``."""
+    return lambda p: notify(f"tokens of {p.split} images", p.done, p.total, f"{p.images_per_second:.0f} images/s")
 
 
 class ProgressMeter:

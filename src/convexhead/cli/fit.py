@@ -1,0 +1,160 @@
+"""``convexhead fit`` and ``convexhead path``: heads to a certified optimum, at one β or along a grid."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from rich.markup import escape
+from typer import Option
+
+from convexhead.cli.entry import Stopped, command
+from convexhead.cli.options import (
+    Activation,
+    Beta,
+    BetaRatio,
+    BetaRatios,
+    Blocks,
+    Device,
+    FitIntercept,
+    Gates,
+    Head,
+    Json,
+    Out,
+    Outputs,
+    Pool,
+    Seed,
+    Store,
+    Tol,
+    ratios,
+)
+from convexhead.cli.output import certificate_line, emit, gaps_are_shown, speaks_for_all
+from convexhead.cli.progress import shown_progress
+from convexhead.interrupts import interrupts
+
+MaxHeads = Annotated[int | None, Option(help="Most heads to use; the certificate then says what that costs.")]
+MaxTime = Annotated[float | None, Option(help="Seconds after which the best head so far is kept, with its gap.")]
+MaxMemory = Annotated[
+    float | None,
+    Option(help="Gigabytes for tokens; those beyond are read again in each pass. Default: half of what is free."),
+]
+Checkpoint = Annotated[
+    float | None,
+    Option(help="Minutes between checkpoints, kept in OUT.checkpoint. The same command goes on from the last one."),
+]
+BestOut = Annotated[Path | None, Option("--out", help="Folder to save the best head in; default: save nothing.")]
+Validation = Annotated[float, Option(help="Share of the training images that is held out to choose β by.")]
+
+
+@command("no head was trained yet; with --checkpoint MINUTES the same command goes on from the last checkpoint")
+def fit(
+    store: Store,
+    out: Out,
+    head: Head = "self-attention",
+    activation: Activation = "linear",
+    beta_ratio: BetaRatio = 0.05,
+    beta: Beta = None,
+    pool: Pool = "mean",
+    tol: Tol = 1e-3,
+    n_gates: Gates = 50,
+    n_blocks: Blocks = 4,
+    outputs: Outputs = "shared",
+    fit_intercept: FitIntercept = False,
+    max_heads: MaxHeads = None,
+    max_time: MaxTime = None,
+    max_memory: MaxMemory = None,
+    checkpoint: Checkpoint = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a head on the training images to a certified global optimum; under torchrun, with all its processes."""
+    from convexhead import runs
+
+    with shown_progress(as_json) as notify, gaps_are_shown():
+        clf = runs.fit(
+            store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol,
+            n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, max_heads=max_heads,
+            max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory, random_state=seed,
+            device=device, checkpoint_minutes=checkpoint, notify=notify, command=["convexhead", *sys.argv[1:]],
+        )  # fmt: skip
+    if not speaks_for_all():
+        return
+    certificate = clf.certificate_
+    result = {
+        "run": str(out),
+        "certificate": certificate.to_dict(),
+        "beta": clf.beta_,
+        "beta_max": clf.beta_max_,
+        "heads": clf.n_heads_,
+        "seconds": clf.history_[-1]["seconds"] if clf.history_ else 0.0,
+        "stopped": clf.stop_reason_,
+    }
+    summary = (
+        f"{clf.n_heads_} heads, β = {clf.beta_:.4g} (β_max {clf.beta_max_:.4g}), {result['seconds']:.1f} s, "
+        f"saved in [bold]{escape(str(out))}[/]"
+    )
+    emit(result, as_json, certificate_line(certificate), summary)
+    if interrupts.received is not None:
+        if certificate.converged:
+            raise Stopped(f"the head was finished and is saved in {out}")
+        more = "the same command goes on from its checkpoint" if checkpoint else "the same command trains it anew"
+        raise Stopped(f"the best head so far is saved in {out}, with the gap that it has; {more}")
+
+
+@command("no β was solved yet, and nothing was written; run the same command again")
+def path(
+    store: Store,
+    out: BestOut = None,
+    head: Head = "self-attention",
+    activation: Activation = "linear",
+    beta_ratios: BetaRatios = "0.5,0.25,0.12,0.06,0.03,0.015",
+    validation: Validation = 0.2,
+    pool: Pool = "mean",
+    tol: Tol = 1e-3,
+    n_gates: Gates = 50,
+    n_blocks: Blocks = 4,
+    outputs: Outputs = "shared",
+    fit_intercept: FitIntercept = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a head at each β of a falling grid, each from the one before, and choose β on held-out images."""
+    from rich.table import Table
+
+    from convexhead import runs
+    from convexhead.path import EDGES
+
+    with shown_progress(as_json) as notify, gaps_are_shown():
+        found = runs.path(
+            store, out, beta_ratios=ratios(beta_ratios), validation=validation, head=head, activation=activation,
+            pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
+            random_state=seed, device=device, notify=notify, command=["convexhead", *sys.argv[1:]],
+        )  # fmt: skip
+    best = found.chosen["beta_ratio"]
+    table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")
+    for row in found.rows:
+        mark = "[bold]" if row is found.chosen else ""
+        table.add_row(
+            f"{mark}{row['beta_ratio']:g}", f"{100 * row['val_score']:.1f}%", f"{100 * row['train_score']:.1f}%",
+            str(row["n_heads"]), f"{row['objective']:.5g}", f"{row['relative_gap']:.1e}", f"{row['seconds']:.1f}",
+        )  # fmt: skip
+    result = {
+        "rows": [{key: value for key, value in row.items() if key != "model"} for row in found.rows],
+        "best": best,
+        "at_edge": found.at_edge,
+        "trained_on": {"split": "train", "images": found.n_train, "held_out": found.n_held_out},
+    }
+    lines = [
+        f"trained on {found.n_train} of the {found.n_train + found.n_held_out} training images; "
+        f"the other {found.n_held_out} chose β"
+    ]
+    if found.at_edge is not None:
+        lines.append(f"[yellow]β/β_max {best:g} {EDGES[found.at_edge]}: try more with --beta-ratios[/]")
+    emit(result, as_json, table, *lines)
+    if interrupts.received is not None:
+        saved = "nothing was saved without --out" if out is None else f"the best head so far is saved in {out}"
+        solved = f"{len(found.rows)} of {found.n_ratios} β are done"
+        raise Stopped(f"{solved}, {saved}; run the same command again for all")

@@ -1,0 +1,93 @@
+"""The options that commands share, each written once: its name, type and help text."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from convexhead.errors import InputError
+
+Store = Annotated[Path, Argument(metavar="STORE", help="Folder of a token store, made by `convexhead extract`.")]
+Run = Annotated[
+    Path, Argument(metavar="RUN", help="Folder of a trained head, made by `convexhead fit`, `path` or `adam`.")
+]
+Out = Annotated[Path, Option("--out", help="Folder to write.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object instead of a table, and no progress.")]
+Device = Annotated[str, Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
+
+# -- a head ------------------------------------------------------------------------------------------------------------
+Head = Annotated[str, Option(help="How tokens are mixed: self-attention, mlp-mixer, fno, block-fno, mlp or linear.")]
+Activation = Annotated[
+    str,
+    Option(
+        help="linear, gated-relu, or relu. The certificate of gated-relu is for its gates; relu is certified on small "
+        "problems only, and else its gap is an estimate."
+    ),
+]
+BetaRatio = Annotated[
+    float,
+    Option(help="Weight β of the penalty as a share of β_max, at which no head is left. Smaller: more heads, longer."),
+]
+Beta = Annotated[float | None, Option(help="Weight β itself, in place of --beta-ratio.")]
+Pool = Annotated[str, Option(help="Which tokens are read: mean (their mean) or cls (the first token).")]
+Tol = Annotated[float, Option(help="Relative gap to reach: how far above the global optimum the head may be.")]
+Gates = Annotated[int, Option("--n-gates", help="Gates to sample for --activation gated-relu.")]
+Blocks = Annotated[int, Option("--n-blocks", help="Channel groups of block-fno.")]
+Outputs = Annotated[
+    str, Option(help="Whether each channel group of block-fno writes all outputs (shared) or its own (grouped).")
+]
+FitIntercept = Annotated[bool, Option(help="Add an intercept, which is not penalised.")]
+Seed = Annotated[int, Option("--seed", help="Seed of gates and random starts.")]
+
+# -- images ------------------------------------------------------------------------------------------------------------
+Layer = Annotated[int | None, Option(help="Block of the backbone to read tokens from; default: its last map.")]
+ImageSize = Annotated[int | None, Option(help="Side of the images in pixels; default: the backbone's own.")]
+TokenPool = Annotated[int | None, Option(help="Average the token grid down to this many tokens a side.")]
+BACKBONES = (
+    "packaged:efficientnet-lite0, timm:NAME, timm:NAME@FILE.safetensors (weights of your own), hf:NAME, or patches:K "
+    "(squares of K x K raw pixels)"
+)
+
+
+class Reduce(str, Enum):
+    """How channels are reduced."""
+
+    avgpool = "avgpool"
+    pca = "pca"
+
+
+class Dtype(str, Enum):
+    """Precision of stored tokens."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+# -- several heads -----------------------------------------------------------------------------------------------------
+BetaRatios = Annotated[str, Option(help="The grid of β as shares of β_max, separated by commas.")]
+AdamSeeds = Annotated[
+    int, Option("--seeds", min=0, help="How often Adam trains each head, from different starts; 0: never.")
+]
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def ratios(text: str) -> list[float]:
+    """The numbers of ``--beta-ratios``.
+
+    Raises
+    ------
+    InputError
+        Something else stands there.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--beta-ratios must be numbers separated by commas, got {text!r}") from error

@@ -1,0 +1,314 @@
+"""What the commands `fit`, `path`, `adam`, `evaluate` and `audit` do, each in one call with the same words.
+
+    from convexhead import runs
+
+    runs.fit("tokens", "run", head="mlp", beta_ratio=0.02)
+    runs.evaluate("run", "tokens")
+
+A store is a folder of tokens (`convexhead.tokens`). A run is a folder with a trained head, which `convexhead.load`
+reads, and with what a report shows of it (`convexhead.report.evidence`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from convexhead import checkpoint as checkpoints
+from convexhead.audit import certify
+from convexhead.certificate import Certificate
+from convexhead.errors import InputError
+from convexhead.estimators import ConvexHeadClassifier
+from convexhead.experiments.twin import fit_twin
+from convexhead.interrupts import Answer, interrupts
+from convexhead.path import DEFAULT_RATIOS, Row, best, grid_edge, regularization_path
+from convexhead.persistence import check_target, load
+from convexhead.progress import Notify, silent, solver_callback, solver_detail
+from convexhead.ranks import join_ranks
+from convexhead.report import evidence
+from convexhead.tokens import TokenStore
+from convexhead.training import TrainingResult
+
+
+def open_split(store: str | Path, split: str) -> Any:
+    """The images ``split`` of a store.
+
+    Raises
+    ------
+    InputError
+        The store has no such split; the message names those that it has.
+    """
+    opened = TokenStore.open(store)
+    if split not in opened.splits:
+        raise InputError(f"{store} has no split {split!r}, only {', '.join(opened.splits)}")
+    return opened[split]
+
+
+def fit(
+    store: str | Path,
+    out: str | Path,
+    *,
+    checkpoint_minutes: float | None = None,
+    notify: Notify = silent,
+    command: Sequence[str] = (),
+    **parameters: Any,
+) -> ConvexHeadClassifier:
+    """Train a head on the training split of a store and save it as the run ``out``.
+
+    Under torchrun all processes call this with the same arguments and share the images; the first one writes.
+
+    Parameters
+    ----------
+    store : path
+        Folder of a token store.
+    out : path
+        Folder of the run; a run that is there is replaced.
+    checkpoint_minutes : float or None
+        Minutes between two checkpoints in ``OUT.checkpoint``. The same call goes on from the last one, which is deleted
+        when the head is certified.
+    notify : callable
+        Told of progress, see `convexhead.progress`.
+    command : sequence of str
+        What a report says was typed to have this run.
+    **parameters
+        Of `ConvexHeadClassifier`.
+
+    Returns
+    -------
+    ConvexHeadClassifier
+        The fitted head. After Ctrl-C it is the best one so far, with the gap that it has.
+    """
+    out = Path(out)
+    check_target(out)
+    ranks = join_ranks()
+    folder = out.with_name(f"{out.name}.checkpoint")
+    notify("reading tokens")
+    train = open_split(store, "train")
+    clf = ConvexHeadClassifier(distributed=ranks.size > 1, **parameters)
+    # A first Ctrl-C ends the solver, and never the writing of what it found.
+    with interrupts.answer(Answer.FINISH):
+        with interrupts.answer(Answer.RAISE):
+            notify("preparing")
+            clf.fit(
+                train,
+                callback=solver_callback(notify, "training"),
+                checkpoint=None if checkpoint_minutes is None else folder,
+                checkpoint_minutes=checkpoint_minutes or 0.0,
+            )
+        if ranks.rank == 0:
+            notify("saving")
+            _save(clf, out, store, command)
+            if clf.certificate_.converged:
+                checkpoints.remove(folder)
+    return clf
+
+
+@dataclass
+class PathRun:
+    """What `path` found.
+
+    Attributes
+    ----------
+    rows : list of dict
+        One for each β that was solved, see `regularization_path`.
+    chosen : dict
+        The row with the best validation score.
+    at_edge : {"low", "high"} or None
+        The edge of the grid that the chosen β lies at.
+    n_ratios : int
+        β in the grid; more than rows if Ctrl-C ended the path.
+    n_train, n_held_out : int
+        Training images that the heads were trained on, and those that chose β.
+    """
+
+    rows: list[Row]
+    chosen: Row
+    at_edge: str | None
+    n_ratios: int
+    n_train: int
+    n_held_out: int
+
+
+def path(
+    store: str | Path,
+    out: str | Path | None = None,
+    *,
+    beta_ratios: Sequence[float] = DEFAULT_RATIOS,
+    validation: float = 0.2,
+    random_state: int = 0,
+    notify: Notify = silent,
+    command: Sequence[str] = (),
+    **parameters: Any,
+) -> PathRun:
+    """Train a head along a falling grid of β, choose β on held-out training images, save the chosen head.
+
+    Parameters
+    ----------
+    store : path
+        Folder of a token store.
+    out : path or None
+        Folder of the run that the chosen head is saved as; None: nothing is saved.
+    beta_ratios : sequence of float
+        The grid over ``β/β_max``.
+    validation : float
+        Share of the training images that are held out to choose β by.
+    random_state : int
+        Of the held-out images, gates and random starts.
+    notify, command
+        As for `fit`.
+    **parameters
+        Of `ConvexHeadClassifier`.
+    """
+    if not 0 < validation < 1:
+        raise InputError(f"validation must be a share between 0 and 1, got {validation:g}")
+    if out is not None:
+        check_target(Path(out))
+    ratios = sorted(set(beta_ratios), reverse=True)
+    notify("reading tokens", 0, len(ratios))
+    train = open_split(store, "train")
+    kept, held = train_test_split(
+        np.arange(len(train)), test_size=validation, stratify=train.labels, random_state=random_state
+    )
+    done = 0
+
+    def solved(row: Row) -> None:
+        nonlocal done
+        done += 1
+
+    def step(row: Any) -> None:
+        ratio = ratios[min(done, len(ratios) - 1)]
+        notify(f"β/β_max {ratio:g}", done, len(ratios), solver_detail(row))
+
+    with interrupts.answer(Answer.FINISH):
+        with interrupts.answer(Answer.RAISE):
+            notify("preparing", 0, len(ratios))
+            rows = regularization_path(
+                train.subset(np.sort(kept)), beta_ratios=ratios, X_val=train.subset(np.sort(held)),
+                callback=solved, progress=step, random_state=random_state, **parameters,
+            )  # fmt: skip
+        chosen = best(rows)
+        edge = grid_edge(ratios, chosen["beta_ratio"])
+        if out is not None:
+            notify("saving", len(rows), len(ratios))
+            _save(chosen["model"], Path(out), store, command, rows, edge)
+    return PathRun(rows, chosen, edge, len(ratios), len(kept), len(held))
+
+
+def adam(
+    store: str | Path,
+    out: str | Path,
+    *,
+    n_heads: int = 20,
+    lr: float = 0.01,
+    epochs: int = 60,
+    batch_size: int = 256,
+    random_state: int = 0,
+    notify: Notify = silent,
+    command: Sequence[str] = (),
+    **parameters: Any,
+) -> tuple[ConvexHeadClassifier, TrainingResult]:
+    """Train the same head by Adam, as is usual, and save it as the run ``out``; `audit` says how far it stopped.
+
+    Parameters
+    ----------
+    n_heads : int
+        Atoms of the network.
+    lr, epochs, batch_size
+        Of Adam.
+    random_state : int
+        Of gates, start and order of the images.
+    store, out, notify, command, **parameters
+        As for `fit`.
+    """
+    check_target(Path(out))
+    notify("reading tokens", 0, epochs)
+    clf, result = fit_twin(
+        ConvexHeadClassifier(random_state=random_state, **parameters), open_split(store, "train"), n_heads=n_heads,
+        lr=lr, epochs=epochs, batch_size=batch_size, seed=random_state,
+        callback=lambda row: notify("Adam's epochs", int(row.epoch), epochs, f"objective {row.objective:.6g}"),
+    )  # fmt: skip
+    with interrupts.answer(Answer.FINISH):
+        notify("saving", epochs, epochs)
+        _save(clf, Path(out), store, command)
+    return clf, result
+
+
+def evaluate(run: str | Path, store: str | Path, *, split: str = "test") -> dict[str, Any]:
+    """Score a run on a split of a store, whose classes are matched by name.
+
+    Returns
+    -------
+    dict
+        ``run``, ``split``, ``images``, and the shares ``top1`` and ``top5``.
+    """
+    clf = load(run)
+    if not isinstance(clf, ConvexHeadClassifier):
+        raise InputError(f"{run} holds a regressor: evaluate scores classifiers")
+    view = open_split(store, split)
+    labels = clf.labels_of(view)
+    probabilities = clf.predict_proba(view)
+    position = {label: i for i, label in enumerate(clf.classes_.tolist())}
+    truth = np.array([position.get(label, -1) for label in labels.tolist()])
+    ranked = np.argsort(-probabilities, axis=1)
+    top1, top5 = (float((ranked[:, :k] == truth[:, None]).any(1).mean()) for k in (1, 5))
+    return {"run": str(run), "split": split, "images": len(truth), "top1": top1, "top5": top5}
+
+
+@dataclass
+class Audit:
+    """What `audit` found: a certificate at the weight ``beta``, and the certificate of the reference, if one was given.
+
+    The larger of two lower bounds is the certificate's ``dual``.
+    """
+
+    certificate: Certificate
+    beta: float
+    reference: Certificate | None
+
+
+def audit(
+    run: str | Path,
+    store: str | Path,
+    *,
+    beta: float | None = None,
+    reference: str | Path | None = None,
+    tol: float = 1e-3,
+) -> Audit:
+    """Bound how far a run is from the global optimum on the training split of a store.
+
+    Parameters
+    ----------
+    run : path
+        Folder of a trained head, by whatever training.
+    store : path
+        The store that it was trained on.
+    beta : float or None
+        ``β``; None: the one that the head was trained at.
+    reference : path or None
+        A certified run of the same problem, whose lower bound is used too.
+    tol : float
+        Relative gap for ``converged``.
+    """
+    clf = load(run)
+    beta = clf.beta_ if beta is None else beta
+    known = None if reference is None else load(reference).certificate_
+    return Audit(certify(clf, open_split(store, "train"), beta=beta, tol=tol, lower_bound=known), beta, known)
+
+
+def _save(
+    model: ConvexHeadClassifier,
+    out: Path,
+    store: str | Path,
+    command: Sequence[str],
+    rows: list[Row] | None = None,
+    at_edge: str | None = None,
+) -> None:
+    """The model, and beside it what a report shows of it."""
+    model.save(out)
+    found = evidence.collect(model, TokenStore.open(store), command=command, path=rows, at_edge=at_edge)
+    evidence.write(found, out)
