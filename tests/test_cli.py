@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,8 +18,11 @@ import convexhead as ch
 
 pytest.importorskip("PIL")
 from PIL import Image
+from rich.console import Console
 
-from convexhead import cli
+from convexhead import cli, runs
+from convexhead.cli import adam, fit, progress
+from convexhead.cli.entry import name_options, options_of
 
 CLASSES = ("blue", "green", "red")
 
@@ -174,6 +180,10 @@ def test_tables_for_people(work, capsys):
         (("fit", "nowhere", "--out", "x"), 1, "nowhere"),
         (("fit", "STORE", "--out", "x", "--head", "self-atention"), 1, "did you mean 'self-attention'"),
         (("fit", "STORE", "--out", "x", "--beta-ratio", "-1"), 1, "beta_ratio must be a positive number"),
+        (("fit", "STORE", "--out", "x", "--beta-ratio", "-1"), 1, "(option --beta-ratio)"),
+        (("path", "STORE", "--out", "x", "--validation", "1"), 1, "(option --validation)"),
+        (("compare", "STORE", "--out", "x", "--seeds", "-1"), 2, "--seeds"),
+        (("fit", "STORE", "--out", "PHOTOS"), 1, "exists and is not a model folder"),
         (("fit", "STORE"), 2, "--out"),
         (("fit", "STORE", "--out", "x", "--tol", "small"), 2, "--tol"),
         (("nonsense",), 2, "nonsense"),
@@ -199,6 +209,140 @@ def test_errors_are_one_line(work, photos, capsys, tmp_path, monkeypatch, argume
     assert message in printed
     assert len(printed.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "a failed command left something behind"
+
+
+def test_version_and_help_import_nothing_heavy():
+    """Nor does the package itself, until a name of it is used."""
+    program = """
+import sys
+import convexhead
+assert set(convexhead.__all__) <= set(dir(convexhead))
+from convexhead.__main__ import main
+for sys.argv in (["convexhead"], ["convexhead", "--version"], ["convexhead", "--help"]):
+    try:
+        main()
+    except SystemExit:
+        pass
+print(*{"torch", "numpy", "scipy", "sklearn"} & set(sys.modules), file=sys.stderr)
+convexhead.Certificate
+assert "torch" in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stderr == "\n"
+    assert "certified global optimum" in run.stdout
+    assert "twin" not in run.stdout
+
+
+def test_options_of_fit_are_those_of_the_estimator():
+    parameters = inspect.signature(ch.ConvexHeadClassifier).parameters
+    elsewhere = {"grid", "gates", "distributed", "verbose"}  # the store's, an array, torchrun's, the progress line
+    options = dict(inspect.signature(fit.fit).parameters)
+    assert options.pop("seed").default == 0
+    for own in ("store", "out", "checkpoint", "as_json"):
+        del options[own]
+    assert {*options, "random_state"} == {*parameters} - elsewhere
+    assert {name: o.default for name, o in options.items()} == {name: parameters[name].default for name in options}
+
+
+@pytest.mark.parametrize("other", [fit.path, adam.adam])
+def test_commands_share_their_options(other):
+    theirs, options = inspect.signature(other).parameters, inspect.signature(fit.fit).parameters
+    shared = {*theirs} & {*options} - {"out"}
+    assert {"head", "activation", "pool", "n_gates", "n_blocks", "outputs", "fit_intercept", "seed"} <= shared
+    for name in shared:
+        assert (theirs[name].annotation, theirs[name].default) == (options[name].annotation, options[name].default)
+
+
+def test_refusals_name_options():
+    options = options_of(fit.fit)
+    assert options["n_gates"] == "--n-gates"
+    assert "store" not in options
+    assert name_options("unknown head 'x': choose one", options) == "unknown head 'x': choose one (option --head)"
+    assert name_options("--tol must be positive: tol=0", options) == "--tol must be positive: tol=0"
+    plain = "the head has no output, so its seed and the pool are out"
+    assert name_options(plain, options) == plain
+
+
+def test_the_old_name_of_adam_warns(work, capsys):
+    assert call("twin", work / "tokens", "--out", work / "old-name", "--epochs", 1, "--heads", 2, "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["run"] == str(work / "old-name")
+    assert "note: `convexhead twin` is now called `convexhead adam`" in printed.err
+
+
+def test_python_does_what_commands_do(work, capsys):
+    told = call_json(capsys, "fit", work / "tokens", "--out", work / "by-command", "--head", "mlp")
+    clf = runs.fit(work / "tokens", work / "by-call", head="mlp", random_state=0)
+    assert clf.certificate_.primal == pytest.approx(told["certificate"]["primal"], rel=1e-12)
+    for run in ("by-command", "by-call"):
+        score = runs.evaluate(work / run, work / "tokens")
+        assert score == call_json(capsys, "evaluate", work / run, work / "tokens")
+        assert score["top1"] == clf.score(ch.TokenStore.open(work / "tokens")["test"])
+
+
+def test_a_log_has_a_line_now_and_then():
+    now, lines = 0.0, []
+    log = progress.Log(lines.append, lambda: now)
+    log("training", 0, 100, "gap 1")
+    assert lines == []  # a quick command says nothing
+    when = []
+    for step in range(1, 4001):
+        now = float(step)
+        log("training", step // 40, 100, "gap 0.1")
+        when += [step] * (len(lines) - len(when))
+    assert when[0] == 5
+    assert lines[0] == "training, 0/100, gap 0.1, 5 s so far"
+    assert all(after - before >= max(10, 0.05 * before) for before, after in itertools.pairwise(when))
+    assert all(after - before <= max(11, 0.06 * before) for before, after in itertools.pairwise(when))
+    assert lines[-1].startswith(f"training, {when[-1] // 40}/100, gap 0.1, {when[-1] / 60:.0f} min so far, about ")
+
+
+def test_a_log_goes_on_while_a_job_has_no_news():
+    now, lines = 0.0, []
+    log = progress.Log(lines.append, lambda: now)
+    log("preparing")
+    for now in (4.0, 6.0, 7.0, 17.0):  # noqa: B007
+        log.tick()
+    assert lines == ["preparing, 6 s so far", "preparing, 17 s so far"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("fit", "STORE", "--out", "OUT"), "training, objective 0"),
+        (("path", "STORE", "--beta-ratios", "0.3,0.1"), "β/β_max 0.1, 1/2, objective 0"),
+        (("adam", "STORE", "--out", "OUT", "--epochs", "20"), "Adam's epochs, "),
+        (("compare", "STORE", "--out", "OUT", "--heads", "mlp", "--activations", "linear", "--beta-ratios", "0.1",
+          "--seeds", "1"), "mlp-linear/path, 1/"),
+        (("extract", "PHOTOS", "--backbone", "patches:4", "--out", "OUT"), "tokens of train images, "),
+    ],
+)  # fmt: skip
+def test_progress_without_a_terminal(work, photos, tmp_path, capsys, monkeypatch, arguments, line):
+    """Lines on standard error, and nothing but the result on standard output; with --json nothing but JSON."""
+    places = {"STORE": work / "tokens", "PHOTOS": photos}
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0.0, 100.0).__next__)
+    capsys.readouterr()
+    assert call(*(places.get(a, tmp_path / "loud" if a == "OUT" else a) for a in arguments)) == 0
+    printed = capsys.readouterr()
+    assert any(told.startswith(line) for told in printed.err.splitlines()), printed.err
+    assert "so far" not in printed.out
+    assert call(*(places.get(a, tmp_path / "quiet" if a == "OUT" else a) for a in arguments), "--json") == 0
+    printed = capsys.readouterr()
+    assert "so far" not in printed.err
+    assert isinstance(json.loads(printed.out), dict)
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "errors", Console(file=screen, force_terminal=True, width=120))
+    with progress.shown_progress(False) as notify:
+        notify("β/β_max [0.1]", 1, 4, "gap 0.1")
+    for part in ("β/β_max [0.1]", "1/4", "gap 0.1"):
+        assert part in screen.getvalue()
+    screen.truncate(0)
+    with progress.shown_progress(True) as notify:
+        notify("training", 1, 4)
+    assert screen.getvalue() == ""
 
 
 def test_a_real_process():

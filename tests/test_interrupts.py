@@ -20,17 +20,23 @@ pytest.importorskip("PIL")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
 
 SCRIPT = """
-import sys
+import contextlib, sys
 from convexhead.interrupts import interrupts
 with interrupts.watch():
-    # As the command itself, but it says when a solve begins: that is when the test sends its signal.
-    from convexhead import estimators
-    solve = estimators.solve
-    def announced(*args, **options):
-        print("solving", file=sys.stderr, flush=True)
-        return solve(*args, **options)
-    estimators.solve = announced
-    from convexhead.cli import main
+    # As the command itself, but it says where it is on a line each: that is when the test sends its signal.
+    from convexhead.cli import fit, main
+
+    @contextlib.contextmanager
+    def announced(quiet):
+        last = None
+        def notify(what, done=0, total=0, detail=""):
+            nonlocal last
+            if last != (what, done):
+                last = what, done
+                print(f"at: {what} {done}", file=sys.stderr, flush=True)
+        yield notify
+
+    fit.shown_progress = announced
     main()
 """
 LONG = ("--tol", "1e-12", "--n-gates", "20", "--activation", "gated-relu")
@@ -69,16 +75,16 @@ def end(process: subprocess.Popen[str], code: int = 130) -> tuple[str, str]:
     return out, err
 
 
-def wait_for_solve(process: subprocess.Popen[str], number: int = 1) -> None:
+def wait_for(process: subprocess.Popen[str], sign: str) -> None:
+    """Read what a process says on standard error up to a line with ``sign``."""
     assert process.stderr is not None
-    for _ in range(number):
-        line = process.stderr.readline()
-        assert line == "solving\n", line
+    while sign not in (line := process.stderr.readline()):
+        assert line, f"it ended without {sign!r}"
 
 
 def test_fit_keeps_its_best_head_with_an_honest_certificate(store, tmp_path):
     process = begin("fit", store, "--out", tmp_path / "run", *LONG, "--json", script=SCRIPT)
-    wait_for_solve(process)
+    wait_for(process, "at: training")
     time.sleep(random.uniform(0, 2))
     process.send_signal(signal.SIGINT)
     out, err = end(process)
@@ -96,7 +102,7 @@ def test_fit_keeps_its_best_head_with_an_honest_certificate(store, tmp_path):
 def test_fit_goes_on_from_its_checkpoint(store, tmp_path):
     arguments = ("fit", store, "--out", tmp_path / "run", *LONG, "--checkpoint", "1000")
     process = begin(*arguments, script=SCRIPT)
-    wait_for_solve(process)
+    wait_for(process, "at: training")
     time.sleep(random.uniform(0.5, 2))
     process.send_signal(signal.SIGINT)
     _, err = end(process)
@@ -111,7 +117,7 @@ def test_path_keeps_what_is_finished(store, tmp_path):
     ratios = ",".join(f"{0.5 * 0.8**k:.4f}" for k in range(20))
     process = begin("path", store, "--out", tmp_path / "best", "--beta-ratios", ratios, "--tol", "1e-4", "--json",
                     script=SCRIPT)  # fmt: skip
-    wait_for_solve(process, 3)
+    wait_for(process, " 2\n")
     process.send_signal(signal.SIGINT)
     out, err = end(process)
     result = json.loads(out)
@@ -127,10 +133,9 @@ def test_path_keeps_what_is_finished(store, tmp_path):
 
 def test_a_second_signal_ends_at_once(store, tmp_path):
     process = begin("fit", store, "--out", tmp_path / "run", *LONG, script=SCRIPT)
-    wait_for_solve(process)
+    wait_for(process, "at: training")
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    assert "again ends at once" in process.stderr.readline()
+    wait_for(process, "again ends at once")
     process.send_signal(signal.SIGINT)
     end(process)
     if (tmp_path / "run").exists():  # the first one may have been quicker
@@ -139,7 +144,7 @@ def test_a_second_signal_ends_at_once(store, tmp_path):
 
 def test_sigterm_asks_for_the_same(store, tmp_path):
     process = begin("fit", store, "--out", tmp_path / "run", *LONG, script=SCRIPT)
-    wait_for_solve(process)
+    wait_for(process, "at: training")
     process.send_signal(signal.SIGTERM)
     end(process, 143)
     assert not ch.load(tmp_path / "run").certificate_.converged
