@@ -93,12 +93,17 @@ def test_a_head_with_an_intercept_is_solved_at_an_offset(head, activation, pool)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e3, 2e4, 1e30])
-@pytest.mark.parametrize("activation", ["linear", "gated-relu", "relu"])
-@pytest.mark.parametrize("head", ["self-attention", "mlp-mixer", "fno", "mlp", "linear"])
+@pytest.mark.parametrize(
+    ("head", "activation"),
+    [
+        (head, activation)
+        for head in ("self-attention", "mlp-mixer", "fno", "mlp")
+        for activation in ("linear", "gated-relu")
+    ]
+    + [("linear", "linear"), ("mlp", "relu")],
+)
 def test_any_scale_of_tokens_is_the_same_problem(head, activation, scale):
-    if head == "linear" and activation != "linear":
-        pytest.skip("the linear head has no gates")
-    X, y = (X3[:12, :4], LABELS[:12]) if activation == "relu" else (X3, LABELS)
+    X, y = (X3[:5, :1, :2], LABELS[:5] % 2) if activation == "relu" else (X3, LABELS)
 
     def fitted(X, scale=1.0):
         options = {"activation": activation, "n_gates": 3, "random_state": 0, "beta_ratio": 0.5}
