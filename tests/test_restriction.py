@@ -57,10 +57,10 @@ def test_passes_are_those_of_the_problem(name, outputs, activation):
     inner[block == 0, 1] = 0
     V = torch.randn(2 * j, 1, 4, generator=generator, dtype=torch.float64)
     passes = Restriction(problem, left, torch.float64)
-    atoms = passes.rotate_back(Atoms(inner, problem.mask_values(V, block), block, torch.zeros(4).double()))
-    torch.testing.assert_close(passes.rotate(atoms).U, inner)
+    atoms = passes.leave(Atoms(inner, problem.mask_values(V, block), block, torch.zeros(4).double()))
+    torch.testing.assert_close(passes.enter(atoms).U, inner)
     f = problem.outputs(atoms)
-    torch.testing.assert_close(passes.outputs(passes.matrices(passes.rotate(atoms)), atoms.intercept), f)
+    torch.testing.assert_close(passes.outputs(passes.matrices(passes.enter(atoms)), atoms.intercept), f)
     R = problem.residual(f)
     whole = problem.gradient_matrices(R, torch.arange(j))
     torch.testing.assert_close(passes.gradient(R), left.mT @ whole)
