@@ -306,6 +306,18 @@ def test_a_log_goes_on_while_a_job_has_no_news():
     assert lines == ["preparing, 6 s so far", "preparing, 17 s so far"]
 
 
+def test_the_time_left_is_that_of_the_steps_so_far():
+    now = 0.0
+    pace = progress.Pace(lambda: now)
+    left = []
+    for now, done in ((0.0, 2), (10.0, 2), (20.0, 4), (25.0, 4), (65.0, 4), (80.0, 6), (90.0, 8)):  # noqa: B007
+        left.append(pace.left(done, 8))
+    # 2 steps in 20 s: 4 more take 40 s, and later than that nothing is said. 4 steps in 80 s: 2 take 40 s.
+    assert left == [None, None, 40.0, 35.0, None, 40.0, None]
+    now = 61.0
+    assert pace.left(0, 3) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ from convexhead.cli.options import (
     Seed,
     Store,
 )
-from convexhead.cli.output import emit
+from convexhead.cli.output import emit, typed_command
 from convexhead.cli.progress import shown_progress
 
 Heads = Annotated[int, Option("--heads", help="Heads (atoms) of the network.")]
@@ -66,7 +65,7 @@ def adam(
             store, out, n_heads=n_heads, lr=lr, epochs=epochs, batch_size=batch_size, head=head, activation=activation,
             beta=beta, beta_ratio=beta_ratio, pool=pool, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
             fit_intercept=fit_intercept, random_state=seed, device=device, notify=notify,
-            command=["convexhead", *sys.argv[1:]],
+            command=typed_command(),
         )  # fmt: skip
     folder = escape(str(out))
     emit(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +24,7 @@ from convexhead.cli.options import (
     names,
     ratios,
 )
-from convexhead.cli.output import show_comparison
+from convexhead.cli.output import show_comparison, typed_command
 from convexhead.cli.progress import shown_progress
 
 KEPT = f"what was finished is kept in {{out}}; {AGAIN}"
@@ -88,7 +87,7 @@ def compare(
     with shown_progress(as_json) as notify:
         results = compare_heads(
             store, out, heads=names(heads), activations=names(activations), beta_ratios=ratios(beta_ratios),
-            n_gates=n_gates, seeds=seeds, tol=tol, notify=notify, command=["convexhead", *sys.argv[1:]],
+            n_gates=n_gates, seeds=seeds, tol=tol, notify=notify, command=typed_command(),
         )  # fmt: skip
     show_comparison(results, as_json)
 
@@ -132,6 +131,6 @@ def cifar100(
             out, images=images, backbone=backbone, layer=layer, image_size=image_size, tokens=tokens,
             scale=scale.value, every_cell=every_cell, heads=tuple(names(heads)), activations=tuple(names(activations)),
             token_pool=token_pool, channels=channels, n_gates=n_gates, epochs=epochs, tuning_seeds=tuning_seeds,
-            sizes=sizes, jobs=jobs, notify=notify, command=["convexhead", *sys.argv[1:]],
+            sizes=sizes, jobs=jobs, notify=notify, command=typed_command(),
         )  # fmt: skip
     show_comparison(results, as_json)

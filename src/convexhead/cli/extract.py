@@ -18,7 +18,7 @@ Images = Annotated[
     Argument(
         metavar="IMAGES",
         help="Folder of class folders, with train/ and test/ beside each other where there is a split; or npz:FILE, "
-        "hf:NAME, torchvision:CIFAR100, sklearn:digits.",
+        "webdataset:PATTERN, hf:NAME, torchvision:CIFAR100, sklearn:digits.",
     ),
 ]
 Like = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +28,7 @@ from convexhead.cli.options import (
     Tol,
     ratios,
 )
-from convexhead.cli.output import certificate_line, emit, gaps_are_shown, speaks_for_all
+from convexhead.cli.output import certificate_line, emit, gaps_are_shown, speaks_for_all, typed_command
 from convexhead.cli.progress import shown_progress
 from convexhead.interrupts import interrupts
 
@@ -77,7 +76,7 @@ def fit(
             store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol,
             n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, max_heads=max_heads,
             max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory, random_state=seed,
-            device=device, checkpoint_minutes=checkpoint, notify=notify, command=["convexhead", *sys.argv[1:]],
+            device=device, checkpoint_minutes=checkpoint, notify=notify, command=typed_command(),
         )  # fmt: skip
     if not speaks_for_all():
         return
@@ -99,7 +98,9 @@ def fit(
     if interrupts.received is not None:
         if certificate.converged:
             raise Stopped(f"the head was finished and is saved in {out}")
-        more = "the same command goes on from its checkpoint" if checkpoint else "the same command trains it anew"
+        more = "the same command trains it anew"
+        if checkpoint is not None:
+            more = "the same command goes on from its checkpoint"
         raise Stopped(f"the best head so far is saved in {out}, with the gap that it has; {more}")
 
 
@@ -131,7 +132,7 @@ def path(
         found = runs.path(
             store, out, beta_ratios=ratios(beta_ratios), validation=validation, head=head, activation=activation,
             pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
-            random_state=seed, device=device, notify=notify, command=["convexhead", *sys.argv[1:]],
+            random_state=seed, device=device, notify=notify, command=typed_command(),
         )  # fmt: skip
     best = found.chosen["beta_ratio"]
     table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,11 @@ def emit(result: dict[str, Any], as_json: bool, *lines: Any) -> None:
     console = Console(highlight=False)
     for line in lines:
         console.print(line)
+
+
+def typed_command() -> list[str]:
+    """What the user typed, for reports to repeat."""
+    return ["convexhead", *sys.argv[1:]]
 
 
 def speaks_for_all() -> bool:

@@ -107,19 +107,23 @@ class Log:
 
 
 class Pace:
-    """The time that a count still takes, at its mean rate since it began."""
+    """The time that a count still takes, at its mean rate from its beginning to its last step."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        self._total, self._first, self._began = 0, 0, 0.0
+        self._total = self._first = self._done = 0
+        self._began, self._end = 0.0, 0.0
 
     def left(self, done: int, total: int) -> float | None:
-        """Seconds; None while nothing was counted, or where there is nothing to count."""
-        if total != self._total or done < self._first:
-            self._total, self._first, self._began = total, done, self._clock()
-        if not total or done <= self._first:
-            return None
-        return (self._clock() - self._began) * (total - done) / (done - self._first)
+        """Seconds; None where nothing can be said: before the first step, and when a step takes longer than thought."""
+        now = self._clock()
+        if total != self._total or done < self._done:
+            self._total, self._first, self._done, self._began = total, done, done, now
+        if done > self._done:
+            self._done = done
+            self._end = now + (now - self._began) * (total - done) / (done - self._first)
+        counted = self._first < done < total
+        return self._end - now if counted and self._end > now else None
 
 
 def duration(seconds: float) -> str:
