@@ -25,7 +25,7 @@ import torch
 
 from common import Row, Skip, Table, hardware, spread
 from convexhead import solvers
-from convexhead.problem import Atoms, Problem
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers import column_generation as cg
 from convexhead.solvers import solve
 from convexhead.solvers.increments import Increments
@@ -66,7 +66,7 @@ def never(attribute: str) -> Callable[[], Any]:
 
 def other_keys() -> Any:
     """Queries go through Gram matrices ``XᵀX`` made once where the library takes the tokens, or the other way round."""
-    from convexhead.heads import SelfAttention
+    from convexhead.program.heads import SelfAttention
 
     def prepare(self: Any, X: torch.Tensor, *, reuse: bool) -> dict[str, torch.Tensor]:
         keys = {"X": X} if self.d < 2 * self.s else {"gram": X.mT @ X / self.s}

@@ -19,7 +19,7 @@ from convexhead.experiments.cells import Cell, fit_path, train_twins
 from convexhead.experiments.cifar100 import SCALES
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits, chosen_splits
-from convexhead.heads import HEADS
+from convexhead.program.heads import HEADS
 
 SCALE = SCALES["10k"]
 

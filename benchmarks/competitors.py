@@ -18,10 +18,10 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from common import Skip
-from convexhead.certificate import Certificate, certify_atoms
-from convexhead.problem import Atoms, Problem
+from convexhead.baselines.adam import make_twin, objectives, train_adam
+from convexhead.certificate.certify import Certificate, certify_atoms
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers import Progress, solve
-from convexhead.training import make_twin, objectives, train_adam
 from fista_baseline import attention_features, cross_entropy, fista
 from instances import Instance
 

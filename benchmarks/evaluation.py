@@ -24,10 +24,10 @@ import statistics
 import torch
 
 from common import Row, Skip, Table, hardware, timed
-from convexhead.activation import GatedReLU, make_activation, sample_gates
-from convexhead.heads import HEADS, Head, make_head
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Problem
+from convexhead.program.activations import GatedReLU, make_activation, sample_gates
+from convexhead.program.heads import HEADS, Head, make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Problem
 from convexhead.solvers.increments import Increments
 
 BFLOAT16 = "bfloat16 steps"

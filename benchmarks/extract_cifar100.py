@@ -38,9 +38,9 @@ import torch
 import convexhead
 from convexhead.tokens import Backbone, ImageSource, TokenStore, extract, open_backbone, open_source, timm_backbone
 from convexhead.tokens.job import ExtractionJob, Task
-from convexhead.tokens.manifest import Manifest
 from convexhead.tokens.parallel import map_on_cores
 from convexhead.tokens.progress import ProgressMeter
+from convexhead.tokens.store.manifest import Manifest
 
 RESULTS = Path(__file__).parent / "results"
 LITE0 = "packaged:efficientnet-lite0"

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, hardware, timed, write_csv
-from convexhead.activation import make_activation, sample_gates
-from convexhead.heads import HEADS, make_head
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Atoms, Problem
-from convexhead.spectral import GradientMatrices
+from convexhead.linalg.spectral import GradientMatrices
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
 from convexhead.tokens import TokenStore
 from evaluation import arithmetic
 

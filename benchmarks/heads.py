@@ -24,7 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 from common import Row, Table, hardware, measure, read_csv, spread, write_csv
-from convexhead.heads import HEADS
+from convexhead.program.heads import HEADS
 from evaluation import described
 from instances import cifar8k_store, digits
 

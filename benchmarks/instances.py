@@ -18,11 +18,11 @@ from torch import Tensor
 
 import convexhead as ch
 from common import timed
-from convexhead.activation import make_activation
 from convexhead.estimators import problem_beta_max
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Problem
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Problem
 from convexhead.tokens import extract
 from convexhead.tokens.fit_reduction import fit_reduction
 

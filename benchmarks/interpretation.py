@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 from common import hardware, write_csv
-from convexhead.experiments.twin import fit_twin
+from convexhead.baselines.trained_head import fit_twin
 from convexhead.interpret import (
     FittedHead,
     choose_n_clusters,

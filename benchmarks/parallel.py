@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from common import RESULTS, hardware
-from convexhead.activation import make_activation
 from convexhead.estimators import problem_beta_max
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Atoms, Problem
-from convexhead.ranks import Ranks, join_ranks
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.ranks import Ranks, join_ranks
 from convexhead.solvers import solve
 
 TOKENS, CHANNELS, CLASSES, HEADS, EVALUATIONS, TOL = 49, 128, 100, 32, 5, 1e-2

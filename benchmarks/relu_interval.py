@@ -14,11 +14,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from convexhead.activation import GatedReLU, ReLU
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy
-from convexhead.patterns import all_gates
-from convexhead.problem import Problem
+from convexhead.program.activations import GatedReLU, ReLU
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.patterns import all_gates
+from convexhead.program.problem import Problem
 from convexhead.solvers import solve
 from relu_restarts import restarts
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from convexhead.problem import Atoms, Problem
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.factored import FactoredDescent
 
 

@@ -20,15 +20,15 @@ import torch
 from sklearn.datasets import load_digits
 
 from common import cpu_name, versions, write_csv
-from convexhead.activation import GatedReLU, ReLU
-from convexhead.clock import count_processor_time, now
+from convexhead.dual_norm import cone_decomposition
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.estimators import problem_beta_max
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy, Squared
-from convexhead.patterns import all_gates, sample_patterns
-from convexhead.problem import Problem
-from convexhead.relu import cone_decomposition
-from convexhead.relu.norm import NormOracle
+from convexhead.program.activations import GatedReLU, ReLU
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy, Squared
+from convexhead.program.patterns import all_gates, sample_patterns
+from convexhead.program.problem import Problem
+from convexhead.runtime.clock import count_processor_time, now
 from convexhead.solvers import solve
 from relu_restarts import restarts
 

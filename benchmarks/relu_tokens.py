@@ -26,8 +26,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 from common import RESULTS, cpu_name, versions, write_csv
-from convexhead.clock import count_processor_time, now
-from convexhead.training import train_adam, tune_learning_rate
+from convexhead.baselines.adam import train_adam, tune_learning_rate
+from convexhead.runtime.clock import count_processor_time, now
 
 HEADS = "mlp,self-attention,mlp-mixer,fno,block-fno"
 METHODS = {"relu": ("ours, relu", "Adam, relu"), "gated-relu": ("ours, gated-relu",)}

@@ -412,7 +412,7 @@ import json, sys
 import numpy as np
 import convexhead as ch
 from convexhead.errors import ConvexHeadError
-from convexhead.ranks import join_ranks
+from convexhead.runtime.ranks import join_ranks
 what, rank = sys.argv[1], join_ranks().rank
 rng = np.random.default_rng(int(sys.argv[2]))
 X, y = rng.normal(size=(21, 4, 3)), np.arange(21) % 3

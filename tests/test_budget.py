@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from convexhead import problem as problems
-from convexhead.activation import make_activation, sample_gates
-from convexhead.budget import Budget
-from convexhead.certificate import certify_atoms
-from convexhead.heads import make_head
+from convexhead.certificate.certify import certify_atoms
 from convexhead.inputs import content_hash, open_tokens
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Atoms, Problem
+from convexhead.program import problem as problems
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.budget import Budget
+from convexhead.runtime.stored_tokens import CHUNK_BYTES
 from convexhead.solvers.base import Monitor
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.increments import Increments
 from convexhead.solvers.restriction import all_directions
 from convexhead.solvers.subspace import Subspace
-from convexhead.stored_tokens import CHUNK_BYTES
 
 N, S, D, C = 96, 10, 8, 3
 TOKENS = 4.0 * N * S * D
@@ -248,16 +248,16 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 import numpy as np, torch
-import convexhead.problem
-from convexhead.activation import make_activation
-from convexhead.certificate import certify_atoms
-from convexhead.heads import make_head
+import convexhead.program.problem
+from convexhead.program.activations import make_activation
+from convexhead.certificate.certify import certify_atoms
+from convexhead.program.heads import make_head
 from convexhead.inputs import open_tokens
-from convexhead.losses import Squared
-from convexhead.problem import Atoms, Problem
+from convexhead.program.losses import Squared
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.increments import Increments
 
-convexhead.problem.has_fast_bfloat16 = lambda device: True
+convexhead.program.problem.has_fast_bfloat16 = lambda device: True
 
 def peak():  # getrusage would count the parent's memory from before the exec
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])

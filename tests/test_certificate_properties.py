@@ -22,12 +22,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import convexhead.certificate
+import convexhead.certificate.certify
 import convexhead.solvers
 import oracle
-from convexhead.certificate import Certificate, certify_atoms
-from convexhead.losses import Huber, Loss, make_loss
-from convexhead.problem import Atoms
+from convexhead.certificate.certify import Certificate, certify_atoms
+from convexhead.program.losses import Huber, Loss, make_loss
+from convexhead.program.problem import Atoms
 from convexhead.solvers import solve
 from convexhead.solvers.base import Monitor
 from test_oracle import CASES, LOSSES, POOLS, Instance, make_instance
@@ -68,7 +68,7 @@ class Draw:
             if self.large:
                 patch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
             if self.krylov:
-                patch.setattr(convexhead.certificate, "worth_forming", lambda *_: False)
+                patch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
             yield
 
 

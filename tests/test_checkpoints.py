@@ -15,10 +15,10 @@ from sklearn.exceptions import ConvergenceWarning
 from typer.testing import CliRunner
 
 import convexhead as ch
-from convexhead import checkpoint as checkpoints
 from convexhead.cli import app
 from convexhead.errors import FileFormatError, InputError
-from convexhead.losses import Huber, Squared
+from convexhead.program.losses import Huber, Squared
+from convexhead.runtime import checkpoint as checkpoints
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.tokens import extract
 
@@ -56,7 +56,7 @@ def run(request, monkeypatch):
         patience = {**ColumnGeneration.patience, torch.float32: -1}
         monkeypatch.setattr(ColumnGeneration, "patience", patience)
     if request.param == "products in bfloat16":
-        monkeypatch.setattr("convexhead.problem.has_fast_bfloat16", lambda device: True)
+        monkeypatch.setattr("convexhead.program.problem.has_fast_bfloat16", lambda device: True)
 
     def fit(folder=None, *, stop_at=None, error=Killed, **others):
         rows = []
@@ -128,7 +128,7 @@ def test_a_run_stopped_again_and_again(run, tmp_path):
 @pytest.mark.parametrize("stop", ["clock", "keyboard"])
 def test_what_the_clock_or_a_person_stopped_goes_on(stop, tmp_path, monkeypatch):
     monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
-    monkeypatch.setattr("convexhead.checkpoint.COPY_SECONDS", 0.0)
+    monkeypatch.setattr("convexhead.runtime.checkpoint.COPY_SECONDS", 0.0)
     parameters = {"tol": 1e-8, "beta_ratio": 0.05, "random_state": 0}
     calm = ch.ConvexHeadClassifier(**parameters).fit(X, Y)
     rows = []

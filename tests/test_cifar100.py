@@ -21,9 +21,10 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 import convexhead as ch
+from convexhead.baselines.adam import objectives
+from convexhead.baselines.attentive_probe import AttentiveProbe
 from convexhead.errors import ConvexHeadError, FileFormatError, InputError
 from convexhead.experiments import cifar100, comparison
-from convexhead.experiments.attentive_probe import AttentiveProbe
 from convexhead.experiments.cells import (
     Cell,
     PathSettings,
@@ -38,7 +39,6 @@ from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, choose_images, chosen_splits, hold_out
 from convexhead.experiments.tuning import tune
 from convexhead.tokens import TokenStore, extract, open_source
-from convexhead.training import objectives
 
 CLASSES = 6
 SMALL = {"scale": "2k", "channels": 9, "epochs": 2, "n_gates": 2, "heads": ("self-attention", "linear"), "jobs": 1}
@@ -346,7 +346,7 @@ def test_tuning_takes_the_best_mean_over_its_seeds(tmp_path):
 
 def test_attentive_probe_finds_the_token_that_matters():
     """One token, marked by a channel, holds the class; the mean of all hides it among noise."""
-    from convexhead.experiments.attentive_probe import train_attentive_probe
+    from convexhead.baselines.attentive_probe import train_attentive_probe
     from convexhead.experiments.splits import Part, Splits
 
     rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from convexhead import clock
+from convexhead.runtime import clock
 
 
 def test_it_follows_the_wall_until_it_is_told_to_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from convexhead.content import content_hash, described
 from convexhead.errors import InputError
-from convexhead.losses import Huber
+from convexhead.program.losses import Huber
+from convexhead.runtime.content import content_hash, described
 
 BIG = np.arange(5000.0)
 
@@ -101,7 +101,7 @@ LOSS = """
 import functools
 import math
 import torch
-from convexhead.losses import Loss, Squared
+from convexhead.program.losses import Loss, Squared
 from helpers import SLOPE, shrink
 import helpers
 
@@ -201,9 +201,8 @@ def test_what_changes_nothing_is_not(old, new):
 
 def test_another_process_has_the_same_hash_and_sees_a_changed_module(tmp_path):
     (tmp_path / "losses_of_a_user.py").write_text(LOSS)
-    command = (
-        "from losses_of_a_user import Mine; from convexhead.content import content_hash; print(content_hash(Mine()))"
-    )
+    modules = "from losses_of_a_user import Mine; from convexhead.runtime.content import content_hash"
+    command = f"{modules}; print(content_hash(Mine()))"
 
     def run(helpers, seed):
         (tmp_path / "helpers.py").write_text(helpers)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import convexhead as ch
+from convexhead.baselines.trained_head import fit_twin
 from convexhead.experiments.cells import network_scores
-from convexhead.experiments.twin import fit_twin
-from convexhead.problem import Atoms, has_fast_bfloat16
+from convexhead.program.problem import Atoms, has_fast_bfloat16
 from convexhead.solvers.increments import Increments
 from test_streaming import CASES, N, problem_on
 

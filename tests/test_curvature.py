@@ -5,10 +5,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from convexhead.activation import make_activation
-from convexhead.heads import make_head
-from convexhead.losses import LOSSES, make_loss
-from convexhead.problem import Atoms, Problem
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import make_head
+from convexhead.program.losses import LOSSES, make_loss
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.subspace import Subspace
 from convexhead.solvers.whitening import Whitening, curvatures

@@ -20,12 +20,13 @@ import torch
 from typer.testing import CliRunner
 
 import convexhead as ch
-from convexhead import estimators, ranks, solvers
+from convexhead import estimators, solvers
 from convexhead.cli import app
 from convexhead.errors import ConvexHeadError, InputError
-from convexhead.losses import Squared
 from convexhead.path import regularization_path
-from convexhead.ranks import Ranks
+from convexhead.program.losses import Squared
+from convexhead.runtime import ranks
+from convexhead.runtime.ranks import Ranks
 from convexhead.solvers import restriction
 from convexhead.tokens import extract
 

@@ -11,7 +11,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 
 import convexhead as ch
-from convexhead.losses import Huber
+from convexhead.program.losses import Huber
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 6, 4))

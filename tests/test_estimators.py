@@ -11,8 +11,8 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
-from convexhead.losses import Squared
 from convexhead.path import best
+from convexhead.program.losses import Squared
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 6, 4))

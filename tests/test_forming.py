@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convexhead import spectral
-from convexhead.activation import make_activation, sample_gates
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Problem
-from convexhead.spectral import GradientMatrices, formed_norm, spectral_norm, worth_forming
+from convexhead.linalg import spectral
+from convexhead.linalg.spectral import GradientMatrices, formed_norm, spectral_norm, worth_forming
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Problem
 
 CASES = [("self-attention", "linear"), ("self-attention", "gated-relu"), ("mlp-mixer", "gated-relu")]
 N, C = 300, 5
@@ -31,7 +31,7 @@ def build(name, activation, pool="mean", *, s=9, d=7, memory=float("inf"), dtype
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr("convexhead.problem.FORMING_BYTES", {"cpu": 100_000})
+    monkeypatch.setattr("convexhead.program.problem.FORMING_BYTES", {"cpu": 100_000})
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import convexhead.solvers
-from convexhead.activation import make_activation
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy, Huber, Loss, Squared
-from convexhead.problem import Problem
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared
+from convexhead.program.problem import Problem
 from convexhead.solvers import _zero_model, solve
 from convexhead.solvers.base import Monitor, Stop
 from convexhead.solvers.group_lasso import GroupNewton, is_group_lasso

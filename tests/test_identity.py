@@ -17,15 +17,15 @@ from torch.nn import Parameter
 
 import convexhead as ch
 from convexhead import cli
-from convexhead.activation import make_activation
-from convexhead.certificate import Certificate
-from convexhead.checkpoint import Checkpoint
-from convexhead.heads import make_head
-from convexhead.identity import PARTS, describe_loss, digest_rows
-from convexhead.losses import Huber, Squared
+from convexhead.certificate.certify import Certificate
 from convexhead.modules import HeadModule
-from convexhead.problem import Problem
-from convexhead.ranks import Ranks
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import make_head
+from convexhead.program.identity import PARTS, describe_loss, digest_rows
+from convexhead.program.losses import Huber, Squared
+from convexhead.program.problem import Problem
+from convexhead.runtime.checkpoint import Checkpoint
+from convexhead.runtime.ranks import Ranks
 from convexhead.solvers import solve
 
 RNG = np.random.default_rng(7)

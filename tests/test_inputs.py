@@ -11,7 +11,7 @@ import scipy.sparse
 import torch
 
 import convexhead as ch
-from convexhead.patterns import most_cells
+from convexhead.program.patterns import most_cells
 
 rng = np.random.default_rng(0)
 X, LABELS, TARGETS = rng.normal(size=(20, 4, 3)), np.arange(20) % 2, rng.normal(size=20)

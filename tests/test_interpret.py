@@ -10,9 +10,7 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead.activation import GatedReLU, LinearActivation, sample_gates
 from convexhead.errors import InputError
-from convexhead.heads import HEADS, make_head
 from convexhead.interpret import (
     FittedHead,
     choose_n_clusters,
@@ -30,7 +28,9 @@ from convexhead.interpret import (
     token_embedding,
 )
 from convexhead.interpret.spectra import AXES
-from convexhead.problem import Atoms
+from convexhead.program.activations import GatedReLU, LinearActivation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.problem import Atoms
 from reference import mix, pool, preactivation
 
 N, S, D, C = 7, 4, 6, 3

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from convexhead import lanes, problem
 from convexhead.inputs import open_tokens
-from convexhead.lanes import add_up
-from convexhead.problem import Atoms
+from convexhead.program import problem
+from convexhead.program.problem import Atoms
+from convexhead.runtime import workers as lanes
+from convexhead.runtime.workers import add_up
 from test_streaming import CASES, C, D, passes, problem_on
 
 
@@ -60,7 +61,7 @@ def test_every_pass_is_the_same_in_lanes(name, activation, on_disk, tokens, monk
 
 
 def test_rough_products_are_added_up_in_float32(tokens, monkeypatch):
-    monkeypatch.setattr("convexhead.problem.has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("convexhead.program.problem.has_fast_bfloat16", lambda device: True)
     X = torch.from_numpy(tokens[0])
     half = problem_on(X, "self-attention", "linear", dtype=torch.float32).with_half_products()
     atoms = Atoms(torch.ones(5, D, D), torch.ones(5, D, C), torch.zeros(5, dtype=torch.int64), torch.zeros(C))

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from convexhead.activation import make_activation, sample_gates
 from convexhead.errors import InputError
-from convexhead.heads import HEADS, make_head
-from convexhead.losses import CrossEntropy
 from convexhead.modules import HeadModule
-from convexhead.problem import Atoms, Problem
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
 
 N, S, D, C = 6, 6, 4, 4
 CASES = [

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead.activation import make_activation, sample_gates
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy, Huber, Loss, Squared
-from convexhead.problem import Atoms, Problem
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.factored import FactoredDescent, pack, unpack
 from convexhead.solvers.newton import FactoredNewton

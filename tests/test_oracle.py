@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import convexhead.certificate
+import convexhead.certificate.certify
 import convexhead.solvers
 import oracle
-from convexhead.activation import make_activation, sample_gates
-from convexhead.certificate import Certificate, _KrylovBound, certify_atoms
-from convexhead.heads import HEADS, make_head
-from convexhead.losses import CrossEntropy, make_loss
-from convexhead.problem import Atoms, Problem, balance
+from convexhead.certificate.certify import Certificate, _KrylovBound, certify_atoms
+from convexhead.linalg.spectral import BlockKrylov, GradientMatrices, relative_slack, split_off_leading
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import CrossEntropy, make_loss
+from convexhead.program.problem import Atoms, Problem, balance
 from convexhead.solvers import solve
-from convexhead.spectral import BlockKrylov, GradientMatrices, relative_slack, split_off_leading
 
 CASES = [
     (name, activation, outputs)
@@ -196,7 +196,7 @@ def test_the_krylov_bound_is_never_below_the_norm(enough, monkeypatch):
 
     Few steps that are ``enough`` make it split off more and begin again.
     """
-    monkeypatch.setattr(convexhead.certificate, "ENOUGH_STEPS", enough)
+    monkeypatch.setattr(convexhead.certificate.certify, "ENOUGH_STEPS", enough)
     slacks, comparisons, splits = [], 0, 0
     for seed in range(160):
         name, activation, outputs = CASES[seed % (len(CASES) - 1)]
@@ -282,7 +282,7 @@ def test_the_slack_covers_hard_spectra(order, starts):
 @pytest.mark.parametrize(("name", "activation", "outputs"), MIXING)
 def test_the_krylov_certificate_is_below_the_optimum(name, activation, outputs, monkeypatch):
     """The route that large problems take, on ones small enough to know the truth."""
-    monkeypatch.setattr(convexhead.certificate, "worth_forming", lambda *_: False)
+    monkeypatch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
     monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
     wide = name in (
         "self-attention",

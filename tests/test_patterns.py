@@ -11,10 +11,10 @@ import torch
 from scipy.optimize import linprog
 
 import convexhead as ch
-from convexhead.activation import GatedReLU
 from convexhead.errors import InputError
-from convexhead.heads import make_head
-from convexhead.patterns import (
+from convexhead.program.activations import GatedReLU
+from convexhead.program.heads import make_head
+from convexhead.program.patterns import (
     all_gates,
     cells,
     hyperplanes,

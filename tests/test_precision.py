@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead import estimators, problem, solvers
-from convexhead.activation import make_activation, sample_gates
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Atoms, Problem
+from convexhead import estimators, solvers
+from convexhead.program import problem
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.increments import Increments
 
 

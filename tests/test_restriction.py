@@ -5,11 +5,11 @@ import torch
 
 import convexhead as ch
 from convexhead import estimators, solvers
-from convexhead.activation import make_activation, sample_gates
-from convexhead.certificate import certify_atoms
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Atoms, Problem
+from convexhead.certificate.certify import certify_atoms
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers import restriction
 from convexhead.solvers.base import Monitor
 from convexhead.solvers.fista import Fista

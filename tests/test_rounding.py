@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import convexhead as ch
-import convexhead.certificate
-from convexhead.activation import make_activation
-from convexhead.certificate import _KrylovBound, certify_atoms
-from convexhead.dual import DualPoint, pairwise_sum
+import convexhead.certificate.certify
+from convexhead.certificate.certify import _KrylovBound, certify_atoms
+from convexhead.certificate.dual import DualPoint, pairwise_sum
 from convexhead.errors import InputError
-from convexhead.heads import HEADS, make_head
-from convexhead.loss_check import check_loss
-from convexhead.losses import CrossEntropy, Huber, Loss, Squared, make_loss
-from convexhead.problem import Atoms, Problem
+from convexhead.linalg.spectral import GradientMatrices, formed_norm
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.loss_check import check_loss
+from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared, make_loss
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers import solve
-from convexhead.spectral import GradientMatrices, formed_norm
 from reference import mix, pool
 
 
@@ -215,7 +215,7 @@ def tokens_problem(name: str, scale: float, *, dtype: torch.dtype = torch.float6
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "block-fno"])
 def test_tokens_beyond_the_range_of_their_products_give_honest_bounds(name, scale, krylov, monkeypatch):
     if krylov:
-        monkeypatch.setattr(convexhead.certificate, "worth_forming", lambda *_: False)
+        monkeypatch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
     problem = tokens_problem(name, scale)
     certificate = certify_atoms(problem, problem.empty(), 1.0, tol=1e-3)
     # At Z = 0 and the best intercept the objective is the entropy of the classes: no optimum is above.
@@ -227,7 +227,7 @@ def test_tokens_beyond_the_range_of_their_products_give_honest_bounds(name, scal
 
 
 def test_single_precision_directions_that_overflow_do_not_reach_the_bound(monkeypatch):
-    monkeypatch.setattr(convexhead.certificate, "worth_forming", lambda *_: False)
+    monkeypatch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
     problem = tokens_problem("self-attention", 1e13, dtype=torch.float32)  # cubes beyond float32
     atoms = problem.empty().to("cpu", torch.float64)
     atoms = replace(

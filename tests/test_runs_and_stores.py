@@ -172,7 +172,7 @@ def test_tokens_made_otherwise_are_refused(work, capsys, tmp_path):
 
 def test_other_weights_are_refused(work, capsys, tmp_path):
     """As of a backbone of the same name that was trained again."""
-    from convexhead.tokens.manifest import Manifest
+    from convexhead.tokens.store.manifest import Manifest
 
     shutil.copytree(work / "tokens", tmp_path / "tokens")
     manifest = Manifest.load(tmp_path / "tokens")

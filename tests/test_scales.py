@@ -12,11 +12,11 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import Ridge
 
 import convexhead as ch
-from convexhead.activation import make_activation
-from convexhead.coordinates import Coordinates
-from convexhead.heads import make_head
-from convexhead.losses import CrossEntropy, Huber, Squared
-from convexhead.problem import Problem
+from convexhead.program.activations import make_activation
+from convexhead.program.coordinates import Coordinates
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy, Huber, Squared
+from convexhead.program.problem import Problem
 
 rng = np.random.default_rng(0)
 X3, LABELS = rng.normal(size=(60, 9, 4)), np.arange(60) % 3
@@ -147,7 +147,7 @@ def test_a_huber_loss_of_tiny_delta_is_solved(delta):
 
 @pytest.mark.parametrize("loss", [Squared(), Huber(1e-3), Huber(1e-8)])
 def test_intercepts_of_regressions_are_exact(loss):
-    from convexhead.intercept import solve_intercept
+    from convexhead.program.intercept import solve_intercept
 
     Y = torch.from_numpy(rng.normal(size=(41, 1, 3)) * [1, 1e-3, 1e3] + [0, 5, 1e6])
     head = make_head("linear", 1, 2)

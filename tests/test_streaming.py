@@ -11,14 +11,14 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
-from convexhead.activation import make_activation, sample_gates
 from convexhead.errors import InputError
-from convexhead.heads import HEADS, make_head
 from convexhead.inputs import as_tokens, open_tokens
-from convexhead.losses import CrossEntropy
-from convexhead.problem import Atoms, Problem
-from convexhead.samples import default_memory
-from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, read_ahead
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.samples import default_memory
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, read_ahead
 from convexhead.tokens import extract
 
 N, S, D, C = 61, 6, 4, 3
@@ -116,7 +116,7 @@ def test_tokens_that_need_no_preparation_are_not_copied(tokens):
 
 
 def test_rough_products_while_streaming(tokens, monkeypatch):
-    monkeypatch.setattr("convexhead.problem.has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("convexhead.program.problem.has_fast_bfloat16", lambda device: True)
     stored = open_tokens(np.load(tokens[1], mmap_mode="r"))
     half = problem_on(stored, "self-attention", "linear", dtype=torch.float32, memory=2e3).with_half_products()
     single = problem_on(torch.from_numpy(tokens[0]), "self-attention", "linear", dtype=torch.float32)
@@ -203,7 +203,7 @@ def test_a_head_trained_from_disk_is_the_head_trained_in_memory(head, activation
 
 
 def test_a_relu_head_is_trained_from_disk(digits, monkeypatch):
-    monkeypatch.setattr("convexhead.relu.norm.WRITTEN_OUT", 0)
+    monkeypatch.setattr("convexhead.dual_norm.norm.WRITTEN_OUT", 0)
     monkeypatch.setattr(StoredTokens, "read", lambda tokens: pytest.fail("all tokens were read"))
     clf = ch.ConvexHeadClassifier(
         "mlp", activation="relu", beta_ratio=0.3, max_memory=1e5, max_time=5, tol=0.05, random_state=0
@@ -232,12 +232,12 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 import numpy as np, torch
-from convexhead.activation import make_activation
-from convexhead.heads import make_head
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import make_head
 from convexhead.inputs import open_tokens
-from convexhead.losses import Squared
-from convexhead.problem import Atoms, Problem
-from convexhead.certificate import certify_atoms
+from convexhead.program.losses import Squared
+from convexhead.program.problem import Atoms, Problem
+from convexhead.certificate.certify import certify_atoms
 
 X = np.load(sys.argv[1], mmap_mode="r")
 n, s, d = X.shape

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from convexhead.activation import make_activation, sample_gates
-from convexhead.certificate import certify_atoms
+from convexhead.baselines.adam import SCHEDULES, train_adam, tune_learning_rate
+from convexhead.certificate.certify import certify_atoms
 from convexhead.errors import InputError
-from convexhead.heads import make_head
-from convexhead.losses import make_loss
-from convexhead.problem import Problem
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import make_head
+from convexhead.program.losses import make_loss
+from convexhead.program.problem import Problem
 from convexhead.solvers import solve
-from convexhead.training import SCHEDULES, train_adam, tune_learning_rate
 
 N, S, D, C = 60, 6, 4, 4
 CASES = [

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from convexhead._renamed import accept_old_names
 from convexhead._version import __version__
 
 if TYPE_CHECKING:
     from convexhead.audit import certify
-    from convexhead.certificate import Certificate
+    from convexhead.certificate.certify import Certificate
     from convexhead.errors import ConvexHeadError, FileFormatError, HubError, InputError, MissingExtraError
     from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
     from convexhead.path import beta_max, regularization_path
@@ -33,7 +34,7 @@ __all__ = [
     "regularization_path",
 ]
 HOMES = {
-    "Certificate": "certificate",
+    "Certificate": "certificate.certify",
     "ConvexHeadClassifier": "estimators",
     "ConvexHeadError": "errors",
     "ConvexHeadRegressor": "estimators",
@@ -48,6 +49,8 @@ HOMES = {
     "regularization_path": "path",
 }
 """The modules of the names above. They are imported when asked for: torch takes seconds."""
+
+accept_old_names()
 
 
 def __getattr__(name: str) -> Any:

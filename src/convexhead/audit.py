@@ -13,18 +13,18 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.multiclass import check_classification_targets
 
 from convexhead import inputs
-from convexhead.activation import ACTIVATIONS, make_activation
-from convexhead.certificate import Certificate, certify_atoms
-from convexhead.coordinates import Coordinates
+from convexhead.certificate.certify import Certificate, certify_atoms
 from convexhead.errors import InputError, choose
 from convexhead.estimators import _ConvexHead, _labels_of, atoms_from_blocks
-from convexhead.heads import Head, make_head
-from convexhead.losses import Loss, make_loss
 from convexhead.modules import HeadModule
-from convexhead.problem import Atoms, Problem
-from convexhead.samples import default_memory
-from convexhead.stored_tokens import Tokens
-from convexhead.surroundings import undisturbed
+from convexhead.program.activations import ACTIVATIONS, make_activation
+from convexhead.program.coordinates import Coordinates
+from convexhead.program.heads import Head, make_head
+from convexhead.program.losses import Loss, make_loss
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.samples import default_memory
+from convexhead.runtime.stored_tokens import Tokens
+from convexhead.runtime.surroundings import undisturbed
 
 OF_REFERENCE = "that of the reference"
 """How the ``bound`` of a certificate begins whose dual value is a reference's."""

@@ -25,24 +25,24 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from convexhead import inputs
-from convexhead.activation import ACTIVATIONS, make_activation
-from convexhead.checkpoint import Checkpoint
-from convexhead.content import content_hash, described
-from convexhead.coordinates import Coordinates
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.errors import InputError, choose
-from convexhead.heads import Head, make_head
-from convexhead.intercept import solve_intercept
-from convexhead.losses import Loss, make_loss
+from convexhead.linalg.spectral import spectral_norm
 from convexhead.modules import HeadModule
-from convexhead.patterns import all_gates, sample_patterns
-from convexhead.problem import Atoms, Problem
-from convexhead.ranks import SOFTWARE, Ranks, join_ranks
-from convexhead.relu.norm import NormOracle
-from convexhead.samples import default_memory
+from convexhead.program.activations import ACTIVATIONS, make_activation
+from convexhead.program.coordinates import Coordinates
+from convexhead.program.heads import Head, make_head
+from convexhead.program.intercept import solve_intercept
+from convexhead.program.losses import Loss, make_loss
+from convexhead.program.patterns import all_gates, sample_patterns
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.checkpoint import Checkpoint
+from convexhead.runtime.content import content_hash, described
+from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
+from convexhead.runtime.samples import default_memory
+from convexhead.runtime.stored_tokens import Tokens
+from convexhead.runtime.surroundings import undisturbed
 from convexhead.solvers import Progress, Solution, approach, solve
-from convexhead.spectral import spectral_norm
-from convexhead.stored_tokens import Tokens
-from convexhead.surroundings import undisturbed
 
 NOT_SETTINGS = ("max_time", "max_memory", "device", "distributed", "verbose")
 """Parameters that a checkpoint may be gone on from with other values of."""
@@ -736,7 +736,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
     Parameters
     ----------
     loss : {"squared", "huber"} or Loss
-        ``½‖f − y‖²`` or its robust relative, or a `convexhead.losses.Loss` of your own.
+        ``½‖f − y‖²`` or its robust relative, or a `convexhead.program.losses.Loss` of your own.
     pool : {"mean", "cls"} or None
         None: an output for every token, targets ``(n, s, c)``.
     """

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.utils.validation import check_array
 
-from convexhead.content import content_hash
 from convexhead.errors import InputError, InputTypeError
-from convexhead.ranks import local_ranks
-from convexhead.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
+from convexhead.runtime.content import content_hash
+from convexhead.runtime.ranks import local_ranks
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
 
 DATES = ("m", "M")
 """Kinds of numpy's dtypes for durations and dates."""

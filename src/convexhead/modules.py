@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from convexhead.activation import ACTIVATIONS, Activation, make_activation
 from convexhead.errors import InputError, choose
-from convexhead.heads.base import Head
-from convexhead.problem import Atoms
+from convexhead.program.activations import ACTIVATIONS, Activation, make_activation
+from convexhead.program.heads.base import Head
+from convexhead.program.problem import Atoms
 
 
 @runtime_checkable

@@ -12,13 +12,13 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from convexhead import inputs
-from convexhead.clock import now
-from convexhead.content import content_hash
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor, problem_beta_max
-from convexhead.problem import Atoms
+from convexhead.program.problem import Atoms
+from convexhead.runtime.clock import now
+from convexhead.runtime.content import content_hash
+from convexhead.runtime.surroundings import undisturbed
 from convexhead.solvers import Progress
-from convexhead.surroundings import undisturbed
 
 DEFAULT_RATIOS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
 Row = dict[str, Any]

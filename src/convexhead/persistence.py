@@ -20,11 +20,11 @@ from safetensors.numpy import load as load_bytes
 from safetensors.numpy import save_file
 
 from convexhead._version import __version__
-from convexhead.certificate import Certificate
+from convexhead.certificate.certify import Certificate
 from convexhead.errors import FileFormatError, InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
-from convexhead.surroundings import undisturbed
-from convexhead.tokens.manifest import digest_json
+from convexhead.runtime.surroundings import undisturbed
+from convexhead.tokens.store.manifest import digest_json
 
 FORMAT, VERSION = "convexhead-model", 2
 ESTIMATORS = {cls.__name__: cls for cls in (ConvexHeadClassifier, ConvexHeadRegressor)}
@@ -224,7 +224,7 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
         parts: dict[str, Any] = {name: tensors.get(f"reduction.{name}") for name in ("mean", "scale", "basis")}
         estimator.reduction_ = Reduction(**parts, **config["reduction"])
     if "tokens" in config:
-        from convexhead.tokens.origin import TokenOrigin
+        from convexhead.tokens.store.origin import TokenOrigin
 
         estimator.origin_ = TokenOrigin.from_dict(config["tokens"], tensors.get("tokens.rows"), estimator.reduction_)
     _check_tensors(estimator, tensors)

@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from convexhead import checkpoint as checkpoints
 from convexhead.audit import certify
-from convexhead.certificate import Certificate
+from convexhead.baselines.adam import TrainingResult
+from convexhead.baselines.trained_head import fit_twin
+from convexhead.certificate.certify import Certificate
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier
-from convexhead.experiments.twin import fit_twin
 from convexhead.interrupts import Answer, interrupts
 from convexhead.path import DEFAULT_RATIOS, Row, best, grid_edge, regularization_path
 from convexhead.persistence import check_target, load
-from convexhead.progress import Notify, silent, solver_callback, solver_detail
-from convexhead.ranks import join_ranks
 from convexhead.report import evidence
+from convexhead.runtime import checkpoint as checkpoints
+from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
+from convexhead.runtime.ranks import join_ranks
 from convexhead.tokens import TokenStore
-from convexhead.training import TrainingResult
 
 
 def open_split(store: str | Path, split: str) -> Any:
@@ -72,7 +72,7 @@ def fit(
         Minutes between two checkpoints in ``OUT.checkpoint``. The same call goes on from the last one, which is deleted
         when the head is certified.
     notify : callable
-        Told of progress, see `convexhead.progress`.
+        Told of progress, see `convexhead.runtime.progress`.
     command : sequence of str
         What a report says was typed to have this run.
     **parameters

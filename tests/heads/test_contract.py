@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import reference
-from convexhead.activation import make_activation, sample_gates
 from convexhead.errors import InputError
-from convexhead.heads import HEADS, make_head
-from convexhead.losses import Squared
-from convexhead.problem import Problem
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import Squared
+from convexhead.program.problem import Problem
 
 GRIDS = [(2, 3), (6, 1), (1, 6)]
 CASES = [

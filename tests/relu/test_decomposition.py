@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convexhead.activation import GatedReLU, LinearActivation, sample_gates
+from convexhead.dual_norm import cone_decomposition
 from convexhead.errors import InputError
-from convexhead.heads import HEADS, make_head
-from convexhead.losses import Squared
-from convexhead.problem import Problem
-from convexhead.relu import cone_decomposition
-from convexhead.relu import decomposition as module
+from convexhead.program import decomposition as module
+from convexhead.program.activations import GatedReLU, LinearActivation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import Squared
+from convexhead.program.problem import Problem
 
 MIXING = [name for name in HEADS if name != "linear"]
 

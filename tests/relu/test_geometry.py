@@ -10,16 +10,16 @@ import torch
 from scipy.optimize import minimize
 
 import convexhead as ch
-from convexhead.activation import ReLU
-from convexhead.certificate import certify_atoms
+from convexhead.certificate.certify import certify_atoms
+from convexhead.dual_norm.ascent import Peaks
+from convexhead.dual_norm.norm import DualNorm, NormOracle
+from convexhead.dual_norm.scores import scores_of
 from convexhead.errors import InputError
-from convexhead.heads import make_head
-from convexhead.losses import Squared
-from convexhead.patterns import cells, hyperplanes_of, pack_signs
-from convexhead.problem import Problem
-from convexhead.relu.ascent import Peaks
-from convexhead.relu.norm import DualNorm, NormOracle
-from convexhead.relu.scores import scores_of
+from convexhead.program.activations import ReLU
+from convexhead.program.heads import make_head
+from convexhead.program.losses import Squared
+from convexhead.program.patterns import cells, hyperplanes_of, pack_signs
+from convexhead.program.problem import Problem
 from convexhead.solvers.relu import ExactRounds
 
 
@@ -117,7 +117,7 @@ def build(X, Y):
 @pytest.mark.parametrize("method", ["as chosen", "branch and bound", "product of norms"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_attained_value_is_above_the_bound(kind, method, monkeypatch):
-    monkeypatch.setattr("convexhead.relu.norm.WORK", 1e6)
+    monkeypatch.setattr("convexhead.dual_norm.norm.WORK", 1e6)
     for seed in range(6):
         rng = np.random.default_rng([KINDS.index(kind), seed])
         X = nasty(kind, rng)
@@ -158,7 +158,7 @@ def descend(X, Y, beta, heads, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_network_is_below_the_dual(kind, monkeypatch):
     """At any dual point, the one of a network that others have trained or that of none."""
-    monkeypatch.setattr("convexhead.relu.norm.WORK", 1e6)
+    monkeypatch.setattr("convexhead.dual_norm.norm.WORK", 1e6)
     for seed in range(3):
         rng = np.random.default_rng([1, KINDS.index(kind), seed])
         X = nasty(kind, rng)
@@ -227,8 +227,10 @@ def test_a_search_above_the_bound_refutes_it():
 
 
 def test_a_refuted_bound_is_replaced_and_said(monkeypatch):
-    monkeypatch.setattr("convexhead.relu.norm.largest_norm_on_faces", lambda form, parts: (0.0, form.L.new_zeros(0, 2)))
-    monkeypatch.setattr("convexhead.relu.norm.doubt_of", lambda form, parts: 0.0)
+    monkeypatch.setattr(
+        "convexhead.dual_norm.norm.largest_norm_on_faces", lambda form, parts: (0.0, form.L.new_zeros(0, 2))
+    )
+    monkeypatch.setattr("convexhead.dual_norm.norm.doubt_of", lambda form, parts: 0.0)
     rng = np.random.default_rng(0)
     problem = build(rng.normal(size=(6, 2)), rng.normal(size=(6, 1)))
     certificate = certify_atoms(problem, problem.empty(), 0.1, tol=1e-2)

@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-from convexhead.activation import ReLU
-from convexhead.heads import HEADS, make_head
-from convexhead.losses import Squared
-from convexhead.patterns import cells
-from convexhead.problem import Problem
-from convexhead.relu.bound import largest_norm
-from convexhead.relu.faces import count_faces, faces, largest_norm_on_faces
-from convexhead.relu.norm import NormOracle, _over_patterns, product_of_norms
-from convexhead.relu.scores import Form, scores_of
+from convexhead.dual_norm.bound import largest_norm
+from convexhead.dual_norm.faces import count_faces, faces, largest_norm_on_faces
+from convexhead.dual_norm.norm import NormOracle, _over_patterns, product_of_norms
+from convexhead.dual_norm.scores import Form, scores_of
+from convexhead.program.activations import ReLU
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import Squared
+from convexhead.program.patterns import cells
+from convexhead.program.problem import Problem
 
 MIXING = [name for name in HEADS if name != "linear"]
 

@@ -13,16 +13,16 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 import oracle
-from convexhead.activation import ReLU
-from convexhead.heads import HEADS, make_head
-from convexhead.losses import CrossEntropy, Squared
-from convexhead.patterns import all_gates, sample_patterns
-from convexhead.problem import Atoms, Problem
-from convexhead.relu.norm import NormOracle
-from convexhead.relu.scores import scores_of
+from convexhead.baselines.adam import make_twin, objectives, train_adam
+from convexhead.dual_norm.norm import NormOracle
+from convexhead.dual_norm.scores import scores_of
+from convexhead.program.activations import ReLU
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import CrossEntropy, Squared
+from convexhead.program.patterns import all_gates, sample_patterns
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers import Stop, base, relu, solve
 from convexhead.solvers.cones import descend_in_cones
-from convexhead.training import make_twin, objectives, train_adam
 
 MIXING = [name for name in HEADS if name != "linear"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from convexhead.tokens.timm_import import import_torchvision
+from convexhead.tokens.backbones.timm_import import import_torchvision
 
 import_torchvision()
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from convexhead.errors import FileFormatError, HubError, InputError
 from convexhead.tokens import extract, open_backbone
-from convexhead.tokens.timm_import import import_timm
+from convexhead.tokens.backbones.timm_import import import_timm
 
 LITE0 = "packaged:efficientnet-lite0"
 
@@ -238,7 +238,7 @@ def test_timm_imports_whatever_torchvision_is_there() -> None:
     """In a fresh process: a matching torchvision gets no declaration, another one gets one."""
     code = """
 import torch
-from convexhead.tokens.timm_import import _declared, import_timm
+from convexhead.tokens.backbones.timm_import import _declared, import_timm
 import_timm(); import_timm()
 from torchvision.extension import _has_ops
 assert len(_declared) == (0 if _has_ops() else 1), _declared

@@ -16,7 +16,7 @@ import pytest
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens import Progress, StoreWriteError, TokenStore, extract, merge_stores
-from convexhead.tokens.files import LOCK, writer_lock
+from convexhead.tokens.store.files import LOCK, writer_lock
 
 # A process that has imported everything forks one child an attempt: 25 interpreters would take a minute.
 KILLS = """

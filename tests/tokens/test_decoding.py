@@ -18,7 +18,7 @@ from PIL import Image
 
 from convexhead.errors import InputError
 from convexhead.tokens import BrokenImageError, extract, open_source
-from convexhead.tokens.decode import decode_image
+from convexhead.tokens.sources.decode import decode_image
 
 # Pillow warns of what it repairs or leaves out.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -23,8 +23,8 @@ from convexhead.tokens import (
     open_backbone,
     open_source,
 )
-from convexhead.tokens.backbones import Backbone, TokenBatch
-from convexhead.tokens.manifest import Manifest
+from convexhead.tokens.backbones.open import Backbone, TokenBatch
+from convexhead.tokens.store.manifest import Manifest
 
 LITE0 = "packaged:efficientnet-lite0"
 
@@ -223,7 +223,7 @@ def test_bfloat16(photos: Path, tmp_path: Path) -> None:
 PEAKS = """
 import os, resource, sys
 from convexhead.tokens import TokenStore, extract
-import convexhead.tokens.image_arrays, sklearn.datasets
+import convexhead.tokens.sources.image_arrays, sklearn.datasets
 
 def write(n):
     extract(f"npz:{sys.argv[1]}/{n}.npz", "patches:4", f"{sys.argv[1]}/{n}", image_size=32, shard_size=64)

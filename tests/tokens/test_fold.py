@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convexhead.tokens.fold import fold_batch_norm
-from convexhead.tokens.timm_import import import_timm
+from convexhead.tokens.backbones.fold import fold_batch_norm
+from convexhead.tokens.backbones.timm_import import import_timm
 
 
 def normalizations(model: nn.Module) -> int:

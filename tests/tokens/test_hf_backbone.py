@@ -14,8 +14,8 @@ from PIL import Image
 
 from convexhead.errors import FileFormatError, HubError, InputError
 from convexhead.tokens import extract, open_backbone, open_source
-from convexhead.tokens.hf_preprocessing import choose_pixels
-from convexhead.tokens.timm_import import import_torchvision
+from convexhead.tokens.backbones.hf_preprocessing import choose_pixels
+from convexhead.tokens.backbones.timm_import import import_torchvision
 
 pytest.importorskip("transformers")
 import_torchvision()

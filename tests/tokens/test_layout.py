@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from convexhead.errors import InputError
-from convexhead.tokens.layout import Layout, find_layout
-from convexhead.tokens.timm_import import import_timm
+from convexhead.tokens.backbones.layout import Layout, find_layout
+from convexhead.tokens.backbones.timm_import import import_timm
 
 H, W, K = 6, 8, 4
 
@@ -138,8 +138,8 @@ HF = [pytest.param(name, marks=() if name in hf_models.QUICK else pytest.mark.sl
 
 @pytest.mark.parametrize("name", HF)
 def test_transformers(name: str) -> None:
-    from convexhead.tokens.hf_backbone import TransformersBackbone
-    from convexhead.tokens.hf_preprocessing import Pixels
+    from convexhead.tokens.backbones.hf_backbone import TransformersBackbone
+    from convexhead.tokens.backbones.hf_preprocessing import Pixels
 
     family = hf_models.FAMILIES[name]
     model, one = hf_models.build(family), torch.ones(3, 1, 1)
@@ -211,7 +211,7 @@ REFUSED = {"coat": "list", "crossvit": "list", "efficientvim": "list"}
 def test_timm(family: str) -> None:
     from timm.models._registry import _module_to_models
 
-    from convexhead.tokens.timm_backbone import TimmBackbone
+    from convexhead.tokens.backbones.timm_backbone import TimmBackbone
 
     timm = import_timm()
     # The smallest of the first dozen, told by its number of weights without making any.

@@ -119,7 +119,7 @@ def test_timm_backbones_are_opened_as_they_were(photos, tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    from convexhead.tokens.timm_import import import_timm
+    from convexhead.tokens.backbones.timm_import import import_timm
 
     torch.manual_seed(0)
     model = import_timm().create_model("resnet10t", pretrained=False)

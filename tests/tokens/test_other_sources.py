@@ -18,8 +18,8 @@ from PIL import Image
 
 from convexhead.errors import FileFormatError, HubError, InputError
 from convexhead.tokens import BrokenImageError, extract, open_source
-from convexhead.tokens.census import take_census
-from convexhead.tokens.timm_import import import_torchvision
+from convexhead.tokens.backbones.timm_import import import_torchvision
+from convexhead.tokens.store.census import take_census
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 

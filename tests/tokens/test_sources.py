@@ -14,9 +14,9 @@ from PIL import Image
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens import BrokenImageError, TokenStore, extract, merge_stores, open_source
-from convexhead.tokens.census import census_lines
-from convexhead.tokens.manifest import digest_json
-from convexhead.tokens.timm_import import import_torchvision
+from convexhead.tokens.backbones.timm_import import import_torchvision
+from convexhead.tokens.store.census import census_lines
+from convexhead.tokens.store.manifest import digest_json
 
 
 def test_folder_with_splits(photos: Path) -> None:

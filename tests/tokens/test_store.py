@@ -18,10 +18,11 @@ import torch
 
 import convexhead as ch
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens import SplitView, TokenStore, extract, verified
-from convexhead.tokens.backbones import Backbone, TokenBatch
-from convexhead.tokens.manifest import digest_json
-from convexhead.tokens.shards import ShardFile
+from convexhead.tokens import SplitView, TokenStore, extract
+from convexhead.tokens.backbones.open import Backbone, TokenBatch
+from convexhead.tokens.store import verified
+from convexhead.tokens.store.manifest import digest_json
+from convexhead.tokens.store.shards import ShardFile
 
 
 @pytest.fixture(scope="module")

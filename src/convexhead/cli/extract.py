@@ -81,8 +81,8 @@ def extract(
 ) -> None:
     """Run a frozen backbone over images and store the tokens; run it again to go on where it stopped."""
     from convexhead.tokens import extract as run
-    from convexhead.tokens.census import census_lines
     from convexhead.tokens.progress import told_to
+    from convexhead.tokens.store.census import census_lines
 
     with shown_progress(as_json) as notify:
         store = run(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 
 from convexhead.cli.output import errors, speaks_for_all
-from convexhead.progress import Notify, silent
+from convexhead.runtime.progress import Notify, silent
 
 FIRST, EVERY = 5.0, 10.0
 """Seconds until the first line of a log, so that quick commands stay silent, and between lines after it."""

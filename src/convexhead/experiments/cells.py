@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
+from convexhead.baselines.adam import train_adam
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
@@ -28,8 +29,7 @@ from convexhead.experiments.tuning import Tuned, tune
 from convexhead.modules import HeadModule
 from convexhead.path import best, regularization_path
 from convexhead.persistence import load
-from convexhead.problem import Problem
-from convexhead.training import train_adam
+from convexhead.program.problem import Problem
 
 Array = NDArray[Any]
 SCORED = 500

@@ -22,8 +22,8 @@ from convexhead.experiments.comparison import Results, Settings, cells_of, run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, check_test_split, chosen_splits
-from convexhead.heads import HEADS
-from convexhead.progress import Notify, silent
+from convexhead.program.heads import HEADS
+from convexhead.runtime.progress import Notify, silent
 from convexhead.tokens import TokenStore, extract, open_source
 from convexhead.tokens.progress import told_to
 
@@ -127,7 +127,7 @@ def run_cifar100(
     jobs : int or None
         Cells trained at a time.
     notify : callable
-        Told of progress, see `convexhead.progress`.
+        Told of progress, see `convexhead.runtime.progress`.
     command : sequence of str
         What the page tells to type to have it again.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from convexhead.activation import ACTIVATIONS
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments.cells import PathSettings, TwinSettings
 from convexhead.experiments.comparison import Results, Settings, cells_of, run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.splits import splits_of_store
-from convexhead.heads import HEADS
-from convexhead.progress import Notify, silent
+from convexhead.program.activations import ACTIVATIONS
+from convexhead.program.heads import HEADS
+from convexhead.runtime.progress import Notify, silent
 from convexhead.tokens import TokenStore
 
 
@@ -46,7 +46,7 @@ def compare_heads(
     tol : float
         Certified relative gap of the chosen heads.
     notify : callable
-        Told of progress, see `convexhead.progress`.
+        Told of progress, see `convexhead.runtime.progress`.
     command : sequence of str
         What the page says to type to have it again.
     """

@@ -29,9 +29,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from convexhead._version import __version__
-from convexhead.clock import count_processor_time
+from convexhead.baselines.attentive_probe import OPTIONS
+from convexhead.baselines.probes import PROBES, fit_probe, probe_scores
 from convexhead.errors import ConvexHeadError
-from convexhead.experiments.attentive_probe import OPTIONS
 from convexhead.experiments.cells import (
     Cell,
     PathSettings,
@@ -45,14 +45,14 @@ from convexhead.experiments.cells import (
     top,
     train_twins,
 )
-from convexhead.experiments.probes import PROBES, fit_probe, probe_scores
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned
-from convexhead.heads import HEADS
 from convexhead.persistence import load
-from convexhead.progress import Notify, silent
-from convexhead.tokens.files import make_folder, writer_lock
+from convexhead.program.heads import HEADS
+from convexhead.runtime.clock import count_processor_time
+from convexhead.runtime.progress import Notify, silent
+from convexhead.tokens.store.files import make_folder, writer_lock
 
 Results = dict[str, Any]
 ROUNDING = 1e-9
@@ -118,7 +118,7 @@ def run(
     jobs : int
         Cells trained at a time, in processes that share the cores; seconds are then those of the processor.
     notify : callable
-        Told of progress, see `convexhead.progress`.
+        Told of progress, see `convexhead.runtime.progress`.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Splits, splits_of_store
 from convexhead.interpret import token_contributions
 from convexhead.persistence import load
-from convexhead.progress import Notify, silent
+from convexhead.runtime.progress import Notify, silent
 
 BACKBONE, SOURCE = "packaged:efficientnet-lite0", "sklearn:digits"
 EXTRACTION = {
@@ -44,7 +44,7 @@ def run_demo(out: Path, *, seeds: int = 3, notify: Notify = silent) -> dict[str,
     seeds : int
         Runs of Adam for each head; 0: none.
     notify : callable
-        Told of progress, see `convexhead.progress`.
+        Told of progress, see `convexhead.runtime.progress`.
 
     Returns
     -------

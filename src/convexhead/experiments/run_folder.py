@@ -23,7 +23,7 @@ from torch import Tensor
 
 from convexhead._version import __version__
 from convexhead.errors import FileFormatError
-from convexhead.tokens.files import LOCK, make_folder, write_atomic
+from convexhead.tokens.store.files import LOCK, make_folder, write_atomic
 
 FORMAT = "convexhead-experiment"
 OTHERS = ("tokens", LOCK)

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexhead import inputs
-from convexhead.activation import Activation, LinearActivation, make_activation
 from convexhead.errors import InputError
-from convexhead.heads.base import Head
 from convexhead.modules import HeadModule
-from convexhead.problem import Atoms
+from convexhead.program.activations import Activation, LinearActivation, make_activation
+from convexhead.program.heads.base import Head
+from convexhead.program.problem import Atoms
 
 
 @dataclass(frozen=True)

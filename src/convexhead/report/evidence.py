@@ -34,8 +34,8 @@ from safetensors.numpy import load_file, save_file
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.interpret import head_lift, spectra
-from convexhead.tokens.files import sha256_file, write_atomic
-from convexhead.tokens.store import TokenStore
+from convexhead.tokens.store.files import sha256_file, write_atomic
+from convexhead.tokens.store.store import TokenStore
 
 FORMAT, VERSION = "convexhead-evidence", 1
 SAMPLE, WORST = 64, 16

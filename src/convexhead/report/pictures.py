@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import ConvexHeadError
-from convexhead.tokens.sources import ImageSource, open_source
+from convexhead.tokens.sources.open import ImageSource, open_source
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,8 +15,8 @@ from convexhead.report.page import environment, inline_svg
 from convexhead.report.pictures import thumbnails
 from convexhead.report.runs import read_run
 from convexhead.report.tables import gap as gap_in_words
-from convexhead.tokens.files import make_folder, write_atomic
-from convexhead.tokens.store import TokenStore
+from convexhead.tokens.store.files import make_folder, write_atomic
+from convexhead.tokens.store.store import TokenStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
 from convexhead.report.gallery import strongest_heads
 from convexhead.report.tables import probability
-from convexhead.tokens.store import TokenStore
+from convexhead.tokens.store.store import TokenStore
 
 CONFUSED, SERVED = 12, 3
 """Pairs of classes, and classes of a head, that are named."""

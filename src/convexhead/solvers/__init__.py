@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from convexhead.certificate import Certificate, certify_atoms
-from convexhead.checkpoint import Checkpoint, Snapshot
+from convexhead.certificate.certify import Certificate, certify_atoms
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.errors import InputError
-from convexhead.identity import differences
-from convexhead.intercept import solve_intercept
-from convexhead.loss_check import check_loss
-from convexhead.problem import Atoms, Problem
-from convexhead.relu.norm import NormOracle
+from convexhead.program.identity import differences
+from convexhead.program.intercept import solve_intercept
+from convexhead.program.loss_check import check_loss
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.checkpoint import Checkpoint, Snapshot
 from convexhead.solvers.base import Monitor, Progress, Resumable, Solution, Stop
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.fista import Fista

@@ -13,10 +13,10 @@ from types import FrameType
 
 from torch import Tensor
 
-from convexhead.certificate import Certificate
-from convexhead.clock import now
-from convexhead.problem import Atoms, Problem
-from convexhead.ranks import Ranks
+from convexhead.certificate.certify import Certificate
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.clock import now
+from convexhead.runtime.ranks import Ranks
 
 Resumable = Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
 """Makes the tensors that a solver goes on from: those that all processes share, and those of this one's samples."""

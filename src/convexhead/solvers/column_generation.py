@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem, balance
+from convexhead.linalg.spectral import BlockKrylov, GradientMatrices, leading, split_off_model
+from convexhead.program.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.increments import Increments
@@ -33,7 +34,6 @@ from convexhead.solvers.pricing import FORMED_STEPS, Directions, lacking_directi
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
-from convexhead.spectral import BlockKrylov, GradientMatrices, leading, split_off_model
 
 
 class ColumnGeneration:

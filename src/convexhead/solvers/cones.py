@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from scipy.optimize import minimize
 
-from convexhead.problem import Atoms
-from convexhead.relu.scores import Scores
+from convexhead.dual_norm.scores import Scores
+from convexhead.program.problem import Atoms
 from convexhead.solvers.factored import Passes, pack, unpack
 
 ITERATIONS = 200

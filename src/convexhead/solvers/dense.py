@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem
+from convexhead.program.problem import Atoms, Problem
 
 
 class DensePasses:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.problem import Atoms
-from convexhead.solvers.lbfgs import LBFGS
+from convexhead.linalg.lbfgs import LBFGS
+from convexhead.program.problem import Atoms
 from convexhead.solvers.whitening import Whitening
 
 

@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from convexhead.heads.base import Data
-from convexhead.problem import Atoms, Problem
+from convexhead.program.heads.base import Data
+from convexhead.program.problem import Atoms, Problem
 
 MIXED_BYTES = {"cpu": 2e9, "cuda": math.inf}
 """Mixed tokens of the anchor may take no more, whatever the budget."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.problem import Atoms
+from convexhead.program.problem import Atoms
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.factored import pack, unpack
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem
-from convexhead.spectral import BlockKrylov, Deflated, GradientMatrices, top_singular
+from convexhead.linalg.spectral import BlockKrylov, Deflated, GradientMatrices, top_singular
+from convexhead.program.problem import Atoms, Problem
 
 FORMED_STEPS = 12
 """Krylov steps where the matrices are formed: a step costs next to nothing."""

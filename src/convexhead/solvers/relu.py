@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem, rescale
-from convexhead.relu.ascent import Peaks
-from convexhead.relu.norm import NormOracle
+from convexhead.dual_norm.ascent import Peaks
+from convexhead.dual_norm.norm import NormOracle
+from convexhead.program.problem import Atoms, Problem, rescale
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.factored import FactoredDescent, Passes

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem
+from convexhead.linalg.spectral import independent
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.fista import Fista
 from convexhead.solvers.pricing import Directions
-from convexhead.spectral import independent
 
 MOST_VALUES = 128
 """Entries of a value up to which gradient matrices are formed."""

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor, Stop
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.whitening import Whitening

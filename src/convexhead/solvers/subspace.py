@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from convexhead.problem import Atoms, Problem
+from convexhead.linalg.spectral import independent
+from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.base import scaled_dual
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.whitening import probes
-from convexhead.spectral import independent
 
 DRAWS = 10
 """Draws for the Hessian, as a multiple of the number of coefficients."""

@@ -10,20 +10,20 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from convexhead.errors import InputError, choose
-from convexhead.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
-from convexhead.tokens.backbones import Backbone, open_backbone
+from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
+from convexhead.tokens.backbones.open import Backbone, open_backbone
 from convexhead.tokens.batches import BatchExtractor
-from convexhead.tokens.files import make_folder, sha256_file, write_atomic, writer_lock
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.job import ExtractionJob, Task
 from convexhead.tokens.like import number_like, open_backbone_like, options_like, origin_of
-from convexhead.tokens.manifest import DTYPES, MANIFEST, Manifest
 from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.progress import ProgressCallback, ProgressMeter
 from convexhead.tokens.reduce import Reduction
-from convexhead.tokens.sources import ImageSource, open_source
-from convexhead.tokens.store import TokenStore
-from convexhead.tokens.view import SplitView
+from convexhead.tokens.sources.open import ImageSource, open_source
+from convexhead.tokens.store.files import make_folder, sha256_file, write_atomic, writer_lock
+from convexhead.tokens.store.manifest import DTYPES, MANIFEST, Manifest
+from convexhead.tokens.store.store import TokenStore
+from convexhead.tokens.store.view import SplitView
 
 # Processes wait for each other at the end of an extraction only; one that dies breaks the wait at once.
 PATIENCE = timedelta(days=30)

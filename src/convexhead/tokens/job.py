@@ -12,13 +12,13 @@ import torch
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.batches import BatchExtractor, Extracted
-from convexhead.tokens.census import take_census
-from convexhead.tokens.files import LOCK, write_atomic
-from convexhead.tokens.manifest import MANIFEST, REDUCTION, Manifest, Split, digest_json
-from convexhead.tokens.origin import TokenOrigin
 from convexhead.tokens.parallel import map_on_cores
 from convexhead.tokens.progress import ProgressMeter
-from convexhead.tokens.shards import ShardFile, encode_shard
+from convexhead.tokens.store.census import take_census
+from convexhead.tokens.store.files import LOCK, write_atomic
+from convexhead.tokens.store.manifest import MANIFEST, REDUCTION, Manifest, Split, digest_json
+from convexhead.tokens.store.origin import TokenOrigin
+from convexhead.tokens.store.shards import ShardFile, encode_shard
 
 
 class Task(NamedTuple):

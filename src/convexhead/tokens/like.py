@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.backbones import Backbone, open_backbone
-from convexhead.tokens.manifest import MANIFEST
-from convexhead.tokens.origin import TokenOrigin, differences
-from convexhead.tokens.sources import ImageSource
-from convexhead.tokens.store import TokenStore
+from convexhead.tokens.backbones.open import Backbone, open_backbone
+from convexhead.tokens.sources.open import ImageSource
+from convexhead.tokens.store.manifest import MANIFEST
+from convexhead.tokens.store.origin import TokenOrigin, differences
+from convexhead.tokens.store.store import TokenStore
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from convexhead.ranks import local_ranks
+from convexhead.runtime.ranks import local_ranks
 
 T = TypeVar("T")
 R = TypeVar("R")

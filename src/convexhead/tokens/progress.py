@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from convexhead.progress import Notify
+from convexhead.runtime.progress import Notify
 
 
 @dataclass(frozen=True)

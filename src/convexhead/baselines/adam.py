@@ -1,0 +1,297 @@
+"""The non-convex baseline: the same head with a fixed number of atoms, trained by Adam.
+
+    min_{U,V,b}  Φ = F + (β/2) Σ_k (‖U_k‖² + ‖V_k‖²)                                                 (N)
+
+With the L2 term in the loss, Adam minimises the problem that the convex program is equal to, at the same β:
+its result lies at or above the certified optimum, and the distance says how far training stopped short. The
+decoupled decay of AdamW shrinks the weights beside the loss and so minimises something else; it is offered
+because many use it, and a `TrainingResult` says which of the two it was.
+
+Steps take the problem's own passes (`Problem.value_and_gradient`) over prepared tokens: nothing is prepared
+twice, and Adam pays for exactly the arithmetic that the convex solver pays for.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from convexhead.errors import InputError, choose
+from convexhead.modules import HeadModule
+from convexhead.program.activations import GatedReLU
+from convexhead.program.problem import Atoms, Problem
+from convexhead.runtime.clock import now
+
+SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = {
+    "l2": "Adam, L2 term in the loss",
+    "decoupled": "AdamW, decoupled weight decay (a different objective)",
+}
+EVALUATIONS = 40
+"""Full-data objectives that a minibatch run records at most."""
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One row of a run's history; recording it is not charged to ``seconds``."""
+
+    seconds: float
+    epoch: int
+    objective: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class TrainingResult:
+    """What a training run left.
+
+    Attributes
+    ----------
+    module : HeadModule
+        The last iterate, as practised.
+    objective : float
+        Φ on all data in float64, infinite where the run diverged.
+    convex_objective : float
+        The convex program's objective at the same function: the factored penalty is replaced by the nuclear
+        norm (for a ReLU by ``Σ_k ‖U_k‖‖V_k‖``), which balancing the factors reaches. Never above ``objective``.
+    history : list of TrainingRow
+        Φ along the run.
+    seconds : float
+        Of optimisation, evaluations of the history left out.
+    optimizer : str
+        What was run, in words.
+    learning_rate : float
+    seed : int
+    """
+
+    module: HeadModule
+    objective: float
+    convex_objective: float
+    history: list[TrainingRow]
+    seconds: float
+    optimizer: str
+    learning_rate: float
+    seed: int
+
+
+def train_adam(
+    problem: Problem,
+    beta: float,
+    *,
+    n_heads: int,
+    lr: float,
+    epochs: int,
+    batch_size: int | None = None,
+    seed: int = 0,
+    schedule: str = "cosine",
+    weight_decay_mode: str = "l2",
+    callback: Callable[[TrainingRow], None] | None = None,
+) -> TrainingResult:
+    """Train the twin of ``problem`` with ``n_heads`` atoms at weight ``beta``.
+
+    Parameters
+    ----------
+    problem : Problem
+        Its tokens, loss, intercept and precision are used; prepare it with ``reuse`` for speed.
+    n_heads : int
+        ``m``, atoms, spread evenly over the blocks of gates and channel groups. The linear head has one.
+    lr : float
+        Learning rate at the start; see `tune_learning_rate`.
+    epochs : int
+        Passes over the data.
+    batch_size : int or None
+        Samples a step; None takes all at once, without sampling noise.
+    seed : int
+        Of the start and of the order of samples.
+    schedule : {"cosine", "constant"}
+        ``cosine`` falls from ``lr`` to 0 over all steps.
+    weight_decay_mode : {"l2", "decoupled"}
+        ``l2``: β in the loss, the objective Φ. ``decoupled``: AdamW with weight decay β, not Φ.
+    callback : callable (TrainingRow) or None
+        Called with every new row of the history.
+    """
+    choose("schedule", schedule, SCHEDULES)
+    choose("weight_decay_mode", weight_decay_mode, OPTIMIZERS)
+    for what, number in (("n_heads", n_heads), ("epochs", epochs), ("batch_size", batch_size or problem.n)):
+        if not isinstance(number, int) or number < 1:
+            raise InputError(f"{what} must be a positive integer, got {number!r}")
+    if not (lr > 0 and beta > 0 and math.isfinite(lr) and math.isfinite(beta)):
+        raise InputError(f"lr and beta must be positive and finite, got lr={lr!r}, beta={beta!r}")
+    size = min(batch_size or problem.n, problem.n)
+
+    module = make_twin(problem, n_heads, seed)
+    atoms = _shared(module, problem)
+    parameters = list(module.parameters())
+    decoupled = weight_decay_mode == "decoupled"
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(parameters, lr=lr, weight_decay=beta) if decoupled else torch.optim.Adam(parameters, lr=lr)
+    )
+    total = epochs * math.ceil(problem.n / size)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total) if schedule == "cosine" else 1.0
+    )
+    generator = torch.Generator().manual_seed(seed)
+    clock, history = _Clock(), []
+    every = max(1, math.ceil(epochs / EVALUATIONS))
+
+    def record(epoch: int) -> float:
+        with clock.paused():
+            row = TrainingRow(clock.seconds(), epoch, factored_objective(problem, atoms, beta))
+            history.append(row)
+            if callback is not None:
+                callback(row)
+        return row.objective
+
+    record(0)
+    for epoch in range(1, epochs + 1):
+        for batch in _minibatches(problem, size, generator):
+            _, gU, gV, gb = batch.value_and_gradient(atoms, 0.0 if decoupled else beta)
+            gradients = {"mixing": gU, "values": gV, "intercept": gb}
+            for name, parameter in module.named_parameters():
+                parameter.grad = gradients[name]
+            optimizer.step()
+            decay.step()
+        if (epoch % every == 0 or epoch == epochs) and not math.isfinite(record(epoch)):
+            break  # diverged: nothing will bring it back
+    seconds = clock.seconds()
+    module.zero_grad(set_to_none=True)
+    objective, convex_objective = objectives(problem, module.to_atoms(), beta)
+    return TrainingResult(
+        module, objective, convex_objective, history, seconds, OPTIMIZERS[weight_decay_mode], lr, seed
+    )
+
+
+@dataclass
+class Tuning:
+    """The learning rate that a search chose: its run, and every run's ``(learning rate, score, seconds)``."""
+
+    best: TrainingResult
+    scores: list[tuple[float, float, float]]
+
+    @property
+    def learning_rate(self) -> float:
+        return self.best.learning_rate
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs together: what tuning costs."""
+        return sum(seconds for *_, seconds in self.scores)
+
+
+def tune_learning_rate(
+    train: Callable[[float], TrainingResult],
+    learning_rates: Sequence[float],
+    score: Callable[[TrainingResult], float] | None = None,
+) -> Tuning:
+    """Run ``train(lr)`` for every learning rate and keep the run with the highest score.
+
+    Parameters
+    ----------
+    train : callable (float) -> TrainingResult
+        For example ``lambda lr: train_adam(problem, beta, lr=lr, n_heads=20, epochs=100)``.
+    learning_rates : sequence of float
+    score : callable (TrainingResult) -> float, or None
+        Higher is better: say, accuracy on a validation split. None: the lowest training objective.
+    """
+    if not learning_rates:
+        raise InputError("give at least one learning rate")
+    best: TrainingResult | None = None
+    best_score, scores = -math.inf, []
+    for lr in learning_rates:
+        result = train(lr)
+        diverged = not math.isfinite(result.objective)
+        value = -math.inf if diverged else (score(result) if score is not None else -result.objective)
+        scores.append((lr, value, result.seconds))
+        if best is None or value > best_score:
+            best, best_score = result, value
+    assert best is not None
+    return Tuning(best, scores)
+
+
+def make_twin(problem: Problem, n_heads: int, seed: int) -> HeadModule:
+    """The untrained twin of ``problem``: its start is scaled on up to 64 samples spread over the data."""
+    activation = problem.activation
+    module = HeadModule(
+        problem.head,
+        activation.name,
+        activation.gates if isinstance(activation, GatedReLU) else None,
+        n_heads,
+        problem.c,
+        intercept=problem.fit_intercept,
+        dtype=problem.dtype,
+        seed=None,
+    ).to(problem.device)
+    module.reset_parameters(seed, problem.X[:: math.ceil(problem.n / 64)].to(problem.device))
+    return module
+
+
+def factored_objective(problem: Problem, atoms: Atoms, beta: float) -> float:
+    """Φ, in the problem's precision; infinite where it is not a number."""
+    value = problem.data_term(problem.outputs(atoms)) + beta * problem.penalty(atoms)
+    return value if math.isfinite(value) else math.inf
+
+
+def objectives(problem: Problem, atoms: Atoms, beta: float) -> tuple[float, float]:
+    """``(Φ, convex objective)`` of ``atoms`` on all data in float64; infinite for non-finite weights."""
+    exact, atoms = problem.in_double(), atoms.to(problem.device, torch.float64)
+    data_term = exact.data_term(exact.outputs(atoms))
+    nuclear = penalty = exact.penalty(atoms)
+    if not math.isfinite(data_term + beta * penalty):
+        return math.inf, math.inf
+    if problem.head.learns_mixing:
+        nuclear = float(sum(sizes.sum() for sizes in problem.balance(atoms)[1]))
+    return data_term + beta * penalty, data_term + beta * min(nuclear, penalty)
+
+
+def _shared(module: HeadModule, problem: Problem) -> Atoms:
+    """The module's weights as atoms on the same memory: the optimiser's steps are seen at once."""
+    b = module.values.new_zeros(problem.c) if module.intercept is None else module.intercept
+    return Atoms(module.mixing.detach(), module.values.detach(), module.block, b.detach())
+
+
+def _minibatches(problem: Problem, size: int, generator: torch.Generator) -> Iterator[Problem]:
+    """One epoch in random order; the last batch may be smaller. All data at once is the problem itself."""
+    if size >= problem.n:
+        yield problem
+        return
+    order = torch.randperm(problem.n, generator=generator).to(problem.device)
+    for index in order.split(size):
+        yield _gather(problem, index)
+
+
+def _gather(problem: Problem, index: Int[Tensor, " b"]) -> Problem:
+    """The problem on the samples ``index``, with what was prepared of them."""
+    part = copy.copy(problem)
+    part.n = len(index)
+    part.Y = problem.Y[index]
+    part.samples = problem.samples.take(index)
+    return part
+
+
+class _Clock:
+    """Time since it was made, without what ran inside ``paused``."""
+
+    def __init__(self) -> None:
+        self._began, self._paused_at = now(), 0.0
+
+    def seconds(self) -> float:
+        return (self._paused_at or now()) - self._began
+
+    def paused(self) -> _Clock:
+        return self
+
+    def __enter__(self) -> None:
+        self._paused_at = now()
+
+    def __exit__(self, *_: object) -> None:
+        self._began += now() - self._paused_at
+        self._paused_at = 0.0

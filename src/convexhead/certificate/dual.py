@@ -1,0 +1,235 @@
+"""A residual as a dual point: feasible in exact arithmetic, up to amounts that are charged.
+
+For any ``R (n, r, c)`` with ``n R_i`` in the domain of ``ℓ*``, ``Σ_i R_i = 0`` where there is an intercept, and
+``τ ‖𝒜_j*(R)‖₂ ≤ β`` for every block, ``P* ≥ D(τ) = −(1/n) Σ_i ℓ*(n τ R_i, y_i)``. A residual in float64 is such a point
+only up to rounding, and what is computed from it is rounded again. With the unit roundoff ``u = 2⁻⁵³`` and ``a_i`` such
+that ``‖P mix(X_i, U)‖_F ≤ a_i ‖U‖_F`` (`Head.mix_bound`):
+
+* **The gradient matrix.** An entry is a sum of products in a chain of at most ``K`` operations, and the same chain of
+  absolute values has a norm of at most ``S = Σ_i a_i ‖R_i‖_F``. So ``𝒜*(R)``, and its product with a unit vector, is
+  computed to within ``K u S``, however much of it cancels: ``σ`` is raised by that. ``S ≥ σ`` is itself a bound, and
+  the one that is used where squares of ``S`` would leave the range of float64. Krylov spaces, which are
+  reorthogonalised, take such errors as a perturbation of the operator of this size.
+* **The intercept.** ``g = n R`` is replaced by ``Loss.without_sum(g)``, a point in the domain of ``ℓ*`` whose sum is 0
+  but for rounding: ``|Σ_i g_ik| ≤ left_k``. In exact arithmetic the same map takes it to a point whose sum *is* 0, at
+  a distance ``Σ_i ‖·‖ ≤ Σ_k left_k``. That point is the one that is certified: ``σ`` is raised by
+  ``max_i a_i Σ_k left_k / n`` and ``D`` lowered by `Loss.cost_of_sum`. The intercept itself needs no bound: it may be
+  as far away as it likes.
+* **Sums over samples** are made in cascades, in which a term passes through few additions: `summing`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from convexhead.program.problem import BATCH_BYTES, FORMING_BYTES, Problem
+
+CLOSE = 1e-4
+"""Relative distance of two scalings of a dual point between which its value hardly changes."""
+DECOMPOSED = 1e-9
+"""Relative amount by which σ is raised to cover rounding in decompositions, ``u`` times the order of a matrix."""
+INSIDE = 1 - 1e-12
+"""Share of the largest scaling in the domain of ``ℓ*`` that is used: the exact point has room to be in it, too."""
+INTERCEPT_BOX = 1e4
+"""Bound on ``|b_k|``, in units of ``1 + max |y|``, that is assumed where a loss cannot give a residual without sum."""
+RANGE = 1e140
+"""Norms of gradient matrices must lie within this and its inverse for their squares to be numbers."""
+UNIT = torch.finfo(torch.float64).eps / 2
+"""``u``: relative error of one operation in float64."""
+
+
+def summing(n: int) -> float:
+    """Additions, at most, that a term of a sum of ``n`` passes through in torch's cascades of four levels."""
+    return 8 * n**0.25 + 16
+
+
+def chain(problem: Problem) -> float:
+    """``K``: operations that a term passes through on its way into an entry of ``𝒜*(R)`` or of the outputs.
+
+    A pass sums the rows of a batch in any order, then the batches. A transform over the grid takes fewer operations
+    than a sum over the tokens.
+    """
+    head, n = problem.head, problem.n
+    batch = max(BATCH_BYTES[problem.device.type], FORMING_BYTES[problem.device.type]) // 8
+    rows = min(n * head.r, max(batch, head.least_batch * head.r))
+    # Softmax residuals do not sum to 0 over the classes but for rounding, relative to a 1-norm.
+    classes = math.sqrt(problem.c) * summing(problem.c)
+    return rows + n + 8 * (head.s + head.d) + 2 * problem.c + classes + 64
+
+
+class DualPoint:
+    """The residual at outputs ``f`` as a dual point, and ``D(τ)`` with all charges.
+
+    Parameters
+    ----------
+    problem : Problem
+        In float64.
+    f : Tensor (n, r, c)
+        Outputs, with an intercept that nearly makes ``Σ_i R_i = 0`` where the problem has one. Any will do.
+    beta : float
+
+    Attributes
+    ----------
+    R : Tensor (n, r, c)
+        The point, over ``n``.
+    size : float
+        ``S = Σ_i a_i ‖R_i‖_F``, a bound on every ``‖𝒜_j*(R)‖_F``.
+    assumed : str
+        What the bound assumes beyond arithmetic; empty as a rule.
+    """
+
+    def __init__(self, problem: Problem, f: Float[Tensor, "n r c"], beta: float) -> None:
+        self.problem, self.beta, self.assumed = problem, beta, ""
+        loss, Y = problem.loss, problem.Y
+        g = loss.residual(f, Y)
+        self._left = g.new_zeros(problem.c)
+        self._targets = problem.sum(pairwise_sum(Y.flatten(0, 1)))[0]
+        self._box = 0.0
+        limit = min(loss.scaled_domain(f[rows], Y[rows]) for rows in problem.rows)
+        if problem.fit_intercept:
+            projected = self._without_sum(g)
+            within = min(loss.scale_limit(projected[rows], Y[rows]) for rows in problem.rows)
+            within = -problem.ranks.largest(-within)[0]
+            if self._in_domain(min(1.0, within) * INSIDE * projected):
+                g, self._left, limit = projected, self._left_of(projected), within
+            else:
+                box = INTERCEPT_BOX * (1 + problem.largest_target)
+                self._box = box * float(self._left_of(g).sum()) / problem.n
+                self.assumed = f"for intercepts of at most {box:.0e}"
+        self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
+        self.R = g / problem.n
+        a = problem.samples.mix_bounds
+        size, pairing, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), (g * Y).abs().sum(), g.abs().amax()
+        size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
+        self.size = size * (1 + 1e-9)
+        most, largest, far = problem.ranks.largest(float(a.max()), float(spread), float(f.abs().max()))
+        self._most, left = most, float(self._left.sum()) / problem.n
+        tiny = torch.finfo(torch.float64).tiny
+        self.raised = chain(problem) * (UNIT * self.size + tiny) + most * left
+        self._pairing = pairing / problem.n
+        self._reach = far + problem.largest_target + 2 * largest
+
+    def _sum(self, g: Tensor) -> Float[Tensor, " c"]:
+        return self.problem.sum(pairwise_sum(g.flatten(0, 1)))[0]
+
+    def _without_sum(self, g: Tensor) -> Tensor:
+        problem = self.problem
+        for _ in range(2):  # once more for what the first time was rounded
+            g = problem.loss.without_sum(g, problem.Y, self._sum(g), self._targets, problem.n * problem.head.r)
+        return g
+
+    def _left_of(self, g: Tensor) -> Float[Tensor, " c"]:
+        """A bound on ``|Σ_i g_ik|`` in exact arithmetic, after rows have been made to sum to 0 where they must."""
+        problem, size = self.problem, self._sum(g.abs())
+        levels = math.log2(problem.n * problem.head.r) + 4 + problem.ranks.size
+        rows = (summing(problem.c) + 16) * size.sum() * (size > 0)
+        return self._sum(g).abs() + UNIT * (levels * size + rows)
+
+    def _in_domain(self, g: Tensor) -> bool:
+        problem = self.problem
+        return math.isfinite(problem.mean_of(problem.loss.conjugate, g, problem.Y))
+
+    @cached_property
+    def computable(self) -> bool:
+        """Whether gradient matrices, and their squares, are in the range of float64; else there is only `size`."""
+        return 1 / RANGE < self.size < RANGE
+
+    @cached_property
+    def in_single_range(self) -> bool:
+        """Whether squares of gradient matrices, and products on the way to them, are in the range of float32."""
+        return 1e-15 < self.size < 1e15 and self._most < 1e30
+
+    def value(self, tau: float) -> float:
+        """``D(τ)`` less all charges but that for the gradient matrix; ``−∞`` where it is not a number."""
+        problem = self.problem
+        mean = problem.mean_of(lambda R, Y: problem.loss.conjugate(tau * problem.n * R, Y), self.R, problem.Y)
+        cost = problem.loss.cost_of_sum(tau * self._left, self._targets, abs(mean), self._reach, problem.n)
+        rounding = UNIT * (64 + 2 * summing(problem.n) + problem.head.r * problem.c)
+        value = -mean - cost - tau * self._box - rounding * (abs(mean) + tau * self._pairing)
+        return value if math.isfinite(value) else -math.inf
+
+    def bound(self, sigma: float) -> float:
+        """What ``max_j ‖𝒜_j*(R)‖₂`` surely is at most if it was computed as ``sigma``; ``∞`` if that is no number."""
+        raised = sigma * (1 + DECOMPOSED) + self.raised
+        return raised if math.isfinite(raised) else math.inf
+
+    def largest(self, sigma: float) -> float:
+        """The largest ``τ ≤ 1`` with ``τ σ ≤ β`` in the domain."""
+        return min(1.0, self.domain, self.beta / self.bound(sigma))
+
+    def spectral(self, sigma: float) -> float:
+        """``max_τ D(τ)`` over ``τ σ ≤ β``."""
+        return self._best(self.largest(sigma), min(self.domain, self.beta / self.bound(sigma)), lambda tau: 0.0)
+
+    def ridge(self) -> float:
+        """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``."""
+        norm = self.size
+        if self.computable:
+            block = torch.zeros(1, dtype=torch.int64, device=self.R.device)
+            one = torch.ones(1, dtype=self.R.dtype, device=self.R.device)
+            norm = float(self.problem.adjoint_times_mixing(self.R, one, block).norm())
+        norm = self.bound(norm)
+        start = min(1.0, self.domain)
+        return self._best(start, self.domain, lambda tau: (tau * norm) * (tau * norm) / (2 * self.beta))
+
+    def _best(self, start: float, limit: float, penalty: Callable[[float], float]) -> float:
+        """The best value at 0, ``start`` or any τ up to ``limit``: each is a valid bound, the search only a choice."""
+
+        def value(tau: float) -> float:
+            result = self.value(tau) - penalty(tau)
+            return result if math.isfinite(result) else -math.inf
+
+        top = min(limit, 2 * start)
+        if not top > 0:
+            return value(0.0)
+        end = value(top)
+        best = end if start == top else max(value(start), end)
+        if end > value((1 - CLOSE) * top):
+            return best  # concave in τ and rising at the end, as a rule: what lies between is hardly better
+        found = minimize_scalar(
+            lambda tau: min(-value(tau), 1e300), bounds=(0.0, top), method="bounded", options={"maxiter": 20}
+        )
+        return max(best, -float(found.fun), value(0.0))
+
+
+def error_of_objective(problem: Problem, f: Float[Tensor, "n r c"], weights: float, atoms: int, terms: float) -> float:
+    """How far the computed objective may be from the true one, at most.
+
+    Outputs are computed to within ``δ_i = K u (a_i Σ_k ‖U_k‖‖V_k‖ + max |f_i|)``, and the losses have curvature at
+    most 1: ``ℓ(f_i + δ) ≤ ℓ(f_i) + ⟨∇ℓ(f_i), δ⟩ + ½ ‖δ‖²``. Of a loss of the user's own that is an assumption.
+
+    Parameters
+    ----------
+    f : Tensor (n, r, c)
+        The model's outputs.
+    weights : float
+        ``Σ_k ‖U_k‖‖V_k‖``.
+    atoms : int
+        How many there are.
+    terms : float
+        The sum of the objective's terms, none of which is negative.
+    """
+    head = problem.head
+    operations = 8 * (head.s + head.d) + atoms * head.value_rows + 64
+    mixed = problem.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
+    delta = operations * UNIT * (mixed + f.abs().flatten(1).amax(1))
+    slope = problem.loss.residual(f, problem.Y).abs().flatten(1).sum(1)
+    propagated = problem.mean(delta * slope + head.r * problem.c / 2 * delta.square())
+    own = UNIT * (64 + 2 * summing(problem.n) + head.r * problem.c + 8 * atoms)
+    return propagated + own * terms
+
+
+def pairwise_sum(x: Float[Tensor, "m ..."]) -> Tensor:
+    """Sum over the first dimension in which each term passes through ``⌈log₂ m⌉`` additions."""
+    while len(x) > 1:
+        half = len(x) // 2
+        paired = x[:half] + x[half : 2 * half]
+        x = torch.cat([paired, x[2 * half :]]) if len(x) % 2 else paired
+    return x[0]

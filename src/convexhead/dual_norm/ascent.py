@@ -1,0 +1,130 @@
+"""Search for the mixing weights that a residual rewards most: batched ascent on the unit sphere from many starts.
+
+    φ(u) = ‖Σ_i (P mix(X_i, u))ᵀ R_i‖_F,    ∇φ(u) = 𝒜_u*(R) G/‖G‖,    G = Σ_i (P mix(X_i, u))ᵀ R_i  (e, c)
+
+On the cone of one activation pattern ``φ`` is ``‖Mᵀ u‖`` and ``u ← ∇φ/‖∇φ‖`` a step of the power method for
+``M Mᵀ``. Across cones it may overshoot, so each start keeps a step ``α`` of its own, ``u ← (1 − α) u + α ∇φ/‖∇φ‖``,
+halved where ``φ`` fell and doubled where it rose. The values found never exceed the maximum: they are estimates from
+below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexhead.program.activations import sample_gates
+from convexhead.program.problem import Problem
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Where ascents ended, highest first.
+
+    Attributes
+    ----------
+    values : Tensor (k,)
+        ``φ(u)``.
+    U : Tensor (k, *mixing_shape)
+        Unit mixing weights.
+    G : Tensor (k, e, c)
+        ``Σ_i (P mix(X_i, u))ᵀ R_i``: the value weights that go with them, up to sign and size.
+    block : Tensor (k,)
+    """
+
+    values: Float[Tensor, " k"]
+    U: Float[Tensor, "k ..."]
+    G: Float[Tensor, "k e c"]
+    block: Int[Tensor, " k"]
+
+    def select(self, index: Tensor) -> Peaks:
+        """The peaks that ``index`` picks."""
+        return Peaks(self.values[index], self.U[index], self.G[index], self.block[index])
+
+    def merge(self, other: Peaks) -> Peaks:
+        """These and ``other``'s, highest first."""
+        pairs = ((self.values, other.values), (self.U, other.U), (self.G, other.G), (self.block, other.block))
+        merged = Peaks(*(torch.cat(pair) for pair in pairs))
+        return merged.select(merged.values.argsort(descending=True))
+
+    def distinct(self, *, cosine: float = 0.999, seen: Float[Tensor, "k w"] | None = None) -> Peaks:
+        """Of peaks in one block whose directions, and those ``seen`` by the data, agree to ``cosine`` the highest."""
+        flat = self.U.flatten(1)
+        same = (flat @ flat.T > cosine) & (self.block.unsqueeze(1) == self.block)
+        if seen is not None:
+            same &= seen @ seen.T > cosine
+        return self.select(~same.tril(-1).any(1))
+
+
+def ascend(
+    problem: Problem,
+    R: Float[Tensor, "n r c"],
+    U: Float[Tensor, "k ..."],
+    block: Int[Tensor, " k"],
+    *,
+    iterations: int,
+    rtol: float = 1e-7,
+    climbers: int | None = None,
+) -> Peaks:
+    """Ascend from every ``U_k``; starts whose ``φ`` rises by less than ``rtol`` rest.
+
+    Parameters
+    ----------
+    problem : Problem
+        With a ReLU, in any precision.
+    R : Tensor (n, r, c)
+        Residuals.
+    U, block
+        Starts ``(k, *mixing_shape)`` of any size but zero, and their channel groups ``(k,)``.
+    climbers : int or None
+        Only so many are gone on with, those that begin highest; None: all.
+    """
+    U = _unit(U)
+    G = problem.adjoint_times_mixing(R, U, block)
+    values = G.flatten(1).norm(dim=1)
+    if climbers is not None:
+        highest = values.argsort(descending=True)[:climbers]
+        U, G, values, block = U[highest], G[highest], values[highest], block[highest]
+    step = torch.ones_like(values)
+    moving = torch.arange(len(U), device=U.device)[values > 0]
+    ahead = torch.zeros_like(U)
+    fresh = moving
+    for _ in range(iterations):
+        if not len(moving):
+            break
+        if len(fresh):
+            unit = G[fresh] / values[fresh].view(-1, 1, 1)
+            ahead[fresh] = _unit(problem.adjoint_times_values(R, unit, block[fresh], U[fresh]))
+        a = step[moving].view(-1, *[1] * (U.ndim - 1))
+        trial = _unit((1 - a) * U[moving] + a * ahead[moving])
+        trial_G = problem.adjoint_times_mixing(R, trial, block[moving])
+        trial_values = trial_G.flatten(1).norm(dim=1)
+        gain = trial_values - values[moving]
+        better = gain > 0
+        rose = moving[better]
+        U[rose], G[rose], values[rose] = trial[better], trial_G[better], trial_values[better]
+        step[moving] = torch.where(better, (2 * step[moving]).clamp_max(1.0), step[moving] / 4)
+        alive = torch.where(better, gain > rtol * trial_values, step[moving] > 1e-4)
+        fresh, moving = moving[better & alive], moving[alive]
+    order = values.argsort(descending=True)
+    return Peaks(values[order], U[order], G[order], block[order])
+
+
+def starts(problem: Problem, k: int, generator: torch.Generator) -> tuple[Float[Tensor, "k ..."], Int[Tensor, " k"]]:
+    """``k`` random starts for every channel group, half of them standard normal, half drawn from the data."""
+    head, groups = problem.head, problem.head.n_groups
+    gates = torch.cat([sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, problem.X)])
+    U = gates.to(problem.device, problem.dtype).view(-1, *head.mixing_shape)
+    span = head.mixing_span()
+    if span is not None:
+        span = span.to(U)
+        U = (U.flatten(1) @ span.T @ span).view_as(U)
+    return U, torch.arange(len(U), device=problem.device) % groups
+
+
+def _unit(U: Float[Tensor, "k ..."]) -> Float[Tensor, "k ..."]:
+    norm = U.flatten(1).norm(dim=1).clamp_min(torch.finfo(U.dtype).tiny)
+    return U / norm.view(-1, *[1] * (U.ndim - 1))

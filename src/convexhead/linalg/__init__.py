@@ -1,0 +1,1 @@
+"""What solvers and certificates share: Krylov spaces, gradient matrices, quasi-Newton pairs."""

@@ -1,0 +1,488 @@
+"""Singular values of the gradient matrices ``𝒜_j*(R)``, never formed where they are large.
+
+Block Krylov (Lanczos) iteration on the Gram operator of every block at once, from random starts, with full
+reorthogonalisation. It gives a *lower* estimate ``σ̂ ≤ σ``. With ``k`` steps from one vector uniform on the sphere,
+
+    Pr[ σ̂² < (1 − ε) σ² ] ≤ 1.648 √N exp(−√ε (2k − 1))          (Kuczyński & Woźniakowski 1992)
+
+for any ``N × N`` Gram operator, whatever its spectrum. The Krylov space of ``b`` independent starts contains that of
+each of them, so all must fail at once and the bound is raised to the power ``b``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from convexhead.program.problem import Atoms, Problem
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+FORMED = 5_000_000
+"""Numbers that matrices formed at a time may take."""
+MOST_FORMED = 5e7
+"""Numbers of what is formed to be decomposed, beside every budget of memory."""
+FORMED_BYTES = 4e9
+"""Matrices that are kept formed may take no more, whatever the budget."""
+MOST_PRODUCTS = 300
+"""Products with a vector that a Krylov space takes anyhow: forming a matrix for as much pays."""
+LEAST_STEPS = 4
+"""Krylov steps before which the random vectors have not found what the rest holds."""
+FORMED_ORDER = 2500
+"""Order up to which all singular values of a matrix that is formed cheaply are computed."""
+
+
+class GradientMatrices:
+    """``G_j = 𝒜_j*(R)`` for every block ``j`` as linear operators on batches of vectors.
+
+    Parameters
+    ----------
+    problem : Problem
+    R : Tensor (n, r, c)
+        Residuals.
+    form : bool
+        Whether they may be formed.
+
+    Notes
+    -----
+    Vectors are columns: ``V (j, q, b)`` and ``U (j, p, b)`` hold ``b`` of them for each of the ``j`` blocks named by
+    ``blocks``; ``p = mixing_size`` and ``q = value_rows · c``.
+    """
+
+    def __init__(self, problem: Problem, R: Float[Tensor, "n r c"], *, form: bool = True) -> None:
+        self.problem, self.R, self._form = problem, R, form
+        self.p = problem.head.mixing_size
+        self.q = problem.head.value_rows * problem.c
+        self.on_values = problem.value_size <= self.p
+        """Whether the Gram operator acts on the value side, the smaller one."""
+        self.order = min(self.p, problem.value_size)
+
+    @cached_property
+    def formed(self) -> Float[Tensor, "j p q"] | None:
+        """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
+        problem = self.problem
+        size = problem.n_blocks * self.p * self.q * problem.dtype.itemsize
+        if not self._form or problem.products != problem.dtype or not _cheap_to_form(problem):
+            return None
+        if problem.ranks.largest(float(size > min(FORMED_BYTES, problem.budget.left)))[0]:
+            return None
+        problem.budget.lend(size, self)
+        return problem.gradient_matrices(self.R, torch.arange(problem.n_blocks, device=self.R.device))
+
+    def _product(self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]) -> Tensor:
+        j, _, b = x.shape
+        flat = x.transpose(1, 2).reshape(j * b, *shape)
+        out = times(self.R, flat, blocks.repeat_interleave(b))
+        return out.reshape(j, b, -1).transpose(1, 2)
+
+    def times(self, V: Float[Tensor, "j q b"], blocks: Tensor) -> Float[Tensor, "j p b"]:
+        """``G_j V_j``."""
+        if self.formed is not None:
+            return torch.stack([self.formed[j] @ x for j, x in zip(blocks.tolist(), V, strict=True)])
+        return self._product(V, blocks, self.problem.value_shape, self.problem.adjoint_times_values)
+
+    def transpose_times(self, U: Float[Tensor, "j p b"], blocks: Tensor) -> Float[Tensor, "j q b"]:
+        """``G_jᵀ U_j``."""
+        if self.formed is not None:
+            return torch.stack([self.formed[j].T @ x for j, x in zip(blocks.tolist(), U, strict=True)])
+        return self._product(U, blocks, self.problem.head.mixing_shape, self.problem.adjoint_times_mixing)
+
+    def gram(self, x: Float[Tensor, "j m b"], blocks: Tensor) -> Float[Tensor, "j m b"]:
+        """``G_jᵀG_j x`` or ``G_jG_jᵀ x``, on the smaller side."""
+        if self.on_values:
+            return self.transpose_times(self.times(x, blocks), blocks)
+        return self.times(self.transpose_times(x, blocks), blocks)
+
+    def random_start(self, blocks: Tensor, b: int, generator: torch.Generator) -> Float[Tensor, "j m b"]:
+        """Independent Gaussian vectors on the smaller side, in the subspace that the blocks write."""
+        m = self.q if self.on_values else self.p
+        x = torch.randn(len(blocks) * b, m, generator=generator, dtype=torch.float64)
+        x = x.to(self.R.device, self.R.dtype)
+        if self.on_values:
+            x = x.view(-1, *self.problem.value_shape)
+            x = self.problem.mask_values(x, blocks.repeat_interleave(b)).flatten(1)
+        return x.view(len(blocks), b, m).transpose(1, 2)
+
+
+def orthonormalise(x: Float[Tensor, "j big b"], basis: Float[Tensor, "j big m"]) -> Float[Tensor, "j big b"]:
+    """An orthonormal basis of the part of ``x`` orthogonal to ``basis``; twice, as once is not enough in rounding."""
+    for _ in range(2):
+        x = x - basis @ (basis.mT @ x)
+        x = torch.linalg.qr(x).Q
+    return x
+
+
+def independent(x: Float[Tensor, "big m"]) -> Float[Tensor, "big l"]:
+    """An orthonormal basis of the columns' span, without what rounding would make of dependent ones."""
+    Q, R = torch.linalg.qr(x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny))
+    return Q[:, R.diagonal().abs() > 1e-4]
+
+
+class BlockKrylov:
+    """Rayleigh–Ritz approximation of the top of a batch of Gram operators, one Krylov step at a time.
+
+    Parameters
+    ----------
+    gram : callable (x (j, N, b), blocks (j,)) -> (j, N, b)
+        Symmetric positive semidefinite operators, one for each block named.
+    start : Tensor (j, N, b)
+        ``b`` start vectors a block.
+    blocks : Tensor (j,)
+        Which blocks.
+    order : int
+        Dimension of the space that the operators act on, at most ``N``: beyond it there is nothing to find.
+
+    Attributes
+    ----------
+    steps : int
+        Steps taken, ``k`` of the bound.
+    values : Tensor (j, m)
+        Ritz values, rising.
+    """
+
+    def __init__(self, gram: Apply, start: Float[Tensor, "j big b"], blocks: Int[Tensor, " j"], order: int) -> None:
+        self.gram, self.blocks, self.order, self.steps = gram, blocks, order, 0
+        self.starts = start.shape[2]
+        self._next = torch.linalg.qr(start).Q
+        self._basis = start.new_empty(*start.shape[:2], 0)
+        self._projected = start.new_empty(len(start), 0, 0)
+
+    def step(self) -> None:
+        """Add ``b`` vectors to every Krylov space; not beyond the dimension of the space."""
+        if self.steps:
+            self._next = orthonormalise(self._next, self._basis)
+        basis = torch.cat([self._basis, self._next], dim=2)
+        image = self.gram(self._next, self.blocks)
+        column = basis.mT @ image
+        m = basis.shape[2]
+        old = m - self.starts
+        grown = basis.new_zeros(len(basis), m, m)
+        grown[:, :old, :old] = self._projected
+        grown[:, :, old:] = column
+        grown[:, old:, :] = column.mT
+        self._projected = (grown + grown.mT) / 2
+        values, self._rotation = torch.linalg.eigh(self._projected)
+        self.values = values.clamp_min(0)
+        self._basis, self._next = basis, image - basis @ column
+        self.steps += 1
+
+    def can_step(self) -> bool:
+        """Whether the space has room for another step."""
+        return self._basis.shape[2] + self.starts <= self.order
+
+    def keep(self, mask: Bool[Tensor, " j"]) -> None:
+        """Go on with some of the blocks only."""
+        self.blocks, self._next, self._basis = self.blocks[mask], self._next[mask], self._basis[mask]
+        self._projected, self.values, self._rotation = (
+            self._projected[mask], self.values[mask], self._rotation[mask],
+        )  # fmt: skip
+
+    def leading(self, count: int) -> tuple[Float[Tensor, "j k"], Float[Tensor, "j k"]]:
+        """The largest singular values found, at most ``count`` and falling, and how far each is from being one.
+
+        That is ``‖Gᵀa − σ b‖`` for the vectors ``a, b`` on the two sides, known without another product.
+        """
+        count = min(count, self.values.shape[1])
+        sigma = self.values[:, -count:].flip(1).sqrt()
+        residual = torch.linalg.qr(self._next).R @ self._rotation[:, -self.starts :, -count:].flip(2)
+        return sigma, residual.norm(dim=1) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
+
+    def vectors(self, count: int) -> Float[Tensor, "j big k"]:
+        """Ritz vectors of the ``count`` largest values, largest first."""
+        return self._basis @ self._rotation[:, :, -count:].flip(2)
+
+
+class Deflated:
+    """``G_j`` with orthonormal directions ``A_j, B_j`` split off, for every block. In bases of ``A, B`` and the rest
+
+        G = [ M  N ; P  Q ],   M = AᵀGB,   N = AᵀG(I − BBᵀ),   P = (I − AAᵀ)GB,   Q = (I − AAᵀ)G(I − BBᵀ).
+
+    Only ``Q`` is large, and `gram` is its Gram operator. Whatever the directions are, for every ``η > 0``
+
+        ‖G‖ ≤ ‖P‖ + √ max( λ_max(MMᵀ + (1 + 1/η) NNᵀ), (1 + η) ‖Q‖² ),
+
+    since ``‖Mᵀa‖² + ‖Nᵀa + Qᵀb‖² ≤ aᵀ(MMᵀ + (1 + 1/η) NNᵀ)a + (1 + η) ‖Qᵀb‖²``. With ``A`` spanning ``G B``, ``P``
+    vanishes; with the leading singular directions ``N`` nearly does, and where it does not, among the last of them,
+    ``M`` is small. Where the Gram operator acts on the mixing side, ``B`` spans ``GᵀA`` and it is ``N`` that vanishes:
+    there the bound is that of ``Gᵀ``, in which ``P`` and ``N`` change places.
+
+    Parameters
+    ----------
+    G : GradientMatrices
+    A, B : Tensor (j, p, m), (j, q, m)
+        Orthonormal columns in each block; zero columns where a block has fewer.
+    image : Tensor or None
+        ``G B``, or ``GᵀA`` where the Gram operator acts on the mixing side, if that is at hand.
+    """
+
+    def __init__(
+        self, G: GradientMatrices, A: Float[Tensor, "j p m"], B: Float[Tensor, "j q m"], image: Tensor | None = None
+    ) -> None:
+        self.G, self.A, self.B, self._image = G, A, B, image
+
+    @cached_property
+    def corners(self) -> tuple[Float[Tensor, "j m m"], Float[Tensor, "j m m"], Float[Tensor, " j"]]:
+        """``MMᵀ``, ``NNᵀ`` and ``‖P‖`` of each block, of ``Gᵀ`` where the Gram operator acts on the mixing side."""
+        problem, (j, _, m) = self.G.problem, self.A.shape
+        AtG, GB = self.A.new_zeros(j, m, self.G.q), self.A.new_zeros(j, m, self.G.p)
+        used = (self.A != 0).any(1)  # (j, m)
+        block = used.nonzero()[:, 0]
+        if len(block):
+            known = None if self._image is None else self._image.mT[used]
+            at_B, at_A = (known, None) if self.G.on_values else (None, known)
+            if at_B is None:
+                V = self.B.mT[used].view(-1, *problem.value_shape)
+                at_B = problem.adjoint_times_values(self.G.R, V, block).flatten(1)
+            if at_A is None:
+                U = self.A.mT[used].view(-1, *problem.head.mixing_shape)
+                at_A = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
+            GB[used], AtG[used] = at_B, at_A
+        M = AtG @ self.B
+        N, P = AtG - M @ self.B.mT, (GB.mT - self.A @ M).mT
+        if not self.G.on_values:
+            M, N, P = M.mT, P, N
+        largest = P @ P.mT if m else P.new_zeros(j, 1, 1)
+        return M @ M.mT, N @ N.mT, torch.linalg.eigvalsh(largest)[:, -1].clamp_min(0).sqrt()
+
+    @cached_property
+    def inner(self) -> Float[Tensor, " j"]:
+        """``‖M‖ ≤ ‖G‖`` of each block."""
+        MM, *_ = self.corners
+        return torch.linalg.eigvalsh(MM)[:, -1].clamp_min(0).sqrt() if MM.shape[1] else MM.new_zeros(len(MM))
+
+    @cached_property
+    def _top(self) -> tuple[Float[Tensor, " t"], Float[Tensor, "j t"]]:
+        """Values of ``η``, and ``λ_max(MMᵀ + (1 + 1/η) NNᵀ)`` of each block at each."""
+        MM, NN, _ = self.corners
+        eta = _etas(MM)
+        if MM.shape[1] == 0:
+            return eta, MM.new_zeros(len(MM), len(eta))
+        weighted = MM.unsqueeze(1) + (1 + 1 / eta).view(-1, 1, 1) * NN.unsqueeze(1)
+        return eta, torch.linalg.eigvalsh(weighted)[..., -1].clamp_min(0)
+
+    def gram(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j m b"]:
+        """Gram operator of ``Q`` on the smaller side."""
+        y = self.half(x, blocks)
+        x = self.G.transpose_times(y, blocks) if self.G.on_values else self.G.times(y, blocks)
+        return project_out(x, (self.B if self.G.on_values else self.A)[blocks])
+
+    def half(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j other b"]:
+        """``Q`` itself, from the smaller side to the other."""
+        if self.G.on_values:
+            return project_out(self.G.times(project_out(x, self.B[blocks]), blocks), self.A[blocks])
+        return project_out(self.G.transpose_times(project_out(x, self.A[blocks]), blocks), self.B[blocks])
+
+    def norm(self, rest: Float[Tensor, " j"], blocks: Int[Tensor, " j"]) -> Float[Tensor, " j"]:
+        """The bound above for the named blocks, given ``‖Q‖``, at the best ``η``."""
+        eta, top = self._top
+        _, _, below = self.corners
+        square = torch.maximum(top[blocks], (1 + eta) * rest.square().unsqueeze(1))
+        return below[blocks] + square.amin(1).sqrt()
+
+
+def _etas(like: Tensor) -> Float[Tensor, " t"]:
+    """Values of ``η`` to choose from, 12% apart."""
+    return torch.logspace(-8, 4, 241, dtype=like.dtype, device=like.device)
+
+
+def project_out(x: Float[Tensor, "j m b"], basis: Float[Tensor, "j m k"]) -> Float[Tensor, "j m b"]:
+    """``(I − BBᵀ) x`` for orthonormal columns ``B`` (zero columns allowed)."""
+    return x - basis @ (basis.mT @ x)
+
+
+def relative_slack(order: int, steps: int, starts: int, failure_probability: float) -> float:
+    """The ``ε`` with ``Pr[σ̂² < (1 − ε) σ²] ≤ failure_probability`` after ``steps`` from ``starts``; 1 if none is."""
+    root = (math.log(1.648 * math.sqrt(order)) - math.log(failure_probability) / starts) / (2 * steps - 1)
+    return min(1.0, root * root)
+
+
+def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
+    """``G_j`` without the directions of a model's atoms: what the model lacks."""
+    j = G.problem.n_blocks
+    widest = int(torch.bincount(atoms.block, minlength=j).max()) if len(atoms) else 0
+    A, B = G.R.new_zeros(j, G.p, widest), G.R.new_zeros(j, G.q, widest)
+    for block in torch.unique(atoms.block).tolist():
+        mine = atoms.block == block
+        for basis, weights in ((A, atoms.U), (B, atoms.V)):
+            Q = torch.linalg.qr(weights[mine].flatten(1).T.to(G.R.dtype)).Q
+            basis[block, :, : Q.shape[1]] = Q
+    return Deflated(G, A, B)
+
+
+def leading(
+    G: GradientMatrices, atoms: Atoms, *, extra: int, steps: int, generator: torch.Generator, rtol: float = 0.0
+) -> tuple[BlockKrylov | None, Int[Tensor, " j"], Int[Tensor, " j"]]:
+    """Krylov space of the leading singular directions, from a model's atoms and ``extra`` random vectors.
+
+    Goes on for at most ``steps``, or until splitting directions off promises to bound the norm to within ``rtol`` of
+    the largest singular value found (see `Deflated`).
+
+    Returns
+    -------
+    krylov : BlockKrylov or None
+        None where there are no atoms, or no room for the vectors.
+    active : Tensor (j,)
+        The blocks that have atoms, the only ones treated.
+    count : Tensor (j,)
+        How many Ritz vectors of each it pays to split off: the last have not settled, and what couples them to the
+        rest would spoil the bound.
+    """
+    model = split_off_model(G, atoms)
+    active = torch.unique(atoms.block)
+    near = model.B if G.on_values else model.A
+    if not len(active) or near.shape[2] + extra > G.order:
+        return None, active, torch.zeros_like(active)
+    start = torch.cat([near[active], G.random_start(active, extra, generator)], dim=2)
+    krylov = BlockKrylov(G.gram, start, active, G.order)
+    while True:
+        krylov.step()
+        count, good = _best_split(krylov, 2 * start.shape[2], rtol)
+        if krylov.steps >= steps or not krylov.can_step() or (good and krylov.steps >= LEAST_STEPS):
+            break
+    return krylov, active, count
+
+
+def _best_split(krylov: BlockKrylov, most: int, rtol: float) -> tuple[Int[Tensor, " j"], bool]:
+    """How many Ritz vectors of each block to split off; whether this promises to bound the norm to within ``rtol``."""
+    sigma, missed = krylov.leading(most)
+    eta = _etas(sigma).view(-1, 1, 1)
+    # 4: what is missed points the same way for many vectors, and adds up.
+    top = (sigma.square() + 4 * (1 + 1 / eta) * missed.square()).cummax(2).values
+    # What is left may have values as large as the Ritz values not split off, and farther than these are from any.
+    rest = (sigma + missed).flip(1).cummax(1).values.flip(1)
+    rest = torch.cat([rest[:, 1:], rest[:, -1:]], dim=1)
+    # 4%: what the norm of the rest will be raised by for its failure probability.
+    bound = torch.maximum(top, 1.04 * (1 + eta) * rest.square()).amin(0).sqrt()
+    least = bound.amin(1, keepdim=True)
+    enough = (1 + rtol) * krylov.values[:, -1].max().sqrt()
+    # Of those that will do the most: the less is left, the sooner its norm is known.
+    place = torch.arange(1, bound.shape[1] + 1, device=bound.device)
+    count = (place * (bound <= torch.maximum(least, enough))).amax(1)
+    return count, bool((least <= enough).all())
+
+
+def split_off_leading(
+    G: GradientMatrices,
+    fast: GradientMatrices,
+    atoms: Atoms,
+    *,
+    extra: int,
+    steps: int,
+    generator: torch.Generator,
+    rtol: float,
+) -> Deflated:
+    """``G_j`` without its `leading` singular directions in the blocks that have atoms.
+
+    They are looked for in ``fast``, the same matrices in a precision that may be lower: whatever is split off, the
+    bound of `Deflated` holds.
+    """
+    krylov, active, count = leading(
+        fast, atoms.to(fast.R.device, fast.R.dtype), extra=extra, steps=steps, generator=generator, rtol=rtol
+    )
+    if krylov is None:
+        return split_off_model(G, atoms)
+    x = torch.linalg.qr(krylov.vectors(int(count.max())).to(G.R.dtype)).Q
+    y = G.times(x, active) if G.on_values else G.transpose_times(x, active)
+    other = torch.linalg.qr(y).Q  # of nested spans: dropping the tail of both sides keeps them matched
+    kept = (torch.arange(x.shape[2], device=x.device) < count.unsqueeze(1)).unsqueeze(1)
+    left, right = (other, x) if G.on_values else (x, other)
+    A = G.R.new_zeros(G.problem.n_blocks, G.p, x.shape[2])
+    B = G.R.new_zeros(G.problem.n_blocks, G.q, x.shape[2])
+    A[active], B[active] = left * kept, right * kept
+    image = y.new_zeros(G.problem.n_blocks, *y.shape[1:])
+    image[active] = y * kept
+    return Deflated(G, A, B, image)
+
+
+def split_off_more(deflated: Deflated, krylov: BlockKrylov) -> Deflated:
+    """``deflated`` without what a Krylov space of its rest has found, in the blocks of that space."""
+    G, blocks = deflated.G, krylov.blocks
+    count, _ = _best_split(krylov, 4 * krylov.starts, rtol=0.0)
+    x = krylov.vectors(int(count.max()))
+    y = G.times(x, blocks) if G.on_values else G.transpose_times(x, blocks)
+    left, right = (y, x) if G.on_values else (x, y)
+    A, B = (torch.cat([old, old.new_zeros(*old.shape[:2], x.shape[2])], dim=2) for old in (deflated.A, deflated.B))
+    for wider, more in ((A, left), (B, right)):
+        for block, new, m in zip(blocks.tolist(), more, count.tolist(), strict=True):
+            known = wider[block][:, wider[block].any(0)]
+            Q = torch.linalg.qr(torch.cat([known, new[:, :m]], dim=1)).Q
+            wider[block, :, : Q.shape[1]] = Q
+    return Deflated(G, A, B)
+
+
+def top_singular(
+    deflated: Deflated, start: Float[Tensor, "j big b"], *, rtol: float, max_steps: int
+) -> tuple[Float[Tensor, "j b"], Float[Tensor, "j p b"], Float[Tensor, "j q b"], Float[Tensor, "j big b"]]:
+    """Leading singular triples of every deflated block, as many as ``start`` has vectors: an estimate.
+
+    Stops when the largest singular value grows by less than ``rtol`` in a step.
+
+    Returns
+    -------
+    sigma (j, b), left (j, p, b), right (j, q, b), next_start (j, N, b)
+        Falling within each block; the last is what to start from next time.
+    """
+    blocks = torch.arange(len(start), device=start.device)
+    krylov, previous = BlockKrylov(deflated.gram, start, blocks, deflated.G.order), 0.0
+    for _ in range(max_steps):
+        krylov.step()
+        top = float(krylov.values[:, -1].max().sqrt())
+        if not krylov.can_step() or top - previous <= rtol * top:
+            break
+        previous = top
+    x = krylov.vectors(start.shape[2])
+    y = deflated.half(x, blocks)
+    sigma = y.norm(dim=1)
+    order = sigma.argsort(dim=1, descending=True).unsqueeze(1)
+    y = y / sigma.clamp_min(torch.finfo(sigma.dtype).tiny).unsqueeze(1)
+    x, y = torch.take_along_dim(x, order, 2), torch.take_along_dim(y, order, 2)
+    left, right = (y, x) if deflated.G.on_values else (x, y)
+    return sigma.sort(dim=1, descending=True).values, left, right, x
+
+
+def worth_forming(G: GradientMatrices) -> bool:
+    """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
+    if _cheap_to_form(G.problem):
+        return G.order <= FORMED_ORDER and G.p * G.q <= MOST_FORMED  # formed block by block
+    return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= MOST_FORMED
+
+
+def _cheap_to_form(problem: Problem) -> bool:
+    return problem.forming is not None and problem.forming.products <= MOST_PRODUCTS
+
+
+def formed_norm(G: GradientMatrices) -> float:
+    """``max_j ‖G_j‖₂`` from eigenvalues of Gram matrices, some blocks at a time to save memory."""
+    blocks = torch.arange(G.problem.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
+    return max(_largest(G.problem.gradient_matrices(G.R, some)) for some in blocks)
+
+
+def _largest(G: Float[Tensor, "j p q"]) -> float:
+    """The largest singular value of all; scaled first, since squares of tiny entries would vanish."""
+    scale = float(G.abs().max())
+    G = G / (scale or 1.0)
+    gram = G.mT @ G if G.shape[1] > G.shape[2] else G @ G.mT
+    return scale * float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp_min(0).sqrt())
+
+
+def spectral_norm(
+    problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator, fast: Problem | None = None
+) -> float:
+    """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small.
+
+    ``fast`` is the same problem in a lower precision, in which most of the search is done.
+    """
+    G = GradientMatrices(problem, R)
+    if worth_forming(G):
+        return formed_norm(G)
+    blocks = torch.arange(problem.n_blocks, device=problem.device)
+    start = G.random_start(blocks, min(4 if len(blocks) == 1 else 2, G.order), generator)
+    if fast is not None and fast.dtype != problem.dtype:
+        rough = split_off_model(GradientMatrices(fast, R.to(fast.dtype)), fast.empty())
+        *_, start = top_singular(rough, start.to(fast.dtype), rtol=1e-5, max_steps=100)
+    sigma, *_ = top_singular(split_off_model(G, problem.empty()), start.to(R.dtype), rtol=1e-7, max_steps=100)
+    return float(sigma.max())

@@ -1,0 +1,1 @@
+"""The convex program of a head: tokens, activation, loss, and passes over the samples."""

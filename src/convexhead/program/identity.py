@@ -1,0 +1,256 @@
+"""Which problem it is: everything that the optimum depends on, β apart, in named parts.
+
+A lower bound belongs to one problem. Two problems are the same when all parts of their identities are equal, and then
+
+    min over all heads of  F + β Ω
+
+is the same number for every β. Parts are short texts. Arrays are known by the SHA-256 of their values:
+
+    tokens, targets   of the values as float64 numbers, whatever type holds them: float32 tokens and their exact float64
+                      copies are equal, as are labels of other names with the same one-hot rows, and 0 equals −0
+    gates             the same; their number, order and exact values count
+    loss              its name and parameters; of a loss of one's own also its code and class attributes
+    grid              only of heads that read it; pool: only where there are several tokens
+
+Samples are hashed in blocks that are cut by their number and their size alone, so every number of processes finds the
+same text. Tokens of a store are read and hashed as they come out, and equal the same tokens in an array, but for one
+case: principal components are products in single precision, whose last bits depend on how many samples are read at a
+time. Such tokens are known by the checksums of the store's files and of its reduction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import types
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexhead.program.losses import LOSSES, Loss
+from convexhead.runtime.ranks import Ranks
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, read_ahead
+
+if TYPE_CHECKING:
+    from convexhead.program.problem import Problem
+
+BLOCK = 2**16
+"""Numbers that are hashed together, or one sample's where those are more."""
+HASHED = {"tokens": "tokens", "targets": "labels or targets", "weights": "sample weights", "gates": "gates"}
+"""Parts that hold a hash, and what a message calls them."""
+STATED = {
+    "head": "head",
+    "activation": "activation",
+    "loss": "loss",
+    "pool": "pool",
+    "grid": "token grid",
+    "blocks": "number of channel groups",
+    "outputs": "kind of outputs",
+    "intercept": "intercept",
+}
+"""Parts that say what they are, and what a message calls them."""
+PARTS = (*HASHED, *STATED)
+FILES = "by-files"
+"""Marks tokens that are known by the files of their store, and not by their values."""
+
+
+def identify(problem: Problem) -> dict[str, str]:
+    """The parts of a problem's identity: those of `PARTS`."""
+    head, ranks, gates = problem.head, problem.ranks, getattr(problem.activation, "gates", None)
+    return {
+        "tokens": problem.stored or digest_rows(problem.X, ranks),
+        "targets": digest_rows(problem.targets, ranks),
+        "weights": "none",
+        "gates": "none" if gates is None else digest_rows(gates),
+        "head": head.name,
+        "activation": problem.activation.name,
+        "loss": describe_loss(problem.loss),
+        "pool": head.pool if head.s > 1 else "one token",
+        "grid": "x".join(map(str, head.grid)) if head.reads_grid else "not read",
+        "blocks": str(head.n_groups),
+        "outputs": getattr(head, "outputs", "shared") if head.n_groups > 1 else "shared",
+        "intercept": "fitted" if problem.fit_intercept else "none",
+    }
+
+
+def differences(reference: Mapping[str, str], problem: Mapping[str, str]) -> list[str]:
+    """What differs between a reference's problem and another, in words: ``another head: mlp instead of fno``."""
+    told = []
+    for part, words in STATED.items():
+        if reference.get(part) != problem.get(part):
+            told.append(f"another {words}: {reference.get(part)} instead of {problem.get(part)}")
+    for part, words in HASHED.items():
+        both = [texts.get(part, "none") for texts in (reference, problem)]
+        if both[0] != both[1]:
+            shapes = [text.split(" ")[0] for text in both]
+            told.append(f"other {words}" + (f": {shapes[0]} instead of {shapes[1]}" if shapes[0] != shapes[1] else ""))
+            if shapes[0] == shapes[1] and (FILES in both[0]) != (FILES in both[1]):
+                told[-1] += " (principal components of a store equal only themselves: pass the store, not an array)"
+    return told
+
+
+# -- arrays -----------------------------------------------------------------------------------------------------------
+def digest_rows(X: Tensor | StoredTokens, ranks: Ranks | None = None) -> str:
+    """Shape and SHA-256 of ``X (n, ...)``, whose rows the processes share in order; all of them get the same text."""
+    ranks = ranks or Ranks()
+    lengths = torch.zeros(ranks.size, dtype=torch.int64)
+    lengths[ranks.rank] = len(X)
+    cuts = [0, *torch.cumsum(ranks.sum(lengths)[0], 0).tolist()]
+    start, stop, n = cuts[ranks.rank], cuts[ranks.rank + 1], cuts[-1]
+    size = max(1, BLOCK // max(1, math.prod(X.shape[1:])))
+    digests = torch.zeros(math.ceil(n / size), 4, dtype=torch.int64)
+    split = sorted({cut // size for cut in cuts[1:-1] if cut % size})  # blocks whose rows several processes hold
+    first, last = math.ceil(start / size), stop // size if stop < n else math.ceil(n / size)
+    if first < last:
+        for k, block in enumerate(_blocks(X, first * size - start, min(last * size, n) - start, size), first):
+            digests[k] = _digest(block)
+    (digests,) = ranks.sum(digests)
+    for k in split:
+        rows = slice(max(k * size, start), min((k + 1) * size, n, stop))
+        whole = torch.zeros(min(size, n - k * size), *X.shape[1:], dtype=torch.float64)
+        if rows.start < rows.stop:
+            whole[rows.start - k * size : rows.stop - k * size] = X[rows.start - start : rows.stop - start].cpu()
+        digests[k] = _digest(ranks.sum(whole)[0])
+    shape = "x".join(map(str, (n, *X.shape[1:])))
+    return f"{shape} {hashlib.sha256(shape.encode() + digests.numpy().tobytes()).hexdigest()}"
+
+
+def _blocks(X: Tensor | StoredTokens, start: int, stop: int, size: int) -> Iterator[Tensor]:
+    """Rows ``start .. stop``, ``size`` at a time."""
+    if isinstance(X, Tensor):
+        yield from X[start:stop].split(size)
+        return
+    row = max(1, math.prod(X.shape[1:]) * X.dtype.itemsize)
+    many = size * max(1, int(CHUNK_BYTES["cpu"] // (size * row)))
+    for _, chunk in read_ahead(X, many, start=start, stop=stop):
+        yield from chunk.split(size)
+
+
+def _digest(block: Tensor) -> Tensor:
+    """SHA-256 of the values as four numbers, whatever type holds them."""
+    block = block.detach().cpu()
+    if block.dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+        values = block.float() + 0.0  # −0 becomes 0
+    else:
+        values = block.double() + 0.0
+        single = values.float()
+        values = single if torch.equal(single.double(), values) else values
+    digest = hashlib.sha256(str(values.dtype).encode())
+    digest.update(values.contiguous().numpy().data)
+    return torch.from_numpy(np.frombuffer(digest.digest(), np.int64).copy())
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+def describe_loss(loss: Loss) -> str:
+    """Name and parameters of a loss, and a hash of its code where it is not one of the library's."""
+    home = type(loss).__module__.partition(".")[0]
+    parameters = ", ".join(f"{name}={_text(value, home)}" for name, value in sorted(vars(loss).items()))
+    if LOSSES.get(loss.name) is type(loss):
+        return f"{loss.name}({parameters})" if parameters else loss.name
+    return f"{type(loss).__qualname__}({parameters}) {content_hash(loss, home)}"
+
+
+def _text(value: Any, home: str) -> str:
+    """A parameter in a message: numbers and words as they are, the rest as a hash."""
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return repr(value) if plain else content_hash(value, home)[:12]
+
+
+def content_hash(value: Any, home: str) -> str:
+    """SHA-256 of a Python value by its content: arrays in full, objects by class and attributes, functions by code.
+
+    What a function reads beside its arguments counts too: defaults, closures and globals, as far as these are data or
+    code of the package ``home``; other packages' code is known by its name. Bytecode stands for code: comments and
+    names of files are not seen, and another version of Python may give another hash.
+    """
+    return hashlib.sha256(_Description(home).of(value).encode()).hexdigest()
+
+
+class _Description:
+    """Writes a value out; a part that occurs again is referred to by the order in which parts were first met."""
+
+    def __init__(self, home: str) -> None:
+        self._home = home
+        self._met: dict[int, tuple[int, Any]] = {}  # the values too: a freed one would leave its id to another
+
+    def of(self, value: Any) -> str:
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic, torch.dtype)):
+            return repr(value)
+        if not isinstance(value, (tuple, frozenset, types.CodeType)):  # equal constants may be one object or several
+            if id(value) in self._met:
+                return f"<{self._met[id(value)][0]}>"
+            self._met[id(value)] = (len(self._met), value)
+        if isinstance(value, (Tensor, np.ndarray)):
+            return _array(value)
+        if isinstance(value, (list, tuple)):
+            return f"{type(value).__name__}[{','.join(map(self.of, value))}]"
+        if isinstance(value, (set, frozenset)):
+            return f"set[{','.join(sorted(_Description(self._home).of(part) for part in value))}]"
+        if isinstance(value, Mapping):
+            return self._mapping(value)
+        if isinstance(value, types.CodeType):
+            return f"code({value.co_code.hex()},{value.co_names},{value.co_varnames},{self.of(value.co_consts)})"
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            return f"{type(value).__name__}({self.of(value.__func__)},{self.of(getattr(value, '__self__', None))})"
+        if isinstance(value, property):
+            return f"property({self.of(value.fget)},{self.of(value.fset)})"
+        if isinstance(value, types.ModuleType):
+            return f"module {value.__name__}"
+        if isinstance(value, type):
+            return self._class(value)
+        if hasattr(value, "__dict__"):
+            return f"{self.of(type(value))}{self._mapping(vars(value))}"
+        return f"{self.of(type(value))}{value!r}"  # where this names an address, the object equals itself only
+
+    def _mapping(self, values: Mapping[Any, Any]) -> str:
+        parts = (f"{name!r}:{self.of(part)}" for name, part in sorted(values.items(), key=lambda item: repr(item[0])))
+        return "{" + ",".join(parts) + "}"
+
+    def _function(self, value: types.FunctionType) -> str:
+        if not self._is_ours(value):
+            return f"{value.__module__}.{value.__qualname__}"
+        read = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+        return f"function({','.join(map(self.of, parts))}){self._mapping(read)}"
+
+    def _class(self, value: type) -> str:
+        if not self._is_ours(value):
+            return f"{value.__module__}.{value.__qualname__}"
+        own = {name: part for name, part in vars(value).items() if name not in NOT_CONTENT}
+        return f"class {value.__qualname__}({','.join(map(self.of, value.__bases__))}){self._mapping(own)}"
+
+    def _is_ours(self, value: Any) -> bool:
+        return (value.__module__ or "").partition(".")[0] in (self._home, "__main__")
+
+
+NOT_CONTENT = (
+    "__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__annotations__",
+    "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__",
+)  # fmt: skip
+"""Attributes of a class that do not change what it does."""
+
+
+def _array(value: Tensor | np.ndarray) -> str:
+    array = value.detach().cpu() if isinstance(value, Tensor) else value
+    raw = array.contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(array, Tensor) else array
+    content = repr(raw.tolist()).encode() if raw.dtype.hasobject else np.ascontiguousarray(raw).tobytes()
+    return f"array({array.dtype}, {tuple(array.shape)}, {hashlib.sha256(content).hexdigest()})"
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names that code and the functions inside it look up."""
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))

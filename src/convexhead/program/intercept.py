@@ -1,0 +1,84 @@
+"""The unpenalised intercept at fixed outputs: ``min_b (1/n) Σ_i ℓ(f_i + b, y_i)``, to high precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.optimize import minimize
+from torch import Tensor
+
+from convexhead.program.losses import Huber, Squared
+
+if TYPE_CHECKING:
+    from convexhead.program.problem import Problem
+
+SEPARABLE = (Squared, Huber)
+"""Losses of one output ``f_k − y_k`` after another, each with a minimum between the extreme differences."""
+
+
+def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:
+    """The minimising ``b (c,)``; where it is not unique or infinite, one with a small gradient.
+
+    L-BFGS comes near, then Newton steps on the ``c × c`` Hessian bring the mean residual to rounding level. Where the
+    loss is a sum over outputs, bracketed Newton steps need no start.
+
+    Parameters
+    ----------
+    problem : Problem
+        Loss and targets, in the precision of ``f``.
+    f : Tensor (n, r, c)
+        Outputs without the intercept.
+    """
+    if type(problem.loss) in SEPARABLE:
+        return _output_by_output(problem, f)
+    loss, Y = problem.loss, problem.Y
+
+    def shifted(b: np.ndarray) -> Tensor:
+        return f + torch.as_tensor(b, dtype=f.dtype, device=f.device)
+
+    def value_and_gradient(b: np.ndarray) -> tuple[float, np.ndarray]:
+        return problem.data_term(shifted(b)), mean_residual(b)
+
+    def mean_residual(b: np.ndarray) -> np.ndarray:
+        total = loss.residual(shifted(b), Y).sum((0, 1))
+        return problem.sum(total)[0].cpu().numpy() / problem.n
+
+    c = f.shape[-1]
+    b = minimize(value_and_gradient, np.zeros(c), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+    g = mean_residual(b)
+    for _ in range(4):
+        if np.abs(g).sum() <= 1e-15 * c:
+            break
+        H = problem.sum(loss.mean_hessian(shifted(b), Y) * len(f))[0].cpu().numpy() / problem.n
+        trial = b - np.linalg.lstsq(H, g, rcond=1e-10)[0]
+        trial_g = mean_residual(trial)
+        if np.abs(trial_g).sum() >= np.abs(g).sum():
+            break
+        b, g = trial, trial_g
+    return torch.as_tensor(b, dtype=f.dtype, device=f.device)
+
+
+def _output_by_output(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:
+    """Roots of ``g_k(b_k) = Σ_i R_ik``, which rises: Newton steps, halvings of the bracket where they leave it."""
+    loss, t = problem.loss, (problem.Y - f).flatten(0, 1)
+    ends = problem.ranks.largest(*(-t.amin(0)).tolist(), *t.amax(0).tolist())
+    low, high = (t.new_tensor(end) for end in (-np.array(ends[: t.shape[1]]), ends[t.shape[1] :]))
+    one, b = torch.ones_like(f), (low + high) / 2
+    best, least = b, torch.full_like(b, torch.inf)
+    for _ in range(200):
+        g, h = problem.sum(
+            loss.residual(f + b, problem.Y).sum((0, 1)), loss.hessian_times(f + b, problem.Y, one).sum((0, 1))
+        )
+        better = g.abs() < least
+        best, least = torch.where(better, b, best), torch.where(better, g.abs(), least)
+        low, high = torch.where(g < 0, b, low), torch.where(g > 0, b, high)
+        newton = b - g / h
+        middle = (low + high) / 2
+        following = torch.where((newton > low) & (newton < high), newton, middle)
+        if bool(((g == 0) | (following == b)).all()):
+            break
+        b = torch.where(g == 0, b, following)
+    return best

@@ -1,0 +1,242 @@
+"""The samples of one process, in memory as far as a budget goes and read from disk again in every pass beyond it.
+
+Peak memory is set by the budget, not by the number of samples:
+
+    masks of gates                                      a bit for every entry of a score
+    tokens in memory, where all of them fit             n · s · d numbers, once
+    prepared tokens of the first samples                as many as fit into what is left
+    the rest, prepared anew in every pass               four chunks: read ahead, at hand, the last, being prepared
+    the same prepared tokens in other precisions        as many as fit into what is left then
+
+One `Budget` is shared by all of these and by the mixed tokens that solvers keep. Beside it grows only what a sample
+takes that is not tokens: targets, outputs and residuals ``(n, r, c)``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from convexhead.program.heads.base import Data
+from convexhead.runtime.budget import Budget
+from convexhead.runtime.ranks import local_ranks
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead, token_bytes
+
+if TYPE_CHECKING:
+    from convexhead.program.activations import Activation
+
+
+class Samples:
+    """Tokens as passes over them want them; see the module's text.
+
+    Parameters
+    ----------
+    X : Tensor (n, s, d) or StoredTokens
+        Brought into memory, on ``device``, where all of it fits.
+    activation : Activation
+        Prepares tokens for mixing, and packs the masks of gates.
+    dtype : torch.dtype
+        Precision of prepared tokens.
+    memory : float
+        Bytes that may be taken for tokens that are not yet in memory and for all that is made of tokens.
+    reuse : bool
+        Prepare for many passes and keep the result as far as memory goes; else prepare in every pass.
+    step : int
+        Samples prepared at a time.
+
+    Attributes
+    ----------
+    data : dict of Tensor (kept, ...)
+        Prepared tokens of the first ``kept`` samples.
+    masks : Tensor (n, j, m) or None
+        Bit-packed masks of all samples.
+    budget : Budget
+        Shared with the same samples in other precisions, and with whoever keeps what is mixed from them.
+    """
+
+    def __init__(
+        self,
+        X: Tokens,
+        activation: Activation,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: float,
+        reuse: bool,
+        step: int,
+    ) -> None:
+        self.X, self.activation, self._n = X, activation, len(X)
+        self.device = torch.empty(0, device=device).device
+        self.dtype = self.products = dtype
+        self.budget = Budget(memory)
+        self._chunk = min(CHUNK_BYTES[device.type], memory / 8)
+        first = X[:1].to(self.device)
+        packed = activation.pack_masks(first)
+        self.masks = None if packed is None else packed.new_empty(len(X), *packed.shape[1:])
+        self.budget.take(0 if self.masks is None else self.masks.nbytes)
+        self.like = activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
+        self._bring_in(first, reuse)
+        self._keep(first, reuse)
+        self._fill(step, pack=True)
+        self._step, self._mix_bounds = step, list[Tensor]()
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def bytes(self) -> int:
+        """Memory that prepared tokens take."""
+        return sum(value.nbytes for value in self.data.values() if not self._is_tokens(value))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample is kept prepared."""
+        return self.kept == len(self)
+
+    def _resident(self) -> bool:
+        return isinstance(self.X, Tensor) and self.X.device == self.device
+
+    def _is_tokens(self, value: Tensor) -> bool:
+        """Whether a prepared tensor is nothing but the tokens themselves, which are in memory anyhow."""
+        return isinstance(self.X, Tensor) and _same(value, self.X)
+
+    def _bring_in(self, first: Tensor, reuse: bool) -> None:
+        """Bring the tokens into memory where they fit with what is prepared of them, else make room for chunks."""
+        if self._resident():
+            return
+        tokens = token_bytes(self.X)
+        beside = sum(value.nbytes for value in self.like.values() if not _same(value, first)) if reuse else 0
+        if self.budget.fits(len(self), tokens + beside) == len(self):
+            self.budget.take(len(self) * tokens)
+            self.X = (self.X.read() if isinstance(self.X, StoredTokens) else self.X).to(self.device)
+        else:
+            self.budget.take(4 * self._chunk)
+            self.X = self.X.decoded() if isinstance(self.X, StoredTokens) else self.X
+
+    def _keep(self, first: Tensor, reuse: bool) -> None:
+        """Decide how many samples are kept prepared, and make room for them."""
+        same = [key for key, value in self.like.items() if self._resident() and _same(value, first)]
+        each = sum(value.nbytes for key, value in self.like.items() if key not in same)
+        self.kept = self.budget.fits(len(self), each) if reuse else 0
+        self.data: Data = {}
+        for key, value in self.like.items() if self.kept else ():
+            self.data[key] = self.X[: self.kept] if key in same else value.new_empty(self.kept, *value.shape[1:])
+        self.budget.lend(self.bytes, self)
+
+    def _fill(self, step: int, *, pack: bool) -> None:
+        """Pack the masks of all samples, unless that has been done, and prepare those to be kept."""
+        for rows, X in self._tokens(0, len(self) if pack and self.masks is not None else self.kept, step):
+            if pack and self.masks is not None and (new := self.activation.pack_masks(X)) is not None:
+                self.masks[rows] = new
+            inside = max(0, min(self.kept, rows.stop) - rows.start)
+            if inside:
+                packed = None if self.masks is None else self.masks[rows][:inside]
+                prepared = self.activation.prepare(X[:inside].to(self.dtype), reuse=True, masks=packed)
+                for key, value in prepared.items():
+                    if not self._is_tokens(self.data[key]):
+                        self.data[key][rows.start : rows.start + inside] = value
+
+    def _tokens(self, start: int, stop: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """At most ``size`` samples after another, on the device."""
+        if self._resident():
+            for i in range(start, stop, size):
+                rows = slice(i, min(i + size, stop))
+                yield rows, self.X[rows]
+            return
+        chunk = chunk_rows(self.X, self._chunk)
+        for rows, tokens in read_ahead(self.X, chunk, start=start, stop=stop, device=self.device):
+            for i in range(0, len(tokens), size):
+                part = tokens[i : i + size]
+                yield slice(rows.start + i, rows.start + i + len(part)), part
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Data]]:
+        """Slices of at most ``size`` samples with their prepared tokens and masks."""
+        for i in range(0, self.kept, size):
+            rows = slice(i, min(i + size, self.kept))
+            yield rows, self._masked({key: value[rows] for key, value in self.data.items()}, rows)
+        for rows, X in self._tokens(self.kept, len(self), size):
+            data = self.activation.prepare(X.to(self.dtype), reuse=False)
+            if self.products != self.dtype:
+                data = {key: value.to(self.products) for key, value in data.items()}
+            yield rows, self._masked(data, rows)
+
+    def _masked(self, data: Data, rows: slice) -> Data:
+        return data if self.masks is None else {**data, "masks": self.masks[rows]}
+
+    @property
+    def mix_bounds(self) -> Tensor:
+        """``a_i (n,)`` in float64, of `Head.mix_bound`: one pass over the tokens the first time, in any precision."""
+        if not self._mix_bounds:
+            norms = torch.empty(len(self), dtype=torch.float64, device=self.device)
+            for rows, X in self._tokens(0, len(self), self._step):
+                norms[rows] = _norms(X.double().flatten(1))
+            self._mix_bounds.append(self.activation.head.mix_bound(norms))
+        return self._mix_bounds[0]
+
+    # -- the same samples otherwise -----------------------------------------------------------------------------------
+    def in_precision(self, dtype: torch.dtype, *, reuse: bool, step: int) -> Samples:
+        """Prepared in another precision, and kept as far as the budget that both share still goes."""
+        other, first = copy(self), self.X[:1].to(self.device)
+        other.dtype = other.products = dtype
+        packed = None if self.masks is None else self.masks[:1]
+        other.like = self.activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
+        other._keep(first, reuse)
+        other._fill(step, pack=False)  # masks do not depend on the precision: only tokens are prepared anew
+        return other
+
+    def with_products(self, products: torch.dtype) -> Samples:
+        """Large products in another precision, from the tokens prepared here."""
+        other = copy(self)
+        other.products = products
+        each = sum(value.numel() for value in self.like.values()) * products.itemsize
+        other.kept = self.budget.fits(self.kept, 2 * each)  # as much again is left for mixed tokens
+        other.data = {key: value[: other.kept].to(products) for key, value in self.data.items()}
+        self.budget.lend(other.bytes, other)
+        return other
+
+    def take(self, index: Tensor) -> Samples:
+        """Some of the samples, with what was prepared of them."""
+        other = copy(self)
+        other._n, other.masks = len(index), None if self.masks is None else self.masks[index]
+        other._mix_bounds = [bounds[index] for bounds in self._mix_bounds]
+        if self.complete:
+            other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
+        else:
+            other.X, other.data, other.kept = self.X[index].to(self.device), {}, 0
+        return other
+
+
+def _norms(X: Tensor) -> Tensor:
+    """2-norms of rows, whose squares need not be in the range of floats."""
+    norms = X.norm(dim=1)
+    if not bool(((norms > 1e-140) & (norms < 1e140)).all()):
+        largest = X.abs().amax(1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+        norms = largest[:, 0] * (X / largest).norm(dim=1)
+    return norms * (1 + 1e-12)
+
+
+def _same(value: Tensor, tokens: Tensor) -> bool:
+    """Whether a tensor is ``tokens``, or the first samples of it."""
+    return value.data_ptr() == tokens.data_ptr() and value.shape[1:] == tokens.shape[1:]
+
+
+def default_memory(device: torch.device) -> float:
+    """Half of what is free on the device or, shared by the processes of a run, in this machine or container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    free = float("inf")
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = float(line.split()[1]) * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2
+    if (cgroup / "memory.max").exists() and (limit := (cgroup / "memory.max").read_text().strip()) != "max":
+        free = min(free, float(limit) - float((cgroup / "memory.current").read_text()))
+    return free / 2 / local_ranks()[1]

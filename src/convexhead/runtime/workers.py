@@ -1,0 +1,94 @@
+"""Passes over batches on several cores: every thread takes whole batches of its own.
+
+A batch that stays in a core's caches is too small to split its products between cores: threads inside of one product
+mostly wait for each other. Lanes do not; each makes its batches' products with one thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexhead.program.heads.base import Data
+
+Batch = tuple[slice, Data]
+Work = Callable[[slice, Data], tuple[Tensor, ...]]
+AHEAD = 2
+"""Batches that wait in every lane: enough to keep it busy, few enough not to hold many in memory."""
+
+
+def add_up(
+    batches: Iterable[Batch],
+    work: Work,
+    into: tuple[Tensor, ...],
+    *,
+    lanes: int,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Add to the tensors ``into`` what ``work(rows, data)`` returns for every batch, ``lanes`` of them at a time.
+
+    Batches take turns in fixed order, and lanes are added up in theirs: for a number of lanes the result is always the
+    same. All work is done within ``context()``. The first exception ends it, once no lane is at work any more.
+    """
+    if lanes == 1:
+        with context():
+            for batch in batches:
+                _add(into, work(*batch))
+        return
+    inference = torch.is_inference_mode_enabled()
+    totals = [into, *(tuple(map(torch.zeros_like, into)) for _ in range(lanes - 1))]
+    at_work: list[deque[Future[None]]] = [deque() for _ in range(lanes)]
+
+    def run(lane: int, batch: Batch) -> None:
+        with torch.inference_mode(inference), context():  # which threads do not share
+            _add(totals[lane], work(*batch))
+
+    threads = _threads(lanes)
+    try:
+        for i, batch in enumerate(batches):
+            lane = i % lanes
+            if len(at_work[lane]) > AHEAD:
+                at_work[lane].popleft().result()
+            at_work[lane].append(threads[lane].submit(run, lane, batch))
+        for future in chain(*at_work):
+            future.result()
+    finally:
+        rest = list(chain(*at_work))
+        for future in rest:
+            future.cancel()
+        wait(rest)
+    for total in totals[1:]:
+        _add(into, total)
+
+
+def _add(into: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+    for total, part in zip(into, parts, strict=True):
+        total += part
+
+
+@cache
+def _threads(lanes: int) -> list[ThreadPoolExecutor]:
+    """One thread for each lane, kept for the passes to come."""
+    threads = [ThreadPoolExecutor(1, f"convexhead-lane-{lane}", initializer=_take_one_core) for lane in range(lanes)]
+    inside = torch.get_num_threads()
+    wait([thread.submit(lambda: None) for thread in threads])
+    torch.set_num_threads(inside)  # the lanes' setting would otherwise be the default of threads to come
+    return threads
+
+
+def _take_one_core() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # settles it: a thread's first use of it would otherwise ask for the default of that time
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child process has none of these threads

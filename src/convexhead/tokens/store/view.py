@@ -1,0 +1,267 @@
+"""One split of a token store: an array on disk behind memory-mapped shards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convexhead.errors import FileFormatError, InputError
+from convexhead.tokens.reduce import Reduction
+from convexhead.tokens.store.gather import ShardedRows
+from convexhead.tokens.store.manifest import Manifest, digest_json
+from convexhead.tokens.store.origin import TokenOrigin
+
+FloatArray = NDArray[np.float32]
+
+READ_NUMBERS = 1_000_000
+"""Numbers of stored tokens that are read at a time where the caller does not say how many images."""
+
+
+class SplitView:
+    """The tokens of one split, an array ``(n, s, d)`` float32 that lives on disk.
+
+    Slices, index arrays and boolean masks read only the rows they name; the store's `Reduction` is applied on
+    the way. ``np.asarray(view)`` reads everything.
+
+    Attributes:
+        grid: ``(h, w)`` with ``h * w = s``.
+        class_names: what the labels mean.
+        reduction: what is applied on the way, or None.
+        broken: names of the images that could not be read and were left out.
+        rows: the images of the split that this view shows, or None for all.
+    """
+
+    ndim = 3
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str, reduction: Reduction | None) -> None:
+        self.split = split
+        self.grid = manifest.grid
+        self.class_names = list(manifest.class_names)
+        self.broken = manifest.splits[split].broken
+        self._folder = folder
+        self._manifest = manifest
+        self.reduction = reduction
+        self._rows = ShardedRows(folder, manifest.splits[split].shards)
+        self._with_class_token = False
+        self.rows: NDArray[np.int64] | None = None
+        self._numbers: NDArray[np.int64] | None = None
+
+    def __repr__(self) -> str:
+        return f"SplitView({str(self._folder)!r}, {self.split!r}, shape={self.shape})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n, s, d)`` after reduction."""
+        s, d = self._manifest.shape
+        return len(self), s + self._with_class_token, self.reduction.channels if self.reduction else d
+
+    def __len__(self) -> int:
+        return len(self._rows if self.rows is None else self.rows)
+
+    @property
+    def identity(self) -> str:
+        """A text that two views share only if they hold the same tokens and labels."""
+        numbers = None if self._numbers is None else self._numbers.tolist()
+        return digest_json({"tokens": self.tokens_identity, "numbers": numbers})
+
+    @property
+    def tokens_identity(self) -> str:
+        """A text that two views share only if they hold the same tokens, however their classes are numbered."""
+        facts: dict[str, Any] = {
+            "shards": [shard.sha256 for shard in self._manifest.splits[self.split].shards],
+            "reduction": self.reduction.identity if self.reduction else "",
+            "class_token": self._with_class_token,
+        }
+        if self.rows is not None:
+            facts["rows"] = self.rows.tolist()
+        return digest_json(facts)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """int64 ``(n,)``, indices into ``class_names``.
+
+        Raises:
+            InputError: a view made by `read_as` holds images of a class that the head does not know.
+            FileFormatError: a label that is no class.
+        """
+        labels: NDArray[np.int64] = self._take("labels", slice(None))
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self._manifest.class_names):
+            raise FileFormatError(
+                f"{str(self._folder)!r} has a label that is none of its {len(self._manifest.class_names)} classes: "
+                "find the damaged shard with `convexhead store verify`"
+            )
+        if self._numbers is None:
+            return labels
+        if strangers := [self._manifest.class_names[i] for i in np.unique(labels) if self._numbers[i] < 0]:
+            more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+            raise InputError(
+                f"{str(self._folder)!r} has images of classes that this head was not trained on: "
+                f"{', '.join(map(repr, strangers[:5]))}{more}; leave these classes out when extracting"
+            )
+        numbered: NDArray[np.int64] = self._numbers[labels]
+        return numbered
+
+    @property
+    def files(self) -> list[str]:
+        """One name an image."""
+        files = [name for layout in self._rows.layouts for name in layout.files]
+        return files if self.rows is None else [files[row] for row in self.rows]
+
+    def subset(self, rows: NDArray[np.int64]) -> SplitView:
+        """Return a view of some of the images.
+
+        Raises:
+            IndexError: rows that are not there.
+        """
+        kept = np.arange(len(self))[rows] if self.rows is None else self.rows[rows]
+        return self._changed(rows=np.asarray(kept, np.int64))
+
+    # -- the view and a head ------------------------------------------------------------------------------------------
+    def origin(self) -> TokenOrigin:
+        """Return where these tokens come from, which a head fitted on them keeps."""
+        manifest = self._manifest
+        return TokenOrigin(
+            config=manifest.config,
+            backbone=manifest.backbone,
+            shape=manifest.shape,
+            grid=manifest.grid,
+            class_token=self._with_class_token,
+            class_names=list(self.class_names),
+            split=self.split,
+            images=len(self._rows),
+            rows=self.rows,
+            reduction=self.reduction,
+        )
+
+    def read_as(self, origin: TokenOrigin) -> SplitView:
+        """Return the view as a head of that ``origin`` reads it, whatever store this is.
+
+        The stored tokens pass through the head's own reduction, and labels are numbered as the head's classes.
+
+        Raises:
+            InputError: tokens that are made otherwise than the head's.
+        """
+        origin.check(self._manifest, self._with_class_token, repr(str(self._folder)))
+        numbers = origin.numbers(self._manifest.class_names)
+        names = self.class_names if numbers is None or origin.class_names is None else list(origin.class_names)
+        return self._changed(reduction=origin.reduction, _numbers=numbers, class_names=names)
+
+    def read_to_audit(self, origin: TokenOrigin) -> SplitView:
+        """Return the images that a head of that ``origin`` was fitted on, as it reads them.
+
+        Raises:
+            InputError: this split does not hold them.
+        """
+        view = self.read_as(origin)
+        images = len(self._rows)
+        origin.check_training(self._manifest.config, self.split, images, repr(str(self._folder)))
+        if self.rows is not None and not np.array_equal(self.rows, _every(origin.rows, images)):
+            raise InputError(
+                f"these are {len(self)} of the {images} images of {self.split!r}, others than this head was trained "
+                "on: an audit is about the training data, pass the whole split"
+            )
+        view.labels  # noqa: B018 - refuses unknown classes
+        return view if origin.rows is None else view._changed(rows=origin.rows)
+
+    def with_class_token(self) -> SplitView:
+        """Return a view whose token 0 is the class token, ``(n, 1 + s, d)``, which ``pool="cls"`` reads.
+
+        It is reduced as the other tokens are (with what was fitted on those). The tokens then lie on no grid
+        any more: ``grid`` is ``(1 + s, 1)``.
+
+        Raises:
+            InputError: the backbone has no class token.
+        """
+        self._check_prefix()
+        return self._changed(_with_class_token=True, grid=(1 + self._manifest.shape[0], 1))
+
+    def unreduced(self) -> SplitView:
+        """Return a view of the tokens as they are stored, as float32."""
+        return self._changed(reduction=None)
+
+    def _changed(self, **changes: Any) -> SplitView:
+        view = copy.copy(self)
+        vars(view).pop("labels", None)  # read already, perhaps of other rows
+        vars(view).update(changes)
+        return view
+
+    def _take(self, name: str, rows: Any) -> NDArray[Any]:
+        return self._rows.take(name, rows if self.rows is None else self.rows[rows])
+
+    def class_tokens(self, rows: Any) -> FloatArray:
+        """Return the class tokens ``(k, d)`` of ``rows``, not reduced.
+
+        Raises:
+            InputError: the backbone has no class token.
+        """
+        self._check_prefix()
+        return self._take("prefix", rows)[..., 0, :].astype(np.float32, copy=False)
+
+    def __getitem__(self, rows: Any) -> FloatArray:
+        """Return reduced tokens: ``(k, s, d)`` of a slice, mask or index array, ``(s, d)`` of an integer."""
+        tokens = self._take("tokens", rows)
+        if self._with_class_token:
+            first = self._take("prefix", rows)[..., :1, :]
+            tokens = np.concatenate([first, tokens], axis=-2)
+        return self.reduction.apply(tokens) if self.reduction else tokens.astype(np.float32, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("a token store is reduced while it is read: it cannot be an array without a copy")
+        return self.read() if dtype is None else self.read().astype(dtype, copy=False)
+
+    def read(self) -> FloatArray:
+        """Read the whole split."""
+        out = np.empty(self.shape, np.float32)
+        start = 0
+        for chunk in self.chunks():
+            out[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return out
+
+    def chunks(self, size: int | None = None) -> Iterator[FloatArray]:
+        """Yield reduced tokens of ``size`` images after another, the last chunk possibly smaller."""
+        return (self[start:stop] for start, stop in self._ranges(size))
+
+    def raw_chunks(self, size: int | None = None) -> Iterator[NDArray[Any]]:
+        """Yield what `raw` returns, ``size`` images after another."""
+        return (self.raw(start, stop) for start, stop in self._ranges(size))
+
+    def raw(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the tokens of rows ``start .. stop`` as stored (bfloat16 as float32), not reduced."""
+        return self._take("tokens", slice(start, stop))
+
+    @property
+    def n_prefix(self) -> int:
+        """Number of class and register tokens an image."""
+        return self._manifest.n_prefix
+
+    def prefix_chunks(self, size: int | None = None) -> Iterator[NDArray[Any]]:
+        """Yield what `prefix` returns, ``size`` images after another."""
+        return (self.prefix(start, stop) for start, stop in self._ranges(size))
+
+    def prefix(self, start: int, stop: int) -> NDArray[Any]:
+        """Return class and register tokens ``(k, n_prefix, d)`` of rows ``start .. stop``, not reduced."""
+        self._check_prefix()
+        return self._take("prefix", slice(start, stop))
+
+    def _ranges(self, size: int | None) -> Iterator[tuple[int, int]]:
+        size = max(1, READ_NUMBERS // int(np.prod(self.shape[1:]))) if size is None else size
+        if size < 1:
+            raise InputError(f"a chunk of {size} images is not possible")
+        return ((start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+    def _check_prefix(self) -> None:
+        if not self.n_prefix:
+            raise InputError(f"the backbone {self._manifest.backbone!r} has no class or register tokens")
+
+
+def _every(rows: NDArray[np.int64] | None, images: int) -> NDArray[np.int64]:
+    return np.arange(images) if rows is None else rows
