@@ -83,7 +83,7 @@ CASES = {
     "gates of the wrong shape": (lambda: fit(activation="gated-relu", gates=np.ones((2, 3))), r"needs \(J, 4, 4\)"),
     "no gates": (lambda: fit(activation="gated-relu", gates=np.ones((0, 4, 4))), "with J >= 1"),
     "NaN in gates": (lambda: fit(activation="gated-relu", gates=np.full((1, 4, 4), np.nan)), "gates contain NaN"),
-    "gates of text": (lambda: fit(activation="gated-relu", gates="many"), "gates cannot be read"),
+    "gates of text": (lambda: fit(activation="gated-relu", gates="many"), "gates is a str"),
     "unknown device": (lambda: fit(device="abacus"), "cannot be used here"),
     # using
     "other channels": (lambda: FITTED.predict(X[:, :, :3]), "3 features, but this head was fitted with 4"),
