@@ -327,11 +327,16 @@ def test_the_time_left_is_that_of_the_steps_so_far():
         (("compare", "STORE", "--out", "OUT", "--heads", "mlp", "--activations", "linear", "--beta-ratios", "0.1",
           "--seeds", "1"), "mlp-linear/path, 1/"),
         (("extract", "PHOTOS", "--backbone", "patches:4", "--out", "OUT"), "tokens of train images, "),
+        (("evaluate", "RUN", "STORE"), "scoring, "),
+        (("audit", "RUN", "STORE"), "certifying, "),
+        (("store", "verify", "STORE"), "reading the store, "),
     ],
 )  # fmt: skip
 def test_progress_without_a_terminal(work, photos, tmp_path, capsys, monkeypatch, arguments, line):
     """Lines on standard error, and nothing but the result on standard output; with --json nothing but JSON."""
-    places = {"STORE": work / "tokens", "PHOTOS": photos}
+    if not (work / "run").exists():
+        call("fit", work / "tokens", "--out", work / "run")
+    places = {"STORE": work / "tokens", "PHOTOS": photos, "RUN": work / "run"}
     monkeypatch.setattr(progress, "monotonic", itertools.count(0.0, 100.0).__next__)
     capsys.readouterr()
     assert call(*(places.get(a, tmp_path / "loud" if a == "OUT" else a) for a in arguments)) == 0

@@ -11,6 +11,7 @@ from typer import Option
 from convexhead.cli.entry import NOTHING, command
 from convexhead.cli.options import Json, Run, Store, Tol
 from convexhead.cli.output import certificate_line, emit
+from convexhead.cli.progress import shown_progress
 
 Split = Annotated[str, Option(help="Which images of the store: test, train or val.")]
 Beta = Annotated[float | None, Option(help="Weight β of the penalty; default: the one that the head was trained at.")]
@@ -25,7 +26,8 @@ def evaluate(run: Run, store: Store, split: Split = "test", as_json: Json = Fals
     """Measure the accuracy of a trained head on the images of a store."""
     from convexhead import runs
 
-    result = runs.evaluate(run, store, split=split)
+    with shown_progress(as_json, "scoring"):
+        result = runs.evaluate(run, store, split=split)
     five = f", top-5 {100 * result['top5']:.1f}%" if result["top5"] < 1 else ""
     top1 = f"top-1 [bold]{100 * result['top1']:.1f}%[/]"
     emit(result, as_json, f"{split}: {top1}{five} on {result['images']} images")
@@ -43,7 +45,8 @@ def audit(
     """Bound how far a trained head is from the global optimum on the images that it was trained on."""
     from convexhead import runs
 
-    found = runs.audit(run, store, beta=beta, reference=reference, tol=tol)
+    with shown_progress(as_json, "certifying"):
+        found = runs.audit(run, store, beta=beta, reference=reference, tol=tol)
     result = {"run": str(run), "beta": found.beta, "certificate": found.certificate.to_dict()}
     lines = [certificate_line(found.certificate)]
     if found.reference is not None:

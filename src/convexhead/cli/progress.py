@@ -17,12 +17,16 @@ SHARE = 0.05
 
 
 @contextlib.contextmanager
-def shown_progress(quiet: bool) -> Iterator[Notify]:
-    """A callback for long jobs; it shows nothing if ``quiet``, or if another process speaks for this one."""
+def shown_progress(quiet: bool, what: str = "starting") -> Iterator[Notify]:
+    """A callback for long jobs; until its first news they are at ``what``.
+
+    Nothing is shown if ``quiet``, or if another process speaks for this one.
+    """
     if quiet or not speaks_for_all():
         yield silent
         return
     with _bar() if errors.is_terminal else Log(_print).ticking() as notify:
+        notify(what)
         yield notify
 
 
@@ -41,7 +45,7 @@ def _bar() -> Iterator[Notify]:
     )
     pace = Pace()
     with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task("starting", total=None, count="", rest="")
+        task = bar.add_task("", total=None, count="", rest="")
 
         def notify(what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
             left = pace.left(done, total)
@@ -67,7 +71,7 @@ class Log:
         self._write, self._clock = write, clock or monotonic
         self._pace = Pace(self._clock)
         self._began, self._due = self._clock(), FIRST
-        self._news = ("starting", 0, 0, "")
+        self._news = ("", 0, 0, "")
         self._left: float | None = None
         self._lock = threading.Lock()
 

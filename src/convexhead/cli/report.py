@@ -11,6 +11,7 @@ from typer import Argument, Option
 from convexhead.cli.entry import NOTHING, command
 from convexhead.cli.options import Json
 from convexhead.cli.output import emit
+from convexhead.cli.progress import shown_progress
 
 Runs = Annotated[list[Path], Argument(metavar="RUN", help="Folders made by `convexhead fit`, `path` or `adam`.")]
 Page = Annotated[Path, Option("--out", help="File to write.")]
@@ -38,7 +39,8 @@ def report(
     """Write one HTML file about trained heads: certificate, spectra, maps and clusters on images, errors."""
     from convexhead.report.run_page import write_report
 
-    write_report(runs, out, tokens=tokens, images=images, size=size, figure_folder=figures)
+    with shown_progress(as_json, "drawing"):
+        write_report(runs, out, tokens=tokens, images=images, size=size, figure_folder=figures)
     written = out.stat().st_size
     emit(
         {"page": str(out), "bytes": written, "runs": [str(run) for run in runs]},

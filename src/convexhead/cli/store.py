@@ -12,6 +12,7 @@ from typer import Argument, Option
 from convexhead.cli.entry import NOTHING, app, command
 from convexhead.cli.options import Json, Out, Store
 from convexhead.cli.output import emit, show_store
+from convexhead.cli.progress import shown_progress
 
 store_app = typer.Typer(no_args_is_help=True, help="Look at token stores, check, join and export them.")
 app.add_typer(store_app, name="store")
@@ -36,7 +37,9 @@ def verify(store: Store, as_json: Json = False) -> None:
     """Read every file of a store and compare it with its checksum."""
     from convexhead.tokens import TokenStore
 
-    TokenStore.open(store).verify()
+    opened = TokenStore.open(store)
+    with shown_progress(as_json, "reading the store"):
+        opened.verify()
     emit({"path": str(store), "intact": True}, as_json, f"{escape(str(store))}: intact")
 
 
@@ -49,7 +52,9 @@ def merge(
     """Join stores of the same backbone and settings into a new one."""
     from convexhead.tokens import merge_stores
 
-    show_store(merge_stores(stores, out), as_json)
+    with shown_progress(as_json, "joining stores"):
+        merged = merge_stores(stores, out)
+    show_store(merged, as_json)
 
 
 @command(NOTHING, of=store_app)
@@ -65,5 +70,6 @@ def export(
     """Write a store as arrays that other programs read."""
     from convexhead.tokens import export_store
 
-    written = export_store(store, out, format=format, raw=raw)
+    with shown_progress(as_json, "writing arrays"):
+        written = export_store(store, out, format=format, raw=raw)
     emit({"path": str(written)}, as_json, f"written: {escape(str(written))}")
