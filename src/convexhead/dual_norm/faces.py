@@ -76,7 +76,7 @@ def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
         if key in seen:
             continue
         seen.add(key)
-        inside, doubt = span.new_ones(1, 1), 0.0
+        inside, doubt = torch.eye(1, len(span), dtype=K.dtype, device=K.device), 0.0
         if not bool(vanish.all()):
             rows = seen_by[~vanish]
             inside, doubt = cells_and_doubt(rows, rows.new_full((len(rows),), row_error))
