@@ -238,3 +238,16 @@ def test_a_refuted_bound_is_replaced_and_said(monkeypatch):
     assert certificate.bound == "product of norms"
     assert not certificate.converged
     assert "refuted" in str(certificate)
+
+
+def test_rows_that_all_vanish_on_a_plane_have_a_face_there():
+    """Tokens that are collinear but for rounding: what is left of them is below what float64 resolves."""
+    direction = np.array([0.3, -1.2, 0.7, 2.0])
+    X = np.outer([1.0, 2.0, -1.5, 0.4, 3.0], direction)
+    for scale in (0.0, 1e-16, 1e-15, 1e-14, 1e-13):
+        rng = np.random.default_rng(0)
+        tokens = X + scale * rng.normal(size=X.shape)
+        R = rng.normal(size=(5, 2))
+        oracle, residual = NormOracle(build(tokens, np.zeros_like(R))), torch.from_numpy(R).unsqueeze(1)
+        peaks = oracle.search(residual, generator=torch.Generator().manual_seed(0))
+        assert oracle.bound(residual, peaks).upper >= attained(tokens, R, rng)

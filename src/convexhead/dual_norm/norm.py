@@ -39,7 +39,7 @@ from convexhead.program.problem import Atoms, Problem
 WRITTEN_OUT = 2e6
 """Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
 WORK = 6e7
-"""Of one branch and bound: some seconds."""
+"""Of one branch and bound: some seconds; less of it after one whose bound stayed loose."""
 FEW_PLANES = 1_000
 """Hyperplanes up to which branch and bound is worth its time again and again, in more than three dimensions."""
 LOOSE = 1.05
@@ -108,6 +108,7 @@ class NormOracle:
         rows = problem.n * head.p * head.score_width
         small = rows * max(head.mixing_size, problem.value_shape[0] * problem.c) * head.n_groups <= WRITTEN_OUT
         self.scores = scores_of(problem) if small else None
+        self._work = WORK
         self._faces: list[list[FacesOfDimension]] = []
         self._cells: list[tuple[Tensor, float]] = []
         self.method = "none" if self.scores is None else self._prepare(self.scores)
@@ -202,7 +203,9 @@ class NormOracle:
                 bound = bound * (1 + ROUNDING) + doubt_of(form, self._faces[scores.group]) + form.neglected
                 best.append(u @ scores.basis)
             elif self.method == "branch and bound":
-                bound, _, u = largest_norm(form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=WORK)
+                bound, _, u = largest_norm(
+                    form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=self._work
+                )
                 best.append(u.unsqueeze(0) @ scores.basis)
             elif self.method == "patterns":
                 gates, doubt = self._cells[scores.group]
@@ -217,6 +220,8 @@ class NormOracle:
             more = ascend(self.problem, R.to(self.problem.dtype), U[found], block[found], iterations=30)
             peaks = peaks.merge(self._in_double(R, more))
         known = DualNorm(upper, self.method, peaks, ascents)
+        if known.loose and upper > enough:  # as much work would leave the next bound as loose
+            self._work = max(self._work / 4, WORK / 64)
         if not known.refuted:
             return known
         return DualNorm(max(map(product_of_norms, forms)), "product of norms", peaks, ascents, refuted=True)
