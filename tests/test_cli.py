@@ -257,6 +257,7 @@ def test_refusals_name_options():
     options = options_of(fit.fit)
     assert options["n_gates"] == "--n-gates"
     assert "store" not in options
+    assert options_of(adam.adam)["n_heads"] == "--heads"
     assert name_options("unknown head 'x': choose one", options) == "unknown head 'x': choose one (option --head)"
     assert name_options("--tol must be positive: tol=0", options) == "--tol must be positive: tol=0"
     plain = "the head has no output, so its seed and the pool are out"

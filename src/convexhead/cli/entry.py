@@ -102,7 +102,7 @@ def name_options(message: str, options: dict[str, str]) -> str:
         follows = "" if "_" in parameter else r"(=| '| must )"
         if re.search(rf"(?<![\w-]){parameter}\b{follows}", message) and option not in message:
             named.append(option)
-    return f"{message} (option {', '.join(named)})" if named else message
+    return f"{message} (option{'s' if len(named) > 1 else ''} {', '.join(named)})" if named else message
 
 
 def options_of(work: Callable[..., None]) -> dict[str, str]:
@@ -111,7 +111,11 @@ def options_of(work: Callable[..., None]) -> dict[str, str]:
     for parameter, hint in get_type_hints(work, include_extras=True).items():
         for info in getattr(hint, "__metadata__", ()):
             if isinstance(info, OptionInfo):
-                own = [name.split("/")[0] for name in info.param_decls or () if name.startswith("--")]
+                given = (
+                    info.default,
+                    *(info.param_decls or ()),
+                )  # typer keeps the first name in the place of a default
+                own = [name.split("/")[0] for name in given if isinstance(name, str) and name.startswith("--")]
                 options[parameter] = own[0] if own else f"--{parameter.replace('_', '-')}"
     return options
 
