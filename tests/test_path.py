@@ -136,4 +136,6 @@ def test_shares_that_cannot_be(store, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1
-    assert "--validation must be a share between 0 and 1" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "validation must be a share between 0 and 1" in told
+    assert "--validation" in told

@@ -831,7 +831,7 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         every_token = self.pool is None or self.pool == "none"
         targets = inputs.as_targets(y, n_tokens=tokens.shape[1], every_token=every_token)
         inputs.check_lengths(tokens, len(targets))
-        self._target_shape = tuple(np.shape(y)[1:])
+        self._target_shape = tuple(np.shape(inputs.plain(y, "y"))[1:])
         return Data(tokens, targets, make_loss(self.loss), targets)
 
     def predict(self, X: Any) -> NDArray[np.float64]:

@@ -65,6 +65,8 @@ def plain(value: Any, name: str) -> Any:
         if np.ma.getmaskarray(value).any():
             raise InputError(f"{name} has masked entries: fill them in, or leave those samples out")
         value = value.data
+    if hasattr(value, "__array__") and not hasattr(value, "ndim"):
+        value = np.asarray(value)  # what can become an array need not look like one
     scalar = getattr(value, "ndim", 1) == 0 or not hasattr(value, "__len__")
     if scalar or isinstance(value, (str, bytes, dict, set, frozenset)):
         raise InputError(f"{name} is a {type(value).__name__}: pass an array, a list, a tensor or a token store")

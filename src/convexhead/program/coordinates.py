@@ -115,7 +115,7 @@ class Coordinates:
         X = X if self.origin is None else X - self.origin
         return torch.ldexp(X, torch.tensor(-self.exponent)) if self.exponent else X
 
-    def targets(self, Y: Shaped[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
+    def targets(self, Y: Shaped[Tensor, "n r c"]) -> Shaped[Tensor, "n r c"]:
         """``Y' = Y − ν``."""
         return Y if self.target_origin is None else Y.double() - self.target_origin
 
