@@ -216,7 +216,7 @@ def search(
             return float(total), gradient.numpy()
 
         first = np.concatenate([W.U.ravel() * (1.0 if program.head == "linear" else per), W.V.ravel() * per, W.b])
-        options = {"maxiter": 60, "ftol": 1e-15, "gtol": 1e-12}
+        options = {"maxiter": 40, "ftol": 1e-15, "gtol": 1e-12}
         for x in (first, minimize(value, first, jac=True, method="L-BFGS-B", options=options).x):
             found = unpack(x)
             U = found.U if program.head == "linear" else found.U / per

@@ -470,13 +470,13 @@ def ranks(rng: np.random.Generator) -> tuple[str, str]:
 
 
 KINDS: dict[str, tuple[float, Callable[[np.random.Generator], tuple[str, str]]]] = {
-    "convex": (0.42, convex),
-    "relu": (0.2, relu),
-    "audit": (0.1, audit),
-    "reference": (0.14, reference),
-    "model_files": (0.09, model_files),
-    "store_files": (0.03, store_files),
-    "checkpoint_files": (0.018, checkpoint_files),
+    "convex": (0.36, convex),
+    "relu": (0.15, relu),
+    "audit": (0.08, audit),
+    "reference": (0.2, reference),
+    "model_files": (0.13, model_files),
+    "store_files": (0.05, store_files),
+    "checkpoint_files": (0.028, checkpoint_files),
     "ranks": (0.002, ranks),
 }
 """The kinds of trials, and their share of a campaign."""
