@@ -438,7 +438,13 @@ def ranks(rng: np.random.Generator) -> tuple[str, str]:
     """Two processes whose inputs differ in one thing."""
     kinds = ["tokens", "labels", "beta", "gates", "samples", "tol", "dtype", "missing", "none"]
     what, port, seed = str(rng.choice(kinds)), int(rng.integers(20_000, 60_000)), str(int(rng.integers(10**6)))
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = {
+        "TORCHELASTIC_RUN_ID": "trust",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, what, seed],
