@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from convexhead.program.losses import LOSSES, Loss
+from convexhead.runtime.content import content_hash
 from convexhead.runtime.ranks import Ranks
 from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, read_ahead
 
@@ -146,111 +146,13 @@ def _digest(block: Tensor) -> Tensor:
 # -- losses -----------------------------------------------------------------------------------------------------------
 def describe_loss(loss: Loss) -> str:
     """Name and parameters of a loss, and a hash of its code where it is not one of the library's."""
-    home = type(loss).__module__.partition(".")[0]
-    parameters = ", ".join(f"{name}={_text(value, home)}" for name, value in sorted(vars(loss).items()))
+    parameters = ", ".join(f"{name}={_text(value)}" for name, value in sorted(vars(loss).items()))
     if LOSSES.get(loss.name) is type(loss):
         return f"{loss.name}({parameters})" if parameters else loss.name
-    return f"{type(loss).__qualname__}({parameters}) {content_hash(loss, home)}"
+    return f"{type(loss).__qualname__}({parameters}) {content_hash(loss)}"
 
 
-def _text(value: Any, home: str) -> str:
+def _text(value: Any) -> str:
     """A parameter in a message: numbers and words as they are, the rest as a hash."""
     plain = value is None or isinstance(value, (bool, int, float, str))
-    return repr(value) if plain else content_hash(value, home)[:12]
-
-
-def content_hash(value: Any, home: str) -> str:
-    """SHA-256 of a Python value by its content: arrays in full, objects by class and attributes, functions by code.
-
-    What a function reads beside its arguments counts too: defaults, closures and globals, as far as these are data or
-    code of the package ``home``; other packages' code is known by its name. Bytecode stands for code: comments and
-    names of files are not seen, and another version of Python may give another hash.
-    """
-    return hashlib.sha256(_Description(home).of(value).encode()).hexdigest()
-
-
-class _Description:
-    """Writes a value out; a part that occurs again is referred to by the order in which parts were first met."""
-
-    def __init__(self, home: str) -> None:
-        self._home = home
-        self._met: dict[int, tuple[int, Any]] = {}  # the values too: a freed one would leave its id to another
-
-    def of(self, value: Any) -> str:
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic, torch.dtype)):
-            return repr(value)
-        if not isinstance(value, (tuple, frozenset, types.CodeType)):  # equal constants may be one object or several
-            if id(value) in self._met:
-                return f"<{self._met[id(value)][0]}>"
-            self._met[id(value)] = (len(self._met), value)
-        if isinstance(value, (Tensor, np.ndarray)):
-            return _array(value)
-        if isinstance(value, (list, tuple)):
-            return f"{type(value).__name__}[{','.join(map(self.of, value))}]"
-        if isinstance(value, (set, frozenset)):
-            return f"set[{','.join(sorted(_Description(self._home).of(part) for part in value))}]"
-        if isinstance(value, Mapping):
-            return self._mapping(value)
-        if isinstance(value, types.CodeType):
-            return f"code({value.co_code.hex()},{value.co_names},{value.co_varnames},{self.of(value.co_consts)})"
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
-            return f"{type(value).__name__}({self.of(value.__func__)},{self.of(getattr(value, '__self__', None))})"
-        if isinstance(value, property):
-            return f"property({self.of(value.fget)},{self.of(value.fset)})"
-        if isinstance(value, types.ModuleType):
-            return f"module {value.__name__}"
-        if isinstance(value, type):
-            return self._class(value)
-        if hasattr(value, "__dict__"):
-            return f"{self.of(type(value))}{self._mapping(vars(value))}"
-        return f"{self.of(type(value))}{value!r}"  # where this names an address, the object equals itself only
-
-    def _mapping(self, values: Mapping[Any, Any]) -> str:
-        parts = (f"{name!r}:{self.of(part)}" for name, part in sorted(values.items(), key=lambda item: repr(item[0])))
-        return "{" + ",".join(parts) + "}"
-
-    def _function(self, value: types.FunctionType) -> str:
-        if not self._is_ours(value):
-            return f"{value.__module__}.{value.__qualname__}"
-        read = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
-        cells = [_content(cell) for cell in value.__closure__ or ()]
-        parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
-        return f"function({','.join(map(self.of, parts))}){self._mapping(read)}"
-
-    def _class(self, value: type) -> str:
-        if not self._is_ours(value):
-            return f"{value.__module__}.{value.__qualname__}"
-        own = {name: part for name, part in vars(value).items() if name not in NOT_CONTENT}
-        return f"class {value.__qualname__}({','.join(map(self.of, value.__bases__))}){self._mapping(own)}"
-
-    def _is_ours(self, value: Any) -> bool:
-        return (value.__module__ or "").partition(".")[0] in (self._home, "__main__")
-
-
-NOT_CONTENT = (
-    "__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__annotations__",
-    "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__",
-)  # fmt: skip
-"""Attributes of a class that do not change what it does."""
-
-
-def _array(value: Tensor | np.ndarray) -> str:
-    array = value.detach().cpu() if isinstance(value, Tensor) else value
-    raw = array.contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(array, Tensor) else array
-    content = repr(raw.tolist()).encode() if raw.dtype.hasobject else np.ascontiguousarray(raw).tobytes()
-    return f"array({array.dtype}, {tuple(array.shape)}, {hashlib.sha256(content).hexdigest()})"
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Names that code and the functions inside it look up."""
-    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+    return repr(value) if plain else content_hash(value)[:12]
