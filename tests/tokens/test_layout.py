@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from convexhead.errors import InputError
-from convexhead.tokens.backbones.layout import Layout, find_layout
+from convexhead.tokens.backbones.layout import Layout, NetworkBackbone, find_layout
+from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.backbones.timm_import import import_timm
 
 H, W, K = 6, 8, 4
@@ -81,6 +83,25 @@ def test_other_orders_are_refused(order: Callable[[Tensor], Tensor]) -> None:
         measure(Toy(order))
     with pytest.raises(InputError, match="row by row"):
         measure(Toy(order, ending=lambda x: x.unflatten(1, (H, W))))
+
+
+@pytest.mark.parametrize("size", [28, 42])
+def test_few_tokens_of_a_trained_network(size: int, weights: Path) -> None:
+    """A trained network mixes a few tokens so much that one draw of noise does not show their order."""
+    spec = f"timm:vit_small_patch14_dinov2@{weights / 'dinov2_vits14_imgfocus_fp16.safetensors'}"
+    backbone = open_backbone(spec, image_size=size)
+    assert isinstance(backbone, NetworkBackbone)
+    for draw in range(3):
+        image = torch.randn(3, size, size, generator=torch.Generator().manual_seed(draw))
+        assert backbone.layout(image[None]) == Layout((size // 14, size // 14), front=1)
+
+    def turned(x: Tensor) -> Tensor:
+        features = backbone.features(x)
+        tokens = features[:, 1:].unflatten(1, (size // 14, size // 14))
+        return torch.cat([features[:, :1], tokens.transpose(1, 2).flatten(1, 2)], dim=1)
+
+    with pytest.raises(InputError, match="row by row"):
+        find_layout(turned, backbone.model, torch.zeros(3, size, size))
 
 
 @pytest.mark.parametrize(("front", "back"), [(1, 0), (5, 0), (0, 3), (1, 7)])

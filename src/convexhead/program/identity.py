@@ -76,14 +76,14 @@ def identify(problem: Problem) -> dict[str, str]:
     }
 
 
-def differences(reference: Mapping[str, str], problem: Mapping[str, str]) -> list[str]:
+def differences(reference: Mapping[str, object], problem: Mapping[str, object]) -> list[str]:
     """What differs between a reference's problem and another, in words: ``another head: mlp instead of fno``."""
     told = []
     for part, words in STATED.items():
         if reference.get(part) != problem.get(part):
             told.append(f"another {words}: {reference.get(part)} instead of {problem.get(part)}")
     for part, words in HASHED.items():
-        both = [texts.get(part, "none") for texts in (reference, problem)]
+        both = [str(texts.get(part, "none")) for texts in (reference, problem)]
         if both[0] != both[1]:
             shapes = [text.split(" ")[0] for text in both]
             told.append(f"other {words}" + (f": {shapes[0]} instead of {shapes[1]}" if shapes[0] != shapes[1] else ""))

@@ -33,6 +33,12 @@ LOCAL = 0.7
 
 Sequences of patches have 0.83 and more, trained or not; windows, interleaved bits, a shift or a transposition at most
 0.6 (measured by tests/tokens/test_layout.py and the table of test_hf_backbone.py)."""
+CLEAR = (0.5, 0.85)
+"""Correlations between these are measured on more noise before they are judged by `LOCAL`."""
+ENOUGH, MOST = 48, 16
+"""Least number of tokens, over all draws of noise, that a correlation is taken from, and most draws.
+
+On 28 pixels, one draw gives the 2 x 2 tokens of DINOv2 a correlation of -0.05 to 0.97; twelve give 0.9 or more."""
 REPEATED = 1e-2
 """Relative change of the features that a second call may make: rounding is some 1e-6, a random mask some 1."""
 
@@ -128,15 +134,23 @@ def find_layout(run: Callable[[Tensor], Any], model: nn.Module, image: Tensor) -
             f"gives features of shape {tuple(features.shape[1:])}, which are on no grid over images of "
             f"{image.shape[1]}x{image.shape[2]} pixels"
         )
-    best = max(layouts, key=lambda layout: _locality(layout, features))
-    if not best.channels_first and _locality(best, features) < LOCAL:
+    answers = {layout: _answers(layout, features) for layout in layouts}
+    for draw in range(1, MOST + 1):
+        scores = {layout: _locality(layout, answer) for layout, answer in answers.items()}
+        best = max(layouts, key=scores.__getitem__)
+        clear = not CLEAR[0] < scores[best] < CLEAR[1] and draw * best.grid[0] * best.grid[1] >= ENOUGH
+        if best.channels_first or clear or draw == MOST:
+            break
+        features = run(_banded(image, draw))
+        answers = {layout: answer + _answers(layout, features) for layout, answer in answers.items()}
+    if not best.channels_first and scores[best] < LOCAL:
         raise InputError("gives tokens that do not lie row by row over the image")
     return best
 
 
-def _banded(image: Tensor) -> Tensor:
+def _banded(image: Tensor, draw: int = 0) -> Tensor:
     """Return ``(1 + 2 * BANDS, 3, H, W)``: noise, then other noise in each band of rows and of columns."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(draw)
     noise, other = torch.randn(2, *image.shape, generator=generator).to(image)
     images = noise.repeat(1 + 2 * BANDS, 1, 1, 1)
     for band in range(BANDS):
@@ -203,18 +217,22 @@ def _possible(features: Tensor, image: Tensor, constant: Tensor | None) -> list[
     return [Layout(grid, front=front, back=back) for grid in grids if covers(*grid)]
 
 
-def _locality(layout: Layout, features: Tensor) -> float:
-    """Return the correlation of the tokens' rows, and columns, with where they answer: the lesser of both."""
+def _answers(layout: Layout, features: Tensor) -> Tensor:
+    """Return how much each token answers to each band, ``(2 * BANDS, h * w)``; each band's sum over tokens is 1."""
     sequence = layout.sequence(features).double()
     tokens = sequence[:, layout.front : sequence.shape[1] - layout.back]
-    answers = (tokens[1:] - tokens[0]).square().sum(2)  # (2 * BANDS, h * w)
-    answers = answers / answers.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    answers = (tokens[1:] - tokens[0]).square().sum(2)
+    return answers / answers.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _locality(layout: Layout, answers: Tensor) -> float:
+    """Return the correlation of the tokens' rows, and columns, with where they answer: the lesser of both."""
     h, w = layout.grid
-    place = torch.arange(h * w, device=tokens.device)
+    place = torch.arange(h * w, device=answers.device)
     scores = [1.0]
     for side, positions, answer in ((h, place // w, answers[:BANDS]), (w, place % w, answers[BANDS:])):
         if side > 1:
-            bands = torch.arange(BANDS, device=tokens.device, dtype=torch.float64)
+            bands = torch.arange(BANDS, device=answers.device, dtype=torch.float64)
             centroid = bands @ answer / answer.sum(0)
             scores.append(float(torch.corrcoef(torch.stack([positions.double(), centroid]))[0, 1].nan_to_num(-1.0)))
     return min(scores)
