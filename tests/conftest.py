@@ -1,13 +1,10 @@
 """Shape and dtype annotations are checked while the tests run (jaxtyping with beartype)."""
 
 import os
-import sys
 import tempfile
-from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-sys.path.insert(0, str(Path(__file__).parent))
 CHECKED = ["program", "dual_norm", "linalg", "certificate", "solvers"]
 # Notes about verified shards do not go into the cache folder of whoever runs the tests.
 _cache = tempfile.TemporaryDirectory(prefix="convexhead-tests-")

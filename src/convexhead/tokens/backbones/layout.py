@@ -32,7 +32,7 @@ LOCAL = 0.7
 """Least correlation of a token's place with the centroid of the bands it answers to.
 
 Sequences of patches have 0.83 and more, trained or not; windows, interleaved bits, a shift or a transposition at most
-0.6 (measured by tests/tokens/test_layout.py and the table of test_hf_backbone.py)."""
+0.6 (measured by tests/tokens/backbones/test_layout.py and the table of test_hf_backbone.py)."""
 CLEAR = (0.5, 0.85)
 """Correlations between these are measured on more noise before they are judged by `LOCAL`."""
 ENOUGH, MOST = 48, 16

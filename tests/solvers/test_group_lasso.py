@@ -13,7 +13,7 @@ from convexhead.program.problem import Problem
 from convexhead.solvers import _zero_model, solve
 from convexhead.solvers.base import Monitor, Stop
 from convexhead.solvers.group_lasso import GroupNewton, is_group_lasso
-from test_oracle import POOLS, make_instance, run, spread
+from programs import POOLS, make_instance, run, spread
 
 CASES = [(name, activation) for name in ("mlp", "fno", "block-fno") for activation in ("linear", "gated-relu")]
 

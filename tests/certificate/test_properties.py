@@ -30,7 +30,7 @@ from convexhead.program.losses import Huber, Loss, make_loss
 from convexhead.program.problem import Atoms
 from convexhead.solvers import solve
 from convexhead.solvers.base import Monitor
-from test_oracle import CASES, LOSSES, POOLS, Instance, make_instance
+from programs import CASES, LOSSES, POOLS, Instance, make_instance
 
 ROUNDING = 1e-14
 """Relative error of an objective recomputed in float64."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,114 +10,13 @@ import torch
 
 import convexhead.certificate.certify
 import convexhead.solvers
-import oracle
-from convexhead.certificate.certify import Certificate, _KrylovBound, certify_atoms
+from convexhead.certificate.certify import _KrylovBound, certify_atoms
 from convexhead.linalg.spectral import BlockKrylov, GradientMatrices, relative_slack, split_off_leading
-from convexhead.program.activations import make_activation, sample_gates
-from convexhead.program.heads import HEADS, make_head
-from convexhead.program.losses import CrossEntropy, make_loss
-from convexhead.program.problem import Atoms, Problem, balance
-from convexhead.solvers import solve
-
-CASES = [
-    (name, activation, outputs)
-    for name in HEADS
-    for activation in ("linear", "gated-relu")
-    for outputs in (("shared", "grouped") if name == "block-fno" else ("shared",))
-    if not (name == "linear" and activation == "gated-relu")
-]
-MIXING = [case for case in CASES if case[0] != "linear"]
-POOLS = ("mean", "cls", "none")
-LOSSES = ("cross-entropy", "squared", "huber")
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One random problem, as the library and as the oracle see it."""
-
-    problem: Problem
-    dense: oracle.DenseProgram
-
-    @property
-    def beta(self) -> float:
-        return self.dense.beta
-
-    def point(self, atoms: Atoms) -> oracle.Point:
-        """The model in the oracle's form."""
-        return self.dense.point(*(x.numpy() for x in (atoms.U, atoms.V, atoms.block, atoms.intercept)))
-
-
-def make_instance(
-    name: str,
-    activation: str = "linear",
-    outputs: str = "shared",
-    *,
-    pool: str = "mean",
-    loss: str = "squared",
-    intercept: bool = False,
-    n: int = 60,
-    grid: tuple[int, int] = (2, 3),
-    d: int = 4,
-    c: int = 4,
-    n_gates: int = 2,
-    ratio: float = 0.25,
-    scale: float = 1.0,
-    target_scale: float = 2.0,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Instance:
-    """Gaussian tokens times ``scale``, targets that depend on them, ``beta = ratio · beta_max``."""
-    rng = np.random.default_rng(seed)
-    s, groups = grid[0] * grid[1], 2 if name == "block-fno" else 1
-    X = rng.normal(size=(n, s, d))
-    r = s if pool == "none" else 1
-    teacher = rng.normal(size=(s, d, r, c))
-    scores = np.einsum("nsd,sdrc->nrc", X, teacher) / np.sqrt(s * d) + rng.normal(size=(n, r, c))
-    if loss == "cross-entropy":
-        label = scores.argmax(-1)
-        label[: min(n, c)] = np.arange(c)[: min(n, c), None]  # every class occurs
-        Y = np.eye(c)[label]
-    else:
-        Y = target_scale * scores
-    head = make_head(name, s, d, pool=pool, grid=grid, n_blocks=groups, outputs=outputs)
-    gates = None
-    if activation == "gated-relu":
-        gates = sample_gates(head, n_gates, torch.Generator().manual_seed(seed))
-    X = torch.as_tensor(scale * X, dtype=dtype)  # the oracle sees the tokens as rounded
-    problem = Problem(
-        X,
-        torch.as_tensor(Y),
-        head,
-        make_activation(activation, head, gates),
-        make_loss(loss),
-        fit_intercept=intercept,
-        dtype=dtype,
-    )
-    dense = oracle.dense_program(
-        name,
-        X.double().numpy(),
-        Y,
-        loss=loss,
-        pool=pool,
-        grid=grid,
-        gates=None if gates is None else gates.numpy(),
-        groups=groups,
-        outputs=outputs,
-        intercept=intercept,
-    )
-    return Instance(problem, replace(dense, beta=ratio * dense.beta_max()))
-
-
-def run(instance: Instance, tol: float, **options: object) -> tuple[Atoms, Certificate]:
-    """The library's model and certificate."""
-    generator = torch.Generator().manual_seed(0)
-    solution = solve(instance.problem, instance.beta, tol=tol, generator=generator, **options)
-    return solution.atoms, solution.certificate
-
-
-def spread(*parts: object) -> int:
-    """A seed of its own for every case, the same in every run."""
-    return sum(ord(letter) * (i + 1) for i, letter in enumerate(repr(parts)))
+from convexhead.program.activations import make_activation
+from convexhead.program.heads import make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Problem, balance
+from programs import CASES, LOSSES, MIXING, POOLS, make_instance, run, spread
 
 
 @pytest.fixture(params=["small", "large"])

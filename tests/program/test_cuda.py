@@ -13,7 +13,7 @@ from convexhead.baselines.trained_head import fit_twin
 from convexhead.experiments.cells import network_scores
 from convexhead.program.problem import Atoms, has_fast_bfloat16
 from convexhead.solvers.increments import Increments
-from test_streaming import CASES, N, problem_on
+from passes import CASES, N, problem_on
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")

@@ -13,7 +13,7 @@ from convexhead.program import problem
 from convexhead.program.problem import Atoms
 from convexhead.runtime import workers as lanes
 from convexhead.runtime.workers import add_up
-from test_streaming import CASES, C, D, passes, problem_on
+from passes import CASES, C, D, passes, problem_on
 
 
 @pytest.fixture(autouse=True)

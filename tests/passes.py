@@ -1,0 +1,47 @@
+"""Every pass over the tokens of a small problem: the same wherever tokens are and whoever computes."""
+
+from __future__ import annotations
+
+import torch
+
+from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.heads import HEADS, make_head
+from convexhead.program.losses import CrossEntropy
+from convexhead.program.problem import Atoms, Problem
+
+N, S, D, C = 61, 6, 4, 3
+CASES = [
+    (name, activation)
+    for name in HEADS
+    for activation in ("linear", "gated-relu")
+    if (name, activation) != ("linear", "gated-relu")
+]
+
+
+def problem_on(X, name, activation, pool="mean", **options):
+    generator = torch.Generator().manual_seed(0)
+    head = make_head(name, S, D, pool=pool, grid=(2, 3), n_blocks=2)
+    gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
+    Y = torch.eye(C)[torch.randint(0, C, (N,), generator=generator)].unsqueeze(1).bool()
+    return Problem(X, Y, head, make_activation(activation, head, gates), CrossEntropy(), fit_intercept=True, **options)
+
+
+def passes(problem):
+    """What every pass gives at fixed weights."""
+    generator = torch.Generator().manual_seed(1)
+    block = torch.arange(5) % problem.n_blocks
+    U = torch.randn(5, *problem.head.mixing_shape, generator=generator, dtype=torch.float64)
+    V = torch.randn(5, *problem.value_shape, generator=generator, dtype=torch.float64)
+    b = torch.randn(C, generator=generator, dtype=torch.float64)
+    atoms = Atoms(U, problem.mask_values(V, block).double(), block, b).to("cpu", problem.dtype)
+    f = problem.outputs(atoms)
+    R = problem.residual(f)
+    _, *gradients = problem.value_and_gradient(atoms, 0.1)
+    return [
+        f,
+        *gradients,
+        problem.last_outputs,
+        problem.adjoint_times_values(R, atoms.V, block),
+        problem.adjoint_times_mixing(R, atoms.U, block),
+        problem.features(),
+    ]
