@@ -219,7 +219,7 @@ def _restore(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
         estimator.feature_names_in_ = np.array(config["feature_names"], dtype=object)
     estimator.reduction_ = estimator.origin_ = None
     if "reduction" in config:
-        from convexhead.tokens import Reduction
+        from convexhead.tokens.reduce import Reduction
 
         parts: dict[str, Any] = {name: tensors.get(f"reduction.{name}") for name in ("mean", "scale", "basis")}
         estimator.reduction_ = Reduction(**parts, **config["reduction"])

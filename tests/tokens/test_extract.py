@@ -23,7 +23,7 @@ from convexhead.tokens import (
     open_backbone,
     open_source,
 )
-from convexhead.tokens.backbones.open import Backbone, TokenBatch
+from convexhead.tokens.backbones.base import Backbone, TokenBatch
 from convexhead.tokens.store.manifest import Manifest
 
 LITE0 = "packaged:efficientnet-lite0"

@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from convexhead.errors import InputError
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.reduce import pool_grid
-from convexhead.tokens.sources.open import ImageSource
+from convexhead.tokens.sources.base import ImageSource
 from convexhead.tokens.store.origin import TokenOrigin
 from convexhead.tokens.store.store import TokenStore
 from convexhead.tokens.store.view import SplitView

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import ConvexHeadError
-from convexhead.tokens.sources.open import ImageSource, open_source
+from convexhead.tokens.sources.base import ImageSource
+from convexhead.tokens.sources.open import open_source
 
 if TYPE_CHECKING:
     from PIL import Image

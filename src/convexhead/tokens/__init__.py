@@ -1,10 +1,12 @@
 """From images to tokens: sources, frozen backbones, reductions and the on-disk token store."""
 
-from convexhead.tokens.backbones.open import Backbone, open_backbone
+from convexhead.tokens.backbones.base import Backbone
+from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.extract import extract
 from convexhead.tokens.progress import Progress
 from convexhead.tokens.reduce import Reduction
-from convexhead.tokens.sources.open import BrokenImageError, ImageSource, open_source
+from convexhead.tokens.sources.base import BrokenImageError, ImageSource
+from convexhead.tokens.sources.open import open_source
 from convexhead.tokens.store.export import export_store
 from convexhead.tokens.store.files import StoreWriteError
 from convexhead.tokens.store.merge import merge_stores

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from convexhead.errors import InputError
-from convexhead.tokens.backbones.open import Backbone, TokenBatch
+from convexhead.tokens.backbones.base import Backbone, TokenBatch
 from convexhead.tokens.reduce import pool_channels, pool_grid
-from convexhead.tokens.sources.open import BrokenImageError, ImageSource
+from convexhead.tokens.sources.base import BrokenImageError, ImageSource
 
 
 class Extracted(NamedTuple):

@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 
 from convexhead.errors import InputError, choose
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
-from convexhead.tokens.backbones.open import Backbone, open_backbone
+from convexhead.tokens.backbones.base import Backbone
+from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.batches import BatchExtractor
-from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.job import ExtractionJob, Task
 from convexhead.tokens.like import number_like, open_backbone_like, options_like, origin_of
 from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.progress import ProgressCallback, ProgressMeter
 from convexhead.tokens.reduce import Reduction
-from convexhead.tokens.sources.open import ImageSource, open_source
-from convexhead.tokens.store.files import make_folder, sha256_file, write_atomic, writer_lock
+from convexhead.tokens.sources.base import ImageSource
+from convexhead.tokens.sources.open import open_source
+from convexhead.tokens.store.files import make_folder, sha256_file, writer_lock
+from convexhead.tokens.store.fit import Fit, store_reduction
 from convexhead.tokens.store.manifest import DTYPES, MANIFEST, Manifest
 from convexhead.tokens.store.store import TokenStore
-from convexhead.tokens.store.view import SplitView
 
 # Processes wait for each other at the end of an extraction only; one that dies breaks the wait at once.
 PATIENCE = timedelta(days=30)
@@ -31,14 +32,6 @@ PATIENCE = timedelta(days=30)
 
 DEFAULTS = {"reduce": "avgpool", "standardize": True, "constant": False, "dtype": "float16"}
 """What options are that nobody gave."""
-
-
-class Fit(TypedDict):
-    """What is asked of the fitted reduction, see `fit_reduction`."""
-
-    standardize: bool
-    components: int | None
-    constant: bool
 
 
 def extract(
@@ -210,17 +203,9 @@ def _finish(job: ExtractionJob, manifest: Manifest, new_shards: bool, fit: Fit |
     if manifest.complete and not new_shards and _is_fitted(job.out, manifest, fit):
         return
     job.list_shards(manifest)
-    fit_stored_reduction(job.out, manifest, fit)
+    store_reduction(job.out, manifest, fit)
     manifest.complete = True
     manifest.save(job.out)
-
-
-def fit_stored_reduction(folder: Path, manifest: Manifest, fit: Fit | Reduction) -> None:
-    """Fit the reduction with the options ``fit`` on the stored train tokens, or take it as it is; write it there."""
-    if not isinstance(fit, Reduction):
-        fit = fit_reduction(SplitView(folder, manifest, "train", reduction=None).raw_chunks(), **fit)
-    write_atomic(folder / manifest.reduction, fit.to_bytes())
-    manifest.reduction_sha256 = sha256_file(folder / manifest.reduction)
 
 
 def _device(name: str) -> torch.device:

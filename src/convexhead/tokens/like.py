@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.backbones.open import Backbone, open_backbone
-from convexhead.tokens.sources.open import ImageSource
+from convexhead.tokens.backbones.base import Backbone
+from convexhead.tokens.backbones.open import open_backbone
+from convexhead.tokens.sources.base import ImageSource
 from convexhead.tokens.store.manifest import MANIFEST
 from convexhead.tokens.store.origin import TokenOrigin, differences
 from convexhead.tokens.store.store import TokenStore

@@ -19,7 +19,7 @@ import torch
 import convexhead as ch
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens import SplitView, TokenStore, extract
-from convexhead.tokens.backbones.open import Backbone, TokenBatch
+from convexhead.tokens.backbones.base import Backbone, TokenBatch
 from convexhead.tokens.store import verified
 from convexhead.tokens.store.manifest import digest_json
 from convexhead.tokens.store.shards import ShardFile

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convexhead.errors import FileFormatError, HubError, InputError, require
+from convexhead.tokens.backbones.base import TokenBatch, hash_state
 from convexhead.tokens.backbones.hf_preprocessing import Pixels, choose_pixels
 from convexhead.tokens.backbones.hub import cached_file, check_reachable
 from convexhead.tokens.backbones.layout import NetworkBackbone
-from convexhead.tokens.backbones.open import TokenBatch, hash_state
 from convexhead.tokens.backbones.timm_import import import_torchvision
 
 # Models whose list of hidden states begins after the first block instead of before it.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from convexhead.errors import InputError
-from convexhead.tokens.backbones.open import Backbone, TokenBatch
+from convexhead.tokens.backbones.base import Backbone, TokenBatch
 
 BANDS = 4
 """Bands of rows, and as many of columns, in which the pixels are changed."""

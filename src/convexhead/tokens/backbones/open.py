@@ -11,62 +11,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from convexhead.errors import InputError, choose, require
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from typing_extensions import Self
-
-State = dict[str, Tensor]
-
-
-class TokenBatch(NamedTuple):
-    """What a backbone returns for ``b`` images.
-
-    Attributes:
-        tokens: float32 ``(b, s, d)`` with ``s = h * w``, row by row over the grid.
-        prefix: float32 ``(b, n_prefix, d)``, all other tokens, those in front of the patches (class, register)
-            before those behind them (detection); ``n_prefix`` is often 0.
-        grid: ``(h, w)``.
-    """
-
-    tokens: Tensor
-    prefix: Tensor
-    grid: tuple[int, int]
-
-
-class Backbone(nn.Module):
-    """A frozen feature extractor together with its preprocessing; always in eval mode.
-
-    Attributes:
-        spec: the string that opens it.
-        layer: index of the inner block whose output is taken, or None for the final map.
-        weights_hash: SHA-256 over names, types and values of all weights; empty without weights.
-        preprocessing: every setting on which the pixels depend, as plain JSON values.
-    """
-
-    spec: str
-    layer: int | None
-    weights_hash: str
-    preprocessing: dict[str, Any]
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Resize and crop an RGB image to uint8 ``(3, height, width)``. Safe to call from several threads."""
-        raise NotImplementedError
-
-    def forward(self, images: Tensor) -> TokenBatch:
-        """Extract tokens from a uint8 batch ``(b, 3, height, width)`` of prepared images."""
-        raise NotImplementedError
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: normalisation statistics and dropout must not depend on the caller."""
-        return super().train(False)
+from convexhead.tokens.backbones.base import Backbone
 
 
 def open_backbone(
@@ -118,13 +66,3 @@ def open_backbone(
     from convexhead.tokens.backbones.timm_weights import open_packaged, open_timm
 
     return open_timm(name, **settings) if scheme == "timm" else open_packaged(name, **settings)
-
-
-def hash_state(state: State) -> str:
-    """Return the SHA-256 over names, types, shapes and values of all tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexhead.errors import InputError
-from convexhead.tokens.backbones.open import Backbone, TokenBatch
+from convexhead.tokens.backbones.base import Backbone, TokenBatch
 
 
 class RawPatches(Backbone):

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convexhead.errors import InputError
+from convexhead.tokens.backbones.base import TokenBatch
 from convexhead.tokens.backbones.fold import fold_batch_norm
 from convexhead.tokens.backbones.layout import NetworkBackbone
-from convexhead.tokens.backbones.open import TokenBatch
 from convexhead.tokens.backbones.timm_import import import_timm
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from convexhead.errors import FileFormatError, HubError, InputError, choose, require
+from convexhead.tokens.backbones.base import State, hash_state
 from convexhead.tokens.backbones.hub import fetch_weights
-from convexhead.tokens.backbones.open import State, hash_state
 from convexhead.tokens.backbones.timm_backbone import TimmBackbone
 from convexhead.tokens.backbones.timm_import import import_timm
 

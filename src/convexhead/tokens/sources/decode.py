@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from convexhead.errors import InputError
-from convexhead.tokens.sources.open import BrokenImageError
+from convexhead.tokens.sources.base import BrokenImageError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 

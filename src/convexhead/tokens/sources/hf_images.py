@@ -15,8 +15,8 @@ from PIL import Image
 
 from convexhead.errors import FileFormatError, HubError, InputError, choose, require
 from convexhead.tokens.backbones.hub import unreachable
+from convexhead.tokens.sources.base import BrokenImageError, check_split, match_splits
 from convexhead.tokens.sources.decode import decode_image, decoded_anew, label_name, name_classes
-from convexhead.tokens.sources.open import BrokenImageError, check_split, match_splits
 
 OPTIONS = ("image", "label", "config")
 

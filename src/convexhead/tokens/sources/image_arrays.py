@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convexhead.errors import FileFormatError, InputError, choose
+from convexhead.tokens.sources.base import SPLITS, check_split
 from convexhead.tokens.sources.decode import check_class_indices, label_name, name_classes, scale_to_8_bits
-from convexhead.tokens.sources.open import SPLITS, check_split
 
 DIGITS_TEST_SHARE = 0.3
 DIGITS_SPLIT_SEED = 0

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convexhead.errors import InputError
+from convexhead.tokens.sources.base import SPLIT_NAMES, SPLITS, check_split, match_splits
 from convexhead.tokens.sources.decode import EXTENSIONS, decode_image, decoded_anew, natural_sort
-from convexhead.tokens.sources.open import SPLIT_NAMES, SPLITS, check_split, match_splits
 
 SMALL = 20_000
 """Mean bytes of a file under which threads only wait for each other's turn in Python: hashing takes no time."""
@@ -83,7 +83,7 @@ class ImageFolder:
         edited image is never mistaken for the old one. Each file is read once more, which costs little beside
         the backbone. A file that cannot be read counts as one without bytes: loading it says what is wrong.
         """
-        names = self._names()
+        names = self.names
         self._stamps = self._stamp(names)
         digest = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
@@ -97,14 +97,16 @@ class ImageFolder:
 
     def changed(self) -> str | None:
         """Name a file that appeared, disappeared or was rewritten since the fingerprint was taken."""
-        now = ImageFolder(self.root)._names()
-        if strangers := set(now) ^ set(self._names()):
+        now = ImageFolder(self.root).names
+        if strangers := set(now) ^ set(self.names):
             name = min(strangers)
             return f"{name!r} {'appeared' if name in now else 'disappeared'}"
         stamps = self._stamp(now) if self._stamps else {}
         return next((f"{name!r} was rewritten" for name in stamps if stamps[name] != self._stamps[name]), None)
 
-    def _names(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
+        """The files of all splits, as `files` gives them."""
         return [name for split in self.splits for name in self._files[split]]
 
     def _stamp(self, names: list[str]) -> dict[str, Stamp]:

@@ -16,58 +16,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
 
 from convexhead.errors import InputError, choose, require
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-SPLITS = ("train", "val", "test")
-"""The names that a split can have, in the order in which splits are listed. ``train`` is always there."""
-
-SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
-"""What folders and data sets call their splits."""
-
-
-class BrokenImageError(InputError):
-    """An image file that cannot be decoded; the message names the file."""
-
-
-@runtime_checkable
-class ImageSource(Protocol):
-    """Labelled images in one or more splits.
-
-    ``spec`` is the string that opens the source, ``splits`` the names of its splits (``"train"`` first) and
-    ``class_names`` the name of every label, in label order and shared by all splits. A source may also have
-    ``left_out``, the names of what it found but does not read, by reason (see `convexhead.tokens.store.census`), and
-    ``changed()``, which names what changed since its fingerprint was taken, or returns None.
-    """
-
-    spec: str
-    splits: tuple[str, ...]
-    class_names: list[str]
-
-    def labels(self, split: str) -> NDArray[np.int64]:
-        """Return the labels of a split: int64, shape ``(n,)``, indices into ``class_names``."""
-
-    def files(self, split: str) -> list[str]:
-        """Return one name an image, unique within the split, in the order of the labels."""
-
-    def load(self, split: str, index: int) -> Image.Image:
-        """Return one image in RGB mode. Safe to call from several threads.
-
-        Raises:
-            BrokenImageError: the image cannot be decoded.
-        """
-
-    def fingerprint(self) -> str:
-        """Return a hexadecimal SHA-256 that changes whenever an image, a name or a label changes."""
+from convexhead.tokens.sources.base import ImageSource
 
 
 def open_source(spec: str | Path | ImageSource) -> ImageSource:
@@ -83,7 +36,7 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
     if isinstance(spec, ImageSource):
         return spec
     require("PIL", "images")
-    # Imported here because these modules build on this one, and Pillow is optional.
+    # Imported here because Pillow and the libraries of some sources are optional.
     from convexhead.tokens.sources.hf_images import open_hf
     from convexhead.tokens.sources.image_arrays import open_npz, open_sklearn
     from convexhead.tokens.sources.image_folder import ImageFolder
@@ -117,24 +70,3 @@ def _checked(source: ImageSource) -> ImageSource:
             name = source.class_names[strangers[0]]
             raise InputError(f"{source.spec!r}: the class {name!r} has {split} images but no train images")
     return source
-
-
-def match_splits(what: str, names: Iterable[str]) -> dict[str, str]:
-    """Map splits to the names that stand for them in a source, in the order of `SPLITS`.
-
-    Raises:
-        InputError: two names of one split.
-    """
-    found: dict[str, str] = {}
-    for name in names:
-        split = SPLIT_NAMES.get(name)
-        if split in found:
-            raise InputError(f"{what} has both {found[split]!r} and {name!r}: which of them is {split}? Rename one")
-        if split is not None:
-            found[split] = name
-    return {split: found[split] for split in SPLITS if split in found}
-
-
-def check_split(split: str, splits: Sequence[str]) -> str:
-    """Return ``split`` if the source has it, else raise `InputError`."""
-    return choose("split", split, splits)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convexhead.errors import FileFormatError, InputError
+from convexhead.tokens.sources.base import SPLIT_NAMES, SPLITS, BrokenImageError, check_split
 from convexhead.tokens.sources.decode import (
     EXTENSIONS,
     MAYBE_DEEP,
@@ -29,7 +30,6 @@ from convexhead.tokens.sources.decode import (
     name_classes,
     natural_sort,
 )
-from convexhead.tokens.sources.open import SPLIT_NAMES, SPLITS, BrokenImageError, check_split
 from convexhead.tokens.store.files import sha256_file
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexhead.tokens.sources.open import ImageSource
+from convexhead.tokens.sources.base import ImageSource
 
 KEPT_NAMES = 20
 """Names that are kept of what is left out for one reason; all of it is counted."""

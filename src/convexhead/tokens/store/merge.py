@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import cast
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.extract import Fit, fit_stored_reduction
 from convexhead.tokens.store.census import join_censuses
 from convexhead.tokens.store.files import make_folder, write_atomic, writer_lock
+from convexhead.tokens.store.fit import Fit, store_reduction
 from convexhead.tokens.store.manifest import Manifest, Split, digest_json
 from convexhead.tokens.store.shards import ShardFile
 from convexhead.tokens.store.store import TokenStore
@@ -52,7 +52,7 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
     with writer_lock(folder):
         for name, split in merged.splits.items():
             _copy_shards(stores, name, folder, split)
-        fit_stored_reduction(folder, merged, cast(Fit, stores[0].reduction.options))
+        store_reduction(folder, merged, cast(Fit, stores[0].reduction.options))
         merged.complete = True
         merged.save(folder)
     return TokenStore.open(folder)

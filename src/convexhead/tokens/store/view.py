@@ -168,7 +168,7 @@ class SplitView:
                 "on: an audit is about the training data, pass the whole split"
             )
         view.labels  # noqa: B018 - refuses unknown classes
-        return view if origin.rows is None else view._changed(rows=origin.rows)
+        return view if origin.rows is None or self.rows is not None else view.subset(origin.rows)
 
     def with_class_token(self) -> SplitView:
         """Return a view whose token 0 is the class token, ``(n, 1 + s, d)``, which ``pool="cls"`` reads.
