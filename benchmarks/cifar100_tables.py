@@ -2,7 +2,7 @@
 
     python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv,
                                                                 # of fewer images into results/cifar100_NAME_sizes.csv
-    python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100.md from these files
+    python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100-tables.md from these files
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
 the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced; a
@@ -23,9 +23,9 @@ from common import RESULTS, Row, read_csv, write_csv
 from convexhead.experiments.cifar100 import PRIORITY
 from convexhead.experiments.comparison import METHOD
 from convexhead.report import figures, methods
-from speed_tables import markdown
+from speed_tables import markdown, prose
 
-PAGE = Path(__file__).parent.parent / "docs" / "cifar100.md"
+PAGE = Path(__file__).parent.parent / "docs" / "cifar100-tables.md"
 COLUMNS = {
     "Head": "Head",
     "Activation": "Activation",
@@ -84,7 +84,8 @@ def table(name: str) -> str:
     machines = dict.fromkeys(f"{_processor(row)}, {row['cores']} cores, seconds: {row['clock']}" for row in rows)
     sizes = {column: rows[0][column] for column in ("backbone", "train", "classes", "tokens", "channels")}
     told = "{backbone}: {train} images to train on, {classes} classes, {tokens} tokens x {channels} channels."
-    return f"{told.format(**sizes)} Measured on: {'; '.join(machines)}.\n\n{markdown(columns, lines)}"
+    about = prose(f"{told.format(**sizes)} Measured on: {'; '.join(machines)}.")
+    return f"{about}\n\n{markdown(columns, lines)}"
 
 
 def _processor(row: Row) -> str:

@@ -1,7 +1,7 @@
-"""The tables of docs/speed.md, written from the CSVs: python benchmarks/speed_tables.py
+"""The tables of docs/speed.md and docs/speed-tables.md, written from the CSVs: python benchmarks/speed_tables.py
 
-Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced by the table of that name. Figures are copied to
-docs/images.
+The text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced by the table of that name. Figures are copied
+to docs/images.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import shutil
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from common import RESULTS, Row, read_csv
 from evaluation import BFLOAT16
 
-PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+DOCS = Path(__file__).parent.parent / "docs"
 NOTHING = "*(no rows yet)*"
 LAUNCHES = 100.0
 """Evaluations that take so many times their arithmetic are a GPU's launches, and stay in the CSV."""
@@ -40,7 +41,12 @@ def where(rows: Sequence[Row]) -> str:
         machine = f"{row.get('gpu', row['cpu'])}, threads: {row['threads']}, {{}} GFLOP/s in a large {product} product"
         rates.setdefault(machine, []).append(float(row["gemm_gflops_float32"]))
     told = (machine.format(f"{min(r):.0f} to {max(r):.0f}") for machine, r in rates.items())
-    return "Measured on: " + "; ".join(told) + "."
+    return prose("Measured on: " + "; ".join(told) + ".")
+
+
+def prose(text: str) -> str:
+    """The text in lines of at most 100 characters."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def suite() -> str:
@@ -194,18 +200,27 @@ def ablation() -> str:
     return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
 
 
+PAGES = {
+    "speed": (suite, heads, growth, mlp_scnn, linear_head),
+    "speed-tables": (evaluation, ablation),
+}
+"""The tables of each page."""
+
+
 def main() -> None:
-    page = PAGE.read_text()
-    for table in (suite, heads, evaluation, growth, mlp_scnn, linear_head, ablation):
-        marks = f"<!-- begin {table.__name__} -->", f"<!-- end {table.__name__} -->"
-        pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
-        text = f"{marks[0]}\n\n{table()}\n\n{marks[1]}"
-        page, found = pattern.subn(lambda _, text=text: text, page)
-        assert found == 1, f"docs/speed.md has no place for {table.__name__}"
+    for name, tables in PAGES.items():
+        path = DOCS / f"{name}.md"
+        page = path.read_text()
+        for table in tables:
+            marks = f"<!-- begin {table.__name__} -->", f"<!-- end {table.__name__} -->"
+            pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+            text = f"{marks[0]}\n\n{table()}\n\n{marks[1]}"
+            page, found = pattern.subn(lambda _, text=text: text, page)
+            assert found == 1, f"{path} has no place for {table.__name__}"
+        path.write_text(page)
+        print(path)
     for figure in RESULTS.glob("suite-*.svg"):
-        shutil.copy(figure, PAGE.parent / "images" / figure.name)
-    PAGE.write_text(page)
-    print(PAGE)
+        shutil.copy(figure, DOCS / "images" / figure.name)
 
 
 if __name__ == "__main__":
