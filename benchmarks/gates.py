@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, hardware, timed, write_csv
-from convexhead.linalg.spectral import GradientMatrices
+from convexhead.linalg.gradient_matrices import GradientMatrices
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import CrossEntropy

@@ -27,7 +27,7 @@ RENAMED = {
     "ranks": "runtime.ranks",
     "relu": "dual_norm",
     "samples": "runtime.samples",
-    "spectral": "linalg.spectral",
+    "spectral": "linalg.deflation",
     "stored_tokens": "runtime.stored_tokens",
     "training": "baselines.adam",
 }

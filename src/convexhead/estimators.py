@@ -27,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from convexhead import inputs
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.errors import InputError, choose
-from convexhead.linalg.spectral import spectral_norm
+from convexhead.linalg.deflation import spectral_norm
 from convexhead.modules import HeadModule
 from convexhead.program.activations import ACTIVATIONS, make_activation
 from convexhead.program.coordinates import Coordinates
@@ -924,6 +924,6 @@ def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
         largest = spectral_norm(exact, R, generator, fast=problem)
     else:
         oracle = NormOracle(exact)
-        peaks = oracle.search(R, generator=generator)
-        largest = oracle.bound(R, peaks).upper if oracle.tight else float(peaks.values[:1].sum())
+        maxima = oracle.search(R, generator=generator)
+        largest = oracle.bound(R, maxima).upper if oracle.tight else float(maxima.values[:1].sum())
     return problem.coordinates.user_beta_max(largest)

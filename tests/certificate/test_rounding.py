@@ -15,10 +15,11 @@ import torch
 
 import convexhead as ch
 import convexhead.certificate.certify
-from convexhead.certificate.certify import _KrylovBound, certify_atoms
+from convexhead.certificate.certify import certify_atoms
 from convexhead.certificate.dual import DualPoint, pairwise_sum
+from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.errors import InputError
-from convexhead.linalg.spectral import GradientMatrices, formed_norm
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm
 from convexhead.program.activations import make_activation
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.loss_check import check_loss
@@ -101,8 +102,8 @@ def test_bounds_hold_whatever_the_offset_of_the_features(head, loss):
             nuclear = mpmath.fsum(mpmath.svd_r(mpmath.matrix(W.tolist()), compute_uv=False))
             single = exact_objective(far.X[:, 0].numpy(), targets, loss, 0.0, W, b, ridge=False)
             attained = single + exact(beta) * nuclear
-        for witness in (None, near.outputs(solved)):
-            certificate = certify_atoms(far, far.empty(), beta, tol=1e-6, witness=witness)
+        for dual_point in (None, near.outputs(solved)):
+            certificate = certify_atoms(far, far.empty(), beta, tol=1e-6, dual_point=dual_point)
             assert exact(certificate.dual) <= attained
             assert math.isfinite(certificate.dual)
         if exponent <= 4:  # and it is tight there
@@ -245,7 +246,7 @@ def test_krylov_spaces_of_no_numbers_bound_nothing():
     problem = tokens_problem("self-attention", 1.0)
     G = GradientMatrices(problem, torch.full_like(problem.Y, math.nan), form=False)
     whole = GradientMatrices(problem, problem.residual(torch.zeros_like(problem.Y)), form=False)
-    bound = _KrylovBound(whole, whole, problem.empty(), 1e-3, 1e-6, torch.Generator().manual_seed(0))
+    bound = KrylovBound(whole, whole, problem.empty(), 1e-3, 1e-6, torch.Generator().manual_seed(0))
     bound.deflated.G.R = G.R
     try:
         going = bound.step()

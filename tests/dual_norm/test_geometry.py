@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 import convexhead as ch
 from convexhead.certificate.certify import certify_atoms
-from convexhead.dual_norm.ascent import Peaks
+from convexhead.dual_norm.ascent import LocalMaxima
 from convexhead.dual_norm.norm import DualNorm, NormOracle
 from convexhead.dual_norm.scores import scores_of
 from convexhead.errors import InputError
@@ -130,8 +130,8 @@ def test_no_attained_value_is_above_the_bound(kind, method, monkeypatch):
         if method != "as chosen":
             oracle.method = method
         residual = torch.from_numpy(R).unsqueeze(1)
-        peaks = oracle.search(residual, generator=torch.Generator().manual_seed(seed), n_starts=4, iterations=5)
-        assert oracle.bound(residual, peaks, rtol=1e-3).upper >= attained(X, R, rng)
+        maxima = oracle.search(residual, generator=torch.Generator().manual_seed(seed), n_starts=4, iterations=5)
+        assert oracle.bound(residual, maxima, rtol=1e-3).upper >= attained(X, R, rng)
 
 
 def descend(X, Y, beta, heads, rng):
@@ -167,8 +167,10 @@ def test_no_network_is_below_the_dual(kind, monkeypatch):
         beta = 10.0 ** rng.uniform(-3, 0) * float(np.linalg.norm(X, axis=1).mean()) / len(X)
         reached = descend(X, Y, beta, 4, rng)
         generator = torch.Generator().manual_seed(seed)
-        for witness in (None, torch.from_numpy(Y + rng.normal(size=Y.shape) * 0.1).unsqueeze(1)):
-            certificate = certify_atoms(problem, problem.empty(), beta, tol=1e-2, witness=witness, generator=generator)
+        for dual_point in (None, torch.from_numpy(Y + rng.normal(size=Y.shape) * 0.1).unsqueeze(1)):
+            certificate = certify_atoms(
+                problem, problem.empty(), beta, tol=1e-2, dual_point=dual_point, generator=generator
+            )
             assert certificate.dual <= reached * (1 + 1e-12)
 
 
@@ -218,10 +220,10 @@ def test_cells_that_rounding_hides_are_refused():
 
 
 def test_a_search_above_the_bound_refutes_it():
-    peaks = Peaks(torch.ones(1), torch.ones(1, 1), torch.ones(1, 1, 1), torch.zeros(1, dtype=torch.int64))
-    assert not DualNorm(1.0, "faces", peaks, 1).refuted
+    maxima = LocalMaxima(torch.ones(1), torch.ones(1, 1), torch.ones(1, 1, 1), torch.zeros(1, dtype=torch.int64))
+    assert not DualNorm(1.0, "faces", maxima, 1).refuted
     for upper in (0.999, math.nan):
-        refuted = DualNorm(upper, "faces", peaks, 1)
+        refuted = DualNorm(upper, "faces", maxima, 1)
         assert refuted.refuted
         assert refuted.upper == math.inf
 
@@ -248,5 +250,5 @@ def test_rows_that_all_vanish_on_a_flat_have_a_face_there(monkeypatch):
         X[:, 0] = 1.0
         R = np.random.default_rng(0).normal(size=(4, 2))
         oracle, residual = NormOracle(build(X, np.zeros_like(R))), torch.from_numpy(R).unsqueeze(1)
-        peaks = oracle.search(residual, generator=torch.Generator().manual_seed(0))
-        assert oracle.bound(residual, peaks).upper >= attained(X, R, np.random.default_rng(0))
+        maxima = oracle.search(residual, generator=torch.Generator().manual_seed(0))
+        assert oracle.bound(residual, maxima).upper >= attained(X, R, np.random.default_rng(0))

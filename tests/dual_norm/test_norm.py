@@ -64,8 +64,8 @@ def test_mixing_span_loses_nothing(name):
     problem = build(name, s=2)
     R = torch.randn_like(problem.Y)
     oracle = NormOracle(problem)
-    peaks = oracle.search(R, generator=torch.Generator().manual_seed(0))
-    upper = oracle.bound(R, peaks).upper
+    maxima = oracle.search(R, generator=torch.Generator().manual_seed(0))
+    upper = oracle.bound(R, maxima).upper
     U = sphere(4).view(-1, 2, 2)
     values = problem.adjoint_times_mixing(R, U, torch.zeros(len(U), dtype=torch.int64)).flatten(1).norm(dim=1)
     assert float(values.max()) <= upper
@@ -77,7 +77,7 @@ def test_only_the_highest_starts_climb():
     R, generator = torch.randn_like(problem.Y), torch.Generator()
     oracle = NormOracle(problem)
     before = oracle.search(R, generator=generator.manual_seed(0), n_starts=12, iterations=0)
-    after = oracle.search(R, generator=generator.manual_seed(0), n_starts=12, climbers=3)
+    after = oracle.search(R, generator=generator.manual_seed(0), n_starts=12, ascents=3)
     assert len(before.values) == 12
     assert len(after.values) == 3
     assert bool((after.values >= before.values[:3] * (1 - 1e-12)).all())

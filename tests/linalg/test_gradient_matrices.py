@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convexhead.linalg import spectral
-from convexhead.linalg.spectral import GradientMatrices, formed_norm, spectral_norm, worth_forming
+from convexhead.linalg import deflation
+from convexhead.linalg.deflation import spectral_norm
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
@@ -68,7 +69,7 @@ def test_norm_from_eigenvalues_and_from_krylov(name, activation, monkeypatch):
     assert worth_forming(G)
     exact = float(torch.linalg.matrix_norm(problem.gradient_matrices(R, torch.arange(problem.n_blocks)), 2).max())
     assert formed_norm(G) == pytest.approx(exact, rel=1e-12)
-    monkeypatch.setattr(spectral, "worth_forming", lambda G: False)
+    monkeypatch.setattr(deflation, "worth_forming", lambda G: False)
     assert spectral_norm(problem, R, torch.Generator().manual_seed(0)) == pytest.approx(exact, rel=1e-5)
     single, _ = build(name, activation, dtype=torch.float32)
     searched = spectral_norm(problem, R, torch.Generator().manual_seed(0), fast=single)

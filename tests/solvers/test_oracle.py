@@ -9,9 +9,13 @@ import pytest
 import torch
 
 import convexhead.certificate.certify
+import convexhead.certificate.spectral_bound
 import convexhead.solvers
-from convexhead.certificate.certify import _KrylovBound, certify_atoms
-from convexhead.linalg.spectral import BlockKrylov, GradientMatrices, relative_slack, split_off_leading
+from convexhead.certificate.certify import certify_atoms
+from convexhead.certificate.spectral_bound import KrylovBound
+from convexhead.linalg.deflation import split_off_leading
+from convexhead.linalg.gradient_matrices import GradientMatrices
+from convexhead.linalg.krylov import BlockKrylov, relative_slack
 from convexhead.program.activations import make_activation
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
@@ -95,7 +99,7 @@ def test_the_krylov_bound_is_never_below_the_norm(enough, monkeypatch):
 
     Few steps that are ``enough`` make it split off more and begin again.
     """
-    monkeypatch.setattr(convexhead.certificate.certify, "ENOUGH_STEPS", enough)
+    monkeypatch.setattr(convexhead.certificate.spectral_bound, "ENOUGH_STEPS", enough)
     slacks, comparisons, splits = [], 0, 0
     for seed in range(160):
         name, activation, outputs = CASES[seed % (len(CASES) - 1)]
@@ -112,12 +116,12 @@ def test_the_krylov_bound_is_never_below_the_norm(enough, monkeypatch):
         exact = instance.dense.norm(R.numpy())
         directions, _ = balance(atoms, drop=0.0)
         G = GradientMatrices(problem, R)
-        bound = _KrylovBound(G, G, directions, 1e-3, 1e-6, rng)
+        bound = KrylovBound(G, G, directions, 1e-3, 1e-6, rng)
         while bound.step():
             comparisons += 1
             assert bound.lower <= exact * (1 + 1e-10)
             assert bound.upper >= exact * (1 - 1e-12)
-        splits += bound._splits
+        splits += bound.splits
         if bound.upper < np.inf:
             slacks.append(bound.upper / exact - 1)
     print(f"{comparisons} comparisons; slack: median {np.median(slacks):.2g}, largest {np.max(slacks):.2g}")

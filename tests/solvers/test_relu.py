@@ -190,7 +190,7 @@ def test_dual_point_is_taken_at_the_best_round(monkeypatch):
     method.max_rounds = 6
     method.advance(1e-3)
     assert len(tried) > 2
-    assert torch.equal(method.witness(), max(tried, key=lambda pair: pair[0])[1])
+    assert torch.equal(method.dual_point(), max(tried, key=lambda pair: pair[0])[1])
 
 
 @pytest.mark.parametrize(("name", "most"), [("mlp", 256), ("mlp-mixer", 32)])
@@ -198,9 +198,9 @@ def test_a_large_problem_begins_with_many_heads(name, most):
     problem = build(name, 1, c=3, n=60, s=9, d=8)
     method = searched(problem, 1e-3)
     f = problem.outputs(problem.empty())
-    peaks, _ = method._price(f, problem.data_term(f), 1e-3)
-    assert len(peaks.values) <= method.batch
-    first = method._new_atoms(f, peaks.merge(method._scattered(f)), method.widest)
+    maxima, _ = method._price(f, problem.data_term(f), 1e-3)
+    assert len(maxima.values) <= method.batch
+    first = method._new_atoms(f, maxima.merge(method._scattered(f)), method.widest)
     assert method.batch < len(first) <= most == method.widest
     assert problem.data_term(f + problem.outputs(first)) < problem.data_term(f)
 

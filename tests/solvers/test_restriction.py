@@ -126,10 +126,10 @@ def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypa
     # A little of the nuclear norm, but much of the distance to the optimum where β is small.
     given = {}
 
-    def certify(problem, model, beta, *, witness=None, **others):
-        given["witness"] = witness
+    def certify(problem, model, beta, *, dual_point=None, **others):
+        given["dual_point"] = dual_point
         given["own"] = certify_atoms(problem, model, beta, **others | {"known_dual": -torch.inf}).relative_gap
-        return certify_atoms(problem, model, beta, witness=witness, **others)
+        return certify_atoms(problem, model, beta, dual_point=dual_point, **others)
 
     finish = solvers._finish
     monkeypatch.setattr(solvers, "certify_atoms", certify)
@@ -140,5 +140,5 @@ def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypa
     )
     model.fit(X, y)
     estimate = model.history_[-1]["gap"] / model.history_[-1]["objective"]
-    assert given["witness"] is not None
+    assert given["dual_point"] is not None
     assert model.certificate_.relative_gap < 1.5 * estimate < given["own"]

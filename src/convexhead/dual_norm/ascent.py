@@ -21,7 +21,7 @@ from convexhead.program.problem import Problem
 
 
 @dataclass(frozen=True)
-class Peaks:
+class LocalMaxima:
     """Where ascents ended, highest first.
 
     Attributes
@@ -40,18 +40,18 @@ class Peaks:
     G: Float[Tensor, "k e c"]
     block: Int[Tensor, " k"]
 
-    def select(self, index: Tensor) -> Peaks:
-        """The peaks that ``index`` picks."""
-        return Peaks(self.values[index], self.U[index], self.G[index], self.block[index])
+    def select(self, index: Tensor) -> LocalMaxima:
+        """Those that ``index`` picks."""
+        return LocalMaxima(self.values[index], self.U[index], self.G[index], self.block[index])
 
-    def merge(self, other: Peaks) -> Peaks:
+    def merge(self, other: LocalMaxima) -> LocalMaxima:
         """These and ``other``'s, highest first."""
         pairs = ((self.values, other.values), (self.U, other.U), (self.G, other.G), (self.block, other.block))
-        merged = Peaks(*(torch.cat(pair) for pair in pairs))
+        merged = LocalMaxima(*(torch.cat(pair) for pair in pairs))
         return merged.select(merged.values.argsort(descending=True))
 
-    def distinct(self, *, cosine: float = 0.999, seen: Float[Tensor, "k w"] | None = None) -> Peaks:
-        """Of peaks in one block whose directions, and those ``seen`` by the data, agree to ``cosine`` the highest."""
+    def distinct(self, *, cosine: float = 0.999, seen: Float[Tensor, "k w"] | None = None) -> LocalMaxima:
+        """Of those in one block whose directions, and those ``seen`` by the data, agree to ``cosine`` the highest."""
         flat = self.U.flatten(1)
         same = (flat @ flat.T > cosine) & (self.block.unsqueeze(1) == self.block)
         if seen is not None:
@@ -67,8 +67,8 @@ def ascend(
     *,
     iterations: int,
     rtol: float = 1e-7,
-    climbers: int | None = None,
-) -> Peaks:
+    ascents: int | None = None,
+) -> LocalMaxima:
     """Ascend from every ``U_k``; starts whose ``φ`` rises by less than ``rtol`` rest.
 
     Parameters
@@ -79,14 +79,14 @@ def ascend(
         Residuals.
     U, block
         Starts ``(k, *mixing_shape)`` of any size but zero, and their channel groups ``(k,)``.
-    climbers : int or None
+    ascents : int or None
         Only so many are gone on with, those that begin highest; None: all.
     """
     U = _unit(U)
     G = problem.adjoint_times_mixing(R, U, block)
     values = G.flatten(1).norm(dim=1)
-    if climbers is not None:
-        highest = values.argsort(descending=True)[:climbers]
+    if ascents is not None:
+        highest = values.argsort(descending=True)[:ascents]
         U, G, values, block = U[highest], G[highest], values[highest], block[highest]
     step = torch.ones_like(values)
     moving = torch.arange(len(U), device=U.device)[values > 0]
@@ -110,7 +110,7 @@ def ascend(
         alive = torch.where(better, gain > rtol * trial_values, step[moving] > 1e-4)
         fresh, moving = moving[better & alive], moving[alive]
     order = values.argsort(descending=True)
-    return Peaks(values[order], U[order], G[order], block[order])
+    return LocalMaxima(values[order], U[order], G[order], block[order])
 
 
 def starts(problem: Problem, k: int, generator: torch.Generator) -> tuple[Float[Tensor, "k ..."], Int[Tensor, " k"]]:

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import nnls
 from torch import Tensor
 
-from convexhead.dual_norm.ascent import Peaks, ascend, starts
+from convexhead.dual_norm.ascent import LocalMaxima, ascend, starts
 from convexhead.dual_norm.bound import MAX_DIMENSION, ROUNDING, largest_norm
 from convexhead.dual_norm.faces import LIMITS, FacesOfDimension, count_faces, doubt_of, faces, largest_norm_on_faces
 from convexhead.dual_norm.scores import TINY, Form, Scores, scores_of
@@ -48,7 +48,7 @@ LOOSE = 1.05
 
 @dataclass(frozen=True)
 class DualNorm:
-    """Bounds ``peaks.values[0] ≤ h(R) ≤ upper``; an ``upper`` that the peaks exceed becomes infinite.
+    """Bounds ``maxima.values[0] ≤ h(R) ≤ upper``; an ``upper`` that the maxima exceed becomes infinite.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class DualNorm:
         Proven, rounding included; infinite where nothing is known.
     method : str
         How it was had; see the module's text.
-    peaks : Peaks
+    maxima : LocalMaxima
         What the search found.
     ascents : int
         Starts of the search.
@@ -66,7 +66,7 @@ class DualNorm:
 
     upper: float
     method: str
-    peaks: Peaks
+    maxima: LocalMaxima
     ascents: int
     refuted: bool = False
 
@@ -83,7 +83,7 @@ class DualNorm:
     @property
     def lower(self) -> float:
         """The largest value found."""
-        return float(self.peaks.values[0]) if len(self.peaks.values) else 0.0
+        return float(self.maxima.values[0]) if len(self.maxima.values) else 0.0
 
 
 class NormOracle:
@@ -168,20 +168,22 @@ class NormOracle:
         n_starts: int = 16,
         iterations: int = 30,
         rtol: float = 1e-7,
-        climbers: int | None = None,
-    ) -> Peaks:
+        ascents: int | None = None,
+    ) -> LocalMaxima:
         """The best that ascents find, from ``n_starts`` random starts for each channel group and from ``warm``'s.
 
-        With ``climbers`` only from so many of either, those that begin highest.
+        With ``ascents`` only so many of either are made, from the starts that are highest.
         """
-        climb = partial(ascend, self.problem, R.to(self.problem.dtype), iterations=iterations, rtol=rtol)
-        peaks = climb(*starts(self.problem, n_starts, generator), climbers=climbers)
+        search = partial(ascend, self.problem, R.to(self.problem.dtype), iterations=iterations, rtol=rtol)
+        maxima = search(*starts(self.problem, n_starts, generator), ascents=ascents)
         if warm is None or not len(warm):
-            return peaks
-        return peaks.merge(climb(warm.U.to(self.problem.dtype), warm.block, climbers=climbers))
+            return maxima
+        return maxima.merge(search(warm.U.to(self.problem.dtype), warm.block, ascents=ascents))
 
-    def bound(self, R: Float[Tensor, "n r c"], peaks: Peaks, *, rtol: float = 1e-6, enough: float = 0.0) -> DualNorm:
-        """A proven bound beside the ``peaks`` of a search, to which it adds what it has found itself.
+    def bound(
+        self, R: Float[Tensor, "n r c"], maxima: LocalMaxima, *, rtol: float = 1e-6, enough: float = 0.0
+    ) -> DualNorm:
+        """A proven bound beside the ``maxima`` of a search, to which it adds what it has found itself.
 
         Parameters
         ----------
@@ -190,11 +192,11 @@ class NormOracle:
         enough : float
             A bound that need not be improved on.
         """
-        ascents = len(peaks.values)
-        peaks = self._in_double(R, peaks)
-        lower = float(peaks.values[:1].sum())
+        ascents = len(maxima.values)
+        maxima = self._in_double(R, maxima)
+        lower = float(maxima.values[:1].sum())
         if self.scores is None:
-            return DualNorm(math.inf, self.method, peaks, ascents)
+            return DualNorm(math.inf, self.method, maxima, ascents)
         upper, best = 0.0, []
         forms = [scores.weights(self.problem, R.double()) for scores in self.scores]
         for scores, form in zip(self.scores, forms, strict=True):
@@ -214,26 +216,26 @@ class NormOracle:
                 bound = product_of_norms(form)
             upper = max(upper, bound) if math.isfinite(bound) else math.inf
         if best:
-            U = torch.cat(best).to(peaks.U).view(-1, *self.problem.head.mixing_shape)
+            U = torch.cat(best).to(maxima.U).view(-1, *self.problem.head.mixing_shape)
             block = torch.cat([torch.full((len(u),), group, device=U.device) for group, u in enumerate(best)])
             found = U.flatten(1).norm(dim=1) > 0
             more = ascend(self.problem, R.to(self.problem.dtype), U[found], block[found], iterations=30)
-            peaks = peaks.merge(self._in_double(R, more))
-        known = DualNorm(upper, self.method, peaks, ascents)
+            maxima = maxima.merge(self._in_double(R, more))
+        known = DualNorm(upper, self.method, maxima, ascents)
         if known.loose and upper > enough:  # as much work would leave the next bound as loose
             self._work = max(self._work / 4, WORK / 64)
         if not known.refuted:
             return known
-        return DualNorm(max(map(product_of_norms, forms)), "product of norms", peaks, ascents, refuted=True)
+        return DualNorm(max(map(product_of_norms, forms)), "product of norms", maxima, ascents, refuted=True)
 
-    def _in_double(self, R: Float[Tensor, "n r c"], peaks: Peaks) -> Peaks:
+    def _in_double(self, R: Float[Tensor, "n r c"], maxima: LocalMaxima) -> LocalMaxima:
         """Values that a search in single precision found, as they are in double precision."""
         if self.problem.dtype == torch.float64:
-            return peaks
-        U = torch.nn.functional.normalize(peaks.U.double().flatten(1)).view_as(peaks.U)
-        G = self.problem.in_double(reuse=True).adjoint_times_mixing(R.double(), U, peaks.block)
+            return maxima
+        U = torch.nn.functional.normalize(maxima.U.double().flatten(1)).view_as(maxima.U)
+        G = self.problem.in_double(reuse=True).adjoint_times_mixing(R.double(), U, maxima.block)
         values = G.flatten(1).norm(dim=1)
-        return Peaks(values, peaks.U, peaks.G, peaks.block).select(values.argsort(descending=True))
+        return LocalMaxima(values, maxima.U, maxima.G, maxima.block).select(values.argsort(descending=True))
 
 
 def _affordable(scores: list[Scores]) -> list[str]:

@@ -120,7 +120,7 @@ def solve(
     if checkpoint is not None:
         monitor.save = lambda state: checkpoint.offer(lambda: snapshot(state))
 
-    def certify(witness: Tensor | None = None) -> Certificate:
+    def certify(dual_point: Tensor | None = None) -> Certificate:
         stage.share /= 2
         return certify_atoms(
             problem,
@@ -129,7 +129,7 @@ def solve(
             tol=tol,
             known_dual=stage.dual,
             known_failure=stage.failure,
-            witness=witness,
+            dual_point=dual_point,
             failure_probability=stage.share,
             generator=generator,
             oracle=method.oracle if isinstance(method, ReLUColumnGeneration) else None,
@@ -151,11 +151,11 @@ def solve(
                 stage.attempt += 1
                 if checkpoint is not None and stop is Stop.TIME:
                     checkpoint.flush()
-                reached, witness = method.atoms(), method.witness()
+                reached, dual_point = method.atoms(), method.dual_point()
                 model = _finish(problem, reached, negligible, max_heads)
-                if witness is None and len(model) < len(reached):
-                    witness = problem.outputs(reached)  # what is negligible in the model need not be in its gradient
-                certificate = certify(witness)
+                if dual_point is None and len(model) < len(reached):
+                    dual_point = problem.outputs(reached)  # what is negligible in the model need not be in its gradient
+                certificate = certify(dual_point)
                 stage.dual = monitor.dual = certificate.dual  # proven, where the solver's own was an estimate
                 stage.failure = certificate.failure_probability
                 if certificate.converged or stop in (Stop.TIME, Stop.HEADS):

@@ -25,7 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexhead.linalg.spectral import BlockKrylov, GradientMatrices, leading, split_off_model
+from convexhead.linalg.deflation import leading, split_off_model
+from convexhead.linalg.gradient_matrices import GradientMatrices
+from convexhead.linalg.krylov import BlockKrylov
 from convexhead.program.problem import Atoms, Problem, balance
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
@@ -89,7 +91,7 @@ class ColumnGeneration:
         self._atoms = start
         self._take(problem)
 
-    def witness(self) -> Float[Tensor, "n r c"] | None:
+    def dual_point(self) -> Float[Tensor, "n r c"] | None:
         """Outputs to take the dual point at; None for the model's own."""
         return self._average
 

@@ -190,7 +190,7 @@ class Fista:
         U, V = (left * root.unsqueeze(1)).mT[kept], (right * root.unsqueeze(2))[kept]
         return Atoms(U, V.view(-1, *self.problem.value_shape), block[kept], self.omega * self.b)
 
-    def witness(self) -> None:
+    def dual_point(self) -> None:
         """The dual point is taken at the model's own outputs."""
         return None
 

@@ -94,7 +94,7 @@ class GroupNewton:
         damping = torch.tensor(self.damping, dtype=torch.float64)
         return {"W": self.W, "block": self.block, "b": self.b, "damping": damping}, {}
 
-    def witness(self) -> None:
+    def dual_point(self) -> None:
         """The dual point is taken at the model's own outputs."""
         return None
 

@@ -14,7 +14,9 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from convexhead.linalg.spectral import BlockKrylov, Deflated, GradientMatrices, top_singular
+from convexhead.linalg.deflation import Deflated, top_singular
+from convexhead.linalg.gradient_matrices import GradientMatrices
+from convexhead.linalg.krylov import BlockKrylov
 from convexhead.program.problem import Atoms, Problem
 
 FORMED_STEPS = 12

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.dual_norm.ascent import Peaks
+from convexhead.dual_norm.ascent import LocalMaxima
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.problem import Atoms, Problem, rescale
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
@@ -86,7 +86,7 @@ class ReLUColumnGeneration(ABC):
         """The current model."""
         return self.model
 
-    def witness(self) -> Float[Tensor, "n r c"] | None:
+    def dual_point(self) -> Float[Tensor, "n r c"] | None:
         """Outputs to take the dual point at; None for the model's own."""
         return None
 
@@ -105,7 +105,7 @@ class ReLUColumnGeneration(ABC):
             objective = self._objective(f, self.model)
             if objective < self._lowest[0]:
                 self._lowest = objective, self.model
-            peaks, dual = self._price(f, objective, target)
+            maxima, dual = self._price(f, objective, target)
             gap = self.monitor.record(objective, dual, len(self.model))
             if gap <= target:
                 return Stop.CONVERGED
@@ -116,7 +116,7 @@ class ReLUColumnGeneration(ABC):
                 full = self.max_heads is not None and len(self.model) >= self.max_heads
                 return Stop.HEADS if full else Stop.STALLED
             noise = max(self.settled * self._decisive(gap, target) ** 2, torch.finfo(self.problem.dtype).eps)
-            grown = self._grow(f, peaks, noise)
+            grown = self._grow(f, maxima, noise)
             if not len(grown):
                 return Stop.STALLED
             # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
@@ -128,7 +128,7 @@ class ReLUColumnGeneration(ABC):
         return Stop.STALLED
 
     @abstractmethod
-    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[Peaks, float]:
+    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[LocalMaxima, float]:
         """What a search finds at outputs ``f``, and the dual value that follows."""
 
     @abstractmethod
@@ -136,7 +136,7 @@ class ReLUColumnGeneration(ABC):
         """The gap on which it depends how far a descent goes."""
 
     @abstractmethod
-    def _grow(self, f: Float[Tensor, "n r c"], peaks: Peaks, noise: float) -> Atoms:
+    def _grow(self, f: Float[Tensor, "n r c"], maxima: LocalMaxima, noise: float) -> Atoms:
         """The model with atoms for what was found."""
 
     @abstractmethod
@@ -154,24 +154,24 @@ class ReLUColumnGeneration(ABC):
     def _dual(self, f: Float[Tensor, "n r c"], norm: float) -> float:
         return scaled_dual(self.problem, f, norm, self.beta, self.model.intercept)
 
-    def _new_atoms(self, f: Float[Tensor, "n r c"], peaks: Peaks, most: int) -> Atoms | None:
+    def _new_atoms(self, f: Float[Tensor, "n r c"], maxima: LocalMaxima, most: int) -> Atoms | None:
         """Atoms ``−t w_k u_k G_kᵀ/‖G_k‖``, ``w_k = h_k − β``, at most so many, with the best common ``t``.
 
         None where none pays.
         """
         problem = self.problem
-        peaks = peaks.select(peaks.values > self.beta * (1 + 1e-9))
-        peaks = peaks.distinct(seen=self.oracle.seen(peaks.U, peaks.block))
+        maxima = maxima.select(maxima.values > self.beta * (1 + 1e-9))
+        maxima = maxima.distinct(seen=self.oracle.seen(maxima.U, maxima.block))
         room = most if self.max_heads is None else min(most, self.max_heads - len(self.model))
-        peaks = peaks.select(torch.arange(len(peaks.values)) < room)
-        if not len(peaks.values):
+        maxima = maxima.select(torch.arange(len(maxima.values)) < room)
+        if not len(maxima.values):
             return None
-        excess = peaks.values - self.beta
+        excess = maxima.values - self.beta
         root = excess.sqrt()
         new = Atoms(
-            peaks.U * root.view(-1, *[1] * (peaks.U.ndim - 1)),
-            -peaks.G * (root / peaks.values).view(-1, 1, 1),
-            peaks.block,
+            maxima.U * root.view(-1, *[1] * (maxima.U.ndim - 1)),
+            -maxima.G * (root / maxima.values).view(-1, 1, 1),
+            maxima.block,
             f.new_zeros(problem.c),
         )
         return with_best_step(problem, f, new, excess, self.beta)
@@ -225,22 +225,22 @@ class ExactRounds(ReLUColumnGeneration):
 
     search: ClassVar = {"n_starts": 16, "iterations": 30, "rtol": 1e-7}
 
-    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[Peaks, float]:
+    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[LocalMaxima, float]:
         R = self.problem.residual(f)
-        peaks = self.oracle.search(R, warm=self.model, generator=self.generator, **self.search)
-        dual = self._dual(f, float(peaks.values[:1].sum()))
+        maxima = self.oracle.search(R, warm=self.model, generator=self.generator, **self.search)
+        dual = self._dual(f, float(maxima.values[:1].sum()))
         if objective - dual <= target * abs(objective) or self.oracle.method == "faces":
-            found = self.oracle.bound(R, peaks, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
-            peaks, dual = found.peaks, self._dual(f, found.upper)
-        return peaks, dual
+            found = self.oracle.bound(R, maxima, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
+            maxima, dual = found.maxima, self._dual(f, found.upper)
+        return maxima, dual
 
     def _decisive(self, gap: float, target: float) -> float:
         """The one asked for: iterations cost little."""
         return target
 
-    def _grow(self, f: Float[Tensor, "n r c"], peaks: Peaks, noise: float) -> Atoms:
+    def _grow(self, f: Float[Tensor, "n r c"], maxima: LocalMaxima, noise: float) -> Atoms:
         """Values and lengths are weighed before directions move: a convex problem, a group lasso."""
-        new = self._new_atoms(f, peaks, self.batch)
+        new = self._new_atoms(f, maxima, self.batch)
         grown = self.model if new is None else self.model.append(new)
         return self._along(Rays(self.problem, grown), grown, noise) if len(grown) else grown
 
@@ -277,32 +277,32 @@ class SearchedRounds(ReLUColumnGeneration):
         super().__init__(problem, *args, **others)
         self.batch = max(self.batch, self.wide // 4 // problem.head.value_rows)
         self.widest = max(self.batch, self.wide // problem.head.value_rows)
-        self._witness: Tensor | None = None
+        self._dual_point: Tensor | None = None
 
-    def witness(self) -> Float[Tensor, "n r c"] | None:
+    def dual_point(self) -> Float[Tensor, "n r c"] | None:
         """Outputs with the best dual point that searches suggest: rewards rise and fall while the objective falls."""
-        return self._witness
+        return self._dual_point
 
-    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[Peaks, float]:
+    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[LocalMaxima, float]:
         R = self.problem.residual(f)
-        peaks = self.oracle.search(R, warm=self.model, generator=self.generator, climbers=self.batch, **self.search)
-        dual = self._dual(f, float(peaks.values[:1].sum()))
+        maxima = self.oracle.search(R, warm=self.model, generator=self.generator, ascents=self.batch, **self.search)
+        dual = self._dual(f, float(maxima.values[:1].sum()))
         if dual > self.monitor.dual:
-            self._witness = f
-        return peaks, dual
+            self._dual_point = f
+        return maxima, dual
 
     def _decisive(self, gap: float, target: float) -> float:
         """The one at hand: far from the optimum new atoms pay more than iterations."""
         return min(gap, self.far)
 
-    def _grow(self, f: Float[Tensor, "n r c"], peaks: Peaks, noise: float) -> Atoms:
+    def _grow(self, f: Float[Tensor, "n r c"], maxima: LocalMaxima, noise: float) -> Atoms:
         """A model without atoms gets many at once."""
         begun = len(self.model) > 0
-        found, most = (peaks, self.batch) if begun else (peaks.merge(self._scattered(f)), self.widest)
+        found, most = (maxima, self.batch) if begun else (maxima.merge(self._scattered(f)), self.widest)
         new = self._new_atoms(f, found, most)
         return self.model if new is None else self.model.append(new)
 
-    def _scattered(self, f: Float[Tensor, "n r c"]) -> Peaks:
+    def _scattered(self, f: Float[Tensor, "n r c"]) -> LocalMaxima:
         """Random directions as they are: ascents would lead many of them to the same few."""
         each = self.widest // self.problem.head.n_groups
         R = self.problem.residual(f)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.linalg.spectral import independent
+from convexhead.linalg.krylov import independent
 from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.base import Monitor
 from convexhead.solvers.dense import DensePasses

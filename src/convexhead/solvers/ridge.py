@@ -35,7 +35,7 @@ class RidgeDescent:
         """The iterate."""
         return self._descent.atoms
 
-    def witness(self) -> None:
+    def dual_point(self) -> None:
         """The dual point is taken at the model's own outputs."""
         return None
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from convexhead.linalg.spectral import independent
+from convexhead.linalg.krylov import independent
 from convexhead.program.problem import Atoms, Problem
 from convexhead.solvers.base import scaled_dual
 from convexhead.solvers.pricing import Directions

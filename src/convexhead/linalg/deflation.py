@@ -1,199 +1,23 @@
-"""Singular values of the gradient matrices ``𝒜_j*(R)``, never formed where they are large.
+"""Singular directions split off the gradient matrices, and what then bounds the norm of the whole.
 
-Block Krylov (Lanczos) iteration on the Gram operator of every block at once, from random starts, with full
-reorthogonalisation. It gives a *lower* estimate ``σ̂ ≤ σ``. With ``k`` steps from one vector uniform on the sphere,
-
-    Pr[ σ̂² < (1 − ε) σ² ] ≤ 1.648 √N exp(−√ε (2k − 1))          (Kuczyński & Woźniakowski 1992)
-
-for any ``N × N`` Gram operator, whatever its spectrum. The Krylov space of ``b`` independent starts contains that of
-each of them, so all must fail at once and the bound is raised to the power ``b``.
+`Deflated` is the identity behind it. Directions come from a model's atoms (`split_off_model`), from a Krylov space that
+begins at them (`split_off_leading`), and from what a Krylov space of the rest has found (`split_off_more`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
+from convexhead.linalg.krylov import BlockKrylov, project_out
 from convexhead.program.problem import Atoms, Problem
 
-Apply = Callable[[Tensor, Tensor], Tensor]
-FORMED = 5_000_000
-"""Numbers that matrices formed at a time may take."""
-MOST_FORMED = 5e7
-"""Numbers of what is formed to be decomposed, beside every budget of memory."""
-FORMED_BYTES = 4e9
-"""Matrices that are kept formed may take no more, whatever the budget."""
-MOST_PRODUCTS = 300
-"""Products with a vector that a Krylov space takes anyhow: forming a matrix for as much pays."""
 LEAST_STEPS = 4
 """Krylov steps before which the random vectors have not found what the rest holds."""
-FORMED_ORDER = 2500
-"""Order up to which all singular values of a matrix that is formed cheaply are computed."""
-
-
-class GradientMatrices:
-    """``G_j = 𝒜_j*(R)`` for every block ``j`` as linear operators on batches of vectors.
-
-    Parameters
-    ----------
-    problem : Problem
-    R : Tensor (n, r, c)
-        Residuals.
-    form : bool
-        Whether they may be formed.
-
-    Notes
-    -----
-    Vectors are columns: ``V (j, q, b)`` and ``U (j, p, b)`` hold ``b`` of them for each of the ``j`` blocks named by
-    ``blocks``; ``p = mixing_size`` and ``q = value_rows · c``.
-    """
-
-    def __init__(self, problem: Problem, R: Float[Tensor, "n r c"], *, form: bool = True) -> None:
-        self.problem, self.R, self._form = problem, R, form
-        self.p = problem.head.mixing_size
-        self.q = problem.head.value_rows * problem.c
-        self.on_values = problem.value_size <= self.p
-        """Whether the Gram operator acts on the value side, the smaller one."""
-        self.order = min(self.p, problem.value_size)
-
-    @cached_property
-    def formed(self) -> Float[Tensor, "j p q"] | None:
-        """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
-        problem = self.problem
-        size = problem.n_blocks * self.p * self.q * problem.dtype.itemsize
-        if not self._form or problem.products != problem.dtype or not _cheap_to_form(problem):
-            return None
-        if problem.ranks.largest(float(size > min(FORMED_BYTES, problem.budget.left)))[0]:
-            return None
-        problem.budget.lend(size, self)
-        return problem.gradient_matrices(self.R, torch.arange(problem.n_blocks, device=self.R.device))
-
-    def _product(self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]) -> Tensor:
-        j, _, b = x.shape
-        flat = x.transpose(1, 2).reshape(j * b, *shape)
-        out = times(self.R, flat, blocks.repeat_interleave(b))
-        return out.reshape(j, b, -1).transpose(1, 2)
-
-    def times(self, V: Float[Tensor, "j q b"], blocks: Tensor) -> Float[Tensor, "j p b"]:
-        """``G_j V_j``."""
-        if self.formed is not None:
-            return torch.stack([self.formed[j] @ x for j, x in zip(blocks.tolist(), V, strict=True)])
-        return self._product(V, blocks, self.problem.value_shape, self.problem.adjoint_times_values)
-
-    def transpose_times(self, U: Float[Tensor, "j p b"], blocks: Tensor) -> Float[Tensor, "j q b"]:
-        """``G_jᵀ U_j``."""
-        if self.formed is not None:
-            return torch.stack([self.formed[j].T @ x for j, x in zip(blocks.tolist(), U, strict=True)])
-        return self._product(U, blocks, self.problem.head.mixing_shape, self.problem.adjoint_times_mixing)
-
-    def gram(self, x: Float[Tensor, "j m b"], blocks: Tensor) -> Float[Tensor, "j m b"]:
-        """``G_jᵀG_j x`` or ``G_jG_jᵀ x``, on the smaller side."""
-        if self.on_values:
-            return self.transpose_times(self.times(x, blocks), blocks)
-        return self.times(self.transpose_times(x, blocks), blocks)
-
-    def random_start(self, blocks: Tensor, b: int, generator: torch.Generator) -> Float[Tensor, "j m b"]:
-        """Independent Gaussian vectors on the smaller side, in the subspace that the blocks write."""
-        m = self.q if self.on_values else self.p
-        x = torch.randn(len(blocks) * b, m, generator=generator, dtype=torch.float64)
-        x = x.to(self.R.device, self.R.dtype)
-        if self.on_values:
-            x = x.view(-1, *self.problem.value_shape)
-            x = self.problem.mask_values(x, blocks.repeat_interleave(b)).flatten(1)
-        return x.view(len(blocks), b, m).transpose(1, 2)
-
-
-def orthonormalise(x: Float[Tensor, "j big b"], basis: Float[Tensor, "j big m"]) -> Float[Tensor, "j big b"]:
-    """An orthonormal basis of the part of ``x`` orthogonal to ``basis``; twice, as once is not enough in rounding."""
-    for _ in range(2):
-        x = x - basis @ (basis.mT @ x)
-        x = torch.linalg.qr(x).Q
-    return x
-
-
-def independent(x: Float[Tensor, "big m"]) -> Float[Tensor, "big l"]:
-    """An orthonormal basis of the columns' span, without what rounding would make of dependent ones."""
-    Q, R = torch.linalg.qr(x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny))
-    return Q[:, R.diagonal().abs() > 1e-4]
-
-
-class BlockKrylov:
-    """Rayleigh–Ritz approximation of the top of a batch of Gram operators, one Krylov step at a time.
-
-    Parameters
-    ----------
-    gram : callable (x (j, N, b), blocks (j,)) -> (j, N, b)
-        Symmetric positive semidefinite operators, one for each block named.
-    start : Tensor (j, N, b)
-        ``b`` start vectors a block.
-    blocks : Tensor (j,)
-        Which blocks.
-    order : int
-        Dimension of the space that the operators act on, at most ``N``: beyond it there is nothing to find.
-
-    Attributes
-    ----------
-    steps : int
-        Steps taken, ``k`` of the bound.
-    values : Tensor (j, m)
-        Ritz values, rising.
-    """
-
-    def __init__(self, gram: Apply, start: Float[Tensor, "j big b"], blocks: Int[Tensor, " j"], order: int) -> None:
-        self.gram, self.blocks, self.order, self.steps = gram, blocks, order, 0
-        self.starts = start.shape[2]
-        self._next = torch.linalg.qr(start).Q
-        self._basis = start.new_empty(*start.shape[:2], 0)
-        self._projected = start.new_empty(len(start), 0, 0)
-
-    def step(self) -> None:
-        """Add ``b`` vectors to every Krylov space; not beyond the dimension of the space."""
-        if self.steps:
-            self._next = orthonormalise(self._next, self._basis)
-        basis = torch.cat([self._basis, self._next], dim=2)
-        image = self.gram(self._next, self.blocks)
-        column = basis.mT @ image
-        m = basis.shape[2]
-        old = m - self.starts
-        grown = basis.new_zeros(len(basis), m, m)
-        grown[:, :old, :old] = self._projected
-        grown[:, :, old:] = column
-        grown[:, old:, :] = column.mT
-        self._projected = (grown + grown.mT) / 2
-        values, self._rotation = torch.linalg.eigh(self._projected)
-        self.values = values.clamp_min(0)
-        self._basis, self._next = basis, image - basis @ column
-        self.steps += 1
-
-    def can_step(self) -> bool:
-        """Whether the space has room for another step."""
-        return self._basis.shape[2] + self.starts <= self.order
-
-    def keep(self, mask: Bool[Tensor, " j"]) -> None:
-        """Go on with some of the blocks only."""
-        self.blocks, self._next, self._basis = self.blocks[mask], self._next[mask], self._basis[mask]
-        self._projected, self.values, self._rotation = (
-            self._projected[mask], self.values[mask], self._rotation[mask],
-        )  # fmt: skip
-
-    def leading(self, count: int) -> tuple[Float[Tensor, "j k"], Float[Tensor, "j k"]]:
-        """The largest singular values found, at most ``count`` and falling, and how far each is from being one.
-
-        That is ``‖Gᵀa − σ b‖`` for the vectors ``a, b`` on the two sides, known without another product.
-        """
-        count = min(count, self.values.shape[1])
-        sigma = self.values[:, -count:].flip(1).sqrt()
-        residual = torch.linalg.qr(self._next).R @ self._rotation[:, -self.starts :, -count:].flip(2)
-        return sigma, residual.norm(dim=1) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
-
-    def vectors(self, count: int) -> Float[Tensor, "j big k"]:
-        """Ritz vectors of the ``count`` largest values, largest first."""
-        return self._basis @ self._rotation[:, :, -count:].flip(2)
 
 
 class Deflated:
@@ -287,17 +111,6 @@ class Deflated:
 def _etas(like: Tensor) -> Float[Tensor, " t"]:
     """Values of ``η`` to choose from, 12% apart."""
     return torch.logspace(-8, 4, 241, dtype=like.dtype, device=like.device)
-
-
-def project_out(x: Float[Tensor, "j m b"], basis: Float[Tensor, "j m k"]) -> Float[Tensor, "j m b"]:
-    """``(I − BBᵀ) x`` for orthonormal columns ``B`` (zero columns allowed)."""
-    return x - basis @ (basis.mT @ x)
-
-
-def relative_slack(order: int, steps: int, starts: int, failure_probability: float) -> float:
-    """The ``ε`` with ``Pr[σ̂² < (1 − ε) σ²] ≤ failure_probability`` after ``steps`` from ``starts``; 1 if none is."""
-    root = (math.log(1.648 * math.sqrt(order)) - math.log(failure_probability) / starts) / (2 * steps - 1)
-    return min(1.0, root * root)
 
 
 def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
@@ -442,31 +255,6 @@ def top_singular(
     x, y = torch.take_along_dim(x, order, 2), torch.take_along_dim(y, order, 2)
     left, right = (y, x) if deflated.G.on_values else (x, y)
     return sigma.sort(dim=1, descending=True).values, left, right, x
-
-
-def worth_forming(G: GradientMatrices) -> bool:
-    """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
-    if _cheap_to_form(G.problem):
-        return G.order <= FORMED_ORDER and G.p * G.q <= MOST_FORMED  # formed block by block
-    return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= MOST_FORMED
-
-
-def _cheap_to_form(problem: Problem) -> bool:
-    return problem.forming is not None and problem.forming.products <= MOST_PRODUCTS
-
-
-def formed_norm(G: GradientMatrices) -> float:
-    """``max_j ‖G_j‖₂`` from eigenvalues of Gram matrices, some blocks at a time to save memory."""
-    blocks = torch.arange(G.problem.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
-    return max(_largest(G.problem.gradient_matrices(G.R, some)) for some in blocks)
-
-
-def _largest(G: Float[Tensor, "j p q"]) -> float:
-    """The largest singular value of all; scaled first, since squares of tiny entries would vanish."""
-    scale = float(G.abs().max())
-    G = G / (scale or 1.0)
-    gram = G.mT @ G if G.shape[1] > G.shape[2] else G @ G.mT
-    return scale * float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp_min(0).sqrt())
 
 
 def spectral_norm(

@@ -1,0 +1,125 @@
+"""The gradient matrices ``𝒜_j*(R)`` as operators, and formed where that is cheap.
+
+    𝒜_j*(R) V  = mix_adjoint(R Vᵀ)  (p, b)        𝒜_j*(R)ᵀ U = Σ_i (P mix(X_i, U))ᵀ R_i  (q, b)
+
+A product is one pass over the tokens. Where all entries cost less than a Krylov space would, the matrices are formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.program.problem import Problem
+
+FORMED = 5_000_000
+"""Numbers that the matrices formed at a time may take."""
+MOST_FORMED = 5e7
+"""Numbers that matrices may take that are formed to be decomposed, beside every budget of memory."""
+FORMED_BYTES = 4e9
+"""Bytes that matrices may take that are kept formed, whatever the budget."""
+MOST_PRODUCTS = 300
+"""Products with a vector that a Krylov space takes in any case. Forming a matrix for as many pays."""
+FORMED_ORDER = 2500
+"""Order up to which all singular values of a matrix that is formed cheaply are computed."""
+
+
+class GradientMatrices:
+    """``G_j = 𝒜_j*(R)`` for every block ``j`` as linear operators on batches of vectors.
+
+    Parameters
+    ----------
+    problem : Problem
+    R : Tensor (n, r, c)
+        Residuals.
+    form : bool
+        Whether they may be formed.
+
+    Notes
+    -----
+    Vectors are columns: ``V (j, q, b)`` and ``U (j, p, b)`` hold ``b`` of them for each of the ``j`` blocks named by
+    ``blocks``; ``p = mixing_size`` and ``q = value_rows · c``.
+    """
+
+    def __init__(self, problem: Problem, R: Float[Tensor, "n r c"], *, form: bool = True) -> None:
+        self.problem, self.R, self._form = problem, R, form
+        self.p = problem.head.mixing_size
+        self.q = problem.head.value_rows * problem.c
+        self.on_values = problem.value_size <= self.p
+        """Whether the Gram operator acts on the value side, the smaller one."""
+        self.order = min(self.p, problem.value_size)
+
+    @cached_property
+    def formed(self) -> Float[Tensor, "j p q"] | None:
+        """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
+        problem = self.problem
+        size = problem.n_blocks * self.p * self.q * problem.dtype.itemsize
+        if not self._form or problem.products != problem.dtype or not _cheap_to_form(problem):
+            return None
+        if problem.ranks.largest(float(size > min(FORMED_BYTES, problem.budget.left)))[0]:
+            return None
+        problem.budget.lend(size, self)
+        return problem.gradient_matrices(self.R, torch.arange(problem.n_blocks, device=self.R.device))
+
+    def _product(self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]) -> Tensor:
+        j, _, b = x.shape
+        flat = x.transpose(1, 2).reshape(j * b, *shape)
+        out = times(self.R, flat, blocks.repeat_interleave(b))
+        return out.reshape(j, b, -1).transpose(1, 2)
+
+    def times(self, V: Float[Tensor, "j q b"], blocks: Tensor) -> Float[Tensor, "j p b"]:
+        """``G_j V_j``."""
+        if self.formed is not None:
+            return torch.stack([self.formed[j] @ x for j, x in zip(blocks.tolist(), V, strict=True)])
+        return self._product(V, blocks, self.problem.value_shape, self.problem.adjoint_times_values)
+
+    def transpose_times(self, U: Float[Tensor, "j p b"], blocks: Tensor) -> Float[Tensor, "j q b"]:
+        """``G_jᵀ U_j``."""
+        if self.formed is not None:
+            return torch.stack([self.formed[j].T @ x for j, x in zip(blocks.tolist(), U, strict=True)])
+        return self._product(U, blocks, self.problem.head.mixing_shape, self.problem.adjoint_times_mixing)
+
+    def gram(self, x: Float[Tensor, "j m b"], blocks: Tensor) -> Float[Tensor, "j m b"]:
+        """``G_jᵀG_j x`` or ``G_jG_jᵀ x``, on the smaller side."""
+        if self.on_values:
+            return self.transpose_times(self.times(x, blocks), blocks)
+        return self.times(self.transpose_times(x, blocks), blocks)
+
+    def random_start(self, blocks: Tensor, b: int, generator: torch.Generator) -> Float[Tensor, "j m b"]:
+        """Independent Gaussian vectors on the smaller side, in the subspace that the blocks write."""
+        m = self.q if self.on_values else self.p
+        x = torch.randn(len(blocks) * b, m, generator=generator, dtype=torch.float64)
+        x = x.to(self.R.device, self.R.dtype)
+        if self.on_values:
+            x = x.view(-1, *self.problem.value_shape)
+            x = self.problem.mask_values(x, blocks.repeat_interleave(b)).flatten(1)
+        return x.view(len(blocks), b, m).transpose(1, 2)
+
+
+def worth_forming(G: GradientMatrices) -> bool:
+    """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
+    if _cheap_to_form(G.problem):
+        return G.order <= FORMED_ORDER and G.p * G.q <= MOST_FORMED  # formed block by block
+    return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= MOST_FORMED
+
+
+def _cheap_to_form(problem: Problem) -> bool:
+    return problem.forming is not None and problem.forming.products <= MOST_PRODUCTS
+
+
+def formed_norm(G: GradientMatrices) -> float:
+    """``max_j ‖G_j‖₂`` from eigenvalues of Gram matrices, some blocks at a time to save memory."""
+    blocks = torch.arange(G.problem.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
+    return max(_largest(G.problem.gradient_matrices(G.R, some)) for some in blocks)
+
+
+def _largest(G: Float[Tensor, "j p q"]) -> float:
+    """The largest singular value of all; scaled first, since squares of tiny entries would vanish."""
+    scale = float(G.abs().max())
+    G = G / (scale or 1.0)
+    gram = G.mT @ G if G.shape[1] > G.shape[2] else G @ G.mT
+    return scale * float(torch.linalg.eigvalsh(gram)[:, -1].max().clamp_min(0).sqrt())
