@@ -1,12 +1,18 @@
-"""Shape and dtype annotations are checked while the tests run (jaxtyping with beartype)."""
+"""Annotations are checked, and nothing is left in the cache folder of whoever runs the tests."""
 
 import os
 import tempfile
 
-from jaxtyping import install_import_hook
+import pytest
 
-CHECKED = ["program", "dual_norm", "linalg", "certificate", "solvers"]
-# Notes about verified shards do not go into the cache folder of whoever runs the tests.
+import annotations
+
+annotations.install()
+# Notes about verified shards
 _cache = tempfile.TemporaryDirectory(prefix="convexhead-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
-install_import_hook([f"convexhead.{module}" for module in CHECKED], "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    annotations.calls.clear()
