@@ -25,7 +25,8 @@ import torch
 
 from common import Row, Skip, Table, hardware, spread
 from convexhead import solvers
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers import column_generation as cg
 from convexhead.solvers import solve
 from convexhead.solvers.increments import Increments

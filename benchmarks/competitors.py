@@ -20,7 +20,8 @@ from torch import Tensor
 from common import Skip
 from convexhead.baselines.adam import make_twin, objectives, train_adam
 from convexhead.certificate.certify import Certificate, certify_atoms
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers import Progress, solve
 from fista_baseline import attention_features, cross_entropy, fista
 from instances import Instance
@@ -185,9 +186,9 @@ def lbfgs(instance: Instance, *, heads: int, seed: int, iterations: int) -> tupl
     began = time.perf_counter()
 
     def function(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gU, gV, _ = problem.value_and_gradient(atoms(x), beta)
+        value, at, _ = problem.value_and_gradient(atoms(x), beta)
         curve.append((prepared + time.perf_counter() - began, value, None))
-        return value, torch.cat([gU.flatten(), gV.flatten()]).double().numpy()
+        return value, torch.cat([at.U.flatten(), at.V.flatten()]).double().numpy()
 
     x0 = torch.cat([start.U.flatten(), start.V.flatten()]).double().numpy()
     options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-10}

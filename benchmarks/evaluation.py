@@ -27,6 +27,7 @@ from common import Row, Skip, Table, hardware, timed
 from convexhead.program.activations import GatedReLU, make_activation, sample_gates
 from convexhead.program.heads import HEADS, Head, make_head
 from convexhead.program.losses import CrossEntropy
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers.increments import Increments
 
@@ -73,7 +74,9 @@ def random_problem(name: str, n: int, s: int, d: int, c: int, gates: int, device
         GatedReLU(head, sample_gates(head, gates, generator)) if gates else make_activation("linear", head, None)
     )
     Y = (y.unsqueeze(1) == torch.arange(c)).unsqueeze(1)
-    return Problem(X.to(device), Y, head, activation, CrossEntropy(), dtype=torch.float32, device=torch.device(device))
+    return Problem(
+        Operator(X.to(device), head, activation, dtype=torch.float32, device=torch.device(device)), Y, CrossEntropy()
+    )
 
 
 def evaluation_seconds(problem: Problem, atoms: int, repeats: int = 7, rough: Problem | None = None) -> float:

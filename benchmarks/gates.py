@@ -36,9 +36,11 @@ from torch import Tensor
 from common import RESULTS, hardware, timed, write_csv
 from convexhead.linalg.gradient_matrices import GradientMatrices
 from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import CrossEntropy
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.tokens import TokenStore
 from evaluation import arithmetic
 
@@ -83,7 +85,7 @@ def measure(name: str, X: Tensor, Y: Tensor, n_gates: int, k: int, repeats: int)
     head = make_head(name, *X.shape[1:])
     gates = sample_gates(head, n_gates, generator, X) if n_gates else None
     activation = make_activation("gated-relu" if n_gates else "linear", head, gates)
-    seconds, problem = timed(lambda: Problem(X, Y, head, activation, CrossEntropy(), dtype=torch.float32))
+    seconds, problem = timed(lambda: Problem(Operator(X, head, activation, dtype=torch.float32), Y, CrossEntropy()))
     atoms = problem.empty() if not head.learns_mixing else random_atoms(problem, k, generator)
     k = len(atoms)
     evaluation = against_gemm(lambda: problem.value_and_gradient(atoms, 1e-3), repeats)

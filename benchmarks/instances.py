@@ -22,6 +22,7 @@ from convexhead.estimators import problem_beta_max
 from convexhead.program.activations import make_activation
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.tokens import extract
 from convexhead.tokens.fit_reduction import fit_reduction
@@ -60,7 +61,7 @@ class Instance:
         head = make_head("self-attention", *self.X.shape[1:])
         activation = make_activation("linear", head, None)
         dtype = torch.float64 if self.small else torch.float32
-        return Problem(self.X, self.Y.bool().unsqueeze(1), head, activation, CrossEntropy(), dtype=dtype)
+        return Problem(Operator(self.X, head, activation, dtype=dtype), self.Y.bool().unsqueeze(1), CrossEntropy())
 
     @cached_property
     def _beta(self) -> tuple[float, float]:

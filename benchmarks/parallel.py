@@ -28,9 +28,11 @@ import torch
 from common import RESULTS, hardware
 from convexhead.estimators import problem_beta_max
 from convexhead.program.activations import make_activation
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.runtime.ranks import Ranks, join_ranks
 from convexhead.solvers import solve
 
@@ -46,7 +48,9 @@ def build(n: int, ranks: Ranks) -> Problem:
     X = 0.2 * means[y] + torch.stack(noise)
     head = make_head("self-attention", TOKENS, CHANNELS)
     Y = (y.unsqueeze(1) == torch.arange(CLASSES)).unsqueeze(1)
-    return Problem(X, Y, head, make_activation("linear", head, None), CrossEntropy(), dtype=torch.float32, ranks=ranks)
+    return Problem(
+        Operator(X, head, make_activation("linear", head, None), dtype=torch.float32, ranks=ranks), Y, CrossEntropy()
+    )
 
 
 class Count:

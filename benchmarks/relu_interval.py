@@ -17,6 +17,7 @@ import torch
 from convexhead.program.activations import GatedReLU, ReLU
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates
 from convexhead.program.problem import Problem
 from convexhead.solvers import solve
@@ -33,9 +34,9 @@ def main() -> None:
     Y = torch.nn.functional.one_hot(torch.randint(c, (n, 1), generator=generator), c).double()
     head = make_head("mlp", 2, 2)
     beta = 0.015
-    relu = Problem(X, Y, head, ReLU(head), CrossEntropy())
+    relu = Problem(Operator(X, head, ReLU(head)), Y, CrossEntropy())
     solution = solve(relu, beta, tol=1e-5, generator=torch.Generator().manual_seed(0))
-    gated = Problem(X, Y, head, GatedReLU(head, all_gates(head, X)), CrossEntropy())
+    gated = Problem(Operator(X, head, GatedReLU(head, all_gates(head, X))), Y, CrossEntropy())
     relaxed = solve(gated, beta, tol=1e-4, generator=torch.Generator().manual_seed(0)).certificate
     runs = restarts(relu, beta, n_restarts=100, n_heads=8, steps=400, polish=0).numpy()
 

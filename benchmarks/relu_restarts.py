@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers.factored import FactoredDescent
 
 

@@ -26,6 +26,7 @@ from convexhead.estimators import problem_beta_max
 from convexhead.program.activations import GatedReLU, ReLU
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy, Squared
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
 from convexhead.program.problem import Problem
 from convexhead.runtime.clock import count_processor_time, now
@@ -48,9 +49,9 @@ def random_problem(head: str, s: int, d: int, c: int, seed: int) -> Problem:
     mixer = make_head(head, s, d, pool="mean" if seed % 3 else "cls")
     if c > 1 and seed % 2:
         Y = torch.nn.functional.one_hot(torch.arange(n) % c, c).double().unsqueeze(1)
-        return Problem(X, Y, mixer, ReLU(mixer), CrossEntropy())
+        return Problem(Operator(X, mixer, ReLU(mixer)), Y, CrossEntropy())
     Y = torch.randn(n, 1, c, generator=generator, dtype=torch.float64)
-    return Problem(X, Y, mixer, ReLU(mixer), Squared())
+    return Problem(Operator(X, mixer, ReLU(mixer)), Y, Squared())
 
 
 def weight(problem: Problem, seed: int) -> float:
@@ -100,7 +101,7 @@ def digits_problem(head: str, n: int = 300) -> Problem:
     X = images[:n].reshape(n, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(n, 16, 4) / 16
     Y = torch.nn.functional.one_hot(torch.from_numpy(labels[:n]), 10).double().unsqueeze(1)
     mixer = make_head(head, 16, 4)
-    return Problem(torch.from_numpy(X), Y, mixer, ReLU(mixer), CrossEntropy())
+    return Problem(Operator(torch.from_numpy(X), mixer, ReLU(mixer)), Y, CrossEntropy())
 
 
 def compare_starts(name: str, problem: Problem, beta: float, max_time: float, seed: int) -> list[dict[str, object]]:
@@ -112,7 +113,7 @@ def compare_starts(name: str, problem: Problem, beta: float, max_time: float, se
         atoms, growth = None, math.nan
         if start == "decomposition":
             gates = sample_patterns(problem.head, problem.X, 8, generator)
-            gated = Problem(problem.X, problem.Y, problem.head, GatedReLU(problem.head, gates), problem.loss)
+            gated = Problem(Operator(problem.X, problem.head, GatedReLU(problem.head, gates)), problem.Y, problem.loss)
             solved = solve(gated, beta, tol=1e-2, max_time=max_time / 2, generator=generator)
             split = cone_decomposition(gated, solved.atoms)
             atoms, growth = split.atoms, split.norm_growth

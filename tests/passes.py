@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import CrossEntropy
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 
 N, S, D, C = 61, 6, 4, 3
 CASES = [
@@ -23,7 +25,9 @@ def problem_on(X, name, activation, pool="mean", **options):
     head = make_head(name, S, D, pool=pool, grid=(2, 3), n_blocks=2)
     gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
     Y = torch.eye(C)[torch.randint(0, C, (N,), generator=generator)].unsqueeze(1).bool()
-    return Problem(X, Y, head, make_activation(activation, head, gates), CrossEntropy(), fit_intercept=True, **options)
+    return Problem(
+        Operator(X, head, make_activation(activation, head, gates), **options), Y, CrossEntropy(), fit_intercept=True
+    )
 
 
 def passes(problem):
@@ -36,11 +40,13 @@ def passes(problem):
     atoms = Atoms(U, problem.mask_values(V, block).double(), block, b).to("cpu", problem.dtype)
     f = problem.outputs(atoms)
     R = problem.residual(f)
-    _, *gradients = problem.value_and_gradient(atoms, 0.1)
+    _, at, outputs = problem.value_and_gradient(atoms, 0.1)
     return [
         f,
-        *gradients,
-        problem.last_outputs,
+        at.U,
+        at.V,
+        at.intercept,
+        outputs,
         problem.adjoint_times_values(R, atoms.V, block),
         problem.adjoint_times_mixing(R, atoms.U, block),
         problem.features(),

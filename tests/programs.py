@@ -10,9 +10,11 @@ import torch
 import oracle
 from convexhead.certificate.certify import Certificate
 from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import make_loss
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.solvers import solve
 
 CASES = [
@@ -81,13 +83,10 @@ def make_instance(
         gates = sample_gates(head, n_gates, torch.Generator().manual_seed(seed))
     X = torch.as_tensor(scale * X, dtype=dtype)  # the oracle sees the tokens as rounded
     problem = Problem(
-        X,
+        Operator(X, head, make_activation(activation, head, gates), dtype=dtype),
         torch.as_tensor(Y),
-        head,
-        make_activation(activation, head, gates),
         make_loss(loss),
         fit_intercept=intercept,
-        dtype=dtype,
     )
     dense = oracle.dense_program(
         name,

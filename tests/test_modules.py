@@ -11,9 +11,11 @@ import torch
 from convexhead.errors import InputError
 from convexhead.modules import HeadModule
 from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import CrossEntropy
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 
 N, S, D, C = 6, 6, 4, 4
 CASES = [
@@ -33,7 +35,9 @@ def build(name, activation, outputs, pool="mean", *, dtype=torch.float64):
     head = make_head(name, S, D, pool=pool, grid=(2, 3), n_blocks=2, outputs=outputs)
     gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
     Y = torch.softmax(torch.randn(N, head.r, C, generator=generator, dtype=torch.float64), -1)
-    problem = Problem(X, Y, head, make_activation(activation, head, gates), CrossEntropy(), fit_intercept=True)
+    problem = Problem(
+        Operator(X, head, make_activation(activation, head, gates)), Y, CrossEntropy(), fit_intercept=True
+    )
     atoms = problem.empty()
     if head.learns_mixing:  # two atoms a block, but the last gate is left unused
         block = torch.arange(2 * problem.n_blocks) % problem.n_blocks
@@ -82,12 +86,12 @@ def test_autograd_is_the_librarys_gradient(name, activation, outputs, pool):
     f = module(problem.X).view(N, -1, C)
     objective = problem.loss.value(f, problem.Y).mean() + 0.3 * module.penalty()
     objective.backward()
-    value, gU, gV, gb = problem.value_and_gradient(atoms, 0.3)
+    value, at, _ = problem.value_and_gradient(atoms, 0.3)
     assert float(objective.detach()) == pytest.approx(value, rel=1e-12)
-    torch.testing.assert_close(module.values.grad, gV, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(module.intercept.grad, gb, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module.values.grad, at.V, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module.intercept.grad, at.intercept, rtol=1e-9, atol=1e-9)
     if problem.head.learns_mixing:
-        torch.testing.assert_close(module.mixing.grad, gU, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(module.mixing.grad, at.U, rtol=1e-9, atol=1e-9)
     else:
         assert [p for p, _ in module.named_parameters()] == ["values", "intercept"]
 

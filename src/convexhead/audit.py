@@ -18,10 +18,12 @@ from convexhead.errors import InputError, choose
 from convexhead.estimators import _ConvexHead, _labels_of, atoms_from_blocks
 from convexhead.modules import HeadModule
 from convexhead.program.activations import ACTIVATIONS, make_activation
+from convexhead.program.atoms import Atoms
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head, make_head
 from convexhead.program.losses import Loss, make_loss
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.runtime.surroundings import undisturbed
@@ -143,15 +145,10 @@ def certify(
     where = inputs.pick_device(device)
     chosen_activation = make_activation(activation, module_head, gates)
     problem = Problem(
-        tokens,
+        Operator(tokens, module_head, chosen_activation, reuse=False, device=where, memory=default_memory(where)),
         targets,
-        module_head,
-        chosen_activation,
         chosen,
         fit_intercept=fit_intercept,
-        reuse=False,
-        device=where,
-        memory=default_memory(where),
     )
     atoms = atoms.to(where, torch.float64)
     if not all(bool(torch.isfinite(part).all()) for part in (atoms.U, atoms.V, atoms.intercept)):

@@ -30,12 +30,14 @@ from convexhead.errors import InputError, choose
 from convexhead.linalg.deflation import spectral_norm
 from convexhead.modules import HeadModule
 from convexhead.program.activations import ACTIVATIONS, make_activation
+from convexhead.program.atoms import Atoms
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head, make_head
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.losses import Loss, make_loss
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.problem import Problem
 from convexhead.runtime.checkpoint import Checkpoint
 from convexhead.runtime.content import content_hash, described
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
@@ -196,17 +198,19 @@ class _ConvexHead(BaseEstimator):
             coordinates = Coordinates.of(X, Y, head, activation, loss, bool(self.fit_intercept))
         rows = ranks.share(len(X))
         problem = Problem(
-            X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
+            Operator(
+                X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
+                head,
+                activation,
+                dtype=torch.float64 if math.prod(X.shape) <= SMALL_TOKENS or self.tol < TIGHT else torch.float32,
+                reuse=not coordinates,
+                device=device,
+                memory=default_memory(device) if self.max_memory is None else float(self.max_memory),
+                ranks=ranks,
+            ),
             Y[rows],
-            head,
-            activation,
             loss,
             fit_intercept=bool(self.fit_intercept),
-            dtype=torch.float64 if math.prod(X.shape) <= SMALL_TOKENS or self.tol < TIGHT else torch.float32,
-            reuse=not coordinates,
-            device=device,
-            memory=default_memory(device) if self.max_memory is None else float(self.max_memory),
-            ranks=ranks,
         )
         return problem.in_coordinates(coordinates)
 
@@ -381,9 +385,8 @@ class _ConvexHead(BaseEstimator):
         device = inputs.pick_device(self.device if torch.cuda.is_available() else "cpu")
         atoms, parts = atoms.to(device, torch.float64), []
         for chunk in inputs.token_chunks(X, n_channels=self.n_features_in_, n_tokens=self.n_tokens_):
-            no_targets = torch.zeros(len(chunk), head.r, self.n_outputs_)
-            problem = Problem(chunk, no_targets, head, activation, make_loss("squared"), device=device, reuse=False)
-            parts.append(problem.outputs(atoms).cpu().numpy())
+            operator = Operator(chunk, head, activation, device=device, reuse=False)
+            parts.append(operator.outputs(atoms).cpu().numpy())
         return np.concatenate(parts)
 
     def as_fitted_on(self, X: Any) -> Any:

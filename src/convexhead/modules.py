@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose
 from convexhead.program.activations import ACTIVATIONS, Activation, make_activation
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads.base import Head
-from convexhead.program.problem import Atoms
 
 
 @runtime_checkable

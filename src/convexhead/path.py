@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from convexhead import inputs
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor, problem_beta_max
-from convexhead.program.problem import Atoms
+from convexhead.program.atoms import Atoms
 from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.surroundings import undisturbed

@@ -13,6 +13,7 @@ from convexhead.errors import InputError
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import make_head
 from convexhead.program.losses import make_loss
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers import solve
 
@@ -39,7 +40,7 @@ def build(name, activation, outputs="shared", *, loss="cross-entropy", dtype=tor
     head = make_head(name, S, D, grid=(2, 3), n_blocks=2, outputs=outputs)
     gates = sample_gates(head, 4, generator) if activation == "gated-relu" else None
     activation = make_activation(activation, head, gates)
-    return Problem(X, Y, head, activation, make_loss(loss), dtype=dtype, **options)
+    return Problem(Operator(X, head, activation, dtype=dtype, **options), Y, make_loss(loss))
 
 
 def beta_of(problem, ratio=0.25):

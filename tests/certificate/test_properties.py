@@ -26,8 +26,8 @@ import convexhead.certificate.certify
 import convexhead.solvers
 import oracle
 from convexhead.certificate.certify import Certificate, certify_atoms
+from convexhead.program.atoms import Atoms
 from convexhead.program.losses import Huber, Loss, make_loss
-from convexhead.program.problem import Atoms
 from convexhead.solvers import solve
 from convexhead.solvers.base import Monitor
 from programs import CASES, LOSSES, POOLS, Instance, make_instance

@@ -21,10 +21,12 @@ from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.errors import InputError
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm
 from convexhead.program.activations import make_activation
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.loss_check import check_loss
 from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared, make_loss
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.solvers import solve
 from reference import mix, pool
 
@@ -74,7 +76,7 @@ def offset_problem(head: str, loss: str, offset: float, seed: int) -> tuple[Prob
 
     def problem(X: torch.Tensor) -> Problem:
         Z = torch.as_tensor(Y)[:, None]
-        return Problem(X, Z, made, make_activation("linear", made, None), make_loss(loss), fit_intercept=True)
+        return Problem(Operator(X, made, make_activation("linear", made, None)), Z, make_loss(loss), fit_intercept=True)
 
     return problem(X), problem(X - X[:1])  # of near numbers: exact, or nearly so
 
@@ -120,7 +122,9 @@ def test_the_raised_norm_covers_what_cancels(name, pool_name):
     X = rng.normal(size=(n, s, d)) + 1e6
     R = rng.normal(size=(n, head.r, c))
     Y = torch.as_tensor(R - R.mean((0, 1)))  # f = 0: the residual is −Y
-    problem = Problem(torch.as_tensor(X), Y, head, make_activation("linear", head, None), Squared(), fit_intercept=True)
+    problem = Problem(
+        Operator(torch.as_tensor(X), head, make_activation("linear", head, None)), Y, Squared(), fit_intercept=True
+    )
     point = DualPoint(problem, torch.zeros_like(Y), 1.0)
     sigma = formed_norm(GradientMatrices(problem, point.R))
     basis = np.eye(head.mixing_size, dtype=np.longdouble).reshape(-1, *head.mixing_shape)
@@ -179,7 +183,9 @@ def test_the_gap_of_separable_data_is_right_relative_to_a_tiny_objective():
     beta = 1e-14
     head = make_head("mlp", 1, 1)
     targets = torch.as_tensor(np.eye(2)[(X[:, 0] > 0).astype(int)])[:, None]
-    problem = Problem(torch.as_tensor(X)[:, None], targets, head, make_activation("linear", head, None), CrossEntropy())
+    problem = Problem(
+        Operator(torch.as_tensor(X)[:, None], head, make_activation("linear", head, None)), targets, CrossEntropy()
+    )
 
     # With v = t (−1, 1)/√2 and u = 1 the penalty is βt, and the classes' outputs are √2 x t apart.
     def objective(t: mpmath.mpf) -> mpmath.mpf:
@@ -208,7 +214,9 @@ def tokens_problem(name: str, scale: float, *, dtype: torch.dtype = torch.float6
     X = torch.as_tensor(scale * (rng.normal(size=(12, 4, 3)) + offset), dtype=dtype)
     Y = torch.as_tensor(np.eye(2)[rng.integers(0, 2, 12)])[:, None]
     head = make_head(name, 4, 3)
-    return Problem(X, Y, head, make_activation("linear", head, None), CrossEntropy(), fit_intercept=True, dtype=dtype)
+    return Problem(
+        Operator(X, head, make_activation("linear", head, None), dtype=dtype), Y, CrossEntropy(), fit_intercept=True
+    )
 
 
 @pytest.mark.parametrize("krylov", [False, True])
@@ -280,10 +288,8 @@ def test_residuals_lose_their_sum_and_stay_in_the_domain(loss, size):
     f = torch.as_tensor(size * rng.normal(size=(30, 1, 3)))
     head = make_head("linear", 1, 2)
     problem = Problem(
-        torch.as_tensor(rng.normal(size=(30, 1, 2))),
+        Operator(torch.as_tensor(rng.normal(size=(30, 1, 2))), head, make_activation("linear", head, None)),
         Y,
-        head,
-        make_activation("linear", head, None),
         loss,
         fit_intercept=True,
     )
@@ -361,10 +367,8 @@ def test_a_wrong_loss_is_refused_at_fit_and_certify_with_what_is_wrong(what):
         ch.ConvexHeadRegressor("mlp", loss=BROKEN[what], beta=0.05).fit(X, y)
     head = make_head("mlp", 1, 3)
     problem = Problem(
-        torch.as_tensor(X)[:, None],
+        Operator(torch.as_tensor(X)[:, None], head, make_activation("linear", head, None)),
         torch.as_tensor(y)[:, None, None],
-        head,
-        make_activation("linear", head, None),
         BROKEN[what],
     )
     with pytest.raises(InputError, match="Broken"):

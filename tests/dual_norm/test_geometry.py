@@ -18,6 +18,7 @@ from convexhead.errors import InputError
 from convexhead.program.activations import ReLU
 from convexhead.program.heads import make_head
 from convexhead.program.losses import Squared
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import cells, hyperplanes_of, pack_signs
 from convexhead.program.problem import Problem
 from convexhead.solvers.relu import ExactRounds
@@ -111,7 +112,9 @@ def attained(X, R, rng):
 
 def build(X, Y):
     head = make_head("mlp", 1, X.shape[1])
-    return Problem(torch.from_numpy(X).unsqueeze(1), torch.from_numpy(Y).unsqueeze(1), head, ReLU(head), Squared())
+    return Problem(
+        Operator(torch.from_numpy(X).unsqueeze(1), head, ReLU(head)), torch.from_numpy(Y).unsqueeze(1), Squared()
+    )
 
 
 @pytest.mark.parametrize("method", ["as chosen", "branch and bound", "product of norms"])

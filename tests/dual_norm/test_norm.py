@@ -14,6 +14,7 @@ from convexhead.dual_norm.scores import Form, scores_of
 from convexhead.program.activations import ReLU
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import Squared
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import cells
 from convexhead.program.problem import Problem
 
@@ -27,7 +28,7 @@ def build(name, *, n=4, s=4, d=2, c=4, pool="mean", outputs="shared", seed=0, de
         X[1], X[2, 1], X[3] = X[0], 0.0, -X[0]
     head = make_head(name, s, d, pool=pool, n_blocks=2, outputs=outputs)
     Y = torch.randn(n, head.r, c, generator=generator, dtype=torch.float64)
-    return Problem(X, Y, head, ReLU(head), Squared())
+    return Problem(Operator(X, head, ReLU(head)), Y, Squared())
 
 
 def random_form(w, h, q, seed):

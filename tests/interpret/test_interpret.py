@@ -29,8 +29,8 @@ from convexhead.interpret import (
 )
 from convexhead.interpret.spectra import AXES
 from convexhead.program.activations import GatedReLU, LinearActivation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
-from convexhead.program.problem import Atoms
 from reference import mix, pool, preactivation
 
 N, S, D, C = 7, 4, 6, 3

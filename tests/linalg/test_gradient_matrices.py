@@ -11,6 +11,7 @@ from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, w
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 
 CASES = [("self-attention", "linear"), ("self-attention", "gated-relu"), ("mlp-mixer", "gated-relu")]
@@ -18,32 +19,31 @@ N, C = 300, 5
 
 
 def build(name, activation, pool="mean", *, s=9, d=7, memory=float("inf"), dtype=torch.float64):
-    """Enough samples for several batches of those that `Problem._form` takes at a time."""
+    """Enough samples for several batches of those that `Operator.gradient_matrices` takes at a time."""
     rng = torch.Generator().manual_seed(0)
     X = torch.randn(N, s, d, generator=rng, dtype=torch.float64)
     Y = torch.nn.functional.one_hot(torch.randint(0, C, (N, 1), generator=rng), C)
     head = make_head(name, s, d, pool=pool)
     gates = sample_gates(head, 3, rng) if activation == "gated-relu" else None
     activation = make_activation(activation, head, gates)
-    problem = Problem(X, Y, head, activation, CrossEntropy(), dtype=dtype, memory=memory)
+    problem = Problem(Operator(X, head, activation, dtype=dtype, memory=memory), Y, CrossEntropy())
     R = torch.randn(N, head.r, C, generator=rng, dtype=torch.float64).to(dtype) / N
     return problem, R
 
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr("convexhead.program.problem.FORMING_BYTES", {"cpu": 100_000})
+    monkeypatch.setattr("convexhead.program.operator.GRADIENT_BYTES", {"cpu": 100_000})
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 @pytest.mark.parametrize(("name", "activation"), CASES)
-def test_formed_matrices_are_those_of_products(name, activation, pool):
+def test_formed_matrices_are_those_of_products(name, activation, pool, monkeypatch):
     problem, R = build(name, activation, pool)
-    assert problem.forming is not None
+    assert problem.operator.gradient_cost(C) is not None
     blocks = torch.arange(problem.n_blocks).flip(0)
     formed = problem.gradient_matrices(R, blocks)
-    del problem.forming
-    problem.forming = None
+    monkeypatch.setattr(Operator, "gradient_cost", lambda self, c: None)
     torch.testing.assert_close(formed, problem.gradient_matrices(R, blocks), rtol=1e-12, atol=1e-14)
 
 
@@ -97,5 +97,5 @@ def test_nothing_is_kept_beyond_the_budget_and_room_is_given_back():
 def test_without_pooling_there_is_no_cheap_way():
     for name, activation in CASES:
         problem, R = build(name, activation, "none")
-        assert problem.forming is None
+        assert problem.operator.gradient_cost(C) is None
         assert GradientMatrices(problem, R).formed is None

@@ -16,6 +16,7 @@ from convexhead.program.activations import make_activation
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy, Huber, Squared
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 
 rng = np.random.default_rng(0)
@@ -151,7 +152,7 @@ def test_intercepts_of_regressions_are_exact(loss):
 
     Y = torch.from_numpy(rng.normal(size=(41, 1, 3)) * [1, 1e-3, 1e3] + [0, 5, 1e6])
     head = make_head("linear", 1, 2)
-    problem = Problem(torch.zeros(41, 1, 2).double(), Y, head, make_activation("linear", head, None), loss)
+    problem = Problem(Operator(torch.zeros(41, 1, 2).double(), head, make_activation("linear", head, None)), Y, loss)
     b = solve_intercept(problem, torch.zeros_like(Y))
     if isinstance(loss, Squared):
         torch.testing.assert_close(b, Y.mean((0, 1)), rtol=1e-14, atol=1e-14)
@@ -172,7 +173,7 @@ def test_coordinates_keep_outputs_and_objective(name, pool, outputs):
     activation = make_activation("linear", head, None)
     X = 1000 * (torch.randn(9, 6, 4).double() + torch.tensor([50.0, 0, -3, 7]))
     Y = torch.randn(9, head.r, 4).double() + 40
-    stated = Problem(X, Y, head, activation, Squared(), fit_intercept=True)
+    stated = Problem(Operator(X, head, activation), Y, Squared(), fit_intercept=True)
     coordinates = Coordinates.of(X, Y, head, activation, Squared(), True)
     assert (coordinates.origin is None) == (name == "self-attention" or (name == "mlp-mixer" and pool == "none"))
     assert coordinates.exponent

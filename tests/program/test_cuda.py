@@ -11,7 +11,8 @@ import torch
 import convexhead as ch
 from convexhead.baselines.trained_head import fit_twin
 from convexhead.experiments.cells import network_scores
-from convexhead.program.problem import Atoms, has_fast_bfloat16
+from convexhead.program.atoms import Atoms
+from convexhead.program.operator import has_fast_bfloat16
 from convexhead.solvers.increments import Increments
 from passes import CASES, N, problem_on
 
@@ -38,9 +39,9 @@ def test_passes_are_those_of_a_cpu(name, activation):
     for device in (torch.device("cpu"), CUDA):
         problem = problem_on(X, name, activation, device=device)
         atoms = weights(problem)
-        value, *gradients = problem.value_and_gradient(atoms, 0.1)
+        value, at, _ = problem.value_and_gradient(atoms, 0.1)
         R = problem.residual(problem.outputs(atoms))
-        parts = [*gradients, R, problem.adjoint_times_mixing(R, atoms.U, atoms.block)]
+        parts = [at.U, at.V, at.intercept, R, problem.adjoint_times_mixing(R, atoms.U, atoms.block)]
         if name != "linear":
             parts.append(problem.adjoint_times_values(R, atoms.V, atoms.block))
         found.append((value, [part.cpu() for part in parts]))
@@ -64,11 +65,11 @@ def test_increments_have_errors_of_the_step_alone(name, activation, pool):
     passes = Increments(problem, rough, atoms)
     for step in (1e-1, 1e-3):
         near = Atoms(atoms.U * (1 + step), atoms.V * (1 - step), atoms.block, atoms.intercept)
-        value, gU, gV, _ = passes.value_and_gradient(near, 0.1)
-        exact, eU, eV, _ = problem.value_and_gradient(near, 0.1)
+        value, ours, _ = passes.value_and_gradient(near, 0.1)
+        exact, true, _ = problem.value_and_gradient(near, 0.1)
         assert value == pytest.approx(exact, rel=0.02 * step)
-        assert float((gU - eU).norm() / eU.norm()) < 0.1 * step + 1e-5
-        assert float((gV - eV).norm() / eV.norm()) < 0.1 * step + 1e-5
+        assert float((ours.U - true.U).norm() / true.U.norm()) < 0.1 * step + 1e-5
+        assert float((ours.V - true.V).norm() / true.V.norm()) < 0.1 * step + 1e-5
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -11,6 +11,7 @@ from convexhead.program import decomposition as module
 from convexhead.program.activations import GatedReLU, LinearActivation, sample_gates
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import Squared
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 
 MIXING = [name for name in HEADS if name != "linear"]
@@ -22,7 +23,7 @@ def gated(name, *, pool="mean", outputs="shared", gates=None, seed=0, X=None):
     head = make_head(name, X.shape[1], X.shape[2], pool=pool, n_blocks=2, outputs=outputs)
     gates = sample_gates(head, 3, generator) if gates is None else gates
     Y = torch.randn(len(X), head.r, 2, generator=generator, dtype=torch.float64)
-    problem = Problem(X, Y, head, GatedReLU(head, gates), Squared())
+    problem = Problem(Operator(X, head, GatedReLU(head, gates)), Y, Squared())
     atoms = problem.empty()
     k = 2 * problem.n_blocks
     atoms.block = torch.arange(k) % problem.n_blocks
@@ -85,7 +86,7 @@ def test_rows_on_the_border_are_reported():
 
 def test_only_gated_heads_are_split():
     problem, atoms = gated("mlp")
-    linear = Problem(problem.X, problem.Y, problem.head, LinearActivation(problem.head), Squared())
+    linear = Problem(Operator(problem.X, problem.head, LinearActivation(problem.head)), problem.Y, Squared())
     with pytest.raises(InputError, match="gated ReLU"):
         cone_decomposition(linear, atoms)
 

@@ -23,6 +23,7 @@ from convexhead.program.activations import make_activation
 from convexhead.program.heads import make_head
 from convexhead.program.identity import PARTS, describe_loss, digest_rows
 from convexhead.program.losses import Huber, Squared
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.runtime.checkpoint import Checkpoint
 from convexhead.runtime.ranks import Ranks
@@ -239,7 +240,9 @@ def test_a_checkpoint_of_another_problem_lends_no_bound(tmp_path):
 
     def run(targets, minutes=0.0, **limits):
         head = make_head("mlp", S, D)
-        problem = Problem(torch.tensor(X).double(), targets, head, make_activation("linear", head, None), Squared())
+        problem = Problem(
+            Operator(torch.tensor(X).double(), head, make_activation("linear", head, None)), targets, Squared()
+        )
         generator = torch.Generator().manual_seed(0)
         checkpoint = Checkpoint(tmp_path / "checkpoint", {"same": True}, minutes=minutes)
         return solve(problem, 0.001, tol=1e-7, max_heads=2, generator=generator, checkpoint=checkpoint, **limits)

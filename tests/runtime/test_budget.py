@@ -12,11 +12,13 @@ import torch
 
 from convexhead.certificate.certify import certify_atoms
 from convexhead.inputs import content_hash, open_tokens
-from convexhead.program import problem as problems
+from convexhead.program import operator
 from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.runtime.budget import Budget
 from convexhead.runtime.stored_tokens import CHUNK_BYTES
 from convexhead.solvers.base import Monitor
@@ -38,7 +40,7 @@ class Owner:
 @pytest.fixture(autouse=True)
 def _bfloat16_anywhere(monkeypatch):
     """Emulated where the hardware has none."""
-    monkeypatch.setattr(problems, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(operator, "has_fast_bfloat16", lambda device: True)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 8 * S * D * 4)
 
 
@@ -65,7 +67,9 @@ def make_problem(stored, memory, *, mapped=True, activation="linear"):
     Y = torch.eye(C)[torch.randint(0, C, (N,), generator=generator)].unsqueeze(1)
     X = open_tokens(np.load(stored, mmap_mode="r")) if mapped else torch.from_numpy(np.load(stored))
     return Problem(
-        X, Y, head, make_activation(activation, head, gates), CrossEntropy(), dtype=torch.float32, memory=memory
+        Operator(X, head, make_activation(activation, head, gates), dtype=torch.float32, memory=memory),
+        Y,
+        CrossEntropy(),
     )
 
 
@@ -104,7 +108,7 @@ def test_all_precisions_and_mixed_tokens_together_stay_within_the_budget(stored,
     memory = TOKENS + room * PREPARED
     problem = make_problem(stored, memory, mapped=mapped)
     samples = problem.samples
-    half, double = problem.with_half_products(), problem.in_double(reuse=True)
+    half, double = problem.with_half_products(), problem.astype(torch.float64, reuse=True)
     mixed = []
     for k in (1, 5, 40):
         atoms = make_atoms(problem, k)
@@ -136,7 +140,7 @@ def test_precisions_give_back_what_they_took(stored):
     left = problem.budget.left
     half = problem.with_half_products()
     assert problem.budget.left == left - kept_bytes(half.samples)
-    tight = problem.in_double(reuse=True)
+    tight = problem.astype(torch.float64, reuse=True)
     assert not tight.samples.complete
     del half
     assert problem.budget.left == left - kept_bytes(tight.samples)
@@ -248,16 +252,18 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 import numpy as np, torch
-import convexhead.program.problem
+import convexhead.program.operator
 from convexhead.program.activations import make_activation
 from convexhead.certificate.certify import certify_atoms
 from convexhead.program.heads import make_head
 from convexhead.inputs import open_tokens
 from convexhead.program.losses import Squared
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.solvers.increments import Increments
 
-convexhead.program.problem.has_fast_bfloat16 = lambda device: True
+convexhead.program.operator.has_fast_bfloat16 = lambda device: True
 
 def peak():  # getrusage would count the parent's memory from before the exec
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -265,8 +271,9 @@ def peak():  # getrusage would count the parent's memory from before the exec
 X, before = np.load(sys.argv[1], mmap_mode="r"), peak()
 n, s, d = X.shape
 head = make_head("self-attention", s, d, pool="none")
-problem = Problem(open_tokens(X), torch.zeros(n, s, 1), head, make_activation("linear", head, None), Squared(),
-                  dtype=torch.float32, memory=float(sys.argv[2]))
+operator = Operator(open_tokens(X), head, make_activation("linear", head, None), dtype=torch.float32,
+                    memory=float(sys.argv[2]))
+problem = Problem(operator, torch.zeros(n, s, 1), Squared())
 rough = problem.with_half_products()
 atoms = Atoms(torch.ones(7, d, d), torch.ones(7, d, 1), torch.zeros(7, dtype=torch.int64), torch.zeros(1))
 passes = Increments(problem, rough, atoms) if Increments.affordable(problem, rough, atoms) else problem

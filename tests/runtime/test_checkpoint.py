@@ -56,7 +56,7 @@ def run(request, monkeypatch):
         patience = {**ColumnGeneration.patience, torch.float32: -1}
         monkeypatch.setattr(ColumnGeneration, "patience", patience)
     if request.param == "products in bfloat16":
-        monkeypatch.setattr("convexhead.program.problem.has_fast_bfloat16", lambda device: True)
+        monkeypatch.setattr("convexhead.program.operator.has_fast_bfloat16", lambda device: True)
 
     def fit(folder=None, *, stop_at=None, error=Killed, **others):
         rows = []

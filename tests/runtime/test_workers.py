@@ -1,4 +1,4 @@
-"""Passes over several cores: the same sums in whatever number of lanes, the same every time in one number of them."""
+"""Passes over several cores: the same sums for any number of workers, the same every time for one number of them."""
 
 import os
 import threading
@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from convexhead.inputs import open_tokens
-from convexhead.program import problem
-from convexhead.program.problem import Atoms
-from convexhead.runtime import workers as lanes
+from convexhead.program import operator
+from convexhead.program.atoms import Atoms
+from convexhead.runtime import samples, workers
 from convexhead.runtime.workers import add_up
 from passes import CASES, C, D, passes, problem_on
 
 
 @pytest.fixture(autouse=True)
-def _three_lanes_and_small_batches(monkeypatch):
-    monkeypatch.setitem(problem.BATCH_BYTES, "cpu", 1000)
+def _three_workers_and_small_batches(monkeypatch):
+    monkeypatch.setitem(samples.BATCH_BYTES, "cpu", 1000)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -34,22 +34,22 @@ def tokens(tmp_path_factory):
 
 
 def in_one(monkeypatch, work):
-    """What ``work()`` gives in the calling thread alone, and in how many lanes it would have been."""
+    """What ``work()`` gives in the calling thread alone, and with how many workers it would have been."""
     asked = []
 
-    def alone(*args, lanes, context):
-        asked.append(lanes)
-        add_up(*args, lanes=1, context=context)
+    def alone(*args, workers, context):
+        asked.append(workers)
+        add_up(*args, workers=1, context=context)
 
     with monkeypatch.context() as patch:
-        patch.setattr(problem, "add_up", alone)
+        patch.setattr(operator, "add_up", alone)
         result = work()
     return result, max(asked)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize(("name", "activation"), CASES)
-def test_every_pass_is_the_same_in_lanes(name, activation, on_disk, tokens, monkeypatch):
+def test_every_pass_is_the_same_for_any_number_of_workers(name, activation, on_disk, tokens, monkeypatch):
     X = open_tokens(np.load(tokens[1], mmap_mode="r")) if on_disk else torch.from_numpy(tokens[0])
     made = problem_on(X, name, activation, memory=1e3 if on_disk else 1e9)
     assert made.samples.complete != on_disk
@@ -61,13 +61,14 @@ def test_every_pass_is_the_same_in_lanes(name, activation, on_disk, tokens, monk
 
 
 def test_rough_products_are_added_up_in_float32(tokens, monkeypatch):
-    monkeypatch.setattr("convexhead.program.problem.has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("convexhead.program.operator.has_fast_bfloat16", lambda device: True)
     X = torch.from_numpy(tokens[0])
     half = problem_on(X, "self-attention", "linear", dtype=torch.float32).with_half_products()
     atoms = Atoms(torch.ones(5, D, D), torch.ones(5, D, C), torch.zeros(5, dtype=torch.int64), torch.zeros(C))
 
     def gradients():
-        return half.value_and_gradient(atoms, 0.1)[1:]
+        at = half.value_and_gradient(atoms, 0.1).gradient
+        return [at.U, at.V, at.intercept]
 
     alone, asked = in_one(monkeypatch, gradients)
     assert asked == 3
@@ -89,9 +90,9 @@ def test_batches_take_turns_and_threads_have_one_core_each():
 
     total = torch.zeros(1)
     with torch.inference_mode():
-        add_up(batches(10), work, (total,), lanes=3, context=nullcontext)
+        add_up(batches(10), work, (total,), workers=3, context=nullcontext)
     assert float(total) == 45
-    assert [seen[i] for i in range(10)] == [(f"convexhead-lane-{i % 3}_0", 1, True) for i in range(10)]
+    assert [seen[i] for i in range(10)] == [(f"convexhead-worker-{i % 3}_0", 1, True) for i in range(10)]
     inside = []
     thread = threading.Thread(target=lambda: inside.append(torch.get_num_threads()))
     thread.start()
@@ -109,16 +110,16 @@ def test_an_error_in_a_lane_is_raised_once_all_are_at_rest():
         return (data["X"],)
 
     with pytest.raises(ArithmeticError, match="batch 4"):
-        add_up(batches(1000), work, (total,), lanes=3, context=nullcontext)
+        add_up(batches(1000), work, (total,), workers=3, context=nullcontext)
     assert len(done) < 50
     before = len(done)
-    add_up(batches(4), work, (total,), lanes=3, context=nullcontext)
+    add_up(batches(4), work, (total,), workers=3, context=nullcontext)
     assert len(done) == before + 4
 
 
 def test_no_batch_at_all_adds_nothing():
     total = torch.ones(2)
-    add_up(iter(()), lambda rows, data: (total,), (total,), lanes=3, context=nullcontext)
+    add_up(iter(()), lambda rows, data: (total,), (total,), workers=3, context=nullcontext)
     assert total.tolist() == [1, 1]
 
 
@@ -126,11 +127,11 @@ def test_no_batch_at_all_adds_nothing():
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_makes_threads_of_its_own():
     total = torch.zeros(1)
-    add_up(batches(6), lambda rows, data: (data["X"],), (total,), lanes=3, context=nullcontext)
-    assert lanes._threads.cache_info().currsize
+    add_up(batches(6), lambda rows, data: (data["X"],), (total,), workers=3, context=nullcontext)
+    assert workers._threads.cache_info().currsize
     child = os.fork()
     if child == 0:
         mine = torch.zeros(1)
-        add_up(batches(6), lambda rows, data: (data["X"],), (mine,), lanes=3, context=nullcontext)
+        add_up(batches(6), lambda rows, data: (data["X"],), (mine,), workers=3, context=nullcontext)
         os._exit(0 if float(mine) == 15 else 1)
     assert os.waitpid(child, 0)[1] == 0

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from convexhead.program.activations import make_activation
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.losses import LOSSES, make_loss
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.subspace import Subspace
 from convexhead.solvers.whitening import Whitening, curvatures
@@ -21,7 +23,7 @@ def normal(*shape, seed=0):
 def build(n=40, loss="cross-entropy"):
     head = make_head("self-attention", 4, 3)
     Y = torch.eye(3, dtype=torch.float64)[torch.arange(n) % 3].unsqueeze(1)
-    problem = Problem(normal(n, 4, 3), Y, head, make_activation("linear", head, None), make_loss(loss))
+    problem = Problem(Operator(normal(n, 4, 3), head, make_activation("linear", head, None)), Y, make_loss(loss))
     block = torch.zeros(2, dtype=torch.int64)
     return problem, Atoms(normal(2, 3, 3, seed=1), normal(2, 3, 3, seed=2), block, torch.zeros(3).double())
 

@@ -9,6 +9,7 @@ import convexhead.solvers
 from convexhead.program.activations import make_activation
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers import _zero_model, solve
 from convexhead.solvers.base import Monitor, Stop
@@ -28,7 +29,7 @@ def problem_of(X, Y, *, gates, loss=None, intercept=False, dtype=torch.float64):
     head = make_head("mlp", 1, X.shape[1])
     activation = make_activation("gated-relu", head, gates)
     X, Y = X.unsqueeze(1).to(dtype), Y.view(-1, 1, 1)
-    return Problem(X, Y, head, activation, loss or Squared(), fit_intercept=intercept, dtype=dtype)
+    return Problem(Operator(X, head, activation, dtype=dtype), Y, loss or Squared(), fit_intercept=intercept)
 
 
 def beta_of(problem, ratio):

@@ -8,9 +8,11 @@ import torch
 
 import convexhead as ch
 from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.factored import FactoredDescent, pack, unpack
 from convexhead.solvers.newton import FactoredNewton
@@ -39,7 +41,7 @@ def build(name, activation, loss, *, outputs="shared", fit_intercept=False, n=30
     head = make_head(name, 4, 4, **({"n_blocks": 2, "outputs": outputs} if name == "block-fno" else {}))
     gates = sample_gates(head, 2, generator) if activation == "gated-relu" else None
     Y = torch.nn.functional.one_hot(torch.randint(4, (n, 1), generator=generator), 4).double()
-    problem = Problem(X, Y, head, make_activation(activation, head, gates), loss, fit_intercept=fit_intercept)
+    problem = Problem(Operator(X, head, make_activation(activation, head, gates)), Y, loss, fit_intercept=fit_intercept)
     dense = DensePasses(problem)
     k = 2 * problem.n_blocks
     block = torch.arange(k) % problem.n_blocks
@@ -88,8 +90,8 @@ def test_reaches_a_stationary_point_no_worse_than_descent_does(name, activation,
     steps = sum(newton.step() for _ in range(60))
     for _ in range(300):
         descent.step()
-    _, *gradient = dense.value_and_gradient(newton.atoms, BETA)
-    assert max(float(part.abs().max()) for part in gradient) < 1e-6
+    _, at, _ = dense.value_and_gradient(newton.atoms, BETA)
+    assert max(float(part.abs().max()) for part in (at.U, at.V, at.intercept)) < 1e-6
     assert newton.value <= descent.value + 1e-3 * abs(descent.value)
     assert 0 < steps < 60
 

@@ -17,9 +17,11 @@ from convexhead.linalg.deflation import split_off_leading
 from convexhead.linalg.gradient_matrices import GradientMatrices
 from convexhead.linalg.krylov import BlockKrylov, relative_slack
 from convexhead.program.activations import make_activation
+from convexhead.program.atoms import balance
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
-from convexhead.program.problem import Problem, balance
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from programs import CASES, LOSSES, MIXING, POOLS, make_instance, run, spread
 
 
@@ -139,7 +141,7 @@ def test_what_couples_unsettled_directions_to_the_rest_costs_nothing(c):
     X, labels = torch.randn(60, 9, 8, generator=rng, dtype=torch.float64), torch.randint(c, (60, 1), generator=rng)
     head = make_head("self-attention", 9, 8)
     Y, linear = torch.nn.functional.one_hot(labels, c), make_activation("linear", head, None)
-    problem = Problem(X, Y, head, linear, CrossEntropy(), dtype=torch.float64)
+    problem = Problem(Operator(X, head, linear, dtype=torch.float64), Y, CrossEntropy())
     G = GradientMatrices(problem, problem.residual(problem.outputs(problem.empty())), form=False)
     assert G.on_values == (c == 4)
     block = torch.zeros(1, dtype=torch.int64)

@@ -17,10 +17,12 @@ from convexhead.baselines.adam import make_twin, objectives, train_adam
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.dual_norm.scores import scores_of
 from convexhead.program.activations import ReLU
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import CrossEntropy, Squared
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.problem import Problem
 from convexhead.solvers import Stop, base, relu, solve
 from convexhead.solvers.cones import descend_in_cones
 
@@ -33,9 +35,9 @@ def build(name, seed, *, c=1, n=6, s=1, d=2, pool="mean", intercept=False):
     head = make_head(name, s, d, pool=pool, n_blocks=2)
     if c > 1 and seed % 2:
         Y = torch.nn.functional.one_hot(torch.arange(n) % c, c).double().unsqueeze(1)
-        return Problem(X, Y, head, ReLU(head), CrossEntropy(), fit_intercept=intercept)
+        return Problem(Operator(X, head, ReLU(head)), Y, CrossEntropy(), fit_intercept=intercept)
     Y = torch.randn(n, 1, c, generator=generator, dtype=torch.float64)
-    return Problem(X, Y, head, ReLU(head), Squared(), fit_intercept=intercept)
+    return Problem(Operator(X, head, ReLU(head)), Y, Squared(), fit_intercept=intercept)
 
 
 def run(problem, beta, **options):
@@ -71,9 +73,8 @@ def test_descent_in_cones_keeps_the_pattern(name):
     V = torch.randn(4, *problem.value_shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     start = Atoms(U, problem.mask_values(V, block), block, torch.zeros(2, dtype=torch.float64))
     found = descend_in_cones(problem, start, scores, beta, lambda: False)
-    assert problem.value_and_gradient(found, beta)[0] < problem.value_and_gradient(start, beta)[0]
-    *_, gV, _ = problem.value_and_gradient(found, beta)
-    assert float(gV.abs().max()) <= 2e-3  # values are free
+    assert problem.value_and_gradient(found, beta).value < problem.value_and_gradient(start, beta).value
+    assert float(problem.value_and_gradient(found, beta).gradient.V.abs().max()) <= 2e-3  # values are free
     for before, after, j in zip(start.U.flatten(1), found.U.flatten(1), block.tolist(), strict=True):
         sides = (scores[j].planes @ (scores[j].basis @ before)).sign()
         assert (
@@ -228,10 +229,10 @@ def test_twin_is_the_same_network(name):
     torch.testing.assert_close(f, problem.outputs(module.to_atoms())[:, 0])
     loss = problem.loss.value(module(problem.X).unsqueeze(1), problem.Y).mean() + 0.1 * module.penalty()
     loss.backward()
-    value, gU, gV, _ = problem.value_and_gradient(module.to_atoms(), 0.1)
+    value, at, _ = problem.value_and_gradient(module.to_atoms(), 0.1)
     assert float(loss.detach()) == pytest.approx(value)
-    torch.testing.assert_close(module.mixing.grad, gU)
-    torch.testing.assert_close(module.values.grad, gV)
+    torch.testing.assert_close(module.mixing.grad, at.U)
+    torch.testing.assert_close(module.values.grad, at.V)
     full, balanced = objectives(problem, module.to_atoms(), 0.1)
     assert balanced <= full == pytest.approx(value)
 

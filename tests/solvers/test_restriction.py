@@ -7,9 +7,11 @@ import convexhead as ch
 from convexhead import estimators, solvers
 from convexhead.certificate.certify import certify_atoms
 from convexhead.program.activations import make_activation, sample_gates
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from convexhead.solvers import restriction
 from convexhead.solvers.base import Monitor
 from convexhead.solvers.fista import Fista
@@ -30,7 +32,7 @@ def build(name, outputs, activation):
     head = make_head(name, 6, 4, n_blocks=2, outputs=outputs)
     gates = sample_gates(head, 3, torch.Generator().manual_seed(1)) if activation == "gated-relu" else None
     Y = torch.eye(4, dtype=torch.float64)[y].unsqueeze(1)
-    return Problem(X, Y, head, make_activation(activation, head, gates), CrossEntropy())
+    return Problem(Operator(X, head, make_activation(activation, head, gates)), Y, CrossEntropy())
 
 
 @pytest.mark.parametrize("activation", ["linear", "gated-relu"])

@@ -13,19 +13,17 @@ twice, and Adam pays for exactly the arithmetic that the convex solver pays for.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from convexhead.errors import InputError, choose
 from convexhead.modules import HeadModule
 from convexhead.program.activations import GatedReLU
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.runtime.clock import now
 
 SCHEDULES = ("cosine", "constant")
@@ -154,8 +152,8 @@ def train_adam(
     record(0)
     for epoch in range(1, epochs + 1):
         for batch in _minibatches(problem, size, generator):
-            _, gU, gV, gb = batch.value_and_gradient(atoms, 0.0 if decoupled else beta)
-            gradients = {"mixing": gU, "values": gV, "intercept": gb}
+            at = batch.value_and_gradient(atoms, 0.0 if decoupled else beta).gradient
+            gradients = {"mixing": at.U, "values": at.V, "intercept": at.intercept}
             for name, parameter in module.named_parameters():
                 parameter.grad = gradients[name]
             optimizer.step()
@@ -230,7 +228,7 @@ def make_twin(problem: Problem, n_heads: int, seed: int) -> HeadModule:
         dtype=problem.dtype,
         seed=None,
     ).to(problem.device)
-    module.reset_parameters(seed, problem.X[:: math.ceil(problem.n / 64)].to(problem.device))
+    module.reset_parameters(seed, problem.operator.X[:: math.ceil(problem.n / 64)].to(problem.device))
     return module
 
 
@@ -242,7 +240,7 @@ def factored_objective(problem: Problem, atoms: Atoms, beta: float) -> float:
 
 def objectives(problem: Problem, atoms: Atoms, beta: float) -> tuple[float, float]:
     """``(Φ, convex objective)`` of ``atoms`` on all data in float64; infinite for non-finite weights."""
-    exact, atoms = problem.in_double(), atoms.to(problem.device, torch.float64)
+    exact, atoms = problem.astype(torch.float64), atoms.to(problem.device, torch.float64)
     data_term = exact.data_term(exact.outputs(atoms))
     nuclear = penalty = exact.penalty(atoms)
     if not math.isfinite(data_term + beta * penalty):
@@ -265,16 +263,7 @@ def _minibatches(problem: Problem, size: int, generator: torch.Generator) -> Ite
         return
     order = torch.randperm(problem.n, generator=generator).to(problem.device)
     for index in order.split(size):
-        yield _gather(problem, index)
-
-
-def _gather(problem: Problem, index: Int[Tensor, " b"]) -> Problem:
-    """The problem on the samples ``index``, with what was prepared of them."""
-    part = copy.copy(problem)
-    part.n = len(index)
-    part.Y = problem.Y[index]
-    part.samples = problem.samples.take(index)
-    return part
+        yield problem.take(index)
 
 
 class _Clock:

@@ -33,9 +33,10 @@ from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.dual_norm.norm import DualNorm, NormOracle
 from convexhead.errors import InputError
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
+from convexhead.program.atoms import Atoms
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.loss_check import check_loss
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.problem import Problem
 
 
 @dataclass(frozen=True)

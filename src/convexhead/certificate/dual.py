@@ -29,7 +29,9 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from convexhead.program.problem import BATCH_BYTES, FORMING_BYTES, Problem
+from convexhead.program.operator import GRADIENT_BYTES
+from convexhead.program.problem import Problem
+from convexhead.runtime.samples import BATCH_BYTES
 
 CLOSE = 1e-4
 """Relative distance of two scalings of a dual point between which its value hardly changes."""
@@ -57,7 +59,7 @@ def chain(problem: Problem) -> float:
     than a sum over the tokens.
     """
     head, n = problem.head, problem.n
-    batch = max(BATCH_BYTES[problem.device.type], FORMING_BYTES[problem.device.type]) // 8
+    batch = max(BATCH_BYTES[problem.device.type], GRADIENT_BYTES[problem.device.type]) // 8
     rows = min(n * head.r, max(batch, head.least_batch * head.r))
     # Softmax residuals do not sum to 0 over the classes but for rounding, relative to a 1-norm.
     classes = math.sqrt(problem.c) * summing(problem.c)

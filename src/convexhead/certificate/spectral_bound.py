@@ -10,7 +10,7 @@ from torch import Tensor
 from convexhead.linalg.deflation import split_off_leading, split_off_more
 from convexhead.linalg.gradient_matrices import GradientMatrices
 from convexhead.linalg.krylov import BlockKrylov, relative_slack
-from convexhead.program.problem import Atoms
+from convexhead.program.atoms import Atoms
 
 ENOUGH_STEPS = 20
 """Krylov steps from random starts after which the norm of what is left should be known well enough."""

@@ -33,8 +33,9 @@ from convexhead.dual_norm.ascent import LocalMaxima, ascend, starts
 from convexhead.dual_norm.bound import MAX_DIMENSION, ROUNDING, largest_norm
 from convexhead.dual_norm.faces import LIMITS, FacesOfDimension, count_faces, doubt_of, faces, largest_norm_on_faces
 from convexhead.dual_norm.scores import TINY, Form, Scores, scores_of
+from convexhead.program.atoms import Atoms
 from convexhead.program.patterns import EPSILON, MAX_PATTERNS, UnreliableError, cells_and_doubt, most_cells
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.problem import Problem
 
 WRITTEN_OUT = 2e6
 """Numbers that the scores of a problem may take as explicit functions of the mixing weights."""

@@ -14,8 +14,8 @@ from convexhead import inputs
 from convexhead.errors import InputError
 from convexhead.modules import HeadModule
 from convexhead.program.activations import Activation, LinearActivation, make_activation
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads.base import Head
-from convexhead.program.problem import Atoms
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexhead.interpret.fitted import as_fitted
-from convexhead.program.problem import Atoms, balance
+from convexhead.program.atoms import Atoms, balance
 
 AXES: dict[str, tuple[str, ...]] = {
     "self-attention": ("query channels", "key channels", "value channels", "outputs"),

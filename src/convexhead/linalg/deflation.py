@@ -14,7 +14,8 @@ from torch import Tensor
 
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
 from convexhead.linalg.krylov import BlockKrylov, project_out
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 
 LEAST_STEPS = 4
 """Krylov steps before which the random vectors have not found what the rest holds."""

@@ -108,7 +108,8 @@ def worth_forming(G: GradientMatrices) -> bool:
 
 
 def _cheap_to_form(problem: Problem) -> bool:
-    return problem.forming is not None and problem.forming.products <= MOST_PRODUCTS
+    cost = problem.operator.gradient_cost(problem.c)
+    return cost is not None and cost.products <= MOST_PRODUCTS
 
 
 def formed_norm(G: GradientMatrices) -> float:

@@ -73,8 +73,8 @@ class LBFGS:
 
     Parameters
     ----------
-    function : callable (x) -> (value, gradient)
-        Smooth, with ``x`` and the gradient flat tensors ``(m,)``.
+    function : callable (x) -> (value, gradient, outputs)
+        Smooth, with ``x`` and the gradient flat tensors ``(m,)``. ``outputs`` are whatever else it made there.
     x : Tensor (m,)
         The start.
     memory : int
@@ -82,7 +82,7 @@ class LBFGS:
 
     Attributes
     ----------
-    x, value, gradient
+    x, value, gradient, outputs
         The current iterate.
     evaluations : int
         Calls of ``function`` so far.
@@ -91,9 +91,9 @@ class LBFGS:
     max_trials = 12
     decrease, curvature = 1e-4, 0.9
 
-    def __init__(self, function: Callable[[Tensor], tuple[float, Tensor]], x: Vector, memory: int = 30) -> None:
+    def __init__(self, function: Callable[[Tensor], tuple[float, Tensor, Tensor]], x: Vector, memory: int = 30) -> None:
         self.function, self.x = function, x
-        self.value, self.gradient = function(x)
+        self.value, self.gradient, self.outputs = function(x)
         self.evaluations = 1
         self.pairs = Pairs(memory)
 
@@ -135,7 +135,7 @@ class LBFGS:
         low, high = (0.0, self.value, slope), None
         for _ in range(self.max_trials):
             x = self.x + t * d
-            value, gradient = self.function(x)
+            value, gradient, outputs = self.function(x)
             self.evaluations += 1
             new_slope = float(torch.dot(gradient, d)) if math.isfinite(value) else math.inf
             if not value <= self.value + self.decrease * t * slope:
@@ -143,7 +143,7 @@ class LBFGS:
             elif new_slope < self.curvature * slope:
                 low = (t, value, new_slope)
             else:
-                return self._accept(x, value, gradient)
+                return self._accept(x, value, gradient, outputs)
             t = 4 * t if high is None else _between(low, high)
         if low[0] == 0.0:
             if not self.pairs:
@@ -151,13 +151,13 @@ class LBFGS:
             self.pairs.clear()
             return self.step()
         x = self.x + low[0] * d
-        value, gradient = self.function(x)
+        value, gradient, outputs = self.function(x)
         self.evaluations += 1
-        return self._accept(x, value, gradient)
+        return self._accept(x, value, gradient, outputs)
 
-    def _accept(self, x: Tensor, value: float, gradient: Tensor) -> bool:
+    def _accept(self, x: Tensor, value: float, gradient: Tensor, outputs: Tensor) -> bool:
         self._remember(x - self.x, gradient - self.gradient)
-        self.x, self.value, self.gradient = x, value, gradient
+        self.x, self.value, self.gradient, self.outputs = x, value, gradient, outputs
         return True
 
     def _remember(self, s: Tensor, y: Tensor) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from convexhead.errors import InputError
-from convexhead.program.heads.base import Data, Forming, Head, mix_features, mix_features_adjoint
+from convexhead.program.heads.base import Data, GradientCost, Head, mix_features, mix_features_adjoint
 from convexhead.runtime.stored_tokens import Tokens
 
 FEATURE_ATOMS = 6
@@ -63,7 +63,7 @@ class Activation(Protocol):
     ) -> tuple[Float[Tensor, "b r k e"], PullBack]:
         """`mix` at ``U`` and `mix_adjoint` there, which share work."""
 
-    def forming(self, c: int) -> Forming | None:
+    def gradient_cost(self, c: int) -> GradientCost | None:
         """What `gradient` takes for ``c`` outputs; None where there is none."""
 
     def gradient(
@@ -100,8 +100,8 @@ class LinearActivation:
     def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
         return self.mix(data, U, block), lambda T: self.mix_adjoint(data, T, block)
 
-    def forming(self, c: int) -> Forming | None:
-        return self.head.forming(c, gates=0)
+    def gradient_cost(self, c: int) -> GradientCost | None:
+        return self.head.gradient_cost(c, gates=0)
 
     def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
         return self.head.gradient(batches)
@@ -194,8 +194,8 @@ class GatedReLU:
             lambda T: self.head.gated_mix_adjoint(data, T, group, *gated),
         )
 
-    def forming(self, c: int) -> Forming | None:
-        return self.head.forming(c, gates=self.n_blocks // self.head.n_groups)
+    def gradient_cost(self, c: int) -> GradientCost | None:
+        return self.head.gradient_cost(c, gates=self.n_blocks // self.head.n_groups)
 
     def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
         return self.head.gated_gradient((data, R, self._gated(data, block)[0]) for data, R in batches)
@@ -246,7 +246,7 @@ class ReLU:
 
         return self._read(data, active), pull_back
 
-    def forming(self, c: int) -> None:
+    def gradient_cost(self, c: int) -> None:
         return None
 
     def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Shaped
@@ -28,12 +27,10 @@ from torch import Tensor
 
 from convexhead.errors import InputError
 from convexhead.program.activations import Activation, LinearActivation
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads.base import Head
 from convexhead.program.losses import Huber, Loss, Squared
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens
-
-if TYPE_CHECKING:
-    from convexhead.program.problem import Atoms
 
 OF_DIFFERENCES = (Squared, Huber)
 """Losses of ``f − y`` alone. (A user's subclass of them need not be.)"""

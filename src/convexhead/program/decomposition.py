@@ -31,8 +31,10 @@ from torch import Tensor
 
 from convexhead.errors import InputError
 from convexhead.program.activations import GatedReLU, ReLU
+from convexhead.program.atoms import Atoms, rescale
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import preactivation_rows
-from convexhead.program.problem import Atoms, Problem, rescale
+from convexhead.program.problem import Problem
 
 BORDER = 1e-10
 """A gate's pre-activation this small, relative to the norms of its factors, lies on the border."""
@@ -83,9 +85,9 @@ def cone_decomposition(problem: Problem, atoms: Atoms) -> Decomposition:
     if not isinstance(problem.activation, GatedReLU):
         raise InputError("a cone decomposition starts from a gated ReLU head: fit one with activation='gated-relu'")
     head, gates = problem.head, problem.activation.gates
-    exact = problem.in_double()
+    exact = problem.astype(torch.float64)
     atoms = atoms.to(exact.device, torch.float64)
-    X = exact.tokens().double()
+    X = exact.operator.tokens().double()
     parts: list[Atoms] = []
     border = 0
     for j in torch.unique(atoms.block).tolist():
@@ -99,15 +101,12 @@ def cone_decomposition(problem: Problem, atoms: Atoms) -> Decomposition:
         block = torch.full((2 * len(flat),), group, device=X.device)
         U = torch.cat([flat + minus, minus]).view(-1, *head.mixing_shape)
         parts.append(Atoms(U, torch.cat([mine.V, -mine.V]), block, atoms.intercept))
+    operator = problem.operator
     relu = Problem(
-        problem.X,
+        Operator(operator.X, head, ReLU(head), dtype=operator.dtype, reuse=operator.samples.kept > 0),
         problem.targets,
-        head,
-        ReLU(head),
         problem.loss,
         fit_intercept=problem.fit_intercept,
-        dtype=problem.dtype,
-        reuse=problem.samples.kept > 0,
     )
     joined = Atoms(
         torch.cat([part.U for part in parts]) if parts else atoms.U,
@@ -118,7 +117,7 @@ def cone_decomposition(problem: Problem, atoms: Atoms) -> Decomposition:
     split, sizes = rescale(joined)
     _, before = rescale(atoms)
     total = float(sum(size.sum() for size in before))
-    f, g = exact.outputs(atoms), relu.in_double().outputs(split)
+    f, g = exact.outputs(atoms), relu.astype(torch.float64).outputs(split)
     return Decomposition(
         atoms=split,
         problem=relu,

@@ -61,7 +61,7 @@ def identify(problem: Problem) -> dict[str, str]:
     """The parts of a problem's identity: those of `PARTS`."""
     head, ranks, gates = problem.head, problem.ranks, getattr(problem.activation, "gates", None)
     return {
-        "tokens": problem.stored or digest_rows(problem.X, ranks),
+        "tokens": problem.operator.stored or digest_rows(problem.operator.X, ranks),
         "targets": digest_rows(problem.targets, ranks),
         "weights": "none",
         "gates": "none" if gates is None else digest_rows(gates),

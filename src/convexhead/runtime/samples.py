@@ -31,6 +31,9 @@ from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, 
 if TYPE_CHECKING:
     from convexhead.program.activations import Activation
 
+BATCH_BYTES = {"cpu": 3_000_000, "cuda": 1_000_000_000}
+"""Workspace that a batch may take: on a CPU what stays in the caches between the products of a pass."""
+
 
 class Samples:
     """Tokens as passes over them want them; see the module's text.
@@ -47,8 +50,6 @@ class Samples:
         Bytes that may be taken for tokens that are not yet in memory and for all that is made of tokens.
     reuse : bool
         Prepare for many passes and keep the result as far as memory goes; else prepare in every pass.
-    step : int
-        Samples prepared at a time.
 
     Attributes
     ----------
@@ -69,7 +70,6 @@ class Samples:
         device: torch.device,
         memory: float,
         reuse: bool,
-        step: int,
     ) -> None:
         self.X, self.activation, self._n = X, activation, len(X)
         self.device = torch.empty(0, device=device).device
@@ -83,8 +83,8 @@ class Samples:
         self.like = activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
         self._bring_in(first, reuse)
         self._keep(first, reuse)
-        self._fill(step, pack=True)
-        self._step, self._mix_bounds = step, list[Tensor]()
+        self._fill(pack=True)
+        self._mix_bounds: list[Tensor] = []
 
     def __len__(self) -> int:
         return self._n
@@ -98,6 +98,15 @@ class Samples:
     def complete(self) -> bool:
         """Whether every sample is kept prepared."""
         return self.kept == len(self)
+
+    def batch_size(self, numbers: int) -> int:
+        """Samples whose workspace of so many ``numbers`` each fits a batch."""
+        return max(1, BATCH_BYTES[self.device.type] // self.products.itemsize // max(1, numbers))
+
+    def _step(self) -> int:
+        """Samples prepared at a time."""
+        head = self.activation.head
+        return self.batch_size(head.s * max(head.s, head.d))
 
     def _resident(self) -> bool:
         return isinstance(self.X, Tensor) and self.X.device == self.device
@@ -129,9 +138,9 @@ class Samples:
             self.data[key] = self.X[: self.kept] if key in same else value.new_empty(self.kept, *value.shape[1:])
         self.budget.lend(self.bytes, self)
 
-    def _fill(self, step: int, *, pack: bool) -> None:
+    def _fill(self, *, pack: bool) -> None:
         """Pack the masks of all samples, unless that has been done, and prepare those to be kept."""
-        for rows, X in self._tokens(0, len(self) if pack and self.masks is not None else self.kept, step):
+        for rows, X in self._tokens(0, len(self) if pack and self.masks is not None else self.kept, self._step()):
             if pack and self.masks is not None and (new := self.activation.pack_masks(X)) is not None:
                 self.masks[rows] = new
             inside = max(0, min(self.kept, rows.stop) - rows.start)
@@ -174,20 +183,20 @@ class Samples:
         """``a_i (n,)`` in float64, of `Head.mix_bound`: one pass over the tokens the first time, in any precision."""
         if not self._mix_bounds:
             norms = torch.empty(len(self), dtype=torch.float64, device=self.device)
-            for rows, X in self._tokens(0, len(self), self._step):
+            for rows, X in self._tokens(0, len(self), self._step()):
                 norms[rows] = _norms(X.double().flatten(1))
             self._mix_bounds.append(self.activation.head.mix_bound(norms))
         return self._mix_bounds[0]
 
     # -- the same samples otherwise -----------------------------------------------------------------------------------
-    def in_precision(self, dtype: torch.dtype, *, reuse: bool, step: int) -> Samples:
+    def astype(self, dtype: torch.dtype, *, reuse: bool) -> Samples:
         """Prepared in another precision, and kept as far as the budget that both share still goes."""
         other, first = copy(self), self.X[:1].to(self.device)
         other.dtype = other.products = dtype
         packed = None if self.masks is None else self.masks[:1]
         other.like = self.activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
         other._keep(first, reuse)
-        other._fill(step, pack=False)  # masks do not depend on the precision: only tokens are prepared anew
+        other._fill(pack=False)  # masks do not depend on the precision: only tokens are prepared anew
         return other
 
     def with_products(self, products: torch.dtype) -> Samples:

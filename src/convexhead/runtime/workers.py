@@ -1,7 +1,7 @@
 """Passes over batches on several cores: every thread takes whole batches of its own.
 
 A batch that stays in a core's caches is too small to split its products between cores: threads inside of one product
-mostly wait for each other. Lanes do not; each makes its batches' products with one thread.
+mostly wait for each other. Workers do not; each makes its batches' products with one thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from convexhead.program.heads.base import Data
 Batch = tuple[slice, Data]
 Work = Callable[[slice, Data], tuple[Tensor, ...]]
 AHEAD = 2
-"""Batches that wait in every lane: enough to keep it busy, few enough not to hold many in memory."""
+"""Batches that wait in every worker: enough to keep it busy, few enough not to hold many in memory."""
 
 
 def add_up(
@@ -31,34 +31,34 @@ def add_up(
     work: Work,
     into: tuple[Tensor, ...],
     *,
-    lanes: int,
+    workers: int,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Add to the tensors ``into`` what ``work(rows, data)`` returns for every batch, ``lanes`` of them at a time.
+    """Add to the tensors ``into`` what ``work(rows, data)`` returns for every batch, ``workers`` of them at a time.
 
-    Batches take turns in fixed order, and lanes are added up in theirs: for a number of lanes the result is always the
-    same. All work is done within ``context()``. The first exception ends it, once no lane is at work any more.
+    Batches take turns in fixed order, and workers are added up in theirs: the same for a number of workers, always.
+    All work is done within ``context()``. The first exception ends it, once no worker is at work any more.
     """
-    if lanes == 1:
+    if workers == 1:
         with context():
             for batch in batches:
                 _add(into, work(*batch))
         return
     inference = torch.is_inference_mode_enabled()
-    totals = [into, *(tuple(map(torch.zeros_like, into)) for _ in range(lanes - 1))]
-    at_work: list[deque[Future[None]]] = [deque() for _ in range(lanes)]
+    totals = [into, *(tuple(map(torch.zeros_like, into)) for _ in range(workers - 1))]
+    at_work: list[deque[Future[None]]] = [deque() for _ in range(workers)]
 
-    def run(lane: int, batch: Batch) -> None:
+    def run(worker: int, batch: Batch) -> None:
         with torch.inference_mode(inference), context():  # which threads do not share
-            _add(totals[lane], work(*batch))
+            _add(totals[worker], work(*batch))
 
-    threads = _threads(lanes)
+    threads = _threads(workers)
     try:
         for i, batch in enumerate(batches):
-            lane = i % lanes
-            if len(at_work[lane]) > AHEAD:
-                at_work[lane].popleft().result()
-            at_work[lane].append(threads[lane].submit(run, lane, batch))
+            worker = i % workers
+            if len(at_work[worker]) > AHEAD:
+                at_work[worker].popleft().result()
+            at_work[worker].append(threads[worker].submit(run, worker, batch))
         for future in chain(*at_work):
             future.result()
     finally:
@@ -76,12 +76,14 @@ def _add(into: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
 
 
 @cache
-def _threads(lanes: int) -> list[ThreadPoolExecutor]:
-    """One thread for each lane, kept for the passes to come."""
-    threads = [ThreadPoolExecutor(1, f"convexhead-lane-{lane}", initializer=_take_one_core) for lane in range(lanes)]
+def _threads(workers: int) -> list[ThreadPoolExecutor]:
+    """One thread for each worker, kept for the passes to come."""
+    threads = [
+        ThreadPoolExecutor(1, f"convexhead-worker-{worker}", initializer=_take_one_core) for worker in range(workers)
+    ]
     inside = torch.get_num_threads()
     wait([thread.submit(lambda: None) for thread in threads])
-    torch.set_num_threads(inside)  # the lanes' setting would otherwise be the default of threads to come
+    torch.set_num_threads(inside)  # the workers' setting would otherwise be the default of threads to come
     return threads
 
 

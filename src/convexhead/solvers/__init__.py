@@ -15,10 +15,11 @@ from torch import Tensor
 from convexhead.certificate.certify import Certificate, certify_atoms
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.errors import InputError
+from convexhead.program.atoms import Atoms
 from convexhead.program.identity import differences
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.loss_check import check_loss
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.problem import Problem
 from convexhead.runtime.checkpoint import Checkpoint, Snapshot
 from convexhead.solvers.base import Monitor, Progress, Resumable, Solution, Stop
 from convexhead.solvers.column_generation import ColumnGeneration

@@ -14,7 +14,8 @@ from types import FrameType
 from torch import Tensor
 
 from convexhead.certificate.certify import Certificate
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.runtime.clock import now
 from convexhead.runtime.ranks import Ranks
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from convexhead.linalg.deflation import leading, split_off_model
 from convexhead.linalg.gradient_matrices import GradientMatrices
 from convexhead.linalg.krylov import BlockKrylov
-from convexhead.program.problem import Atoms, Problem, balance
+from convexhead.program.atoms import Atoms, balance
+from convexhead.program.problem import Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.increments import Increments
@@ -175,7 +176,7 @@ class ColumnGeneration:
             if self.monitor.out_of_time() or not descent.step():
                 break
             if step >= steps // 2:
-                latest = passes.last_outputs
+                latest = descent.outputs
                 self._average = latest if self._average is None else torch.lerp(latest, self._average, self.memory)
             if descent.lbfgs.evaluations > 2 * steps:
                 break  # many evaluations a step are a sign that rounding hides the decrease

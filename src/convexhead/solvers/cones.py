@@ -22,7 +22,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 
 from convexhead.dual_norm.scores import Scores
-from convexhead.program.problem import Atoms
+from convexhead.program.atoms import Atoms
 from convexhead.solvers.factored import Passes, pack, unpack
 
 ITERATIONS = 200
@@ -57,10 +57,10 @@ def descend_in_cones(
         if out_of_time():
             raise OutOfTimeError
         here = unpack(torch.from_numpy(x).to(atoms.V), atoms)
-        value, gU, gV, gb = passes.value_and_gradient(here, beta)
+        value, gradient, _ = passes.value_and_gradient(here, beta)
         if value < best:
             best, best_x = value, x.copy()
-        return scale * value, scale * pack(Atoms(gU, gV, here.block, gb)).numpy(force=True)
+        return scale * value, scale * pack(gradient).numpy(force=True)
 
     inside = {"type": "ineq", "fun": lambda x: cones @ x, "jac": lambda x: cones}
     with contextlib.suppress(OutOfTimeError):

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Evaluation, Problem
 
 
 class DensePasses:
@@ -97,7 +98,7 @@ class DensePasses:
             return [(0, slice(None))]
         return [(j, atoms.block == j) for j in torch.unique(atoms.block).tolist()]
 
-    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """As `Problem.value_and_gradient`, for atoms with rotated mixing weights."""
         f = self.outputs(self.matrices(atoms), atoms.intercept)
         loss, R = self.problem.loss.value_and_residual(f, self.problem.Y)
@@ -109,7 +110,8 @@ class DensePasses:
             gV[mine] += (atoms.U[mine] @ G[j]).view_as(atoms.V[mine])
         gb = self.problem.sum(R.sum((0, 1)))[0] if self.problem.fit_intercept else torch.zeros_like(atoms.intercept)
         self.last = f, G  # a gap check right after needs both again
-        return self.problem.mean(loss) + beta * self.problem.penalty(atoms), gU, gV, gb
+        value = self.problem.mean(loss) + beta * self.problem.penalty(atoms)
+        return Evaluation(value, Atoms(gU, gV, atoms.block, gb), f)
 
     def enter(self, atoms: Atoms) -> Atoms:
         """Atoms of the problem with their mixing weights in the coordinates of the features, ``(k, w)``."""

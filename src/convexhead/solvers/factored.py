@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexhead.linalg.lbfgs import LBFGS
-from convexhead.program.problem import Atoms
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Evaluation
 from convexhead.solvers.whitening import Whitening
 
 
@@ -24,8 +25,8 @@ from convexhead.solvers.whitening import Whitening
 class Passes(Protocol):
     """Whatever evaluates the factored objective: a `Problem`, or its dense features."""
 
-    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
-        """The objective and its gradients in ``U``, ``V`` and ``b``."""
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
+        """The objective, its gradients in ``U``, ``V`` and ``b``, and the outputs."""
 
 
 class FactoredDescent:
@@ -58,6 +59,11 @@ class FactoredDescent:
     def value(self) -> float:
         return self.lbfgs.value
 
+    @property
+    def outputs(self) -> Float[Tensor, "n r c"]:
+        """``f`` at the current iterate."""
+        return self.lbfgs.outputs
+
     def step(self) -> bool:
         """One iteration; False where no further decrease is possible in this precision."""
         return self.lbfgs.step()
@@ -73,11 +79,10 @@ class _Objective:
     like: Atoms
     coordinates: Whitening | None
 
-    def __call__(self, x: Float[Tensor, " m"]) -> tuple[float, Float[Tensor, " m"]]:
+    def __call__(self, x: Float[Tensor, " m"]) -> tuple[float, Float[Tensor, " m"], Float[Tensor, "n r c"]]:
         atoms = self.weights(x)
-        value, gU, gV, gb = self.passes.value_and_gradient(atoms, self.beta)
-        gradient = Atoms(gU, gV, atoms.block, gb)
-        return value, pack(gradient if self.coordinates is None else self.coordinates.pull(gradient))
+        value, gradient, outputs = self.passes.value_and_gradient(atoms, self.beta)
+        return value, pack(gradient if self.coordinates is None else self.coordinates.pull(gradient)), outputs
 
     def weights(self, x: Float[Tensor, " m"]) -> Atoms:
         """The weights whose coordinates are ``x``."""

@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.dense import DensePasses, singular_values
 from convexhead.solvers.factored import FactoredDescent

@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.pricing import with_best_step
 from convexhead.solvers.whitening import curvatures, mean_curvature

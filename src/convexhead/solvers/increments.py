@@ -17,8 +17,9 @@ import math
 import torch
 from torch import Tensor
 
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads.base import Data
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.problem import Evaluation, Problem
 
 MIXED_BYTES = {"cpu": 2e9, "cuda": math.inf}
 """Mixed tokens of the anchor may take no more, whatever the budget."""
@@ -36,18 +37,13 @@ class Increments:
     anchor : Atoms
         ``U₀, V₀``, any number of atoms.
 
-    Attributes
-    ----------
-    last_outputs : Tensor (n, r, c)
-        ``f`` of the last call.
     """
 
     def __init__(self, problem: Problem, rough: Problem, anchor: Atoms) -> None:
         self.problem, self.rough, self.anchor = problem, rough, anchor
         self.mixed = rough.mixed(anchor.U, anchor.block)
         rough.budget.lend(self.mixed.nbytes, self)
-        _, *self.gradient = problem.value_and_gradient(anchor, 0.0)
-        self.outputs = problem.last_outputs
+        _, self.gradient, self.outputs = problem.value_and_gradient(anchor, 0.0)
         self.residual = problem.residual(self.outputs)
 
     @staticmethod
@@ -58,14 +54,14 @@ class Increments:
         short = rough.mixed_bytes(len(anchor)) > min(MIXED_BYTES[problem.device.type], rough.budget.left)
         return not problem.ranks.largest(short)[0]  # all processes must take the same passes
 
-    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """As `Problem.value_and_gradient`."""
         problem, anchor, activation = self.problem, self.anchor, self.problem.activation
         half = self.rough.products
         dU, dV = atoms.U - anchor.U, (atoms.V - anchor.V).flatten(0, 1).to(half)
         V, V0 = atoms.V.flatten(0, 1).to(half), anchor.V.flatten(0, 1).to(half)
         both = torch.cat([V0, dV], dim=1).T  # (2c, k·e)
-        self.last_outputs = torch.empty_like(self.outputs)
+        outputs = torch.empty_like(self.outputs)
         gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         total = torch.zeros((), dtype=torch.float64, device=problem.device)
 
@@ -75,7 +71,7 @@ class Increments:
             flat = dM.flatten(2).flatten(0, 1)
             df = (M0 @ dV).float() + flat @ V + (atoms.intercept - anchor.intercept)
             f = self.outputs[rows] + df.view(-1, problem.head.r, problem.c)
-            self.last_outputs[rows] = f
+            outputs[rows] = f
             loss, R = problem.loss.value_and_residual(f, problem.Y[rows])
             R = R / problem.n
             dR = R - self.residual[rows]
@@ -87,7 +83,8 @@ class Increments:
 
         self.rough.over_batches(len(atoms), evaluate, total, gU, gV, gb)
         total, gU, gV, gb = problem.sum(total, gU, gV, gb)
-        at_U, at_V, at_b = self.gradient
-        gb = gb + at_b if problem.fit_intercept else torch.zeros_like(gb)
-        gU, gV = gU + at_U + beta * atoms.U, problem.mask_values(gV + at_V + beta * atoms.V, atoms.block)
-        return float(total) / problem.n + beta * problem.penalty(atoms), gU, gV, gb
+        before = self.gradient
+        gb = gb + before.intercept if problem.fit_intercept else torch.zeros_like(gb)
+        gU, gV = gU + before.U + beta * atoms.U, problem.mask_values(gV + before.V + beta * atoms.V, atoms.block)
+        value = float(total) / problem.n + beta * problem.penalty(atoms)
+        return Evaluation(value, Atoms(gU, gV, atoms.block, gb), outputs)

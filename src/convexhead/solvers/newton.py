@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.program.problem import Atoms
+from convexhead.program.atoms import Atoms
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.factored import pack, unpack
 
@@ -71,8 +71,8 @@ class FactoredNewton:
 
     def _evaluate(self, x: Float[Tensor, " m"]) -> tuple[float, Float[Tensor, " m"]]:
         atoms = unpack(x, self._like)
-        value, gU, gV, gb = self.dense.value_and_gradient(atoms, self.beta)
-        return value, pack(Atoms(gU, gV, atoms.block, gb))
+        value, gradient, _ = self.dense.value_and_gradient(atoms, self.beta)
+        return value, pack(gradient)
 
     def _hessian(self) -> Float[Tensor, "m m"]:
         """From single precision: a step need only be about right, its gradient is exact."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from convexhead.linalg.deflation import Deflated, top_singular
 from convexhead.linalg.gradient_matrices import GradientMatrices
 from convexhead.linalg.krylov import BlockKrylov
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 
 FORMED_STEPS = 12
 """Krylov steps where the matrices are formed: a step costs next to nothing."""

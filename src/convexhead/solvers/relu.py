@@ -19,6 +19,7 @@ gap at hand asks for, in whitened coordinates (`whitening`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from convexhead.dual_norm.ascent import LocalMaxima
 from convexhead.dual_norm.norm import NormOracle
-from convexhead.program.problem import Atoms, Problem, rescale
+from convexhead.program.atoms import Atoms, rescale
+from convexhead.program.problem import Evaluation, Problem
 from convexhead.solvers.base import Monitor, Stop, scaled_dual
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.factored import FactoredDescent, Passes
@@ -326,8 +328,9 @@ class Rays:
         self.problem = problem
         self.unit = torch.nn.functional.normalize(atoms.U.flatten(1))
 
-    def value_and_gradient(self, atoms: Atoms, beta: float) -> tuple[float, Tensor, Tensor, Tensor]:
+    def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """As `Problem.value_and_gradient`, the gradient along the rays only."""
-        value, gU, gV, gb = self.problem.value_and_gradient(atoms, beta)
-        along = (gU.flatten(1) * self.unit).sum(1, keepdim=True)
-        return value, (along * self.unit).view_as(gU), gV, gb
+        whole = self.problem.value_and_gradient(atoms, beta)
+        U = whole.gradient.U
+        along = (U.flatten(1) * self.unit).sum(1, keepdim=True)
+        return whole._replace(gradient=replace(whole.gradient, U=(along * self.unit).view_as(U)))

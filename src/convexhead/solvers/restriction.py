@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexhead.linalg.krylov import independent
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers.base import Monitor
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.fista import Fista

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers.base import Monitor, Stop
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.whitening import Whitening
@@ -75,6 +76,6 @@ class RidgeDescent:
 
     def _gap(self) -> float:
         """``P − D`` is ``‖∇‖²/(2β)`` exactly where no intercept is fitted: the gradient is all that duality lacks."""
-        _, _, gV, _ = self.problem.value_and_gradient(self.atoms(), self.beta)
-        missing = float(gV.double().square().sum()) / (2 * self.beta)
+        gradient = self.problem.value_and_gradient(self.atoms(), self.beta).gradient
+        missing = float(gradient.V.double().square().sum()) / (2 * self.beta)
         return self.monitor.record(self._descent.value, self._descent.value - missing, 1)

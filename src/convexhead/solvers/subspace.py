@@ -25,7 +25,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from convexhead.linalg.krylov import independent
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 from convexhead.solvers.base import scaled_dual
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.whitening import probes

@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.program.problem import Atoms, Problem
+from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 
 GROUP = 2048
 """Rows of the largest matrix that is factored: atoms of a block share one as far as that goes."""

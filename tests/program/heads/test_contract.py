@@ -11,6 +11,7 @@ from convexhead.errors import InputError
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import Squared
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 
 GRIDS = [(2, 3), (6, 1), (1, 6)]
@@ -31,7 +32,7 @@ def build(name, activation, outputs, pool, grid, *, d=D, reuse=True, seed=0):
     head = make_head(name, s, d, pool=pool, grid=grid, n_blocks=2, outputs=outputs)
     gates = sample_gates(head, GATES, generator) if activation == "gated-relu" else None
     Y = torch.randn(N, head.r, C, generator=generator, dtype=torch.float64)
-    problem = Problem(X, Y, head, make_activation(activation, head, gates), Squared(), reuse=reuse)
+    problem = Problem(Operator(X, head, make_activation(activation, head, gates), reuse=reuse), Y, Squared())
     k = 2 * problem.n_blocks + 1
     block = torch.arange(k) % problem.n_blocks
     atoms = problem.empty()
@@ -123,7 +124,8 @@ def test_gradient_is_the_derivative_of_the_objective(name, activation, outputs):
     expected[1] = problem.mask_values(expected[1], atoms.block)
     for leaf in leaves:
         leaf.requires_grad_(False)
-    value, *gradient = problem.value_and_gradient(atoms, 0.3)
+    value, at, _ = problem.value_and_gradient(atoms, 0.3)
+    gradient = [at.U, at.V, at.intercept]
     assert value == pytest.approx(float(objective.detach()), rel=1e-12)
     for mine, theirs, learned in zip(gradient, expected, (problem.head.learns_mixing, True, True), strict=True):
         if learned:

@@ -40,7 +40,7 @@ Data = dict[str, Tensor]
 POOLS = ("mean", "cls", "none")
 
 
-class Forming(NamedTuple):
+class GradientCost(NamedTuple):
     """What it takes to form a gradient matrix outright (see `Head.gradient`)."""
 
     products: float
@@ -112,6 +112,15 @@ class Head(ABC):
     def output_mask(self, n_outputs: int) -> Bool[Tensor, "g c"] | None:
         """Which outputs each channel group writes; None where all write all."""
         return None
+
+    def mask_values(self, V: Float[Tensor, "k e c"], block: Int[Tensor, " k"]) -> Float[Tensor, "k e c"]:
+        """``V`` with zeros in the outputs that the channel group of its block does not write."""
+        mask = self.output_mask(V.shape[-1])
+        return V if mask is None else V * mask.to(V.device)[block % self.n_groups].unsqueeze(1)
+
+    def value_size(self, n_outputs: int) -> int:
+        """Free entries of one value weight, the column count of each ``Z_j``."""
+        return self.value_rows * (n_outputs if self.output_mask(n_outputs) is None else n_outputs // self.n_groups)
 
     # -- with a linear activation: pooling first ------------------------------------------------------------------
     @abstractmethod
@@ -222,7 +231,7 @@ class Head(ABC):
         return X.mean(1, keepdim=True) if self.pool == "mean" else X[:, self.rows]
 
     # -- gradient matrices, all entries at once -----------------------------------------------------------------------
-    def forming(self, c: int, *, gates: int) -> Forming | None:
+    def gradient_cost(self, c: int, *, gates: int) -> GradientCost | None:
         """The cost of `gradient`, with ``gates`` of `gated_gradient`, for ``c`` outputs; None where there is none."""
         return None
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.program.heads.base import Data, Forming, Head, atoms_by_gate
+from convexhead.program.heads.base import Data, GradientCost, Head, atoms_by_gate
 
 
 class MLPMixer(Head):
@@ -92,8 +92,8 @@ class MLPMixer(Head):
 
     # Entry (p, t; e, o) is Σ_i D_pe X_te R_o / s: for every channel e one product, which all gates share.
     # Masks are read once, in order: they may lie outside of the caches, and an eighth of them is counted.
-    def forming(self, c: int, *, gates: int) -> Forming | None:
-        return Forming(c, self.s * c + gates * self.p * self.d // 8) if gates and self.r == 1 else None
+    def gradient_cost(self, c: int, *, gates: int) -> GradientCost | None:
+        return GradientCost(c, self.s * c + gates * self.p * self.d // 8) if gates and self.r == 1 else None
 
     def gated_gradient(self, batches: Iterable[tuple[Data, Tensor, Tensor]]) -> Tensor:
         total: Tensor | None = None

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from convexhead.program.heads.base import Data, Forming, Head, atoms_by_gate
+from convexhead.program.heads.base import Data, GradientCost, Head, atoms_by_gate
 
 
 class SelfAttention(Head):
@@ -116,13 +116,13 @@ class SelfAttention(Head):
 
     # Entry (a, b; e, o) is Σ_i q_a K_be R_o with the pooled query q over s and the Gram matrix K = XᵀX, or with gates
     # Σ_i Σ_q Y_qa X_qb X_qe R_o / s: symmetric in b and e, so that b ≤ e will do.
-    def forming(self, c: int, *, gates: int) -> Forming | None:
+    def gradient_cost(self, c: int, *, gates: int) -> GradientCost | None:
         if self.r > 1:
             return None
         d, pairs = self.d, self.d * (self.d + 1) // 2
         if gates:
-            return Forming((self.s + c) * pairs / (self.s * d), 2 * self.s * d + d * d)
-        return Forming(pairs * c / (2 * d + c), d * d + d * c)
+            return GradientCost((self.s + c) * pairs / (self.s * d), 2 * self.s * d + d * d)
+        return GradientCost(pairs * c / (2 * d + c), d * d + d * c)
 
     def gradient(self, batches: Iterable[tuple[Data, Tensor]]) -> Tensor:
         total: Tensor | None = None
