@@ -40,7 +40,9 @@ from convexhead.errors import ConvexHeadError
 
 HEADS = ("self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear")
 PATIENCE, BRIEF = 60, 0.7
-"""Seconds after which a trial hangs, and after which its fit is told to end."""
+"""Seconds of a processor after which a trial hangs, and seconds after which its fit is told to end.
+
+A trial that waits and computes nothing hangs after ten times as many seconds by the clock."""
 OUTCOMES = ("certified", "honest", "refused", "crashed", "hung", "false")
 
 
@@ -456,7 +458,7 @@ def ranks(rng: np.random.Generator) -> tuple[str, str]:
         for rank in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=PATIENCE) for process in processes]
+        printed = [process.communicate(timeout=5 * PATIENCE) for process in processes]
     except subprocess.TimeoutExpired:
         return "hung", what
     finally:
@@ -495,8 +497,9 @@ def trial(kind: str, seed: int) -> tuple[str, str]:
         raise Hung
 
     rng = np.random.default_rng([sorted(KINDS).index(kind), seed])
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(3 * PATIENCE if kind == "ranks" else PATIENCE)
+    old = {alarm: signal.signal(alarm, late) for alarm in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+    signal.alarm(10 * PATIENCE)
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
@@ -508,8 +511,10 @@ def trial(kind: str, seed: int) -> tuple[str, str]:
     except Exception:
         return "crashed", traceback.format_exc()
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
+        for alarm, before in old.items():
+            signal.signal(alarm, before)
 
 
 def trials(kinds: list[str], problems: int, first: int) -> Iterator[tuple[str, int]]:

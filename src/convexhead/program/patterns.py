@@ -242,6 +242,10 @@ def _cells(K: Float[Tensor, "N r"], error: Float[Tensor, " N"]) -> tuple[Float[T
         rays = torch.cat([angles, angles + math.pi]).remainder(2 * math.pi).sort().values
         middle = (rays + torch.cat([rays[1:], rays[:1] + 2 * math.pi])) / 2
         return torch.stack([middle.cos(), middle.sin()], dim=1), 0.0
+    if rank == N:  # independent: every sign occurs, and one point has it on all hyperplanes at one distance
+        signs = 1.0 - 2.0 * (torch.arange(2**N).unsqueeze(1) >> torch.arange(N) & 1)
+        points = torch.linalg.solve(K, signs.to(K).T).T
+        return points / points.norm(dim=1, keepdim=True), 0.0
     points, doubt = K[:1] * K.new_tensor([[1.0], [-1.0]]), 0.0
     for i in range(1, N):
         normal, older = K[i], K[:i]
