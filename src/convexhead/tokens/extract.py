@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,14 +24,16 @@ from convexhead.tokens.sources.open import open_source
 from convexhead.tokens.store.files import make_folder, sha256_file, writer_lock
 from convexhead.tokens.store.fit import Fit, store_reduction
 from convexhead.tokens.store.manifest import DTYPES, MANIFEST, Manifest
+from convexhead.tokens.store.origin import TokenOrigin
 from convexhead.tokens.store.store import TokenStore
 
-# Processes wait for each other at the end of an extraction only; one that dies breaks the wait at once.
 PATIENCE = timedelta(days=30)
-
-
+"""How long a process waits for the others. They meet at the end of an extraction only, and one that dies ends the wait
+at once."""
 DEFAULTS = {"reduce": "avgpool", "standardize": True, "constant": False, "dtype": "float16"}
-"""What options are that nobody gave."""
+"""Values of the options that are None."""
+BATCH = {"cpu": 8, "gpu": 256}
+"""Images in a forward pass. Eight make one batch a core, whose activations fit its cache."""
 
 
 def extract(
@@ -94,77 +96,104 @@ def extract(
         HubError, MissingExtraError: see `open_backbone` and `open_source`.
     """
 
-    def plan() -> tuple[ExtractionJob, dict[str, Any], Fit | Reduction]:
-        asked: dict[str, Any] = {
-            "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
-            "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant,
-            "dtype": dtype,
-        }  # fmt: skip
-        if reduce is not None:
-            choose("reduction", reduce, ["avgpool", "pca"])
-        if dtype is not None:
-            choose("dtype", dtype, DTYPES)
-        for name, value in {"channels": channels, "batch_size": batch_size, "shard_size": shard_size}.items():
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
-        origin = None if like is None else origin_of(like)
-        if origin is not None:
-            asked = options_like(origin, asked)
-        elif backbone is None:
-            raise InputError("a backbone is needed, or like: a store or a run to take it from")
-        else:
-            asked = {name: DEFAULTS.get(name) if value is None else value for name, value in asked.items()}
-        if asked["reduce"] == "pca" and asked["channels"] is None:
-            raise InputError("reduce='pca' needs channels, the number of components to keep")
+    asked = {
+        "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
+        "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant, "dtype": dtype,
+    }  # fmt: skip
+    _check(reduce, dtype, {"channels": channels, "batch_size": batch_size, "shard_size": shard_size})
 
-        place = _device(device)
-        if place.type == "cpu":
-            reuse_freed_memory()
-        images, pool = open_source(source), asked["token_pool"]
-        if origin is None:
-            sizes = {name: asked[name] for name in ("layer", "image_size", "crop_pct")}
-            network = open_backbone(asked["backbone"], **sizes)
-        else:
-            images = number_like(images, origin.class_names)
-            network = open_backbone_like(origin, asked)
-        components = asked["channels"] if asked["reduce"] == "pca" else None
-        extractor = BatchExtractor(
-            source=images,
-            backbone=network.to(place),
-            device=place,
-            channels=asked["channels"] if components is None else None,
-            token_pool=(pool, pool) if isinstance(pool, int) else pool,
-            dtype=asked["dtype"],
-            skip_broken=skip_broken,
-        )
-        size = batch_size or (8 if place.type == "cpu" else 256)
+    def plan() -> Plan:
+        origin = None if like is None else origin_of(like)
+        options = _options(asked, origin)
+        extractor = _extractor(source, options, origin, _device(device), skip_broken)
+        size = batch_size or BATCH["cpu" if extractor.device.type == "cpu" else "gpu"]
         job = ExtractionJob(extractor, Path(out).expanduser(), size, shard_size, origin)
-        fit: Fit | Reduction = {
-            "standardize": asked["standardize"],
-            "components": components,
-            "constant": asked["constant"],
-        }
-        if origin is not None and origin.reduction is not None:
-            fit = origin.reduction
-        return job, job.config(), fit
+        return Plan(job, job.config(), _wanted_reduction(options, origin))
 
     ranks = join_ranks(PATIENCE)
     with ranks.all_or_none():
-        job, config, fit = ranks.agree(plan, _facts)
-        _extract_together(job, config, fit, ranks, progress)
-    return TokenStore.open(job.out)
+        plan_of_all = ranks.agree(plan, _facts)
+        _extract_together(plan_of_all, ranks, progress)
+    return TokenStore.open(plan_of_all.job.out)
 
 
-def _facts(plan: tuple[ExtractionJob, dict[str, Any], Fit | Reduction]) -> dict[str, Any]:
+class Plan(NamedTuple):
+    """An extraction, the settings that its bytes depend on, and the reduction to fit or to take as it is."""
+
+    job: ExtractionJob
+    config: dict[str, Any]
+    fit: Fit | Reduction
+
+
+def _check(reduce: str | None, dtype: str | None, counts: dict[str, int | None]) -> None:
+    if reduce is not None:
+        choose("reduction", reduce, ["avgpool", "pca"])
+    if dtype is not None:
+        choose("dtype", dtype, DTYPES)
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+
+
+def _options(asked: dict[str, Any], origin: TokenOrigin | None) -> dict[str, Any]:
+    """What is asked for, where nothing is asked completed by what the tokens shall be like or by the defaults."""
+    if origin is not None:
+        options = options_like(origin, asked)
+    elif asked["backbone"] is None:
+        raise InputError("a backbone is needed, or like: a store or a run to take it from")
+    else:
+        options = {name: DEFAULTS.get(name) if value is None else value for name, value in asked.items()}
+    if options["reduce"] == "pca" and options["channels"] is None:
+        raise InputError("reduce='pca' needs channels, the number of components to keep")
+    return options
+
+
+def _extractor(
+    source: str | Path | ImageSource,
+    options: dict[str, Any],
+    origin: TokenOrigin | None,
+    device: torch.device,
+    skip_broken: bool,
+) -> BatchExtractor:
+    if device.type == "cpu":
+        reuse_freed_memory()
+    images, pool = open_source(source), options["token_pool"]
+    if origin is None:
+        sizes = {name: options[name] for name in ("layer", "image_size", "crop_pct")}
+        network = open_backbone(options["backbone"], **sizes)
+    else:
+        images = number_like(images, origin.class_names)
+        network = open_backbone_like(origin, options)
+    return BatchExtractor(
+        source=images,
+        backbone=network.to(device),
+        device=device,
+        channels=None if options["reduce"] == "pca" else options["channels"],
+        token_pool=(pool, pool) if isinstance(pool, int) else pool,
+        dtype=options["dtype"],
+        skip_broken=skip_broken,
+    )
+
+
+def _wanted_reduction(options: dict[str, Any], origin: TokenOrigin | None) -> Fit | Reduction:
+    if origin is not None and origin.reduction is not None:
+        return origin.reduction
+    return {
+        "standardize": options["standardize"],
+        "components": options["channels"] if options["reduce"] == "pca" else None,
+        "constant": options["constant"],
+    }
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
     """What all processes of an extraction must have alike."""
-    _, config, fit = plan
+    fit = plan.fit
     wanted = {"reduction": f"sha256:{fit.identity}"} if isinstance(fit, Reduction) else fit
-    return {"run": "extract", **SOFTWARE, **config, **wanted}
+    return {"run": "extract", **SOFTWARE, **plan.config, **wanted}
 
 
-def _extract_together(
-    job: ExtractionJob, config: dict[str, Any], fit: Fit | Reduction, ranks: Ranks, progress: ProgressCallback | None
-) -> None:
+def _extract_together(plan: Plan, ranks: Ranks, progress: ProgressCallback | None) -> None:
+    job, config, fit = plan
     with contextlib.ExitStack() as held:
 
         def begin() -> tuple[Manifest, list[Task]]:
