@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from common import RESULTS, Row, read_csv, write_csv
 from convexhead.experiments.cifar100 import PRIORITY
 from convexhead.experiments.comparison import METHOD
-from convexhead.report import figures, methods
+from convexhead.report import drawing, methods
 from speed_tables import markdown, prose
 
 PAGE = Path(__file__).parent.parent / "docs" / "cifar100-tables.md"
@@ -110,8 +110,8 @@ def widths(name: str) -> bool:
     if len(twins) == len({_cell(row) for row in twins}):
         return False
     heads = list(dict.fromkeys(row["head"] for row in twins))
-    styles = {head: {"color": figures.head_color(head.split()[0]), "linestyle": _dash(head)} for head in heads}
-    with figures.grid(2 * len(ORDER), columns=len(ORDER)) as (figure, axes):
+    styles = {head: {"color": drawing.head_color(head.split()[0]), "linestyle": _dash(head)} for head in heads}
+    with drawing.grid(2 * len(ORDER), columns=len(ORDER)) as (figure, axes):
         for column, activation in enumerate(ORDER):
             top, bottom = axes[column], axes[len(ORDER) + column]
             for head in heads:
@@ -133,16 +133,16 @@ def widths(name: str) -> bool:
                 axis.set_minor_locator(NullLocator())
                 axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             for axis in (top.yaxis, bottom.yaxis):
-                axis.set_major_formatter(FuncFormatter(figures.percent))
+                axis.set_major_formatter(FuncFormatter(drawing.percent))
         for line in (axes[: len(ORDER)], axes[len(ORDER) :]):
             limits = [ax.get_ylim() for ax in line]
             for ax in line:
                 ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         axes[0].set_ylabel("test top-1")
         axes[len(ORDER)].set_ylabel("above the convex head")
-        figures.legend(figure, [*styles.items(), ("convex", {"marker": "*", "color": figures.INK, "linestyle": ""})], 4)
+        drawing.legend(figure, [*styles.items(), ("convex", {"marker": "*", "color": drawing.INK, "linestyle": ""})], 4)
         path = PAGE.parent / "images" / f"cifar100-{name}.svg"
-        path.write_text(figures.svg(figure, background="white"))
+        path.write_text(drawing.svg(figure, background="white"))
     return True
 
 

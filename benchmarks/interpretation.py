@@ -35,7 +35,7 @@ from convexhead.interpret import (
     token_embedding,
 )
 from convexhead.interpret.fitted import as_fitted
-from convexhead.report import figures
+from convexhead.report import drawing
 from convexhead.report.pictures import as_seen
 from convexhead.tokens import extract, open_source
 
@@ -165,7 +165,7 @@ def draw(columns: list[dict[str, Any]], path: Path, titles: list[str]) -> None:
 
     palette = ListedColormap(["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"])
     lines = len(titles)
-    with figures.new_figure((1.05 * len(columns) + 0.3, 1.08 * lines + 0.2)) as figure:
+    with drawing.new_figure((1.05 * len(columns) + 0.3, 1.08 * lines + 0.2)) as figure:
         axes = figure.subplots(lines, len(columns), squeeze=False)
         for c, column in enumerate(columns):
             for r, shown in enumerate([None, *column["maps"]]):
@@ -176,7 +176,7 @@ def draw(columns: list[dict[str, Any]], path: Path, titles: list[str]) -> None:
                 elif shown is not None:
                     top = float(np.abs(shown).max()) or 1.0
                     opacity = 0.8 * np.abs(shown) / top
-                    ax.imshow(shown, cmap=figures.MAP, vmin=-top, vmax=top, extent=(0, 7, 7, 0), alpha=opacity,
+                    ax.imshow(shown, cmap=drawing.MAP, vmin=-top, vmax=top, extent=(0, 7, 7, 0), alpha=opacity,
                               interpolation="none")  # fmt: skip
                 ax.grid(False)
                 ax.set(xticks=[], yticks=[])
@@ -186,7 +186,7 @@ def draw(columns: list[dict[str, Any]], path: Path, titles: list[str]) -> None:
                     ax.set_ylabel(titles[r], fontsize=7)
                 if r == 0:
                     ax.set_title(column["title"], fontsize=7)
-    with figures.require("matplotlib", "report").rc_context(figures.STYLE):
+    with drawing.require("matplotlib", "report").rc_context(drawing.STYLE):
         figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
 
 

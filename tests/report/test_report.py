@@ -19,7 +19,7 @@ from convexhead.report import csv_rows, markdown_table, render, tables, terminal
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
-from convexhead.report import figures
+from convexhead.report import drawing, figures
 
 HEADS = ("self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear")
 RATIOS = (0.3, 0.1, 0.05, 0.02, 0.01)
@@ -282,8 +282,8 @@ def test_diverged_runs_are_counted_not_averaged(results):
 @pytest.mark.parametrize("name", ["excess", "convergence", "spectra", "path", "attention_maps"])
 def test_figures_are_written_and_reproducible(results, name, tmp_path):
     draw = getattr(figures, name)
-    first = figures.save(draw(results), tmp_path / "first.svg")
-    again = figures.save(draw(results), tmp_path / "again")
+    first = drawing.save(draw(results), tmp_path / "first.svg")
+    again = drawing.save(draw(results), tmp_path / "again")
     assert [path.name for path in first] == ["first.svg", "first.pdf", "first.png", "first.json"]
     for one, two in zip(first, again, strict=True):
         assert one.read_bytes() == two.read_bytes()
@@ -292,7 +292,7 @@ def test_figures_are_written_and_reproducible(results, name, tmp_path):
 
 def test_convergence_ends_at_the_certified_gap(results):
     row = results["rows"][0]
-    figure = figures.panel(figures.draw_convergence, row)
+    figure = drawing.panel(figures.draw_convergence, row)
     ours = figure.axes[0].lines[-1]
     last = row["history"][-1]["objective"] - row["certificate"]["dual"]
     assert ours.get_ydata()[-1] == pytest.approx(last / row["certificate"]["primal"])
@@ -302,7 +302,7 @@ def test_convergence_ends_at_the_certified_gap(results):
 def test_class_names_are_not_formulas(results):
     changed = copy.deepcopy(results)
     changed["attention"]["images"][0]["label"] = r"$\frac{<b>"
-    figures.svg(figures.attention_maps(changed))
+    drawing.svg(figures.attention_maps(changed))
 
 
 # -- the page ----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ pytest.importorskip("jinja2")
 import torch
 from PIL import Image
 
-from convexhead.report import figures, run_figures, run_page
+from convexhead.report import drawing, run_figures, run_page
 from convexhead.report.gallery import gallery
 from convexhead.report.pictures import as_seen
 from convexhead.report.run_page import render_runs
@@ -207,7 +207,7 @@ def test_thumbnails_show_what_the_tokens_cover():
 
 def test_numbers_of_a_figure_are_those_drawn():
     figure = run_figures.spectrum("Z", [("one", [3.0, 2.0]), ("two", [1.0])], along_beta=False)
-    panel = figures.numbers(figure)["panels"][0]
+    panel = drawing.numbers(figure)["panels"][0]
     assert panel["lines"] == [
         {"name": "one", "x": [1.0, 2.0], "y": [3.0, 2.0]},
         {"name": "two", "x": [1.0], "y": [1.0]},

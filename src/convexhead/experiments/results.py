@@ -10,7 +10,7 @@ from typing import Any
 
 def write_results(results: dict[str, Any], out: Path) -> None:
     """Results as JSON, the tables of heads and of methods as markdown and CSV, ``figures/`` and ``index.html``."""
-    from convexhead.report import csv_rows, figures, markdown_table, methods, render
+    from convexhead.report import csv_rows, drawing, figures, markdown_table, methods, render
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
@@ -26,7 +26,7 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     if results["attention"]:
         drawn.append(figures.attention_maps)
     for draw in drawn:
-        figures.save(draw(results), folder / draw.__name__.replace("_", "-"))
+        drawing.save(draw(results), folder / draw.__name__.replace("_", "-"))
     page = out / "index.html"
     page.write_text(render(results))
     results["page"] = str(page)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import require
-from convexhead.report import figures
+from convexhead.report import drawing, figures
 from convexhead.report.tables import NOTHING, Results, Row, _plain, accuracy, gap, number, relative, seconds
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def draw_tuning(ax: Axes, rows: Sequence[Row]) -> None:
         if x is None or y is None:
             continue
         x = max(x, 1e-2)
-        color = figures.INK if row["method"] == "probe" else figures.head_color(row["head"].split(" ")[0])
+        color = drawing.INK if row["method"] == "probe" else drawing.head_color(row["head"].split(" ")[0])
         filled = row["method"] in ("convex", "probe")
         ax.plot(
             x,
@@ -112,14 +112,14 @@ def draw_tuning(ax: Axes, rows: Sequence[Row]) -> None:
                 [x, x], [100 * (y - row["test_top1_sd"]), 100 * (y + row["test_top1_sd"])], color=color, linewidth=0.8
             )
     ax.set(xscale="log")
-    figures.log_ticks(ax.xaxis)
+    drawing.log_ticks(ax.xaxis)
     ax.yaxis.set_major_formatter("{x:g}%")
 
 
 def tuning(results: Results) -> Figure:
     """Accuracy against total tuning time: one panel an activation, the probes in all of them."""
     activations = list(dict.fromkeys(row["activation"] for row in results["rows"]))
-    with figures.new_figure((max(7.2, 3.6 * len(activations)), 3.4)) as figure:  # room for the legend
+    with drawing.new_figure((max(7.2, 3.6 * len(activations)), 3.4)) as figure:  # room for the legend
         axes = figure.subplots(1, len(activations), squeeze=False, sharey=True)[0]
         for ax, activation in zip(axes, activations, strict=True):
             draw_tuning(ax, [row for row in results["methods"] if row["activation"] in (activation, None)])
@@ -128,14 +128,14 @@ def tuning(results: Results) -> Figure:
         figure.supylabel("test accuracy", fontsize=8)
         heads = dict.fromkeys(row["head"].split(" ")[0] for row in results["rows"])
         used = dict.fromkeys(short(row) for row in results["methods"])
-        plain = {"linestyle": "none", "color": figures.INK}
-        figures.legend(
+        plain = {"linestyle": "none", "color": drawing.INK}
+        drawing.legend(
             figure,
-            [(head, {"linestyle": "none", "marker": "o", "color": figures.head_color(head)}) for head in heads]
+            [(head, {"linestyle": "none", "marker": "o", "color": drawing.head_color(head)}) for head in heads]
             + [
                 (
                     name,
-                    plain | {"marker": MARKS[name], "markerfacecolor": "none" if "Adam" in name else figures.INK},
+                    plain | {"marker": MARKS[name], "markerfacecolor": "none" if "Adam" in name else drawing.INK},
                 )
                 for name in used
             ],
@@ -157,10 +157,10 @@ def draw_learning_rates(ax: Axes, row: Row) -> None:
 
     for run in tried:
         curve(run["history"], color=colors[run["learning_rate"]], linewidth=0.8, label=f"{run['learning_rate']:g}")
-    curve(row["history"], color=figures.CONVEX, linewidth=1.8, label="convex")
+    curve(row["history"], color=drawing.CONVEX, linewidth=1.8, label="convex")
     ax.set(xscale="log", yscale="log")
-    figures.log_ticks(ax.xaxis)
-    figures.log_ticks(ax.yaxis, figures.percent)
+    drawing.log_ticks(ax.xaxis)
+    drawing.log_ticks(ax.yaxis, drawing.percent)
 
 
 def _shades(rates: Sequence[float]) -> dict[float, Any]:
@@ -173,16 +173,16 @@ def learning_rates(results: Results) -> Figure:
     """`draw_learning_rates` for every row of the table."""
     rows = results["rows"]
     rates = sorted({run["learning_rate"] for row in rows for run in (row.get("twin") or {}).get("tried", [])})
-    with figures.grid(len(rows), columns=4) as (figure, axes):
+    with drawing.grid(len(rows), columns=4) as (figure, axes):
         for ax, row in zip(axes, rows, strict=True):
             draw_learning_rates(ax, row)
             ax.set_title(figures.name_of(row))
         figure.supxlabel("seconds", fontsize=8)
         figure.supylabel("above the certified lower bound, relative", fontsize=8)
         shades = _shades(rates)
-        figures.legend(
+        drawing.legend(
             figure,
-            [("convex", {"color": figures.CONVEX, "linewidth": 1.8})]
+            [("convex", {"color": drawing.CONVEX, "linewidth": 1.8})]
             + [(f"Adam, {rate:g}", {"color": shades[rate], "linewidth": 1}) for rate in rates],
         )
     return figure
@@ -190,7 +190,7 @@ def learning_rates(results: Results) -> Figure:
 
 def sizes(results: Results) -> Figure:
     """Test accuracy of the main methods against the number of train images of each class."""
-    with figures.new_figure((6.0, 3.6)) as figure:
+    with drawing.new_figure((6.0, 3.6)) as figure:
         ax = figure.add_subplot()
         lines: dict[str, list[tuple[float, float]]] = {}
         styles: dict[str, dict[str, Any]] = {}
@@ -200,7 +200,7 @@ def sizes(results: Results) -> Figure:
                 lines.setdefault(name, []).append((point["images_per_class"], 100 * row["test_top1"]))
                 probe = row["method"] == "probe"
                 styles[name] = {
-                    "color": figures.INK if probe else figures.head_color(row["head"]),
+                    "color": drawing.INK if probe else drawing.head_color(row["head"]),
                     "marker": ("s" if "Linear" in row["head"] else "D") if probe else MARKS[short(row)],
                     "linestyle": ":" if probe else "-" if row["method"] == "convex" else "--",
                 }
@@ -211,5 +211,5 @@ def sizes(results: Results) -> Figure:
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(require("matplotlib.ticker", "report").NullLocator())
         ax.yaxis.set_major_formatter("{x:g}%")
-        figures.legend(figure, [(name, {"markersize": 4, **styles[name]}) for name in lines], columns=3)
+        drawing.legend(figure, [(name, {"markersize": 4, **styles[name]}) for name in lines], columns=3)
     return figure

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import InputError, require
-from convexhead.report import figures, methods, tables
+from convexhead.report import drawing, figures, methods, tables
 from convexhead.report.tables import Results, Row
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
     return {
         "excess": [inline(figures.excess(results, width), alt) for width in (WIDE, NARROW)] if rows else [],
         "convergence": [
-            (row, inline(figures.panel(figures.draw_convergence, row), _said_convergence(row))) for row in rows
+            (row, inline(drawing.panel(figures.draw_convergence, row), _said_convergence(row))) for row in rows
         ],
         "spectra": [
-            (head, inline(figures.panel(figures.draw_spectrum, group), _said_spectrum(head, group)))
+            (head, inline(drawing.panel(figures.draw_spectrum, group), _said_spectrum(head, group)))
             for head, group in figures.by_head(results).items()
         ],
         "path": [
@@ -90,7 +90,7 @@ def _figures(results: Results, safe: Callable[[str], Any]) -> dict[str, Any]:
             if (group := [row for row in rows if row["activation"] == activation and row["path"]])
         ],
         **_method_figures(results, inline),
-        "head_colors": {row["head"]: themed(figures.head_color(row["head"])) for row in rows},
+        "head_colors": {row["head"]: themed(drawing.head_color(row["head"])) for row in rows},
         "activation_colors": figures.activation_styles(rows),
     }
 
@@ -106,7 +106,7 @@ def _method_figures(results: Results, inline: Callable[[Figure, str], Any]) -> d
         )
         drawn["tuning"] = inline(methods.tuning(results), f"Test accuracy against time with all tuning. {told}.")
         drawn["learning_rates"] = [
-            (row, inline(figures.panel(methods.draw_learning_rates, row), _said_rates(row)))
+            (row, inline(drawing.panel(methods.draw_learning_rates, row), _said_rates(row)))
             for row in results["rows"]
             if row.get("twin")
         ]
@@ -124,7 +124,7 @@ def _said_rates(row: Row) -> str:
 
 def _path_panel(results: Results, rows: Sequence[Row], key: str) -> Figure:
     limits = figures.path_limits(results, key)
-    return figures.panel(figures.draw_path, rows, key, limits, size=(4.2, 2.4))
+    return drawing.panel(figures.draw_path, rows, key, limits, size=(4.2, 2.4))
 
 
 def _said_convergence(row: Row) -> str:
@@ -151,10 +151,10 @@ def _said_path(activation: str, what: str, rows: Sequence[Row]) -> str:
 def themed(text: str) -> str:
     """Colours as the page's variables, which have another value on dark paper."""
     for color, name in (
-        (figures.INK, "currentColor"),
-        (figures.RULE, "var(--rule)"),
-        (figures.CONVEX, "var(--convex)"),
-        (figures.ADAM, "var(--adam)"),
+        (drawing.INK, "currentColor"),
+        (drawing.RULE, "var(--rule)"),
+        (drawing.CONVEX, "var(--convex)"),
+        (drawing.ADAM, "var(--adam)"),
     ):
         text = text.replace(color, name)
     return text
@@ -162,7 +162,7 @@ def themed(text: str) -> str:
 
 def inline_svg(figure: Figure, prefix: str, alt: str) -> str:
     """SVG that takes ink, rules and font from the page, with ids of its own, as wide as its place."""
-    text = figures.svg(figure)
+    text = drawing.svg(figure)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}", text)

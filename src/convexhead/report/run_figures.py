@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convexhead.errors import require
-from convexhead.report.figures import CONVEX, INK, MAP, log_ticks, new_figure, percent
+from convexhead.report.drawing import CONVEX, INK, MAP, log_ticks, new_figure, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

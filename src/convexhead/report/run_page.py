@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import InputError, require
-from convexhead.report import figures, run_figures
+from convexhead.report import drawing, run_figures
 from convexhead.report.gallery import BUDGET, clusters, gallery
 from convexhead.report.page import environment, inline_svg
 from convexhead.report.pictures import thumbnails
@@ -36,9 +36,9 @@ class Figures:
         self.count += 1
         # Before `save`, which lays the figure out again: the page is the same with and without a folder.
         drawn = inline_svg(figure, f"f{self.count}-", words)
-        numbers = json.dumps(figures.numbers(figure)).encode()
+        numbers = json.dumps(drawing.numbers(figure)).encode()
         if self.folder is not None:
-            figures.save(figure, self.folder / name)
+            drawing.save(figure, self.folder / name)
         return {
             "name": name,
             "caption": caption,
