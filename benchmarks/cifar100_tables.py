@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from common import RESULTS, Row, read_csv, write_csv
 from convexhead.experiments.cifar100 import PRIORITY
-from convexhead.experiments.comparison import METHOD
+from convexhead.experiments.rows import METHOD
 from convexhead.report import drawing, methods
 from speed_tables import markdown, prose
 

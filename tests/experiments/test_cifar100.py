@@ -24,7 +24,7 @@ import convexhead as ch
 from convexhead.baselines.adam import objectives
 from convexhead.baselines.attentive_probe import AttentiveProbe
 from convexhead.errors import ConvexHeadError, FileFormatError, InputError
-from convexhead.experiments import cifar100, comparison
+from convexhead.experiments import cifar100, comparison, rows
 from convexhead.experiments.cells import (
     Cell,
     PathSettings,
@@ -271,7 +271,7 @@ def test_a_twin_below_the_bound_is_an_error(finished):
     certificate = piece.record["certificate"]
     below = Piece({"objective": 9.0, "convex_objective": certificate["dual"] - 1e-6})
     with pytest.raises(ConvexHeadError, match="below the certified bound"):
-        comparison._excess(below, certificate)
+        rows.excess_of(below, certificate)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

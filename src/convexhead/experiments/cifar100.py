@@ -18,10 +18,12 @@ import numpy as np
 
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments.cells import Cell, PathSettings, TwinSettings
-from convexhead.experiments.comparison import Results, Settings, cells_of, run
+from convexhead.experiments.comparison import run
 from convexhead.experiments.results import write_results
+from convexhead.experiments.rows import Results
 from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, check_test_split, chosen_splits
+from convexhead.experiments.training import Settings, cells_of
 from convexhead.program.heads import HEADS
 from convexhead.runtime.progress import Notify, silent
 from convexhead.tokens import TokenStore, extract, open_source

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments.cells import PathSettings, TwinSettings
-from convexhead.experiments.comparison import Results, Settings, cells_of, run
+from convexhead.experiments.comparison import run
 from convexhead.experiments.results import write_results
+from convexhead.experiments.rows import Results
 from convexhead.experiments.splits import splits_of_store
+from convexhead.experiments.training import Settings, cells_of
 from convexhead.program.activations import ACTIVATIONS
 from convexhead.program.heads import HEADS
 from convexhead.runtime.progress import Notify, silent

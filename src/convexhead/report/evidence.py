@@ -34,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.interpret import head_lift, spectra
+from convexhead.runtime.hardware import environment
 from convexhead.tokens.store.files import sha256_file, write_atomic
 from convexhead.tokens.store.store import TokenStore
 
@@ -145,8 +146,6 @@ def _path_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    from convexhead.experiments.comparison import environment
-
     return {key: value for key, value in environment().items() if key != "date" and value is not None}
 
 
