@@ -26,6 +26,7 @@ import torch
 from common import Row, Skip, Table, hardware, spread
 from convexhead import solvers
 from convexhead.program.atoms import Atoms
+from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers import column_generation as cg
 from convexhead.solvers import solve
@@ -33,7 +34,7 @@ from convexhead.solvers.increments import Increments
 from convexhead.solvers.whitening import Whitening
 from instances import Instance, arrays, cifar8k_store
 
-COUNTED = ("value_and_gradient", "adjoint_times_values", "adjoint_times_mixing", "outputs", "pair_covariance")
+COUNTED = ("adjoint_times_values", "adjoint_times_mixing", "outputs", "pair_covariance")
 
 
 class PlainCoordinates(Whitening):
@@ -109,24 +110,20 @@ def counting() -> Iterator[Counter]:
     """Calls of passes over the data, by pass and precision of its products."""
     counts: Counter = Counter()
 
-    def counted(name: str) -> Callable[..., Any]:
-        method = getattr(Problem, name)
+    def counted(kind: type, name: str, operator_of: Callable[[Any], Operator]) -> Any:
+        method = getattr(kind, name)
 
-        def run(self: Problem, *args: Any) -> Any:
-            counts[name, str(self.products).removeprefix("torch.")] += 1
+        def run(self: Any, *args: Any) -> Any:
+            counts[name, str(operator_of(self).products).removeprefix("torch.")] += 1
             return method(self, *args)
 
-        return run
+        return patch.object(kind, name, run)
 
-    def increment(self: Increments, *args: Any) -> Any:
-        counts["value_and_gradient", str(self.rough.products).removeprefix("torch.")] += 1
-        return one_increment(self, *args)
-
-    one_increment = Increments.value_and_gradient
-    with (
-        patch.multiple(Problem, **{name: counted(name) for name in COUNTED}),
-        patch.object(Increments, "value_and_gradient", increment),
-    ):
+    with contextlib.ExitStack() as stack:
+        for name in COUNTED:
+            stack.enter_context(counted(Operator, name, lambda operator: operator))
+        stack.enter_context(counted(Problem, "value_and_gradient", lambda problem: problem.operator))
+        stack.enter_context(counted(Increments, "value_and_gradient", lambda passes: passes.rough.operator))
         yield counts
 
 

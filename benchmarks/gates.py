@@ -104,7 +104,7 @@ def measure(name: str, X: Tensor, Y: Tensor, n_gates: int, k: int, repeats: int)
     }
     if n_gates:
         R = torch.randn(Y.shape, generator=generator) / len(X)
-        G, blocks = GradientMatrices(problem, R), torch.arange(problem.n_blocks)
+        G, blocks = GradientMatrices(problem.operator, R), torch.arange(problem.n_blocks)
         x = G.random_start(blocks, VECTORS, generator)
         pricing = against_gemm(lambda: G.gram(x, blocks), max(1, repeats // 2))
         vectors = VECTORS * problem.n_blocks

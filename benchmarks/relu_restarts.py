@@ -44,7 +44,7 @@ def restarts(
     V = torch.randn(B * m, e, c, generator=generator, dtype=torch.float64) / math.sqrt(e * c)
     scale = sizes.expand(B, m).reshape(-1)
     U, V = U * scale.view(-1, *[1] * len(shape)), problem.mask_values(V * scale.view(-1, 1, 1), block)
-    data = problem.activation.prepare(problem.tokens(), reuse=True)
+    data = problem.activation.prepare(problem.operator.tokens(), reuse=True)
 
     def objective_and_gradient(U, V):
         M, pull_back = problem.activation.mix_with_pull_back(data, U, block)  # (n, r, B·m, e)

@@ -86,10 +86,10 @@ def run(part: str, index: int) -> dict[str, object]:
         "restart_seconds": round(now() - began, 2),
     }  # fmt: skip
     if part == "scalar":
-        gates = all_gates(problem.head, problem.X).numpy()
+        gates = all_gates(problem.head, problem.operator.X).numpy()
         row["patterns"] = len(gates)
         row["cvxpy"] = oracle.relu_optimum(
-            head, problem.X.numpy(), problem.Y[:, 0, 0].numpy(), gates,
+            head, problem.operator.X.numpy(), problem.Y[:, 0, 0].numpy(), gates,
             pool=problem.head.pool, grid=problem.head.grid, beta=beta,
         )  # fmt: skip
     return row
@@ -112,8 +112,10 @@ def compare_starts(name: str, problem: Problem, beta: float, max_time: float, se
         began = now()
         atoms, growth = None, math.nan
         if start == "decomposition":
-            gates = sample_patterns(problem.head, problem.X, 8, generator)
-            gated = Problem(Operator(problem.X, problem.head, GatedReLU(problem.head, gates)), problem.Y, problem.loss)
+            gates = sample_patterns(problem.head, problem.operator.X, 8, generator)
+            gated = Problem(
+                Operator(problem.operator.X, problem.head, GatedReLU(problem.head, gates)), problem.Y, problem.loss
+            )
             solved = solve(gated, beta, tol=1e-2, max_time=max_time / 2, generator=generator)
             split = cone_decomposition(gated, solved.atoms)
             atoms, growth = split.atoms, split.norm_growth

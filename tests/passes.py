@@ -47,7 +47,7 @@ def passes(problem):
         at.V,
         at.intercept,
         outputs,
-        problem.adjoint_times_values(R, atoms.V, block),
-        problem.adjoint_times_mixing(R, atoms.U, block),
-        problem.features(),
+        problem.operator.adjoint_times_values(R, atoms.V, block),
+        problem.operator.adjoint_times_mixing(R, atoms.U, block),
+        problem.operator.features(),
     ]

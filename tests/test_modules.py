@@ -59,7 +59,7 @@ def module_of(problem, gates, atoms, **options):
 @every_case
 def test_forward_is_the_librarys_function(name, activation, outputs, pool):
     problem, gates, atoms = build(name, activation, outputs, pool)
-    f = module_of(problem, gates, atoms)(problem.X)
+    f = module_of(problem, gates, atoms)(problem.operator.X)
     assert f.shape == ((N, S, C) if pool == "none" else (N, C))
     torch.testing.assert_close(f.view(N, -1, C), problem.outputs(atoms), rtol=1e-10, atol=1e-10)
 
@@ -68,7 +68,7 @@ def test_forward_is_the_librarys_function(name, activation, outputs, pool):
 @every_case
 def test_tokens_may_lie_in_memory_as_they_like(name, activation, outputs, pool):
     problem, gates, atoms = build(name, activation, outputs, pool)
-    module, X = module_of(problem, gates, atoms), problem.X
+    module, X = module_of(problem, gates, atoms), problem.operator.X
     expected = module(X)
     for other in (X.mT.contiguous().mT, torch.stack([X, X], 1)[:, 0], X.repeat_interleave(2, 2)[:, :, ::2]):
         assert not other.is_contiguous()
@@ -83,7 +83,7 @@ def test_tokens_may_lie_in_memory_as_they_like(name, activation, outputs, pool):
 def test_autograd_is_the_librarys_gradient(name, activation, outputs, pool):
     problem, gates, atoms = build(name, activation, outputs, pool)
     module = module_of(problem, gates, atoms)
-    f = module(problem.X).view(N, -1, C)
+    f = module(problem.operator.X).view(N, -1, C)
     objective = problem.loss.value(f, problem.Y).mean() + 0.3 * module.penalty()
     objective.backward()
     value, at, _ = problem.value_and_gradient(atoms, 0.3)
@@ -107,14 +107,14 @@ def test_round_trips(name, activation, outputs):
         problem.head, activation, gates, torch.zeros_like(atoms.block), C, intercept=True, dtype=torch.float64
     )
     other.load_state_dict(module.state_dict())
-    torch.testing.assert_close(other(problem.X), module(problem.X), rtol=0, atol=0)
-    torch.testing.assert_close(copy.deepcopy(module)(problem.X), module(problem.X), rtol=0, atol=0)
+    torch.testing.assert_close(other(problem.operator.X), module(problem.operator.X), rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(module)(problem.operator.X), module(problem.operator.X), rtol=0, atol=0)
 
 
 @every_case
 def test_gradients_reach_the_tokens(name, activation, outputs):
     problem, gates, atoms = build(name, activation, outputs)
-    X = problem.X.clone().requires_grad_()
+    X = problem.operator.X.clone().requires_grad_()
     module_of(problem, gates, atoms)(X).sum().backward()
     assert X.grad.isfinite().all()
     assert X.grad.abs().sum() > 0
@@ -127,7 +127,7 @@ def test_masks_do_not_depend_on_the_modules_precision():
     assert single.values.dtype == torch.float32
     assert single.gates.dtype == torch.float64
     torch.testing.assert_close(single.gates, gates, rtol=0, atol=0)
-    torch.testing.assert_close(single(problem.X), exact(problem.X).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single(problem.operator.X), exact(problem.operator.X).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -180,7 +180,7 @@ def test_start_is_balanced_seeded_and_of_order_one(name, activation, outputs):
 def test_no_atoms_and_one_token():
     problem, gates, atoms = build("block-fno", "gated-relu", "shared")
     none = atoms.select(torch.zeros(0, dtype=torch.int64))
-    f = module_of(problem, gates, none)(problem.X)
+    f = module_of(problem, gates, none)(problem.operator.X)
     torch.testing.assert_close(f, atoms.intercept.expand(N, C))
     flat = HeadModule(make_head("mlp", 1, D), "linear", None, 3, C)
     assert flat(torch.randn(N, D)).shape == (N, C)

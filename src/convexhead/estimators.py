@@ -918,13 +918,13 @@ def problem_beta_max(problem: Problem, generator: torch.Generator) -> float:
 
     For a ReLU it is the dual norm ``h(R)``, or the largest value that a search finds where there is no tight bound.
     """
-    exact = problem.in_double()
+    exact = problem.astype(torch.float64)
     f = exact.outputs(exact.empty())
     if exact.fit_intercept:
         f = f + solve_intercept(exact, f)
     R = exact.residual(f)
     if problem.activation.convex:
-        largest = spectral_norm(exact, R, generator, fast=problem)
+        largest = spectral_norm(exact.operator, R, generator, fast=problem.operator)
     else:
         oracle = NormOracle(exact)
         maxima = oracle.search(R, generator=generator)

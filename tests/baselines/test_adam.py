@@ -47,7 +47,7 @@ def beta_of(problem, ratio=0.25):
     if not problem.head.learns_mixing:
         return 0.05
     R = problem.residual(problem.outputs(problem.empty()))
-    gradients = problem.gradient_matrices(R, torch.arange(problem.n_blocks))
+    gradients = problem.operator.gradient_matrices(R, torch.arange(problem.n_blocks))
     return ratio * float(torch.linalg.matrix_norm(gradients, 2).max())
 
 

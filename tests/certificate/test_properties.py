@@ -125,7 +125,7 @@ def find_optimum(instance: Instance, start: Atoms) -> oracle.Bracket:
     """A narrow bracket of the optimum; the library may propose points, only the oracle judges them."""
     program = instance.dense
     proposal = solve(
-        instance.problem.in_double(reuse=True),
+        instance.problem.astype(torch.float64, reuse=True),
         instance.beta,
         tol=1e-7,
         max_time=0.25,
@@ -209,7 +209,7 @@ def check_solve(drawn: Draw) -> None:
 def test_certificates_of_random_weights_are_honest(drawn, k, log_size, at_zero):
     """Unbalanced, redundant, far from any optimum: an audit must be right about them as well."""
     instance, size = drawn.instance(), 10**log_size
-    problem = instance.problem.in_double()
+    problem = instance.problem.astype(torch.float64)
     generator = torch.Generator().manual_seed(drawn.seed)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -92,17 +92,17 @@ def test_bounds_hold_whatever_the_offset_of_the_features(head, loss):
         # One matrix W of rank one or two, in the far coordinates with an intercept in many digits
         mixing = solved.U if head == "mlp" else torch.ones(len(solved), 1).double()
         W = sum(torch.outer(u, v[0]) if head == "mlp" else v for u, v in zip(mixing, solved.V, strict=True)).numpy()
-        origin = far.X[0, 0].numpy()
+        origin = far.operator.X[0, 0].numpy()
         b = [
             exact(c) - sum(exact(o) * exact(w) for o, w in zip(origin, column, strict=True))
             for c, column in zip(solved.intercept.tolist(), W.T, strict=True)
         ]
         targets = far.Y[:, 0].numpy()
         if head == "linear":
-            attained = exact_objective(far.X[:, 0].numpy(), targets, loss, beta, W, b, ridge=True)
+            attained = exact_objective(far.operator.X[:, 0].numpy(), targets, loss, beta, W, b, ridge=True)
         else:
             nuclear = mpmath.fsum(mpmath.svd_r(mpmath.matrix(W.tolist()), compute_uv=False))
-            single = exact_objective(far.X[:, 0].numpy(), targets, loss, 0.0, W, b, ridge=False)
+            single = exact_objective(far.operator.X[:, 0].numpy(), targets, loss, 0.0, W, b, ridge=False)
             attained = single + exact(beta) * nuclear
         for dual_point in (None, near.outputs(solved)):
             certificate = certify_atoms(far, far.empty(), beta, tol=1e-6, dual_point=dual_point)
@@ -126,7 +126,7 @@ def test_the_raised_norm_covers_what_cancels(name, pool_name):
         Operator(torch.as_tensor(X), head, make_activation("linear", head, None)), Y, Squared(), fit_intercept=True
     )
     point = DualPoint(problem, torch.zeros_like(Y), 1.0)
-    sigma = formed_norm(GradientMatrices(problem, point.R))
+    sigma = formed_norm(GradientMatrices(problem.operator, point.R))
     basis = np.eye(head.mixing_size, dtype=np.longdouble).reshape(-1, *head.mixing_shape)
     truth = np.zeros((head.mixing_size, head.value_rows * c), np.longdouble)
     for x, r in zip(X.astype(np.longdouble), point.R.numpy().astype(np.longdouble), strict=True):
@@ -252,8 +252,8 @@ def test_single_precision_directions_that_overflow_do_not_reach_the_bound(monkey
 
 def test_krylov_spaces_of_no_numbers_bound_nothing():
     problem = tokens_problem("self-attention", 1.0)
-    G = GradientMatrices(problem, torch.full_like(problem.Y, math.nan), form=False)
-    whole = GradientMatrices(problem, problem.residual(torch.zeros_like(problem.Y)), form=False)
+    G = GradientMatrices(problem.operator, torch.full_like(problem.Y, math.nan), form=False)
+    whole = GradientMatrices(problem.operator, problem.residual(torch.zeros_like(problem.Y)), form=False)
     bound = KrylovBound(whole, whole, problem.empty(), 1e-3, 1e-6, torch.Generator().manual_seed(0))
     bound.deflated.G.R = G.R
     try:

@@ -182,7 +182,7 @@ def test_what_rows_lose_is_charged(kind):
     """Every row is its plane's up to ``lost``, and chains of close rows are not one plane."""
     for seed in range(5):
         X = nasty(kind, np.random.default_rng([2, KINDS.index(kind), seed]))
-        (scores,) = scores_of(build(X, np.zeros((len(X), 1))))
+        (scores,) = scores_of(build(X, np.zeros((len(X), 1))).operator)
         u = np.random.default_rng(seed).normal(size=(50, X.shape[1]))
         u /= np.linalg.norm(u, axis=1, keepdims=True)
         own = u.astype(np.longdouble) @ X.T.astype(np.longdouble)

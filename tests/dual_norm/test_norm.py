@@ -50,13 +50,15 @@ def test_written_out_scores_are_the_passes(name, pool, outputs):
     problem = build(name, pool=pool, outputs=outputs, degenerate=True)
     R = torch.randn_like(problem.Y)
     span = problem.head.mixing_span()
-    for scores in scores_of(problem):
+    for scores in scores_of(problem.operator):
         u = torch.randn(5, problem.head.mixing_size, dtype=torch.float64)
         if span is not None:
             u = u @ span.T @ span
         block = torch.full((5,), scores.group)
-        expected = problem.adjoint_times_mixing(R, u.view(5, *problem.head.mixing_shape), block).flatten(1)
-        torch.testing.assert_close(scores.weights(problem, R)(u @ scores.basis.T), expected, rtol=1e-10, atol=1e-10)
+        expected = problem.operator.adjoint_times_mixing(R, u.view(5, *problem.head.mixing_shape), block).flatten(1)
+        torch.testing.assert_close(
+            scores.weights(problem.operator, R)(u @ scores.basis.T), expected, rtol=1e-10, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("name", ["mlp-mixer"])
@@ -68,7 +70,7 @@ def test_mixing_span_loses_nothing(name):
     maxima = oracle.search(R, generator=torch.Generator().manual_seed(0))
     upper = oracle.bound(R, maxima).upper
     U = sphere(4).view(-1, 2, 2)
-    values = problem.adjoint_times_mixing(R, U, torch.zeros(len(U), dtype=torch.int64)).flatten(1).norm(dim=1)
+    values = problem.operator.adjoint_times_mixing(R, U, torch.zeros(len(U), dtype=torch.int64)).flatten(1).norm(dim=1)
     assert float(values.max()) <= upper
     assert float(values.max()) >= 0.9 * upper
 
@@ -143,7 +145,7 @@ def test_no_mixing_weight_is_above_the_bound(name, pool):
         assert reward.lower <= reward.upper < math.inf
         U = sphere(problem.head.mixing_size, 2000).view(-1, *problem.head.mixing_shape)
         block = torch.arange(len(U)) % problem.n_blocks
-        values = problem.adjoint_times_mixing(R, U, block).flatten(1).norm(dim=1)
+        values = problem.operator.adjoint_times_mixing(R, U, block).flatten(1).norm(dim=1)
         assert float(values.max()) <= reward.upper
         if oracle.tight:
             assert reward.upper <= reward.lower * 1.01

@@ -42,16 +42,16 @@ def test_formed_matrices_are_those_of_products(name, activation, pool, monkeypat
     problem, R = build(name, activation, pool)
     assert problem.operator.gradient_cost(C) is not None
     blocks = torch.arange(problem.n_blocks).flip(0)
-    formed = problem.gradient_matrices(R, blocks)
+    formed = problem.operator.gradient_matrices(R, blocks)
     monkeypatch.setattr(Operator, "gradient_cost", lambda self, c: None)
-    torch.testing.assert_close(formed, problem.gradient_matrices(R, blocks), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(formed, problem.operator.gradient_matrices(R, blocks), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "activation"), CASES)
 def test_products_with_formed_matrices(name, activation, dtype):
     problem, R = build(name, activation, dtype=dtype)
-    formed, plain = GradientMatrices(problem, R), GradientMatrices(problem, R)
+    formed, plain = GradientMatrices(problem.operator, R), GradientMatrices(problem.operator, R)
     plain.formed = None
     assert formed.formed is not None
     blocks = torch.arange(problem.n_blocks)[-2:]
@@ -65,37 +65,39 @@ def test_products_with_formed_matrices(name, activation, dtype):
 @pytest.mark.parametrize(("name", "activation"), CASES)
 def test_norm_from_eigenvalues_and_from_krylov(name, activation, monkeypatch):
     problem, R = build(name, activation)
-    G = GradientMatrices(problem, R)
+    G = GradientMatrices(problem.operator, R)
     assert worth_forming(G)
-    exact = float(torch.linalg.matrix_norm(problem.gradient_matrices(R, torch.arange(problem.n_blocks)), 2).max())
+    exact = float(
+        torch.linalg.matrix_norm(problem.operator.gradient_matrices(R, torch.arange(problem.n_blocks)), 2).max()
+    )
     assert formed_norm(G) == pytest.approx(exact, rel=1e-12)
     monkeypatch.setattr(deflation, "worth_forming", lambda G: False)
-    assert spectral_norm(problem, R, torch.Generator().manual_seed(0)) == pytest.approx(exact, rel=1e-5)
+    assert spectral_norm(problem.operator, R, torch.Generator().manual_seed(0)) == pytest.approx(exact, rel=1e-5)
     single, _ = build(name, activation, dtype=torch.float32)
-    searched = spectral_norm(problem, R, torch.Generator().manual_seed(0), fast=single)
+    searched = spectral_norm(problem.operator, R, torch.Generator().manual_seed(0), fast=single.operator)
     assert searched == pytest.approx(exact, rel=1e-5)
 
 
 def test_tiny_matrices_keep_their_norm():
     problem, R = build("self-attention", "linear")
-    tiny = formed_norm(GradientMatrices(problem, 1e-200 * R))
-    assert tiny == pytest.approx(1e-200 * formed_norm(GradientMatrices(problem, R)), rel=1e-12, abs=0)
+    tiny = formed_norm(GradientMatrices(problem.operator, 1e-200 * R))
+    assert tiny == pytest.approx(1e-200 * formed_norm(GradientMatrices(problem.operator, R)), rel=1e-12, abs=0)
 
 
 def test_nothing_is_kept_beyond_the_budget_and_room_is_given_back():
     problem, R = build("self-attention", "gated-relu")
     size = problem.n_blocks * 49 * 35 * 8
-    before = problem.budget.left = 1.5 * size
-    first, second = GradientMatrices(problem, R), GradientMatrices(problem, R)
+    before = problem.operator.budget.left = 1.5 * size
+    first, second = GradientMatrices(problem.operator, R), GradientMatrices(problem.operator, R)
     assert first.formed is not None
     assert second.formed is None
     del first
-    assert problem.budget.left == before
-    assert GradientMatrices(problem, R).formed is not None
+    assert problem.operator.budget.left == before
+    assert GradientMatrices(problem.operator, R).formed is not None
 
 
 def test_without_pooling_there_is_no_cheap_way():
     for name, activation in CASES:
         problem, R = build(name, activation, "none")
         assert problem.operator.gradient_cost(C) is None
-        assert GradientMatrices(problem, R).formed is None
+        assert GradientMatrices(problem.operator, R).formed is None

@@ -41,9 +41,9 @@ def test_passes_are_those_of_a_cpu(name, activation):
         atoms = weights(problem)
         value, at, _ = problem.value_and_gradient(atoms, 0.1)
         R = problem.residual(problem.outputs(atoms))
-        parts = [at.U, at.V, at.intercept, R, problem.adjoint_times_mixing(R, atoms.U, atoms.block)]
+        parts = [at.U, at.V, at.intercept, R, problem.operator.adjoint_times_mixing(R, atoms.U, atoms.block)]
         if name != "linear":
-            parts.append(problem.adjoint_times_values(R, atoms.V, atoms.block))
+            parts.append(problem.operator.adjoint_times_values(R, atoms.V, atoms.block))
         found.append((value, [part.cpu() for part in parts]))
     (on_cpu, cpu_parts), (on_gpu, gpu_parts) = found
     assert on_gpu == pytest.approx(on_cpu, rel=1e-12)

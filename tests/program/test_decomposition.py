@@ -58,7 +58,7 @@ def test_split_has_the_least_norm():
     import cvxpy as cp
 
     problem, atoms = gated("mlp")
-    K = problem.X.flatten(0, 1).numpy()
+    K = problem.operator.X.flatten(0, 1).numpy()
     for u, j in zip(atoms.U, atoms.block.tolist(), strict=True):
         signs = torch.sign(torch.from_numpy(K) @ problem.activation.gates[j]).numpy()
         w = cp.Variable(4)
@@ -66,7 +66,7 @@ def test_split_has_the_least_norm():
         cp.Problem(
             cp.Minimize(cp.sum_squares(u.numpy() + w) + cp.sum_squares(w)), [cone @ w >= 0, cone @ (u.numpy() + w) >= 0]
         ).solve(solver="CLARABEL")
-        split = module._Splitter(problem.head, problem.X, 0, problem.activation.gates[j])
+        split = module._Splitter(problem.head, problem.operator.X, 0, problem.activation.gates[j])
         mine = split(u)
         assert float(module._cost(mine, u)) <= float(module._cost(torch.from_numpy(w.value), u)) * (1 + 1e-6)
 
@@ -86,7 +86,7 @@ def test_rows_on_the_border_are_reported():
 
 def test_only_gated_heads_are_split():
     problem, atoms = gated("mlp")
-    linear = Problem(Operator(problem.X, problem.head, LinearActivation(problem.head)), problem.Y, Squared())
+    linear = Problem(Operator(problem.operator.X, problem.head, LinearActivation(problem.head)), problem.Y, Squared())
     with pytest.raises(InputError, match="gated ReLU"):
         cone_decomposition(linear, atoms)
 

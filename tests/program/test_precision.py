@@ -50,8 +50,8 @@ def test_every_pass_is_close_to_float32(name, activation):
     R = single.residual(single.outputs(atoms))
     for one, other in (
         (single.outputs(atoms), half.outputs(atoms)),
-        (single.adjoint_times_values(R, V, block), half.adjoint_times_values(R, V, block)),
-        (single.adjoint_times_mixing(R, U, block), half.adjoint_times_mixing(R, U, block)),
+        (single.operator.adjoint_times_values(R, V, block), half.operator.adjoint_times_values(R, V, block)),
+        (single.operator.adjoint_times_mixing(R, U, block), half.operator.adjoint_times_mixing(R, U, block)),
         (single.value_and_gradient(atoms, 0.1).gradient.U, half.value_and_gradient(atoms, 0.1).gradient.U),
     ):
         assert other.dtype == torch.float32

@@ -107,7 +107,7 @@ def test_nothing_fits_into_less_than_nothing():
 def test_all_precisions_and_mixed_tokens_together_stay_within_the_budget(stored, room, mapped):
     memory = TOKENS + room * PREPARED
     problem = make_problem(stored, memory, mapped=mapped)
-    samples = problem.samples
+    samples = problem.operator.samples
     half, double = problem.with_half_products(), problem.astype(torch.float64, reuse=True)
     mixed = []
     for k in (1, 5, 40):
@@ -115,49 +115,49 @@ def test_all_precisions_and_mixed_tokens_together_stay_within_the_budget(stored,
         if Increments.affordable(problem, half, atoms):
             mixed.append(Increments(problem, half, atoms))
     own = isinstance(samples.X, torch.Tensor) and mapped
-    total = kept_bytes(samples, half.samples, double.samples) + sum(one.mixed.nbytes for one in mixed)
-    assert problem.budget is half.budget is double.budget
+    total = kept_bytes(samples, half.operator.samples, double.operator.samples) + sum(one.mixed.nbytes for one in mixed)
+    assert problem.operator.budget is half.operator.budget is double.operator.budget
     assert TOKENS * own + total <= memory
-    assert samples.kept >= half.samples.kept
+    assert samples.kept >= half.operator.samples.kept
     if room == 9.0:
         assert samples.complete
-        assert half.samples.complete
-        assert double.samples.complete
+        assert half.operator.samples.complete
+        assert double.operator.samples.complete
         assert mixed
 
 
 def test_a_rough_copy_leaves_room_for_mixed_tokens(stored):
     problem = make_problem(stored, TOKENS + 1.3 * PREPARED)
     half = problem.with_half_products()
-    assert 0 < half.samples.kept < N
-    assert half.budget.left >= kept_bytes(half.samples)
+    assert 0 < half.operator.samples.kept < N
+    assert half.operator.budget.left >= kept_bytes(half.operator.samples)
     assert Increments.affordable(problem, half, make_atoms(problem, 2))
 
 
 @pytest.mark.usefixtures("_no_collection")
 def test_precisions_give_back_what_they_took(stored):
     problem = make_problem(stored, TOKENS + 2 * PREPARED)
-    left = problem.budget.left
+    left = problem.operator.budget.left
     half = problem.with_half_products()
-    assert problem.budget.left == left - kept_bytes(half.samples)
+    assert problem.operator.budget.left == left - kept_bytes(half.operator.samples)
     tight = problem.astype(torch.float64, reuse=True)
-    assert not tight.samples.complete
+    assert not tight.operator.samples.complete
     del half
-    assert problem.budget.left == left - kept_bytes(tight.samples)
+    assert problem.operator.budget.left == left - kept_bytes(tight.operator.samples)
     del tight
-    assert problem.budget.left == left
-    one, other = (problem.samples.take(torch.arange(i, 9)) for i in range(2))
+    assert problem.operator.budget.left == left
+    one, other = (problem.operator.samples.take(torch.arange(i, 9)) for i in range(2))
     del one, other
-    assert problem.budget.left == left
+    assert problem.operator.budget.left == left
 
 
 @pytest.mark.usefixtures("_no_collection")
 @pytest.mark.parametrize("activation", ["linear", "gated-relu"])
 def test_a_certificate_gives_back_its_copy(stored, activation):
     problem = make_problem(stored, 1e7, activation=activation)
-    left, atoms = problem.budget.left, make_atoms(problem, 3)
+    left, atoms = problem.operator.budget.left, make_atoms(problem, 3)
     certify_atoms(problem, atoms, 1.0, tol=0.1, generator=torch.Generator().manual_seed(0))
-    assert problem.budget.left == left
+    assert problem.operator.budget.left == left
 
 
 def column_generation(problem):
@@ -169,45 +169,45 @@ def column_generation(problem):
 def test_a_descent_gives_back_its_mixed_tokens(stored, monkeypatch):
     problem = make_problem(stored, 1e7)
     method, used = column_generation(problem), []
-    left, whole = problem.budget.left, Increments.value_and_gradient
+    left, whole = problem.operator.budget.left, Increments.value_and_gradient
     monkeypatch.setattr(
         Increments,
         "value_and_gradient",
-        lambda self, *args: used.append(left - problem.budget.left) or whole(self, *args),
+        lambda self, *args: used.append(left - problem.operator.budget.left) or whole(self, *args),
     )
     method._descend(3)
     assert min(used) == N * 4 * D * 2
-    assert problem.budget.left == left
+    assert problem.operator.budget.left == left
 
 
 @pytest.mark.usefixtures("_no_collection")
 def test_a_subspace_gives_back_its_mixed_tokens(stored):
     problem = make_problem(stored, 1e7)
-    atoms, left = make_atoms(problem, 3), problem.budget.left
+    atoms, left = make_atoms(problem, 3), problem.operator.budget.left
     f = problem.outputs(atoms)
     directions = all_directions(problem, problem.residual(f))
     subspace = Subspace(problem, problem, atoms, f, directions)
-    assert problem.budget.left == left - subspace.mixed.nbytes
-    problem.budget.take(problem.budget.left)
+    assert problem.operator.budget.left == left - subspace.mixed.nbytes
+    problem.operator.budget.take(problem.operator.budget.left)
     assert Subspace(problem, problem, atoms, f, directions).mixed is None
-    problem.budget.take(-left + subspace.mixed.nbytes)
+    problem.operator.budget.take(-left + subspace.mixed.nbytes)
     del subspace
-    assert problem.budget.left == left
+    assert problem.operator.budget.left == left
 
 
 @pytest.mark.usefixtures("_no_collection")
 def test_going_on_in_double_takes_the_room_of_the_rough_copy(stored):
     problem = make_problem(stored, TOKENS + PREPARED * 3.1)
     method = column_generation(problem)
-    assert method.rough.samples.complete
-    assert method.refine().samples.complete
+    assert method.rough.operator.samples.complete
+    assert method.refine().operator.samples.complete
     assert method.rough is method.problem
 
 
 def test_masks_leave_less_for_prepared_tokens(stored):
     problem = make_problem(stored, 1e7, activation="gated-relu", mapped=False)
-    kept = sum(value.nbytes for key, value in problem.samples.data.items() if key != "X")
-    assert problem.budget.left == 1e7 - problem.masks.nbytes - kept
+    kept = sum(value.nbytes for key, value in problem.operator.samples.data.items() if key != "X")
+    assert problem.operator.budget.left == 1e7 - problem.operator.masks.nbytes - kept
 
 
 def resident(mapped):
@@ -278,7 +278,7 @@ rough = problem.with_half_products()
 atoms = Atoms(torch.ones(7, d, d), torch.ones(7, d, 1), torch.zeros(7, dtype=torch.int64), torch.zeros(1))
 passes = Increments(problem, rough, atoms) if Increments.affordable(problem, rough, atoms) else problem
 certify_atoms(problem, atoms, 1.0, tol=0.5, generator=torch.Generator().manual_seed(0))
-print(problem.samples.complete, peak() - before)
+print(problem.operator.samples.complete, peak() - before)
 """
 
 

@@ -38,22 +38,22 @@ def tokens(tmp_path_factory):
 def test_every_pass_is_the_same_at_every_budget(name, activation, pool, dtype, tokens):
     X, path = tokens
     whole = problem_on(torch.from_numpy(X), name, activation, pool, dtype=dtype)
-    assert whole.samples.complete
+    assert whole.operator.samples.complete
     expected, exact = passes(whole), passes(whole.astype(torch.float64))
     kept = set()
     for memory in (0.0, 6e3, 1e9):
         on_disk = problem_on(
             open_tokens(np.load(path, mmap_mode="r")), name, activation, pool, dtype=dtype, memory=memory
         )
-        kept.add(on_disk.samples.kept)
-        assert isinstance(on_disk.X, StoredTokens) == (memory < 1e9)
-        assert on_disk.samples.bytes <= max(memory, 0)
+        kept.add(on_disk.operator.samples.kept)
+        assert isinstance(on_disk.operator.X, StoredTokens) == (memory < 1e9)
+        assert on_disk.operator.samples.bytes <= max(memory, 0)
         for one, other in zip(expected, passes(on_disk), strict=True):
             torch.testing.assert_close(other, one, rtol=2e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
         for one, other in zip(exact, passes(on_disk.astype(torch.float64)), strict=True):
             torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
         if activation == "gated-relu":
-            assert torch.equal(on_disk.masks, whole.masks)
+            assert torch.equal(on_disk.operator.masks, whole.operator.masks)
     assert min(kept) == 0
     assert max(kept) == N
 
@@ -61,8 +61,8 @@ def test_every_pass_is_the_same_at_every_budget(name, activation, pool, dtype, t
 def test_tokens_in_memory_are_prepared_as_far_as_the_budget_goes(tokens):
     X = torch.from_numpy(tokens[0])
     partly = problem_on(X, "mlp-mixer", "linear", dtype=torch.float32, memory=20.0 * S * D * 4)
-    assert 0 < partly.samples.kept < N
-    assert 0 < partly.samples.bytes <= 20.0 * S * D * 4
+    assert 0 < partly.operator.samples.kept < N
+    assert 0 < partly.operator.samples.bytes <= 20.0 * S * D * 4
     for one, other in zip(
         passes(problem_on(X, "mlp-mixer", "linear", dtype=torch.float32)), passes(partly), strict=True
     ):
@@ -72,8 +72,8 @@ def test_tokens_in_memory_are_prepared_as_far_as_the_budget_goes(tokens):
 def test_tokens_that_need_no_preparation_are_not_copied(tokens):
     X = torch.from_numpy(tokens[0])
     problem = problem_on(X, "mlp-mixer", "gated-relu")
-    assert problem.samples.data["X"].data_ptr() == X.data_ptr()
-    assert problem.samples.bytes == 0
+    assert problem.operator.samples.data["X"].data_ptr() == X.data_ptr()
+    assert problem.operator.samples.bytes == 0
 
 
 def test_rough_products_while_streaming(tokens, monkeypatch):

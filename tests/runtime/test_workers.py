@@ -52,7 +52,7 @@ def in_one(monkeypatch, work):
 def test_every_pass_is_the_same_for_any_number_of_workers(name, activation, on_disk, tokens, monkeypatch):
     X = open_tokens(np.load(tokens[1], mmap_mode="r")) if on_disk else torch.from_numpy(tokens[0])
     made = problem_on(X, name, activation, memory=1e3 if on_disk else 1e9)
-    assert made.samples.complete != on_disk
+    assert made.operator.samples.complete != on_disk
     alone, asked = in_one(monkeypatch, lambda: passes(made))
     assert asked == (3 if 2 * made.head.least_batch < len(X) else 1)
     for one, other, again in zip(alone, passes(made), passes(made), strict=True):

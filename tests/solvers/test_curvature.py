@@ -64,8 +64,8 @@ def test_whitening_is_a_change_of_coordinates():
 
     # <gradient, weights(x)> = <pull(gradient), x>
     torch.testing.assert_close(product(atoms, whitening.weights(other)), product(whitening.pull(atoms), other))
-    gram = problem.value_grams(atoms, [torch.arange(2)])[0]
-    mixed = problem.mixed(atoms.U, atoms.block).flatten(2).flatten(0, 1)
+    gram = problem.operator.value_grams(atoms, [torch.arange(2)])[0]
+    mixed = problem.operator.mixed(atoms.U, atoms.block).flatten(2).flatten(0, 1)
     torch.testing.assert_close(gram, mixed.T @ mixed / problem.n)
 
 

@@ -35,7 +35,7 @@ def problem_of(X, Y, *, gates, loss=None, intercept=False, dtype=torch.float64):
 def beta_of(problem, ratio):
     R = problem.residual(problem.outputs(_zero_model(problem)))
     blocks = torch.arange(problem.n_blocks)
-    return ratio * float(problem.gradient_matrices(R, blocks).norm(dim=(1, 2)).max())
+    return ratio * float(problem.operator.gradient_matrices(R, blocks).norm(dim=(1, 2)).max())
 
 
 def certified(problem, beta, tol=1e-7, **options):

@@ -117,7 +117,7 @@ def test_the_krylov_bound_is_never_below_the_norm(enough, monkeypatch):
         R = problem.residual(problem.outputs(atoms))
         exact = instance.dense.norm(R.numpy())
         directions, _ = balance(atoms, drop=0.0)
-        G = GradientMatrices(problem, R)
+        G = GradientMatrices(problem.operator, R)
         bound = KrylovBound(G, G, directions, 1e-3, 1e-6, rng)
         while bound.step():
             comparisons += 1
@@ -142,10 +142,10 @@ def test_what_couples_unsettled_directions_to_the_rest_costs_nothing(c):
     head = make_head("self-attention", 9, 8)
     Y, linear = torch.nn.functional.one_hot(labels, c), make_activation("linear", head, None)
     problem = Problem(Operator(X, head, linear, dtype=torch.float64), Y, CrossEntropy())
-    G = GradientMatrices(problem, problem.residual(problem.outputs(problem.empty())), form=False)
+    G = GradientMatrices(problem.operator, problem.residual(problem.outputs(problem.empty())), form=False)
     assert G.on_values == (c == 4)
     block = torch.zeros(1, dtype=torch.int64)
-    whole = problem.gradient_matrices(G.R, block)[0]
+    whole = problem.operator.gradient_matrices(G.R, block)[0]
     U, sigma, Vt = torch.linalg.svd(whole)
     top = replace(problem.empty(), U=U[:, 0].view(1, 8, 8), V=Vt[0].view(1, 8, c), block=block)
     split = split_off_leading(G, G, top, extra=4, steps=3, generator=rng, rtol=1e-3)

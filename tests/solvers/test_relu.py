@@ -51,9 +51,16 @@ def test_scalar_optimum_is_cvxpys(seed):
     problem = build(name, seed, s=s, d=d, n=6 + seed % 3)
     beta = (0.05, 0.02)[seed % 2]
     certificate = run(problem, beta, tol=1e-6).certificate
-    gates = all_gates(problem.head, problem.X).numpy()
+    X = problem.operator.X
+    gates = all_gates(problem.head, X).numpy()
     truth = oracle.relu_optimum(
-        name, problem.X.numpy(), problem.Y[:, 0, 0].numpy(), gates, pool="mean", grid=problem.head.grid, beta=beta
+        name,
+        X.numpy(),
+        problem.Y[:, 0, 0].numpy(),
+        gates,
+        pool="mean",
+        grid=problem.head.grid,
+        beta=beta,
     )
     assert certificate.scope == "global"
     assert certificate.converged
@@ -65,7 +72,7 @@ def test_scalar_optimum_is_cvxpys(seed):
 def test_descent_in_cones_keeps_the_pattern(name):
     """Nothing crosses a hyperplane, the objective falls, and the weights are stationary where no constraint binds."""
     problem, beta = build(name, 0, c=2, s=2, d=2), 0.05
-    scores = scores_of(problem)
+    scores = scores_of(problem.operator)
     U = torch.randn(4, *problem.head.mixing_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     span = problem.head.mixing_span()
     U = U if span is None else (U.flatten(1) @ span.T @ span).view_as(U)
@@ -210,7 +217,7 @@ def test_audit_of_weights_that_others_trained():
     problem = build("mlp", 2, c=2, n=8)
     trained = train_adam(problem, 0.02, n_heads=4, lr=0.03, epochs=100)
     atoms = trained.module.to_atoms()
-    X, y = problem.X.numpy(), problem.Y[:, 0].numpy()
+    X, y = problem.operator.X.numpy(), problem.Y[:, 0].numpy()
     ours = run(problem, 0.02).certificate
     factors = ([atoms.U.numpy()], [atoms.V.numpy()])
     for weights in (trained.module, factors):
@@ -225,9 +232,9 @@ def test_twin_is_the_same_network(name):
     problem = build(name, 0, c=2, s=4, d=2)
     module = make_twin(problem, 4, seed=0)
     assert module.activation_name == "relu"
-    f = module(problem.X).detach()
+    f = module(problem.operator.X).detach()
     torch.testing.assert_close(f, problem.outputs(module.to_atoms())[:, 0])
-    loss = problem.loss.value(module(problem.X).unsqueeze(1), problem.Y).mean() + 0.1 * module.penalty()
+    loss = problem.loss.value(module(problem.operator.X).unsqueeze(1), problem.Y).mean() + 0.1 * module.penalty()
     loss.backward()
     value, at, _ = problem.value_and_gradient(module.to_atoms(), 0.1)
     assert float(loss.detach()) == pytest.approx(value)

@@ -41,7 +41,7 @@ def test_directions_are_all_singular_triples(name, outputs, activation):
     problem = build(name, outputs, activation)
     R = problem.residual(torch.zeros(80, 1, 4, dtype=torch.float64))
     sigma, left, right = all_directions(problem, R)
-    G = problem.gradient_matrices(R, torch.arange(problem.n_blocks))
+    G = problem.operator.gradient_matrices(R, torch.arange(problem.n_blocks))
     torch.testing.assert_close(left * sigma.unsqueeze(1) @ right.mT, G)
     torch.testing.assert_close(sigma[:, 0], torch.linalg.matrix_norm(G, 2))
 
@@ -64,7 +64,7 @@ def test_passes_are_those_of_the_problem(name, outputs, activation):
     f = problem.outputs(atoms)
     torch.testing.assert_close(passes.outputs(passes.matrices(passes.enter(atoms)), atoms.intercept), f)
     R = problem.residual(f)
-    whole = problem.gradient_matrices(R, torch.arange(j))
+    whole = problem.operator.gradient_matrices(R, torch.arange(j))
     torch.testing.assert_close(passes.gradient(R), left.mT @ whole)
 
 

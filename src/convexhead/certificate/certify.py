@@ -150,7 +150,7 @@ def certify_atoms(
     check_loss(problem.loss, problem.Y)
     if math.isnan(known_dual):
         raise InputError("the lower bound that was passed is NaN")
-    exact = problem.in_double(reuse=True)
+    exact = problem.astype(torch.float64, reuse=True)
     model = Evaluated.of(exact, atoms, beta)
     f = model.outputs if dual_point is None else dual_point.to(exact.device, torch.float64)
     if problem.fit_intercept:
@@ -175,10 +175,10 @@ def _spectral(
     found: Callable[[Tensor], None] | None,
 ) -> LowerBound:
     """From the largest singular value of gradient matrices, decomposed or not."""
-    G = GradientMatrices(dual.problem, dual.R)
+    G = GradientMatrices(dual.problem.operator, dual.R)
     if worth_forming(G):
         return LowerBound(dual.spectral(formed_norm(G)), "singular values")
-    fast = GradientMatrices(problem, dual.R.to(problem.dtype)) if dual.in_single_range else G
+    fast = GradientMatrices(problem.operator, dual.R.to(problem.dtype)) if dual.in_single_range else G
     bound = KrylovBound(G, fast, model.directions, tol, failure_probability, generator)
     primal, enough, steps = model.primal, False, 0
     while bound.step() and not enough and (steps := steps + 1) < max_steps:
@@ -261,7 +261,7 @@ def _certificate(
     primal, norm = model.primal, bound.norm
     gap = max(primal - bound.value, 0.0)
     relative = relative_to(gap, primal)
-    scope = "global" if problem.masks is None else "sampled-gates"
+    scope = "global" if problem.operator.masks is None else "sampled-gates"
     searched: dict[str, Any] = {}
     if norm is not None:
         if norm.refuted or (norm.loose and relative > tol):

@@ -107,7 +107,7 @@ class DualPoint:
                 self.assumed = f"for intercepts of at most {box:.0e}"
         self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
         self.R = g / problem.n
-        a = problem.samples.mix_bounds
+        a = problem.operator.samples.mix_bounds
         size, pairing, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), (g * Y).abs().sum(), g.abs().amax()
         size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
         self.size = size * (1 + 1e-9)
@@ -176,7 +176,7 @@ class DualPoint:
         if self.computable:
             block = torch.zeros(1, dtype=torch.int64, device=self.R.device)
             one = torch.ones(1, dtype=self.R.dtype, device=self.R.device)
-            norm = float(self.problem.adjoint_times_mixing(self.R, one, block).norm())
+            norm = float(self.problem.operator.adjoint_times_mixing(self.R, one, block).norm())
         norm = self.bound(norm)
         start = min(1.0, self.domain)
         return self._best(start, self.domain, lambda tau: (tau * norm) * (tau * norm) / (2 * self.beta))
@@ -220,7 +220,7 @@ def error_of_objective(problem: Problem, f: Float[Tensor, "n r c"], weights: flo
     """
     head = problem.head
     operations = 8 * (head.s + head.d) + atoms * head.value_rows + 64
-    mixed = problem.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
+    mixed = problem.operator.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
     delta = operations * UNIT * (mixed + f.abs().flatten(1).amax(1))
     slope = problem.loss.residual(f, problem.Y).abs().flatten(1).sum(1)
     propagated = problem.mean(delta * slope + head.r * problem.c / 2 * delta.square())

@@ -58,7 +58,7 @@ class KrylovBound:
         failure_probability: float,
         generator: torch.Generator,
     ) -> None:
-        j = G.problem.n_blocks
+        j = G.operator.n_blocks
         self.order, self.failure, self._generator = G.order, failure_probability / j / 2, generator
         self.lower, self.upper, self._closed = 0.0, math.inf, 0.0
         self.splits, self.floor = 0, 0.0

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexhead.program.activations import sample_gates
-from convexhead.program.problem import Problem
+from convexhead.program.operator import Operator
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LocalMaxima:
 
 
 def ascend(
-    problem: Problem,
+    operator: Operator,
     R: Float[Tensor, "n r c"],
     U: Float[Tensor, "k ..."],
     block: Int[Tensor, " k"],
@@ -73,7 +73,7 @@ def ascend(
 
     Parameters
     ----------
-    problem : Problem
+    operator : Operator
         With a ReLU, in any precision.
     R : Tensor (n, r, c)
         Residuals.
@@ -83,7 +83,7 @@ def ascend(
         Only so many are gone on with, those that begin highest; None: all.
     """
     U = _unit(U)
-    G = problem.adjoint_times_mixing(R, U, block)
+    G = operator.adjoint_times_mixing(R, U, block)
     values = G.flatten(1).norm(dim=1)
     if ascents is not None:
         highest = values.argsort(descending=True)[:ascents]
@@ -97,10 +97,10 @@ def ascend(
             break
         if len(fresh):
             unit = G[fresh] / values[fresh].view(-1, 1, 1)
-            ahead[fresh] = _unit(problem.adjoint_times_values(R, unit, block[fresh], U[fresh]))
+            ahead[fresh] = _unit(operator.adjoint_times_values(R, unit, block[fresh], U[fresh]))
         a = step[moving].view(-1, *[1] * (U.ndim - 1))
         trial = _unit((1 - a) * U[moving] + a * ahead[moving])
-        trial_G = problem.adjoint_times_mixing(R, trial, block[moving])
+        trial_G = operator.adjoint_times_mixing(R, trial, block[moving])
         trial_values = trial_G.flatten(1).norm(dim=1)
         gain = trial_values - values[moving]
         better = gain > 0
@@ -113,16 +113,16 @@ def ascend(
     return LocalMaxima(values[order], U[order], G[order], block[order])
 
 
-def starts(problem: Problem, k: int, generator: torch.Generator) -> tuple[Float[Tensor, "k ..."], Int[Tensor, " k"]]:
+def starts(operator: Operator, k: int, generator: torch.Generator) -> tuple[Float[Tensor, "k ..."], Int[Tensor, " k"]]:
     """``k`` random starts for every channel group, half of them standard normal, half drawn from the data."""
-    head, groups = problem.head, problem.head.n_groups
-    gates = torch.cat([sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, problem.X)])
-    U = gates.to(problem.device, problem.dtype).view(-1, *head.mixing_shape)
+    head, groups = operator.head, operator.head.n_groups
+    gates = torch.cat([sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, operator.X)])
+    U = gates.to(operator.device, operator.dtype).view(-1, *head.mixing_shape)
     span = head.mixing_span()
     if span is not None:
         span = span.to(U)
         U = (U.flatten(1) @ span.T @ span).view_as(U)
-    return U, torch.arange(len(U), device=problem.device) % groups
+    return U, torch.arange(len(U), device=operator.device) % groups
 
 
 def _unit(U: Float[Tensor, "k ..."]) -> Float[Tensor, "k ..."]:

@@ -104,11 +104,11 @@ class NormOracle:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.operator = problem.operator
         head = problem.head
         rows = problem.n * head.p * head.score_width
         small = rows * max(head.mixing_size, problem.value_shape[0] * problem.c) * head.n_groups <= WRITTEN_OUT
-        self.scores = scores_of(problem) if small else None
+        self.scores = scores_of(self.operator) if small else None
         self._work = WORK
         self._faces: list[list[FacesOfDimension]] = []
         self._cells: list[tuple[Tensor, float]] = []
@@ -175,11 +175,11 @@ class NormOracle:
 
         With ``ascents`` only so many of either are made, from the starts that are highest.
         """
-        search = partial(ascend, self.problem, R.to(self.problem.dtype), iterations=iterations, rtol=rtol)
-        maxima = search(*starts(self.problem, n_starts, generator), ascents=ascents)
+        search = partial(ascend, self.operator, R.to(self.operator.dtype), iterations=iterations, rtol=rtol)
+        maxima = search(*starts(self.operator, n_starts, generator), ascents=ascents)
         if warm is None or not len(warm):
             return maxima
-        return maxima.merge(search(warm.U.to(self.problem.dtype), warm.block, ascents=ascents))
+        return maxima.merge(search(warm.U.to(self.operator.dtype), warm.block, ascents=ascents))
 
     def bound(
         self, R: Float[Tensor, "n r c"], maxima: LocalMaxima, *, rtol: float = 1e-6, enough: float = 0.0
@@ -199,7 +199,7 @@ class NormOracle:
         if self.scores is None:
             return DualNorm(math.inf, self.method, maxima, ascents)
         upper, best = 0.0, []
-        forms = [scores.weights(self.problem, R.double()) for scores in self.scores]
+        forms = [scores.weights(self.operator, R.double()) for scores in self.scores]
         for scores, form in zip(self.scores, forms, strict=True):
             if self.method == "faces":
                 bound, u = largest_norm_on_faces(form, self._faces[scores.group])
@@ -217,10 +217,10 @@ class NormOracle:
                 bound = product_of_norms(form)
             upper = max(upper, bound) if math.isfinite(bound) else math.inf
         if best:
-            U = torch.cat(best).to(maxima.U).view(-1, *self.problem.head.mixing_shape)
+            U = torch.cat(best).to(maxima.U).view(-1, *self.operator.head.mixing_shape)
             block = torch.cat([torch.full((len(u),), group, device=U.device) for group, u in enumerate(best)])
             found = U.flatten(1).norm(dim=1) > 0
-            more = ascend(self.problem, R.to(self.problem.dtype), U[found], block[found], iterations=30)
+            more = ascend(self.operator, R.to(self.operator.dtype), U[found], block[found], iterations=30)
             maxima = maxima.merge(self._in_double(R, more))
         known = DualNorm(upper, self.method, maxima, ascents)
         if known.loose and upper > enough:  # as much work would leave the next bound as loose
@@ -231,10 +231,10 @@ class NormOracle:
 
     def _in_double(self, R: Float[Tensor, "n r c"], maxima: LocalMaxima) -> LocalMaxima:
         """Values that a search in single precision found, as they are in double precision."""
-        if self.problem.dtype == torch.float64:
+        if self.operator.dtype == torch.float64:
             return maxima
         U = torch.nn.functional.normalize(maxima.U.double().flatten(1)).view_as(maxima.U)
-        G = self.problem.in_double(reuse=True).adjoint_times_mixing(R.double(), U, maxima.block)
+        G = self.operator.astype(torch.float64, reuse=True).adjoint_times_mixing(R.double(), U, maxima.block)
         values = G.flatten(1).norm(dim=1)
         return LocalMaxima(values, maxima.U, maxima.G, maxima.block).select(values.argsort(descending=True))
 

@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.program.operator import Operator
 from convexhead.program.patterns import EPSILON, hyperplanes_of, preactivation_rows
-from convexhead.program.problem import Problem
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -68,9 +68,9 @@ class Scores:
         """``w``, the mixing dimension that the data sees."""
         return len(self.basis)
 
-    def weights(self, problem: Problem, R: Float[Tensor, "n r c"]) -> Form:
+    def weights(self, operator: Operator, R: Float[Tensor, "n r c"]) -> Form:
         """The function of ``u`` whose largest norm on the sphere is the dual norm of ``R``."""
-        C = score_weights(problem, R, self.group)
+        C = score_weights(operator, R, self.group)
         scaled = C * self.scale.abs().unsqueeze(1)
         towards = (self.scale > 0).unsqueeze(1)
         c = scaled.new_zeros(len(self.planes), C.shape[1]).index_add_(0, self.plane, scaled)
@@ -106,12 +106,12 @@ class Form:
         return u @ self.L + (u @ self.K.T).clamp_min(0) @ self.c
 
 
-def scores_of(problem: Problem) -> list[Scores]:
+def scores_of(operator: Operator) -> list[Scores]:
     """The scores of every channel group, in float64."""
     found = []
-    for group in range(problem.head.n_groups):
-        rows = preactivation_rows(problem.head, problem.tokens().double(), group)
-        enough = problem.head.mixing_span()
+    for group in range(operator.head.n_groups):
+        rows = preactivation_rows(operator.head, operator.tokens().double(), group)
+        enough = operator.head.mixing_span()
         if enough is not None:
             rows = rows @ enough.to(rows).T
         basis, spread, planes, plane, scale, lost = _written_as_planes(rows)
@@ -133,12 +133,12 @@ def _written_as_planes(K: Float[Tensor, "N p"]) -> tuple[Tensor, Tensor, Tensor,
     return basis, sigma[seen], planes, plane, scale, (K - kept).norm(dim=1) + gamma * size
 
 
-def score_weights(problem: Problem, R: Float[Tensor, "n r c"], group: int) -> Float[Tensor, "N q"]:
+def score_weights(operator: Operator, R: Float[Tensor, "n r c"], group: int) -> Float[Tensor, "N q"]:
     """``C (N, e·c)``: what a unit of each activated score adds to ``Σ_i (P mix(X_i, u))ᵀ R_i``."""
-    head, (e, c) = problem.head, problem.value_shape
-    basis = torch.eye(e * c, dtype=torch.float64, device=problem.device).view(-1, e, c)
-    block = torch.full((e * c,), group, device=problem.device)
-    V = problem.mask_values(basis, block)
+    head, e, c = operator.head, operator.head.value_rows, R.shape[-1]
+    basis = torch.eye(e * c, dtype=torch.float64, device=operator.device).view(-1, e, c)
+    block = torch.full((e * c,), group, device=operator.device)
+    V = head.mask_values(basis, block)
     T = (R @ V.flatten(0, 1).T).unflatten(-1, V.shape[:2])
-    data = head.prepare(problem.tokens().double())
+    data = head.prepare(operator.tokens().double())
     return head.pool_rows_adjoint(head.read_adjoint(data, T)).movedim(1, -1).flatten(0, -2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
 from convexhead.linalg.krylov import BlockKrylov, project_out
 from convexhead.program.atoms import Atoms
-from convexhead.program.problem import Problem
+from convexhead.program.operator import Operator
 
 LEAST_STEPS = 4
 """Krylov steps before which the random vectors have not found what the rest holds."""
@@ -52,7 +52,7 @@ class Deflated:
     @cached_property
     def corners(self) -> tuple[Float[Tensor, "j m m"], Float[Tensor, "j m m"], Float[Tensor, " j"]]:
         """``MMᵀ``, ``NNᵀ`` and ``‖P‖`` of each block, of ``Gᵀ`` where the Gram operator acts on the mixing side."""
-        problem, (j, _, m) = self.G.problem, self.A.shape
+        operator, (j, _, m) = self.G.operator, self.A.shape
         AtG, GB = self.A.new_zeros(j, m, self.G.q), self.A.new_zeros(j, m, self.G.p)
         used = (self.A != 0).any(1)  # (j, m)
         block = used.nonzero()[:, 0]
@@ -60,11 +60,11 @@ class Deflated:
             known = None if self._image is None else self._image.mT[used]
             at_B, at_A = (known, None) if self.G.on_values else (None, known)
             if at_B is None:
-                V = self.B.mT[used].view(-1, *problem.value_shape)
-                at_B = problem.adjoint_times_values(self.G.R, V, block).flatten(1)
+                V = self.B.mT[used].view(-1, *self.G.value_shape)
+                at_B = operator.adjoint_times_values(self.G.R, V, block).flatten(1)
             if at_A is None:
-                U = self.A.mT[used].view(-1, *problem.head.mixing_shape)
-                at_A = problem.adjoint_times_mixing(self.G.R, U, block).flatten(1)
+                U = self.A.mT[used].view(-1, *operator.head.mixing_shape)
+                at_A = operator.adjoint_times_mixing(self.G.R, U, block).flatten(1)
             GB[used], AtG[used] = at_B, at_A
         M = AtG @ self.B
         N, P = AtG - M @ self.B.mT, (GB.mT - self.A @ M).mT
@@ -114,9 +114,15 @@ def _etas(like: Tensor) -> Float[Tensor, " t"]:
     return torch.logspace(-8, 4, 241, dtype=like.dtype, device=like.device)
 
 
+def split_off_nothing(G: GradientMatrices) -> Deflated:
+    """``G_j`` as it is."""
+    j = G.operator.n_blocks
+    return Deflated(G, G.R.new_zeros(j, G.p, 0), G.R.new_zeros(j, G.q, 0))
+
+
 def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
     """``G_j`` without the directions of a model's atoms: what the model lacks."""
-    j = G.problem.n_blocks
+    j = G.operator.n_blocks
     widest = int(torch.bincount(atoms.block, minlength=j).max()) if len(atoms) else 0
     A, B = G.R.new_zeros(j, G.p, widest), G.R.new_zeros(j, G.q, widest)
     for block in torch.unique(atoms.block).tolist():
@@ -204,10 +210,10 @@ def split_off_leading(
     other = torch.linalg.qr(y).Q  # of nested spans: dropping the tail of both sides keeps them matched
     kept = (torch.arange(x.shape[2], device=x.device) < count.unsqueeze(1)).unsqueeze(1)
     left, right = (other, x) if G.on_values else (x, other)
-    A = G.R.new_zeros(G.problem.n_blocks, G.p, x.shape[2])
-    B = G.R.new_zeros(G.problem.n_blocks, G.q, x.shape[2])
+    A = G.R.new_zeros(G.operator.n_blocks, G.p, x.shape[2])
+    B = G.R.new_zeros(G.operator.n_blocks, G.q, x.shape[2])
     A[active], B[active] = left * kept, right * kept
-    image = y.new_zeros(G.problem.n_blocks, *y.shape[1:])
+    image = y.new_zeros(G.operator.n_blocks, *y.shape[1:])
     image[active] = y * kept
     return Deflated(G, A, B, image)
 
@@ -259,19 +265,19 @@ def top_singular(
 
 
 def spectral_norm(
-    problem: Problem, R: Float[Tensor, "n r c"], generator: torch.Generator, fast: Problem | None = None
+    operator: Operator, R: Float[Tensor, "n r c"], generator: torch.Generator, fast: Operator | None = None
 ) -> float:
     """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small.
 
-    ``fast`` is the same problem in a lower precision, in which most of the search is done.
+    ``fast`` is the same operator in a lower precision, in which most of the search is done.
     """
-    G = GradientMatrices(problem, R)
+    G = GradientMatrices(operator, R)
     if worth_forming(G):
         return formed_norm(G)
-    blocks = torch.arange(problem.n_blocks, device=problem.device)
+    blocks = torch.arange(operator.n_blocks, device=operator.device)
     start = G.random_start(blocks, min(4 if len(blocks) == 1 else 2, G.order), generator)
-    if fast is not None and fast.dtype != problem.dtype:
-        rough = split_off_model(GradientMatrices(fast, R.to(fast.dtype)), fast.empty())
+    if fast is not None and fast.dtype != operator.dtype:
+        rough = split_off_nothing(GradientMatrices(fast, R.to(fast.dtype)))
         *_, start = top_singular(rough, start.to(fast.dtype), rtol=1e-5, max_steps=100)
-    sigma, *_ = top_singular(split_off_model(G, problem.empty()), start.to(R.dtype), rtol=1e-7, max_steps=100)
+    sigma, *_ = top_singular(split_off_nothing(G), start.to(R.dtype), rtol=1e-7, max_steps=100)
     return float(sigma.max())

@@ -7,6 +7,7 @@ A product is one pass over the tokens. Where all entries cost less than a Krylov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.program.problem import Problem
+from convexhead.program.operator import Operator
 
 FORMED = 5_000_000
 """Numbers that the matrices formed at a time may take."""
@@ -33,7 +34,7 @@ class GradientMatrices:
 
     Parameters
     ----------
-    problem : Problem
+    operator : Operator
     R : Tensor (n, r, c)
         Residuals.
     form : bool
@@ -45,25 +46,26 @@ class GradientMatrices:
     ``blocks``; ``p = mixing_size`` and ``q = value_rows · c``.
     """
 
-    def __init__(self, problem: Problem, R: Float[Tensor, "n r c"], *, form: bool = True) -> None:
-        self.problem, self.R, self._form = problem, R, form
-        self.p = problem.head.mixing_size
-        self.q = problem.head.value_rows * problem.c
-        self.on_values = problem.value_size <= self.p
+    def __init__(self, operator: Operator, R: Float[Tensor, "n r c"], *, form: bool = True) -> None:
+        self.operator, self.R, self._form = operator, R, form
+        self.value_shape = operator.head.value_rows, R.shape[-1]
+        self.p, self.q = operator.head.mixing_size, math.prod(self.value_shape)
+        free = operator.head.value_size(R.shape[-1])
+        self.on_values = free <= self.p
         """Whether the Gram operator acts on the value side, the smaller one."""
-        self.order = min(self.p, problem.value_size)
+        self.order = min(self.p, free)
 
     @cached_property
     def formed(self) -> Float[Tensor, "j p q"] | None:
         """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
-        problem = self.problem
-        size = problem.n_blocks * self.p * self.q * problem.dtype.itemsize
-        if not self._form or problem.products != problem.dtype or not _cheap_to_form(problem):
+        operator = self.operator
+        size = operator.n_blocks * self.p * self.q * operator.dtype.itemsize
+        if not self._form or operator.products != operator.dtype or not _cheap_to_form(self):
             return None
-        if problem.ranks.largest(float(size > min(FORMED_BYTES, problem.budget.left)))[0]:
+        if operator.ranks.largest(float(size > min(FORMED_BYTES, operator.budget.left)))[0]:
             return None
-        problem.budget.lend(size, self)
-        return problem.gradient_matrices(self.R, torch.arange(problem.n_blocks, device=self.R.device))
+        operator.budget.lend(size, self)
+        return operator.gradient_matrices(self.R, torch.arange(operator.n_blocks, device=self.R.device))
 
     def _product(self, x: Tensor, blocks: Tensor, shape: tuple[int, ...], times: Callable[..., Tensor]) -> Tensor:
         j, _, b = x.shape
@@ -75,13 +77,13 @@ class GradientMatrices:
         """``G_j V_j``."""
         if self.formed is not None:
             return torch.stack([self.formed[j] @ x for j, x in zip(blocks.tolist(), V, strict=True)])
-        return self._product(V, blocks, self.problem.value_shape, self.problem.adjoint_times_values)
+        return self._product(V, blocks, self.value_shape, self.operator.adjoint_times_values)
 
     def transpose_times(self, U: Float[Tensor, "j p b"], blocks: Tensor) -> Float[Tensor, "j q b"]:
         """``G_jᵀ U_j``."""
         if self.formed is not None:
             return torch.stack([self.formed[j].T @ x for j, x in zip(blocks.tolist(), U, strict=True)])
-        return self._product(U, blocks, self.problem.head.mixing_shape, self.problem.adjoint_times_mixing)
+        return self._product(U, blocks, self.operator.head.mixing_shape, self.operator.adjoint_times_mixing)
 
     def gram(self, x: Float[Tensor, "j m b"], blocks: Tensor) -> Float[Tensor, "j m b"]:
         """``G_jᵀG_j x`` or ``G_jG_jᵀ x``, on the smaller side."""
@@ -95,27 +97,27 @@ class GradientMatrices:
         x = torch.randn(len(blocks) * b, m, generator=generator, dtype=torch.float64)
         x = x.to(self.R.device, self.R.dtype)
         if self.on_values:
-            x = x.view(-1, *self.problem.value_shape)
-            x = self.problem.mask_values(x, blocks.repeat_interleave(b)).flatten(1)
+            x = x.view(-1, *self.value_shape)
+            x = self.operator.head.mask_values(x, blocks.repeat_interleave(b)).flatten(1)
         return x.view(len(blocks), b, m).transpose(1, 2)
 
 
 def worth_forming(G: GradientMatrices) -> bool:
     """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
-    if _cheap_to_form(G.problem):
+    if _cheap_to_form(G):
         return G.order <= FORMED_ORDER and G.p * G.q <= MOST_FORMED  # formed block by block
-    return G.order <= 128 and G.p * G.q * G.problem.n_blocks <= MOST_FORMED
+    return G.order <= 128 and G.p * G.q * G.operator.n_blocks <= MOST_FORMED
 
 
-def _cheap_to_form(problem: Problem) -> bool:
-    cost = problem.operator.gradient_cost(problem.c)
+def _cheap_to_form(G: GradientMatrices) -> bool:
+    cost = G.operator.gradient_cost(G.R.shape[-1])
     return cost is not None and cost.products <= MOST_PRODUCTS
 
 
 def formed_norm(G: GradientMatrices) -> float:
     """``max_j ‖G_j‖₂`` from eigenvalues of Gram matrices, some blocks at a time to save memory."""
-    blocks = torch.arange(G.problem.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
-    return max(_largest(G.problem.gradient_matrices(G.R, some)) for some in blocks)
+    blocks = torch.arange(G.operator.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
+    return max(_largest(G.operator.gradient_matrices(G.R, some)) for some in blocks)
 
 
 def _largest(G: Float[Tensor, "j p q"]) -> float:

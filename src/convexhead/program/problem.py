@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -149,24 +149,6 @@ class Problem:
         identity of the one that was stated. All processes ask for it together.
         """
         return identify(self) if self.stated is None else self.stated.identity
-
-    # -- for callers that are on their way to `operator` --------------------------------------------------------------
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "operator":
-            raise AttributeError(name)
-        return getattr(self.operator, name)
-
-    def in_double(self, *, reuse: bool = False) -> Problem:
-        return self.astype(torch.float64, reuse=reuse)
-
-    @property
-    def value_size(self) -> int:
-        return self.head.value_size(self.c)
-
-    @property
-    def output_mask(self) -> Tensor | None:
-        mask = self.head.output_mask(self.c)
-        return None if mask is None else mask.to(self.device, self.dtype)
 
     # -- what its operator holds --------------------------------------------------------------------------------------
     @property

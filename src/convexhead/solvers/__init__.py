@@ -243,7 +243,7 @@ def _zero_model(problem: Problem) -> Atoms:
     """No atoms, and the intercept that is best without any."""
     model = problem.empty()
     if problem.fit_intercept:
-        exact = problem.in_double()
+        exact = problem.astype(torch.float64)
         f = torch.zeros(len(problem.Y), problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
         model.intercept = solve_intercept(exact, f).to(problem.dtype)
     return model
@@ -268,12 +268,12 @@ def _finish(problem: Problem, atoms: Atoms, negligible: float, max_heads: int | 
             keep[order[dropped]] = False
             # Where tokens are far from 0 a small ReLU atom may move outputs far.
             if max_heads is None and not problem.activation.convex and not bool(keep.all()):
-                exact = problem.in_double()
+                exact = problem.astype(torch.float64)
                 before, after = (exact.data_term(exact.outputs(part)) for part in (atoms, atoms.select(keep)))
                 keep |= after > before + negligible * abs(before)
             atoms = atoms.select(keep)
     if problem.fit_intercept:
-        exact = problem.in_double()
+        exact = problem.astype(torch.float64)
         f = exact.outputs(atoms) - atoms.intercept
         atoms.intercept = solve_intercept(exact, f)
     return atoms
@@ -283,7 +283,7 @@ def _in_double(problem: Problem, method: Method, model: Atoms, generator: torch.
     """The same problem in float64, and a method that goes on there."""
     if isinstance(method, ColumnGeneration):
         return method.refine(), method
-    problem = problem.in_double(reuse=True)
+    problem = problem.astype(torch.float64, reuse=True)
     start = model.to(problem.device, problem.dtype)
     return problem, _method(problem, method.beta, start, method.monitor, None, generator)
 

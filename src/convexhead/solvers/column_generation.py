@@ -107,7 +107,7 @@ class ColumnGeneration:
     def refine(self) -> Problem:
         """Go on from the current model with the same problem in float64, which is returned."""
         self.rough = self.problem  # first, to make room
-        self._take(self.problem.in_double(reuse=True))
+        self._take(self.problem.astype(torch.float64, reuse=True))
         return self.problem
 
     def _take(self, problem: Problem) -> None:
@@ -191,7 +191,7 @@ class ColumnGeneration:
             return False
         R = self.problem.residual(f if self._average is None else self._average)
         size = atoms.U.flatten(1).square().sum(1)  # of balanced atoms
-        along = (self.rough.adjoint_times_mixing(R, atoms.U, atoms.block) * atoms.V).sum((1, 2))
+        along = (self.rough.operator.adjoint_times_mixing(R, atoms.U, atoms.block) * atoms.V).sum((1, 2))
         keep = (size > self.small * size.max()) | (-along > (1 - margin) * self.beta * size)
         self._atoms = atoms.select(keep)
         return not bool(keep.all())
@@ -268,8 +268,8 @@ class ColumnGeneration:
             directions = all_directions(problem, R)
             return self._gap(f, point, float(directions.sigma.max())), directions
         # Far away rough products say enough; near the optimum what they miss would cost a certificate.
-        exact = GradientMatrices(problem, R, form=last <= self.near)
-        G = GradientMatrices(self.rough, R, form=False) if exact.formed is None else exact
+        exact = GradientMatrices(problem.operator, R, form=last <= self.near)
+        G = GradientMatrices(self.rough.operator, R, form=False) if exact.formed is None else exact
         model = split_off_model(G, atoms)
         if lacking:
             directions, self._warm = lacking_directions(model, self._warm, self.batch, self.generator)

@@ -37,7 +37,7 @@ class DensePasses:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem.class_by_class()
         e, c = problem.value_shape
-        features = problem.features()
+        features = problem.operator.features()
         mean = self._taken_off(features, 1)
         unfolded = features.unflatten(2, (-1, e))  # (j, n·r, p, e)
         self.rotation = _visible(problem.sum(torch.einsum("jnpe,jnqe->pq", unfolded, unfolded))[0])
@@ -59,10 +59,12 @@ class DensePasses:
     def _output_mask(self) -> Float[Tensor, "j 1 q"] | None:
         """Which entries of a row of ``Z_j`` may be other than zero; None where all."""
         problem = self.problem
-        if problem.output_mask is None:
+        mask = problem.head.output_mask(problem.c)
+        if mask is None:
             return None
         group = torch.arange(problem.n_blocks, device=problem.device) % problem.head.n_groups
-        return problem.output_mask[group].repeat(1, problem.head.value_rows).unsqueeze(1)
+        mask = mask.to(problem.device, problem.dtype)[group]
+        return mask.repeat(1, problem.head.value_rows).unsqueeze(1)
 
     def outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
         """``f`` at dense weights."""

@@ -141,7 +141,7 @@ class GroupNewton:
         """``𝒜_j*(R)`` of some blocks."""
         if not len(block):
             return self.W
-        return self.problem.adjoint_times_values(R, R.new_ones(len(block), 1, 1), block).flatten(1)
+        return self.problem.operator.adjoint_times_values(R, R.new_ones(len(block), 1, 1), block).flatten(1)
 
     def _sum(self, R: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:
         """Over samples and rows: the adjoint of adding an intercept; zero where none is fitted."""
@@ -228,7 +228,7 @@ class GroupNewton:
         for j in self.block.tolist():
             if j not in self._grams:
                 units = self._atoms(eye, torch.full((p,), j, device=f.device), self.b)
-                (self._grams[j],) = self.problem.value_grams(units, [torch.arange(p, device=f.device)])
+                (self._grams[j],) = self.problem.operator.value_grams(units, [torch.arange(p, device=f.device)])
         size = self.W.norm(dim=1).view(-1, 1, 1)
         unit = self.W.unsqueeze(2) / size
         M = self.beta / size * (eye - unit @ unit.mT)

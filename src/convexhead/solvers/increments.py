@@ -41,8 +41,8 @@ class Increments:
 
     def __init__(self, problem: Problem, rough: Problem, anchor: Atoms) -> None:
         self.problem, self.rough, self.anchor = problem, rough, anchor
-        self.mixed = rough.mixed(anchor.U, anchor.block)
-        rough.budget.lend(self.mixed.nbytes, self)
+        self.mixed = rough.operator.mixed(anchor.U, anchor.block)
+        rough.operator.budget.lend(self.mixed.nbytes, self)
         _, self.gradient, self.outputs = problem.value_and_gradient(anchor, 0.0)
         self.residual = problem.residual(self.outputs)
 
@@ -51,13 +51,14 @@ class Increments:
         """Whether there are cheaper products, and room for the anchor's mixed tokens."""
         if rough is problem:
             return False
-        short = rough.mixed_bytes(len(anchor)) > min(MIXED_BYTES[problem.device.type], rough.budget.left)
+        operator, most = rough.operator, MIXED_BYTES[problem.device.type]
+        short = operator.mixed_bytes(len(anchor)) > min(most, operator.budget.left)
         return not problem.ranks.largest(short)[0]  # all processes must take the same passes
 
     def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """As `Problem.value_and_gradient`."""
         problem, anchor, activation = self.problem, self.anchor, self.problem.activation
-        half = self.rough.products
+        half = self.rough.operator.products
         dU, dV = atoms.U - anchor.U, (atoms.V - anchor.V).flatten(0, 1).to(half)
         V, V0 = atoms.V.flatten(0, 1).to(half), anchor.V.flatten(0, 1).to(half)
         both = torch.cat([V0, dV], dim=1).T  # (2c, k·e)
@@ -81,7 +82,7 @@ class Increments:
             at_U = pull_back((torch.cat([dR, R], dim=1) @ both).view(dM.shape))
             return loss.double().sum(), at_U, at_V, at_b
 
-        self.rough.over_batches(len(atoms), evaluate, total, gU, gV, gb)
+        self.rough.operator.over_batches(len(atoms), evaluate, total, gU, gV, gb)
         total, gU, gV, gb = problem.sum(total, gU, gV, gb)
         before = self.gradient
         gb = gb + before.intercept if problem.fit_intercept else torch.zeros_like(gb)

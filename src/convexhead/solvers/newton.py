@@ -85,8 +85,8 @@ class FactoredNewton:
         each = torch.eye(c, device=f.device).unsqueeze(2)  # (c, c, 1)
         of_U = V.mT.unsqueeze(1) @ features  # (k, w, c, n·r)
         of_V = (U.unsqueeze(1) @ features.flatten(2)).view(k, e, 1, 1, -1) * each  # (k, e, c, c, n·r)
-        if problem.output_mask is not None:
-            of_V *= problem.output_mask[block % problem.head.n_groups][:, None, :, None, None]
+        if (mask := problem.head.output_mask(c)) is not None:
+            of_V *= mask.to(block.device)[block % problem.head.n_groups][:, None, :, None, None]
         of_b = (each if problem.fit_intercept else torch.zeros_like(each)).expand(-1, -1, features.shape[3])
         J = torch.cat([of_U.flatten(0, 1), of_V.flatten(0, 2), of_b])  # of every f_i: (m, c, n·r)
         curved = problem.loss.hessian_times(f, Y, J.unflatten(2, f.shape[:2]).movedim(1, 3)).movedim(3, 1)

@@ -46,8 +46,8 @@ def lacking_directions(
     first : int
         Directions that a first search looks for where there is one block.
     """
-    G, several = model.G, model.G.problem.n_blocks > 1
-    blocks = torch.arange(G.problem.n_blocks, device=G.R.device)
+    G, several = model.G, model.G.operator.n_blocks > 1
+    blocks = torch.arange(G.operator.n_blocks, device=G.R.device)
     if warm is None:
         start = G.random_start(blocks, min(4 if several else first, G.order), generator)
     else:
@@ -67,11 +67,11 @@ def leading_directions(
 ) -> tuple[Directions, Float[Tensor, "j big v"]]:
     """Of every block, as many as the widest has atoms and ``extra`` more, and what to begin the next search with.
 
-    They are looked for in the products of ``model``'s problem, which may be rough; their sizes are then taken from
+    They are looked for in the products of ``model``'s operator, which may be rough; their sizes are then taken from
     ``exact`` ones.
     """
     G = model.G
-    blocks = torch.arange(G.problem.n_blocks, device=G.R.device)
+    blocks = torch.arange(G.operator.n_blocks, device=G.R.device)
     near = model.B if G.on_values else model.A
     known = [near] if warm is None else [near, warm]
     noise = G.random_start(blocks, extra, generator)

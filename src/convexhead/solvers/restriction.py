@@ -57,8 +57,8 @@ class Restriction(DensePasses):
     def __init__(self, problem: Problem, left: Float[Tensor, "j p m"], dtype: torch.dtype) -> None:
         j, _, m = left.shape
         blocks = torch.arange(j, device=left.device).repeat_interleave(m)
-        mixed = problem.mixed(left.mT.reshape(-1, *problem.head.mixing_shape), blocks)
-        self.problem, self.left = problem.in_double().class_by_class(), left.double()
+        mixed = problem.operator.mixed(left.mT.reshape(-1, *problem.head.mixing_shape), blocks)
+        self.problem, self.left = problem.astype(torch.float64).class_by_class(), left.double()
         self.features = mixed.flatten(0, 1).flatten(1).T.to(dtype).contiguous()
         self.mean = self._taken_off(self.features, 1).flatten()
         e, c = problem.value_shape
@@ -95,7 +95,7 @@ def room(problem: Problem) -> int:
 def all_directions(problem: Problem, R: Float[Tensor, "n r c"]) -> Directions:
     """Every singular triple of every gradient matrix, formed."""
     blocks = torch.arange(problem.n_blocks, device=R.device)
-    G = problem.gradient_matrices(R, blocks)
+    G = problem.operator.gradient_matrices(R, blocks)
     values, right = torch.linalg.eigh((G.mT @ G).double())
     sigma, right = values.flip(1).clamp_min(0).sqrt(), right.flip(2).to(G.dtype)
     left = G @ right / sigma.unsqueeze(1).clamp_min(torch.finfo(G.dtype).tiny).to(G.dtype)

@@ -6,7 +6,7 @@ with orthonormal ``A_j (p, m)``, ``B_j (q, m)`` that span the model and the lead
 (active subspace selection: Hsieh & Olsen 2014). Factors move slowly where singular values of the gradient crowd around
 β; the nuclear norm of ``M`` decides there at once which directions stay.
 
-The Hessian of ``F`` in ``M`` is estimated from random draws (`Problem.pair_covariance`), the quadratic model with its
+The Hessian of ``F`` in ``M`` is estimated from random draws (`Operator.pair_covariance`), the quadratic model with its
 nuclear norm minimised by proximal gradient steps on small matrices, and the step's length found exactly, since outputs
 are linear in ``M``. Mixed tokens of the directions may be rounded: outputs and gradients at the start are exact, and
 what follows is added to them, so that errors are relative to the steps (see `convexhead.solvers.increments`).
@@ -79,11 +79,12 @@ class Subspace:
             atoms.intercept,
         )
         self.start = self._coefficients(atoms)
-        size, room = rough.mixed_bytes(len(self.basis)), min(MIXED_BYTES[problem.device.type], rough.budget.left)
-        self.mixed = rough.mixed(self.basis.U, self.basis.block) if size <= room else None
+        operator, size = rough.operator, rough.operator.mixed_bytes(len(self.basis))
+        room = min(MIXED_BYTES[problem.device.type], operator.budget.left)
+        self.mixed = operator.mixed(self.basis.U, self.basis.block) if size <= room else None
         if self.mixed is not None:
-            rough.budget.lend(size, self)
-        self.slope = self._project(problem.adjoint_times_mixing(self.R, self.basis.U, self.basis.block))
+            operator.budget.lend(size, self)
+        self.slope = self._project(problem.operator.adjoint_times_mixing(self.R, self.basis.U, self.basis.block))
 
     def _coefficients(self, atoms: Atoms) -> Float[Tensor, "j m m"]:
         M = self.left.new_zeros(len(self.left), self.left.shape[2], self.left.shape[2])
@@ -104,7 +105,7 @@ class Subspace:
         """``A_jᵀ 𝒜_j*(R) B_j``."""
         dR = self.problem.residual(f) - self.R
         if self.mixed is None:
-            rows = self.problem.adjoint_times_mixing(dR, self.basis.U, self.basis.block)
+            rows = self.problem.operator.adjoint_times_mixing(dR, self.basis.U, self.basis.block)
         else:
             product = self.mixed.flatten(2).flatten(0, 1).T @ dR.flatten(0, 1).to(self.mixed.dtype)
             (rows,) = self.problem.sum(product.to(dR.dtype))
@@ -122,7 +123,7 @@ class Subspace:
         for _ in range(times):
             z = probes(self.problem, f, generator)
             assert z is not None, "the caller has asked"
-            H += self.rough.pair_covariance(self.basis, z, len(self.left), self.mixed) / times
+            H += self.rough.operator.pair_covariance(self.basis, z, len(self.left), self.mixed) / times
         return H.double()
 
     def solve(self, beta: float, *, until: float, generator: torch.Generator) -> Float[Tensor, "j m m"]:

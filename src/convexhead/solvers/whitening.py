@@ -53,14 +53,14 @@ class Whitening:
         most = max(1, GROUP // problem.head.value_rows)
         blocks = [(atoms.block == j).nonzero().squeeze(1) for j in torch.unique(atoms.block).tolist()]
         self.groups = [group for of_block in blocks for group in of_block.split(most)]
-        self.roots = [_root(h * gram, beta) for gram in problem.value_grams(atoms, self.groups)]
+        self.roots = [_root(h * gram, beta) for gram in problem.operator.value_grams(atoms, self.groups)]
         self.along, self.stretch = torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         if w is not None:
             self._stretch(problem, atoms, w, beta)
 
     def _stretch(self, problem: Problem, atoms: Atoms, w: Float[Tensor, "n r c"], beta: float) -> None:
         """Find ``u_o`` and ``√γ_o − 1``."""
-        u = self._solve(problem.adjoint_times_mixing(w, atoms.U, atoms.block))
+        u = self._solve(problem.operator.adjoint_times_mixing(w, atoms.U, atoms.block))
         self.along = u / torch.linalg.vector_norm(u, dim=(0, 1)).clamp_min(torch.finfo(u.dtype).tiny)
         V = self._solve_transposed(self.along)
         along = problem.outputs(replace(atoms, V=V, intercept=torch.zeros_like(atoms.intercept)))

@@ -46,7 +46,7 @@ def build(name, activation, outputs, pool, grid, *, d=D, reuse=True, seed=0):
 def reference_outputs(problem, atoms, gates):
     head = problem.head
     f = np.zeros((N, head.r, C)) + atoms.intercept.numpy()
-    for i, X in enumerate(problem.X.numpy()):
+    for i, X in enumerate(problem.operator.X.numpy()):
         for U, V, j in zip(atoms.U.numpy(), atoms.V.numpy(), atoms.block.tolist(), strict=True):
             group, gate = j % head.n_groups, None
             if gates is not None:
@@ -76,8 +76,8 @@ def test_adjoints(name, activation, outputs, pool, grid):
     """``⟨R, 𝒜_j(u vᵀ)⟩ = ⟨𝒜_j*(R) v, u⟩ = ⟨𝒜_j*(R)ᵀ u, v⟩`` for every atom, in one number each."""
     problem, atoms, _ = build(name, activation, outputs, pool, grid)
     R = torch.randn(N, problem.head.r, C, dtype=torch.float64)
-    right = problem.adjoint_times_values(R, atoms.V, atoms.block, atoms.U)
-    left = problem.adjoint_times_mixing(R, atoms.U, atoms.block)
+    right = problem.operator.adjoint_times_values(R, atoms.V, atoms.block, atoms.U)
+    left = problem.operator.adjoint_times_mixing(R, atoms.U, atoms.block)
     for k in range(len(atoms)):
         one = atoms.select(torch.tensor([k]))
         one.intercept = torch.zeros(C, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_adjoints(name, activation, outputs, pool, grid):
 def test_dense_materialisation(name, activation, outputs, pool):
     """The feature matrix and the gradient matrix say the same as the factored passes."""
     problem, atoms, _ = build(name, activation, outputs, pool, (2, 3))
-    features = problem.features()
+    features = problem.operator.features()
     p, (e, c) = problem.head.mixing_size, problem.value_shape
     f = atoms.intercept + torch.zeros(N * problem.head.r, C, dtype=torch.float64)
     for j in range(problem.n_blocks):
@@ -103,7 +103,7 @@ def test_dense_materialisation(name, activation, outputs, pool):
     torch.testing.assert_close(problem.outputs(atoms).view(f.shape), f, rtol=1e-10, atol=1e-10)
     R = torch.randn(N, problem.head.r, C, dtype=torch.float64)
     blocks = torch.arange(problem.n_blocks).flip(0)
-    for j, formed in zip(blocks.tolist(), problem.gradient_matrices(R, blocks), strict=True):
+    for j, formed in zip(blocks.tolist(), problem.operator.gradient_matrices(R, blocks), strict=True):
         G = (features[j].T @ R.flatten(0, 1)).view(p, e, c)
         G = problem.mask_values(G, torch.full((p,), j)).view(p, e * c)
         torch.testing.assert_close(formed, G, rtol=1e-10, atol=1e-10)
@@ -135,7 +135,7 @@ def test_gradient_is_the_derivative_of_the_objective(name, activation, outputs):
 def test_mean_pooled_linear_fno_is_the_mlp_on_mean_tokens():
     problem, atoms, _ = build("fno", "linear", "shared", "mean", (2, 3))
     mlp = make_head("mlp", 6, D)
-    data = make_activation("linear", mlp, None).prepare(problem.X, reuse=False)
+    data = make_activation("linear", mlp, None).prepare(problem.operator.X, reuse=False)
     mixed = mlp.linear_mix(data, atoms.U.sum(1), atoms.block)
     torch.testing.assert_close(mixed.flatten(2) @ atoms.V.flatten(0, 1) + atoms.intercept, problem.outputs(atoms))
 
@@ -166,5 +166,5 @@ def test_errors(make, message):
 
 def test_masks_take_one_bit_an_entry():
     problem, *_ = build("self-attention", "gated-relu", "shared", "mean", (4, 4))
-    assert problem.masks.dtype == torch.uint8
-    assert problem.masks.numel() == N * GATES * 16 * 16 // 8
+    assert problem.operator.masks.dtype == torch.uint8
+    assert problem.operator.masks.numel() == N * GATES * 16 * 16 // 8
