@@ -1,4 +1,4 @@
-"""The errors that users meet: each message is one line and says what to do."""
+"""Users meet these errors. Each message is one line and says what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class ConvexHeadError(Exception):
-    """Base of every error that convexhead raises on purpose."""
+    """The base of every error that convexhead raises on purpose."""
 
 
 class InputError(ConvexHeadError, ValueError):
@@ -17,7 +17,7 @@ class InputError(ConvexHeadError, ValueError):
 
 
 class InputTypeError(InputError, TypeError):
-    """One whose values are of a kind that holds no numbers or labels."""
+    """An argument or a data array of a type that holds no numbers or labels."""
 
 
 class FileFormatError(ConvexHeadError, ValueError):
@@ -29,7 +29,7 @@ class MissingExtraError(ConvexHeadError, ImportError):
 
 
 class HubError(ConvexHeadError, RuntimeError):
-    """Weights or data that live on a remote hub could not be had."""
+    """Weights or data of a remote hub could not be loaded."""
 
 
 def choose(what: str, name: object, options: Iterable[str]) -> str:

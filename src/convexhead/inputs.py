@@ -241,7 +241,7 @@ def check_informative(X: Tokens) -> None:
     first, step = X[:1], chunk_rows(X, CHUNK_BYTES["cpu"])
     # Reads until two samples differ, hence one chunk as a rule.
     if len(X) > 1 and all(bool((X[i : i + step] == first).all()) for i in range(0, len(X), step)):
-        raise InputError("the tokens are constant: every sample is the same, so there is nothing to learn from")
+        raise InputError("the tokens are constant: every sample is the same, so no head can tell samples apart")
 
 
 def one_hot(labels: NDArray[np.int64], n_classes: int) -> torch.Tensor:

@@ -20,15 +20,15 @@ from typing import Any
 
 
 class Answer(enum.Enum):
-    """What a first signal does."""
+    """The effect of a first signal."""
 
     EXIT = "the process ends at once: all that it wrote is whole, and nothing else is worth keeping"
-    RAISE = "KeyboardInterrupt, or what the solver at work does in its place"
+    RAISE = "KeyboardInterrupt, or what the solver at work does instead"
     FINISH = "it is noted; what is being written is written"
 
 
 class Interrupts:
-    """The signals that this process got, and what becomes of them.
+    """The signals that this process received decide how it ends.
 
     Attributes
     ----------
@@ -46,12 +46,12 @@ class Interrupts:
 
     @property
     def code(self) -> int:
-        """Exit code of a process that a signal ended: 130 for Ctrl-C."""
+        """The exit code of a process that a signal ended: 130 for Ctrl-C."""
         return 128 + (self.received or signal.SIGINT)
 
     @contextlib.contextmanager
     def answer(self, answer: Answer) -> Iterator[None]:
-        """Answer signals so inside of the block."""
+        """Answer signals in this way inside the block."""
         before, self._answer = self._answer, answer
         try:
             yield
@@ -60,7 +60,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Listen inside of the block; nested blocks, other threads and the processes of torchrun leave it as it is."""
+        """Listen inside the block. Nested blocks, other threads and the processes of torchrun change nothing."""
         elastic = "TORCHELASTIC_RUN_ID" in os.environ  # there one signal of the user reaches a process several times
         if self._watching or elastic or threading.current_thread() is not threading.main_thread():
             yield
@@ -88,7 +88,7 @@ class Interrupts:
             listener.join()
 
     def ignore(self) -> None:
-        """From now on: for the moments in which the interpreter ends, where Python would print a traceback."""
+        """Ignore signals from here on: while the interpreter ends, Python would print a traceback."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -108,14 +108,14 @@ class Interrupts:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM asks for the same as Ctrl-C, from a solver too."""
+    """Treat SIGTERM as Ctrl-C, also while a solver runs."""
     handler: Any = signal.getsignal(signal.SIGINT)
     if callable(handler):
         handler(signum, frame)
 
 
 def _say(text: str) -> None:
-    """A line on standard error, in place of a progress line where there is one."""
+    """Write a line to standard error, over the progress line if there is one."""
     clear = "\r\x1b[2K\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{text}\n".encode())
@@ -128,4 +128,4 @@ def _leave(text: str, code: int) -> None:
 
 
 interrupts = Interrupts()
-"""Those of this process."""
+"""The signals of this process."""

@@ -132,7 +132,7 @@ class Certificate:
         """
         if self.identity is None or self.beta is None:
             raise InputError(
-                "this reference does not say which problem it was certified for (it was made before certificates did), "
+                "this reference does not say which problem it was certified for (an earlier version made it), "
                 "so its lower bound cannot be used: fit it again"
             )
         told = differences(self.identity, identity)

@@ -42,7 +42,7 @@ Heads = Annotated[str, Option(help="Heads, separated by commas; default: all.")]
 Activations = Annotated[str, Option(help="Activations, separated by commas: linear, gated-relu, relu.")]
 Images = Annotated[str | None, Option(help="CIFAR-100: a folder with train/ and test/, or torchvision:CIFAR100.")]
 Backbone = Annotated[str, Option(help=f"Frozen network that makes the tokens: {BACKBONES}.")]
-Tokens = Annotated[Path | None, Option(help="A token store of CIFAR-100, in place of --images.")]
+Tokens = Annotated[Path | None, Option(help="A token store of CIFAR-100, instead of --images.")]
 Size = Annotated[
     Scale,
     Option(help="full: all images. 10k: 80 train and 20 test images of each class. 2k: that of the first 20 classes."),

@@ -55,7 +55,7 @@ Constant = Annotated[
 Precision = Annotated[Dtype | None, Option(help="Precision in which tokens are stored; default: float16.")]
 BatchSize = Annotated[int | None, Option(help="Images in a forward pass; default: 8 on a CPU, 256 on a GPU.")]
 ShardSize = Annotated[int, Option(help="Images in a file, and the most work that a crash can lose.")]
-SkipBroken = Annotated[bool, Option(help="Leave out images that cannot be read, in place of stopping.")]
+SkipBroken = Annotated[bool, Option(help="Leave out images that cannot be read, instead of stopping.")]
 
 
 @command(f"finished shards are kept in {{out}}; {AGAIN}")

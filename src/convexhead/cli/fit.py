@@ -32,11 +32,13 @@ from convexhead.cli.output import certificate_line, emit, gaps_are_shown, speaks
 from convexhead.cli.progress import shown_progress
 from convexhead.interrupts import interrupts
 
-MaxHeads = Annotated[int | None, Option(help="Most heads to use; the certificate then says what that costs.")]
+MaxHeads = Annotated[int | None, Option(help="The largest number of heads; the certificate then says what that costs.")]
 MaxTime = Annotated[float | None, Option(help="Seconds after which the best head so far is kept, with its gap.")]
 MaxMemory = Annotated[
     float | None,
-    Option(help="Gigabytes for tokens; those beyond are read again in each pass. Default: half of what is free."),
+    Option(
+        help="Gigabytes for tokens; tokens beyond that are read again in each pass. Default: half of the free memory."
+    ),
 ]
 Checkpoint = Annotated[
     float | None,

@@ -24,14 +24,17 @@ Activation = Annotated[
     str,
     Option(
         help="linear, gated-relu, or relu. The certificate of gated-relu is for its gates; relu is certified on small "
-        "problems only, and else its gap is an estimate."
+        "problems only, otherwise its gap is an estimate."
     ),
 ]
 BetaRatio = Annotated[
     float,
-    Option(help="Weight β of the penalty as a share of β_max, at which no head is left. Smaller: more heads, longer."),
+    Option(
+        help="Weight β of the penalty as a share of β_max, at which no head is left. A smaller share gives more heads "
+        "and takes longer."
+    ),
 ]
-Beta = Annotated[float | None, Option(help="Weight β itself, in place of --beta-ratio.")]
+Beta = Annotated[float | None, Option(help="Weight β itself, instead of --beta-ratio.")]
 Pool = Annotated[str, Option(help="Which tokens are read: mean (their mean) or cls (the first token).")]
 Tol = Annotated[float, Option(help="Relative gap to reach: how far above the global optimum the head may be.")]
 Gates = Annotated[int, Option("--n-gates", help="Gates to sample for --activation gated-relu.")]

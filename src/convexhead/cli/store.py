@@ -14,7 +14,7 @@ from convexhead.cli.options import Json, Out, Store
 from convexhead.cli.output import emit, show_store
 from convexhead.cli.progress import shown_progress
 
-store_app = typer.Typer(no_args_is_help=True, help="Look at token stores, check, join and export them.")
+store_app = typer.Typer(no_args_is_help=True, help="Inspect, check, join and export token stores.")
 app.add_typer(store_app, name="store")
 
 

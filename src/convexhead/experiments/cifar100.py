@@ -114,7 +114,7 @@ def run_cifar100(
     images, backbone, layer, image_size
         An image source, and what makes tokens of it, as for `convexhead.tokens.extract`; kept in ``out/tokens``.
     tokens : Path or None
-        A token store to use in place of images.
+        A token store to use instead of images.
     scale : {"full", "10k", "2k"}
         50,000 + 10,000 images; 80 + 20 of each class; 80 + 20 of each of the first 20 classes.
     every_cell : bool
@@ -123,7 +123,7 @@ def run_cifar100(
     heads, activations
         Cells to keep; none: the scale's own.
     token_pool, channels, n_gates, epochs, tuning_seeds
-        In place of the scale's own; each learning rate is tried with `tuning_seeds` of the twins' seeds.
+        Instead of the scale's own. Each learning rate is tried with `tuning_seeds` of Adam's seeds.
     sizes : bool
         Also train the main heads on fewer images.
     jobs : int or None
@@ -182,7 +182,7 @@ def _settings(
         tuning = replace(tuning, heads=(5, 20, 50), tuning_seeds=len(tuning.seeds), adamw=True)
     tuning = replace(tuning, **twins)
     if not 1 <= tuning.tuning_seeds <= len(tuning.seeds):
-        raise InputError(f"tuning_seeds must be 1 to {len(tuning.seeds)}, the twins' seeds, got {tuning.tuning_seeds}")
+        raise InputError(f"tuning_seeds must be 1 to {len(tuning.seeds)} (Adam's seeds), got {tuning.tuning_seeds}")
     for head in heads:
         choose("head", head, HEADS)
     for activation in activations:

@@ -68,7 +68,7 @@ class RunFolder:
         if file.is_file():
             before = self._read(file)
             if before.get("format") != FORMAT:
-                raise FileFormatError(f"{file} is something else's: choose another folder")
+                raise FileFormatError(f"{file} belongs to something else: choose another folder")
             old, new = _flat(before), _flat(settings)
             changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             if changed:

@@ -1,4 +1,4 @@
-"""What a trained head did, read from its weights."""
+"""These functions read from its weights what a trained head does."""
 
 from convexhead.interpret.clusters import (
     ClusterFigures,

@@ -1,4 +1,4 @@
-"""How a head groups tokens, and whether the groups are real.
+"""A head may group tokens; these figures say whether the groups are real.
 
 Tokens with the same latent embedding (`token_embedding`) are treated alike: the head clusters tokens. k-means cuts any
 cloud of points into clusters, so every figure stands beside its value on a cloud without any: the same tokens with
@@ -23,17 +23,17 @@ from torch import Tensor
 from convexhead.errors import InputError
 
 SAMPLE = 2_000
-"""Tokens that a silhouette is estimated from, at most: it compares all pairs."""
+"""Largest number of tokens that a silhouette is estimated from, since it compares all pairs. Chosen by hand."""
 CANDIDATES = (2, 3, 4, 5, 6, 8, 10)
-"""Numbers of clusters that are tried."""
+"""Numbers of clusters that `choose_n_clusters` tries. Chosen by hand."""
 STARTS = 4
-"""Starts of k-means, the best of which counts."""
+"""Random starts of k-means, the best of which counts. Chosen by hand."""
 
 Points = NDArray[np.float64]
 
 
 class Figure(NamedTuple):
-    """One figure of a clustering, and its mean and largest value over permuted tokens."""
+    """One figure of a clustering beside its mean and largest value over permuted tokens."""
 
     value: float
     permuted: float
@@ -47,7 +47,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class ClusterFigures:
-    """How real the clusters of tokens are.
+    """Three figures say how real the clusters of tokens are.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class ClusterFigures:
 
 
 def cluster_tokens(embedding: Float[Tensor, "n s r"], n_clusters: int, *, seed: int = 0) -> Int[Tensor, "n s"]:
-    """k-means clusters of all tokens of all samples, the largest first."""
+    """Cluster all tokens of all samples by k-means, the largest cluster first."""
     labels = _kmeans(_points(embedding, n_clusters), n_clusters, seed).labels_
     order = np.argsort(-np.bincount(labels, minlength=n_clusters), kind="stable")
     return torch.as_tensor(np.argsort(order)[labels]).view(embedding.shape[:2])
@@ -79,7 +79,7 @@ def cluster_tokens(embedding: Float[Tensor, "n s r"], n_clusters: int, *, seed: 
 def choose_n_clusters(
     embedding: Float[Tensor, "n s r"], candidates: Sequence[int] = CANDIDATES, *, seed: int = 0
 ) -> int:
-    """The number of clusters with the best silhouette."""
+    """Return the number of clusters with the best silhouette."""
     points = _points(embedding, max(candidates))
     scores = [_silhouette(points, _kmeans(points, k, seed).labels_, seed) for k in candidates]
     return candidates[int(np.argmax(scores))]
@@ -88,12 +88,12 @@ def choose_n_clusters(
 def cluster_figures(
     embedding: Float[Tensor, "n s r"], n_clusters: int, *, permutations: int = 10, seed: int = 0
 ) -> ClusterFigures:
-    """Figures of the clusters that `cluster_tokens` finds, beside those of ``permutations`` permuted clouds.
+    """Measure the clusters that `cluster_tokens` finds, beside those of ``permutations`` permuted clouds.
 
     Parameters
     ----------
     embedding : Tensor (n, s, r)
-        Of at least two images: of a head, of its twin, or raw features.
+        Of at least two images: as a head sees them, or raw features.
     """
     if len(embedding) < 2:
         raise InputError("cluster figures compare images: give at least two")
@@ -126,7 +126,7 @@ def _kmeans(points: Points, n_clusters: int, seed: int) -> KMeans:
 
 
 def _figures(points: Points, s: int, n_clusters: int, seed: int) -> tuple[float, float, float]:
-    """Silhouette, similarity ratio and agreement of ``points (n·s, r)``."""
+    """Return silhouette, similarity ratio and agreement of ``points (n·s, r)``."""
     labels = _kmeans(points, n_clusters, seed).labels_
     even = np.arange(len(points)) // s % 2 == 0
     halves = [_kmeans(points[half], n_clusters, seed).predict(points) for half in (even, ~even)]
@@ -138,7 +138,7 @@ def _silhouette(points: Points, labels: NDArray[np.int32], seed: int) -> float:
 
 
 def _similarity_ratio(points: Points, labels: NDArray[np.int32]) -> float:
-    """Means over pairs through sums of unit vectors: nothing of the size of all pairs is formed."""
+    """Compute means over pairs through sums of unit vectors: nothing of the size of all pairs is formed."""
     unit = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-300)
     n, total, square = len(unit), unit.sum(0), unit.T @ unit
     pairs = n * (n - 1)

@@ -1,4 +1,4 @@
-"""Where a logit comes from: what every token adds to every logit through every atom, exactly.
+"""A logit is the sum of what every token adds to it through every atom, exactly.
 
 At fixed activation masks ``D_k`` (all ones for the linear activation) a head is
 
@@ -32,11 +32,11 @@ from convexhead.errors import InputError
 from convexhead.interpret.fitted import FittedHead, as_fitted
 
 BATCH_NUMBERS = 4_000_000
-"""Numbers of workspace a batch of samples may take."""
+"""Float64 numbers of workspace that a batch of samples may take. Chosen by hand: 32 MB."""
 
 
 def token_contributions(model: Any, X: Any) -> Float[Tensor, "n s c"]:
-    """``Σ_k C_i[t, k]``: what each token adds to each logit; over tokens they sum to the logits less the intercept.
+    """Return ``Σ_k C_i[t, k]``, what each token adds to each logit. Over tokens they sum to the logits minus intercept.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def token_contributions(model: Any, X: Any) -> Float[Tensor, "n s c"]:
 
 
 def head_contributions(model: Any, X: Any) -> Float[Tensor, "n s k c"]:
-    """``C_i[t, k]``: as `token_contributions`, apart for every atom (attention head, neuron)."""
+    """Return ``C_i[t, k]``: as `token_contributions`, for every atom (attention head, neuron) by itself."""
     fitted = _pooled(model)
     V = fitted.atoms.V
     parts = [torch.einsum("bske,kec->bskc", mixed, V) for mixed in _mixed_parts(fitted, fitted.tokens(X))]
@@ -65,7 +65,7 @@ def head_contributions(model: Any, X: Any) -> Float[Tensor, "n s k c"]:
 
 
 def head_lift(model: Any, X: Any, y: Int[Tensor, " n"]) -> Float[Tensor, "k c"]:
-    """Which head serves which classes: by how much each atom lifts the logit of a class where it is the true one.
+    """Say which head serves which classes: by how much each atom lifts the logit of the true class.
 
         L[k, c] = E[g_ikc | y_i = c] − E[g_ikc | y_i ≠ c],        g_ik = Σ_t C_i[t, k] − its mean over classes
 
@@ -121,7 +121,7 @@ def _step(fitted: FittedHead, per_atom: int) -> int:
 
 
 def _mixed_parts(fitted: FittedHead, X: Float[Tensor, "n s d"]) -> Iterator[Float[Tensor, "b s k e"]]:
-    """Pooled mixed tokens of every atom, split over source tokens: ``C`` before it meets ``V``."""
+    """Yield the pooled mixed tokens of every atom, split over source tokens: ``C`` before it meets ``V``."""
     head, atoms, group = fitted.head, fitted.atoms, fitted.group
     gates = fitted.mask_weights()
     yield X.new_zeros(0, head.s, len(atoms), head.value_rows)
@@ -135,7 +135,7 @@ def _mixed_parts(fitted: FittedHead, X: Float[Tensor, "n s d"]) -> Iterator[Floa
 
 
 def _read_parts(fitted: FittedHead, x: Tensor, masks: Tensor | None) -> Tensor:
-    """Column ``t`` of the pooled scores is what the token ``t`` is read by."""
+    """Split at the reading: column ``t`` of the pooled scores weighs token ``t``."""
     head, data = fitted.head, fitted.head.prepare(x)
     A = head.preactivation(data, fitted.atoms.U, fitted.group)
     S = head.pool_rows(A if masks is None else A * masks)
@@ -144,7 +144,7 @@ def _read_parts(fitted: FittedHead, x: Tensor, masks: Tensor | None) -> Tensor:
 
 
 def _linear_parts(fitted: FittedHead, x: Tensor, masks: Tensor | None) -> Tensor:
-    """A linear function is ``S(X) = Σ_t ⟨∂S/∂x_t, x_t⟩``; a column of it is the only one, or that of one channel."""
+    """Split a linear function, ``S(X) = Σ_t ⟨∂S/∂x_t, x_t⟩``; it has one column, or one for each channel."""
     head, atoms = fitted.head, fitted.atoms
     x = x.detach().requires_grad_()
     parts = []

@@ -1,4 +1,4 @@
-"""Tokens as a head sees them: on the few channel directions that its weights retain, each as long as it matters.
+"""A head sees tokens on the few channel directions that its weights retain, scaled by their weight.
 
 ``T_(a)`` is the unfolding of the weights along an axis ``a`` that is indexed by the channels of a token (see
 `spectra`). With ``A (d, r)`` and ``λ`` the leading eigenvectors and eigenvalues of ``Σ_a T_(a) T_(a)ᵀ``, the latent
@@ -29,11 +29,11 @@ from convexhead.interpret.fitted import as_fitted
 from convexhead.interpret.spectra import unfoldings
 
 TOKEN_AXES = {"self-attention": ("query channels", "key channels"), "mlp-mixer": ("value channels",)}
-"""Axes that the embedding is taken from; ``"channels"`` for the other heads."""
+"""Names of the axes that the embedding is taken from; ``"channels"`` for the other heads."""
 
 
 def retained_directions(model: Any, *, energy: float = 0.99) -> Float[Tensor, "d r"]:
-    """``A``: orthonormal basis of the channel directions that a head looks at, strongest first.
+    """Return ``A``, an orthonormal basis of the channel directions that a head looks at, strongest first.
 
     Parameters
     ----------
@@ -45,13 +45,13 @@ def retained_directions(model: Any, *, energy: float = 0.99) -> Float[Tensor, "d
 
 
 def token_embedding(model: Any, X: Any, *, energy: float = 0.99) -> Float[Tensor, "n s r"]:
-    """``X_i A (λ/λ₁)^½``, see the module; ``A`` as in `retained_directions`."""
+    """Return ``X_i A (λ/λ₁)^½`` (see the module), with ``A`` as in `retained_directions`."""
     A, strength = _directions(model, energy)
     return as_fitted(model).tokens(X) @ (A * (strength / strength[:1]).sqrt())
 
 
 def _directions(model: Any, energy: float) -> tuple[Float[Tensor, "d r"], Float[Tensor, " r"]]:
-    """``A`` and ``λ``."""
+    """Return ``A`` and ``λ``."""
     if not 0 < energy <= 1:
         raise InputError(f"energy must be in (0, 1], got {energy!r}")
     fitted = as_fitted(model)
@@ -71,7 +71,7 @@ def _directions(model: Any, energy: float) -> tuple[Float[Tensor, "d r"], Float[
 
 
 def principal_embedding(X: Float[Tensor, "n s d"], rank: int) -> Float[Tensor, "n s r"]:
-    """Tokens on their own ``rank`` leading principal components: raw features at a head's dimension."""
+    """Project tokens on their own ``rank`` leading principal components: raw features at a head's dimension."""
     flat = X.double().flatten(0, 1)
     _, _, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     return X.double() @ components[:rank].T

@@ -1,4 +1,4 @@
-"""What the heads with fixed mixing do to positions: token-to-token weights of the Mixer, filters of the FNO."""
+"""Heads with fixed mixing act on positions: by token-to-token weights (Mixer) or by filters (FNO)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from convexhead.interpret.fitted import as_fitted
 
 
 class Filters(NamedTuple):
-    """Strength of every FNO atom's filter at each shift, and at each frequency (zero frequency in the middle)."""
+    """The strength of every FNO atom's filter at each shift, and at each frequency (zero frequency in the middle)."""
 
     space: Float[Tensor, "k h w"]
     frequency: Float[Tensor, "k h w"]
 
 
 def mixing_matrix(model: Any) -> Float[Tensor, "s s"]:
-    """How strongly a Mixer feeds token ``t`` into token ``p``: ``W[p, t] = (Σ_j ‖Σ_{k in j} U_k[p, t] V_k‖²_F)^½``.
+    """Measure how strongly a Mixer feeds ``t`` into ``p``: ``W[p, t] = (Σ_j ‖Σ_{k in j} U_k[p, t] V_k‖²_F)^½``.
 
     The sum of squares of ``W`` is that of the singular values of ``Z``. With mean pooling and a linear activation only
     the column means of the ``U_k`` act.
@@ -35,7 +35,7 @@ def mixing_matrix(model: Any) -> Float[Tensor, "s s"]:
 
 
 def fourier_filters(model: Any) -> Filters:
-    """Filters of an FNO or block-FNO in both domains, each the 2-norm over channels.
+    """Return the filters of an FNO or block-FNO in both domains, each as the 2-norm over channels.
 
         space[k, t] = ‖U_k[t]‖        frequency[k, ω] = ‖Û_k[ω]‖,  Û_k = DFT of U_k over the grid, divided by √s
 

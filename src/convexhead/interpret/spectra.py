@@ -1,4 +1,4 @@
-"""How many directions a head uses, on each of its sides.
+"""The singular values of a head say how many directions it uses on each of its sides.
 
 A head's weights form one tensor, ``T = Σ_k U_k ⊗ V_k``. Read as the matrix ``Z = Σ_k vec(U_k) vec(V_k)ᵀ`` its singular
 values are what the nuclear norm sums, and its rank is the number of atoms. Read as a matrix from any one of its axes to
@@ -32,16 +32,16 @@ AXES: dict[str, tuple[str, ...]] = {
     "mlp": ("channels", "", "outputs"),
     "linear": ("channels", "outputs"),
 }
-"""The axes of ``U`` and then of ``V``, as people call them; empty where there is but one entry."""
+"""Names of the axes of ``U``, then of ``V``; empty for an axis of one entry."""
 
 
 def spectra(model: Any) -> dict[str, Float[Tensor, " m"]]:
-    """Singular values, falling: of ``Z`` (all blocks together) as ``"Z"``, and of the unfolding along every axis.
+    """Return falling singular values of ``Z`` (all blocks together), and of the unfolding along every axis.
 
     Parameters
     ----------
     model : fitted classifier or regressor, HeadModule, or FittedHead
-        Convex or of a twin: the weights need not be balanced.
+        However it was trained: the weights need not be balanced.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def spectra(model: Any) -> dict[str, Float[Tensor, " m"]]:
 
 
 def unfoldings(head: str, atoms: Atoms) -> dict[str, Float[Tensor, "a m"]]:
-    """A matrix with the left singular vectors and the singular values of ``T_(a)``, for every named axis ``a``.
+    """Return a matrix with the left singular vectors and values of ``T_(a)`` for every named axis ``a``.
 
     Parameters
     ----------
@@ -78,14 +78,14 @@ def unfoldings(head: str, atoms: Atoms) -> dict[str, Float[Tensor, "a m"]]:
 
 
 def _whiten(W: Float[Tensor, "k m"], block: Tensor) -> Float[Tensor, "k k"]:
-    """``L`` with ``(LLᵀ)_kl = ⟨W_k, W_l⟩`` for atoms of one block, 0 across blocks."""
+    """Return ``L`` with ``(LLᵀ)_kl = ⟨W_k, W_l⟩`` for atoms of one block, 0 across blocks."""
     gram = (W @ W.T) * (block.unsqueeze(1) == block)
     values, Q = torch.linalg.eigh(gram)
     return Q * values.clamp_min(0).sqrt()
 
 
 def effective_rank(singular_values: Float[Tensor, " m"]) -> float:
-    """``exp(−Σ p_i log p_i)``, ``p = σ / Σσ``: equals the rank of equal singular values; 0 for the zero matrix.
+    """Return ``exp(−Σ p_i log p_i)``, ``p = σ / Σσ``: the rank if singular values are equal, 0 for a zero matrix.
 
     Source: Roy & Vetterli, *The effective rank*, EUSIPCO 2007.
     """

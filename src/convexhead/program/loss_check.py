@@ -51,7 +51,7 @@ def check_loss(loss: Loss, Y: Shaped[Tensor, "n r c"]) -> None:
             value, g = loss.value(f, y), loss.residual(f, y)
             for result, method, shape in ((value, "value", y.shape[:1]), (g, "residual", y.shape)):
                 if result.shape != shape:
-                    raise InputError(f"loss {name}: {method} returned {tuple(result.shape)} in place of {tuple(shape)}")
+                    raise InputError(f"loss {name}: {method} returned {tuple(result.shape)}, needed is {tuple(shape)}")
             must(torch.isfinite(value) & torch.isfinite(g).flatten(1).all(1), "value or residual is not finite", f)
             both = loss.value_and_residual(f, y)
             same = torch.isclose(both[0], value) & torch.isclose(both[1], g).flatten(1).all(1)
@@ -63,7 +63,7 @@ def check_loss(loss: Loss, Y: Shaped[Tensor, "n r c"]) -> None:
                 must(rise >= slope - TOLERANCE * size, "it is not convex, or residual is not its gradient", f)
             conjugate = loss.conjugate(g, y)
             if conjugate.shape != y.shape[:1]:
-                raise InputError(f"loss {name}: conjugate returned {tuple(conjugate.shape)} in place of ({len(y)},)")
+                raise InputError(f"loss {name}: conjugate returned {tuple(conjugate.shape)}, needed is ({len(y)},)")
             must(torch.isfinite(conjugate), "conjugate is not finite at the residual", f)
             size = value.abs() + conjugate.abs() + ((f.abs() + y.abs()) * g.abs()).flatten(1).sum(1)
             touching = (value + conjugate - _inner(g, f)).abs() <= TOLERANCE * size

@@ -78,7 +78,7 @@ def render_runs(
     if not folders:
         raise InputError("give at least one run")
     if size < 1:
-        raise InputError(f"a gallery of {size} images is not possible: give at least 1")
+        raise InputError(f"a gallery must show at least 1 image, got {size}")
     template = environment().get_template("run.html")
     draw = Figures(figure_folder)
     runs = []

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that a solve writes its state to every so often, and that the same solve goes on from.
+"""A solve writes its state to a folder now and then, and the same solve resumes from it.
 
     checkpoint.json                  settings of the run, where it stands, checksum; replaced last and at once
     state-000003.safetensors         what all processes know: iterate, quasi-Newton memory, random generator
@@ -32,15 +32,19 @@ from convexhead.tokens.store.manifest import digest_json
 FORMAT, VERSION = "convexhead-checkpoint", 2
 MANIFEST = "checkpoint.json"
 COPY_SECONDS = 1.0
-"""How often the state is copied in memory, to be written should the run be interrupted."""
+"""Seconds between copies of the state in memory. The last copy is written if the run is interrupted. Chosen by hand: a
+second of work is little to lose."""
 
 State = dict[str, Tensor]
 
 
 @dataclass
 class Snapshot:
-    """A state of a solve over ``n`` samples: ``about`` in JSON values, tensors that all processes share, and tensors
-    with a row for each of this one's samples."""
+    """The state of a solve over ``n`` samples.
+
+    ``about`` holds JSON values, ``shared`` the tensors that all processes have in common, and ``rows`` the tensors with
+    a row for each sample of this process.
+    """
 
     n: int
     about: dict[str, Any]
@@ -49,7 +53,7 @@ class Snapshot:
 
 
 class Checkpoint:
-    """See the module's text.
+    """A checkpoint is one folder, written by all processes of a run.
 
     Parameters
     ----------
@@ -89,7 +93,7 @@ class Checkpoint:
 
     # -- writing ------------------------------------------------------------------------------------------------------
     def offer(self, snapshot: Callable[[], Snapshot]) -> None:
-        """A moment that the run can be resumed from: kept in memory, and written if it is time.
+        """Keep the present state in memory, and write it if it is time.
 
         ``snapshot`` makes a copy that later work does not change.
         """
@@ -102,7 +106,7 @@ class Checkpoint:
             self.flush()
 
     def flush(self) -> None:
-        """Write the last moment that was offered, unless that is done.
+        """Write the last state that was offered, unless that is done.
 
         Raises
         ------
@@ -136,7 +140,7 @@ class Checkpoint:
         self._next_write = time.monotonic() + self._seconds
 
     def _encode(self, name: str, tensors: State) -> str:
-        """Write a file of tensors; the hash of its bytes."""
+        """Write a file of tensors and return the hash of its bytes."""
         copies = {
             key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()
         }  # views share memory
@@ -153,7 +157,7 @@ class Checkpoint:
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def load(self) -> Snapshot | None:
-        """The last checkpoint, with this process's share of the rows; None where there is none.
+        """Read the last checkpoint with this process's share of the rows; None if there is none.
 
         Raises
         ------
@@ -175,7 +179,7 @@ class Checkpoint:
         return Snapshot(n, self._manifest["about"], shared, rows)
 
     def _read_manifest(self) -> dict[str, Any]:
-        """The manifest in the folder, refused unless it is of these settings; empty where there is none."""
+        """Read the manifest in the folder and refuse another run's; empty if there is none."""
         path = self.folder / MANIFEST
         if not path.is_file():
             if self.folder.exists() and (

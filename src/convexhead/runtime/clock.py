@@ -1,4 +1,4 @@
-"""The clock by which fits, paths and training runs are timed and limited."""
+"""One clock times and limits fits, paths and training runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _now = time.perf_counter
 
 
 def now() -> float:
-    """Seconds; only differences mean something."""
+    """Return seconds; only differences mean something."""
     return _now()
 
 
 def count_processor_time() -> None:
-    """From now on let `now` count the processor seconds of this process, all its threads together.
+    """Let `now` count the processor seconds of this process from here on, all its threads together.
 
-    For processes that share a machine: what one of them takes then does not depend on what the others do.
+    This is for processes that share a machine: the seconds of one then do not depend on what the others do.
     """
     global _now
     _now = time.process_time

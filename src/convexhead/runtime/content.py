@@ -1,4 +1,4 @@
-"""Hashes of values by their content: arrays in full, a user's objects with their code.
+"""Values are hashed by their content: arrays in full, a user's objects with their code.
 
 Two values have equal hashes only if a fit cannot tell them apart. An array is hashed by dtype, shape and bytes, an
 object by its class and its state. A class or function of the user is hashed by its bytecode, its attributes, and the
@@ -25,13 +25,13 @@ from convexhead.errors import InputError
 from convexhead.runtime.stored_tokens import forget_pages
 
 BLOCK = 1 << 22
-"""Bytes of an array that are hashed at a time."""
+"""Bytes of an array that are hashed at a time. Chosen by hand: much less than memory, much more than a call costs."""
 SHORT = 16
-"""Numbers or words up to which a sequence is its own description."""
+"""Largest number of entries with which a sequence is its own description in JSON; longer ones are hashed."""
 
 
 def content_hash(*values: Any) -> str:
-    """SHA-256 of ``values`` by content.
+    """Return the SHA-256 of ``values`` by content.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def content_hash(*values: Any) -> str:
 
 
 def described(value: Any) -> Any:
-    """``value`` as a JSON value that tells it from others: itself where that is short, else its `content_hash`."""
+    """Return a JSON value that tells ``value`` from others: itself if it is short, else its `content_hash`."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, np.random.RandomState):
@@ -62,7 +62,7 @@ def described(value: Any) -> Any:
 
 
 class _Walk:
-    """One hash that is being made, and the functions and classes that are in it already."""
+    """A walk feeds values to one hash, and knows the functions and classes that are in it already."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
@@ -164,7 +164,7 @@ class _Walk:
             self.feed(part)
 
     def _feed_object(self, value: Any) -> None:
-        """By what pickle would write, with the class by content."""
+        """Feed what pickle would write, and the class by content."""
         if hasattr(value, "__name__") and _of_a_library(getattr(value, "__module__", None)):  # a builtin, a ufunc
             self._mark("name", f"{value.__module__}.{value.__name__}")
             return
@@ -200,7 +200,7 @@ class _Walk:
             self._mark("source", Path(source).read_bytes())
 
     def _feed_definition(self, value: type | types.FunctionType) -> None:
-        """A class or function: by its name and version if a library has it, else by its code; once a hash."""
+        """Feed a class or function once: by name and version if it belongs to a library, else by its code."""
         if id(value) in self._codes:
             self._mark("again", str(self._codes[id(value)][0]))
             return
@@ -243,7 +243,7 @@ class _Walk:
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
-    """Names of the globals that the code reads, also inside its inner functions."""
+    """Yield the names of the globals that the code reads, also inside its inner functions."""
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield step.argval
@@ -253,7 +253,7 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
 
 
 def _is_content(name: str, value: Any) -> bool:
-    """Whether an entry of a user's class says what it does: no docstring, no bookkeeping of the interpreter."""
+    """Whether an entry of a user's class changes what the class does; docstrings and bookkeeping do not."""
     if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)):
         return False
     own_method = isinstance(value, (types.FunctionType, classmethod, staticmethod, property))

@@ -1,4 +1,4 @@
-"""How far a long job is: the one callback of all of them.
+"""Long jobs say through one callback how far they are.
 
 A job calls ``notify(what, done, total, detail)`` as it goes, as often as it likes. Who passed the callback decides what
 to show: the command line draws a bar on a terminal and writes a line now and then elsewhere.
@@ -14,7 +14,7 @@ class Notify(Protocol):
     """A callback that a long job tells how far it is."""
 
     def __call__(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """Take the news.
+        """Show how far the job is.
 
         Parameters
         ----------
@@ -32,7 +32,7 @@ def silent(what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
 
 
 class SolverRow(Protocol):
-    """What a solver tells of a step, as `convexhead.solvers.Progress`."""
+    """A solver describes a step by these numbers, as `convexhead.solvers.Progress` does."""
 
     @property
     def objective(self) -> float: ...
@@ -45,11 +45,11 @@ class SolverRow(Protocol):
 
 
 def solver_detail(row: SolverRow) -> str:
-    """Objective, estimated relative gap and number of heads of a solver's step, in words."""
+    """Describe a solver's step in words: objective, estimated relative gap and number of heads."""
     gap = row.gap / abs(row.objective) if row.objective else 0.0
     return f"objective {row.objective:.6g}, estimated gap {gap:.1e}, {row.heads} heads"
 
 
 def solver_callback(notify: Notify, what: str) -> Callable[[SolverRow], None]:
-    """A callback for solvers that passes their steps on to ``notify``."""
+    """Make a callback for solvers that passes their steps on to ``notify``."""
     return lambda row: notify(what, detail=solver_detail(row))

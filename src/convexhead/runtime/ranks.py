@@ -1,4 +1,4 @@
-"""The processes of one run: a single one, or those that torchrun started.
+"""The processes of one run are a single one, or those that torchrun started.
 
 Each process holds a share of the samples and all of the weights. They exchange sums over samples (`Ranks.sum`) and a
 few flags (`Ranks.largest`); both give every process the same bits, so that all of them decide alike.
@@ -23,13 +23,14 @@ from convexhead.errors import ConvexHeadError, InputError
 T = TypeVar("T")
 
 SOFTWARE = {"version of convexhead": __version__, "version of torch": torch.__version__}
-"""What must be the same in all processes of a run."""
+"""Versions that must be the same in all processes of a run."""
 PATIENCE = timedelta(minutes=10)
-"""How long processes wait for each other: a host that vanished is noticed after that, a process that died at once."""
+"""Minutes that processes wait for each other. A vanished host is noticed after that, a process that died at once.
+Chosen by hand."""
 
 
 class Ranks:
-    """``size`` processes, of which this is number ``rank``.
+    """This process is number ``rank`` of ``size``.
 
     Attributes
     ----------
@@ -50,7 +51,7 @@ class Ranks:
         return _groups[self._patience]
 
     def share(self, n: int) -> slice:
-        """This process's rows out of ``n``, as even as can be.
+        """Return this process's rows out of ``n``; shares differ by at most one row.
 
         Raises
         ------
@@ -75,7 +76,7 @@ class Ranks:
         return tuple(out)
 
     def largest(self, *values: float) -> tuple[float, ...]:
-        """The largest of each of ``values`` over the processes."""
+        """Return the largest of each of ``values`` over the processes."""
         if self.size == 1:
             return values
         message = torch.tensor(values, dtype=torch.float64)
@@ -89,7 +90,7 @@ class Ranks:
             distributed.all_reduce(message, how, group=self._group)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.largest(0.0)
 
     def agree(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] | None = None) -> T:
@@ -133,7 +134,7 @@ class Ranks:
         return cast(T, result)
 
     def gather(self, value: T) -> list[T]:
-        """What each process has passed, in their order."""
+        """Return the values of all processes, in their order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -143,7 +144,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """A run of all processes: if the block fails in this one, the others fail in their next message.
+        """Guard a run of all processes: if the block fails in this one, the others fail in their next message.
 
         Without it they would wait for this process as long as it lives, or take its next run's messages for this one's.
         """
@@ -158,8 +159,10 @@ class Ranks:
 
         Before that all processes wait for each other.
 
-        Raises:
-            ConvexHeadError: what ``work`` raised, or another process of the run has stopped.
+        Raises
+        ------
+        ConvexHeadError
+            What ``work`` raised, or another process of the run has stopped.
         """
         if self.size == 1:
             return work()
@@ -180,7 +183,7 @@ def _result_or_error(work: Callable[[], T]) -> T | ConvexHeadError:
 
 
 def _differences(facts: list[Mapping[str, Any]]) -> list[str]:
-    """In words what differs between processes: short values are quoted, hashes are not."""
+    """Say in words what differs between processes: short values are quoted, hashes are not."""
     told = []
     for name in dict.fromkeys(name for each in facts for name in each):
         groups: dict[str, list[int]] = {}
@@ -213,12 +216,12 @@ def _stopped_process_named() -> Iterator[None]:
 def join_ranks(timeout: timedelta | None = None) -> Ranks:
     """Join the processes that torchrun started, or those of an initialised `torch.distributed`.
 
-    What is joined stays joined until the process ends: joining anew, as for a second store, would be a race.
+    They stay joined until the process ends. Joining anew, as for a second store, would be a race.
 
     Parameters
     ----------
     timeout : timedelta or None
-        How long a process waits for the others before it takes them for lost; None: `PATIENCE`.
+        How long a process waits for the others before it gives them up; None: `PATIENCE`.
     """
     timeout = timeout or PATIENCE
     if not distributed.is_available():
@@ -250,8 +253,8 @@ def _backend() -> str:
 
 
 _groups: dict[timedelta, Any] = {}
-"""A group of all processes for each timeout, whatever the backend of the default group. Nothing else holds a group: its
-connections close when the last reference goes."""
+"""The group of all processes for each timeout, whatever the backend of the default group. Nothing else holds a group:
+its connections close when the last reference goes."""
 
 
 def _leave_group(patience: timedelta) -> None:

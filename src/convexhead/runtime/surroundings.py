@@ -1,4 +1,4 @@
-"""torch's global settings, kept away from what is computed here.
+"""The caller's global settings of torch do not reach what is computed here.
 
 A default dtype or device, autocast or inference mode around a call belong to the caller's network. Under them tensors
 would be made in another precision, on another device or unfit for what follows, and results would change in silence.
@@ -14,7 +14,7 @@ import torch
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run what is inside, or the decorated function, as under torch's own defaults; nothing is set that need not be."""
+    """Run the block, or the decorated function, under torch's own defaults; only what differs from them is set."""
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():

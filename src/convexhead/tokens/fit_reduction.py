@@ -33,7 +33,7 @@ def fit_reduction(
         moments = moments or _Moments(shift=tokens.mean(axis=0), full=components is not None)
         moments.add(tokens)
     if moments is None:
-        raise InputError("a reduction cannot be fitted on no tokens")
+        raise InputError("a reduction needs at least one token to be fitted on")
 
     d = len(moments.shift)
     if components is not None and not 1 <= components <= d:

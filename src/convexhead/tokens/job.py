@@ -198,8 +198,8 @@ class ExtractionJob:
         changed = getattr(source, "changed", None)
         if changed is not None and (change := changed()):
             raise InputError(
-                f"{source.spec!r} changed while its images were read: {change}. Extract into a new folder when it is "
-                "at rest"
+                f"{source.spec!r} changed while its images were read: {change}. Extract into a new folder when "
+                "nothing changes it any more"
             )
         manifest.splits = {split: Split() for split in manifest.splits}
         for task in self.tasks():

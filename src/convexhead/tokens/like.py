@@ -70,7 +70,7 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
         if name == "token_pool":
             asked = (value, value) if isinstance(value, int) else tuple(value)
         if asked != there:
-            raise InputError(f"{name} is {there!r} in what the tokens shall be like, not {asked!r}: leave {name} out")
+            raise InputError(f"{name} is {there!r} in the tokens of `like`, not {asked!r}: leave {name} out")
     place = {"backbone": given["backbone"]} if given["backbone"] is not None else {}
     return {**options, "image_size": given["image_size"], "crop_pct": given["crop_pct"], **place}
 
@@ -121,7 +121,7 @@ class Renumbered:
     def __init__(self, source: ImageSource, class_names: list[str]) -> None:
         if strangers := [name for name in source.class_names if name not in class_names]:
             raise InputError(
-                f"{source.spec!r} has the class {strangers[0]!r}, which what the tokens shall be like does not have "
+                f"{source.spec!r} has the class {strangers[0]!r}, which `like` does not have "
                 f"({', '.join(map(repr, class_names[:8]))}{', …' if len(class_names) > 8 else ''}): leave it out"
             )
         self._source = source

@@ -103,7 +103,7 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise FileFormatError(f"{str(path)!r} is not readable JSON: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise FileFormatError(f"{str(folder)!r} is not a token store: its manifest.json is something else's")
+            raise FileFormatError(f"{str(folder)!r} is not a token store: its manifest.json belongs to something else")
         if (version := document.get("version")) != VERSION:
             raise FileFormatError(
                 f"{str(folder)!r} has store format {version!r}, this convexhead reads {VERSION}: upgrade"
@@ -113,7 +113,7 @@ class Manifest:
         try:
             return cls._parse(document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{str(path)!r} lacks or garbles an entry: {error}") from error
+            raise FileFormatError(f"{str(path)!r} has a missing or damaged entry: {error}") from error
 
     @classmethod
     def _parse(cls, document: dict[str, Any]) -> Manifest:

@@ -255,7 +255,7 @@ class SplitView:
     def _ranges(self, size: int | None) -> Iterator[tuple[int, int]]:
         size = max(1, READ_NUMBERS // int(np.prod(self.shape[1:]))) if size is None else size
         if size < 1:
-            raise InputError(f"a chunk of {size} images is not possible")
+            raise InputError(f"a chunk must hold at least 1 image, got {size}")
         return ((start, min(start + size, len(self))) for start in range(0, len(self), size))
 
     def _check_prefix(self) -> None:
