@@ -33,14 +33,17 @@ def checked(thing: Any) -> Any:
         if "__dataclass_fields__" in vars(thing):
             thing.__init__ = checked(thing.__init__)
         return thing
-    whole = jaxtyped(thing, typechecker=beartype)
+
+    @functools.cache
+    def whole() -> Any:
+        return jaxtyped(thing, typechecker=beartype)
 
     @functools.wraps(thing)
     def check(*args: Any, **kwargs: Any) -> Any:
         if calls[thing] >= CALLS:
             return thing(*args, **kwargs)
         calls[thing] += 1
-        return whole(*args, **kwargs)
+        return whole()(*args, **kwargs)
 
     return check
 

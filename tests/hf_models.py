@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import nn
 
 from convexhead.tokens.backbones.timm_import import import_torchvision
-
-import_torchvision()
-
-import transformers  # noqa: E402
 
 
 class Family(NamedTuple):
@@ -191,8 +188,14 @@ FAMILIES = {
 }
 
 
+def library() -> Any:
+    """Transformers, imported when it is first used: that takes seconds."""
+    import_torchvision()
+    return pytest.importorskip("transformers")
+
+
 def build(family: Family) -> nn.Module:
     """Return a random model in eval mode."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family.kind, **family.settings)
-    return transformers.AutoModel.from_config(config).eval()
+    config = library().AutoConfig.for_model(family.kind, **family.settings)
+    return library().AutoModel.from_config(config).eval()

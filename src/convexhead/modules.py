@@ -277,7 +277,7 @@ class HeadModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadModule:
         """Casting leaves gates and reduction alone: a mask must not depend on the precision of a pass."""
         exact = {name: buffer for name, buffer in self.named_buffers() if name.split(".")[0] in ("gates", "reduction")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             owner = self.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], buffer.to(self.values.device))

@@ -15,12 +15,7 @@ from PIL import Image
 from convexhead.errors import FileFormatError, HubError, InputError
 from convexhead.tokens import extract, open_backbone, open_source
 from convexhead.tokens.backbones.hf_preprocessing import choose_pixels
-from convexhead.tokens.backbones.timm_import import import_torchvision
-
-pytest.importorskip("transformers")
-import_torchvision()
-
-import transformers  # noqa: E402
+from hf_models import library
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -28,16 +23,16 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "i
 def save(folder: Path, kind: str) -> torch.nn.Module:
     """Save a random model and its image processor; return the model in eval mode."""
     torch.manual_seed(0)
-    processor = transformers.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 28, "width": 28})
+    processor = library().BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 28, "width": 28})
     if kind == "vit":
-        model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL))
-        processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+        model = library().ViTModel(library().ViTConfig(image_size=32, patch_size=8, **SMALL))
+        processor = library().ViTImageProcessor(size={"height": 32, "width": 32})
     elif kind == "dinov2":
-        config = transformers.Dinov2WithRegistersConfig(image_size=28, patch_size=14, num_register_tokens=4, **SMALL)
-        model = transformers.Dinov2WithRegistersModel(config)
+        config = library().Dinov2WithRegistersConfig(image_size=28, patch_size=14, num_register_tokens=4, **SMALL)
+        model = library().Dinov2WithRegistersModel(config)
     else:
         sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
-        model = transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
+        model = library().ConvNextModel(library().ConvNextConfig(**sizes))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model.eval()
@@ -95,7 +90,7 @@ def test_inner_layers_in_several_threads(tmp_path: Path, photos: Path) -> None:
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])
 def test_preprocessing_is_the_processors(tmp_path: Path, photo: Image.Image, kind: str) -> None:
     save(tmp_path, kind)
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    processor = library().AutoImageProcessor.from_pretrained(tmp_path)
     expected = processor(photo, return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"][0]
     got = open_backbone(f"hf:{tmp_path}").prepare(photo).numpy()
     assert got.shape == expected.shape
@@ -158,7 +153,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any], bool]] = {
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_the_network_sees_the_processors_pixels(tmp_path: Path, kind: str) -> None:
     name, settings, ours = PROCESSORS[kind]
-    processor = getattr(transformers, name)(**settings)
+    processor = getattr(library(), name)(**settings)
     pixels = choose_pixels("hf:here", processor, None, 32)
     if ours is not None:
         assert ("processor" not in pixels.settings) == ours
@@ -177,7 +172,7 @@ def test_the_network_sees_the_processors_pixels(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize("kind", ["squares", "crop", "crop-pct", "blue-first", "efficientnet"])
 def test_image_size_scales_the_processors_pixels(kind: str) -> None:
     name, settings, _ = PROCESSORS[kind]
-    pixels = choose_pixels("hf:here", getattr(transformers, name)(**settings), 64, 32)
+    pixels = choose_pixels("hf:here", getattr(library(), name)(**settings), 64, 32)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
     assert pixels.prepare(image).shape == (3, 64, 64)
     assert pixels.size == (64, 64)
@@ -203,13 +198,13 @@ def test_processors_of_other_things_are_refused(
     name: str, settings: dict[str, Any], image_size: int | None, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        choose_pixels("hf:here", getattr(transformers, name)(**settings), image_size, 32)
+        choose_pixels("hf:here", getattr(library(), name)(**settings), image_size, 32)
 
 
 def test_stores_of_a_processors_own_pixels(tmp_path: Path, photos: Path) -> None:
     """ConvNeXt's store holds what the model makes of its processor's pixels, and says that they are its."""
     model = save(tmp_path / "model", "convnext")
-    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.7)
+    processor = library().ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.7)
     processor.save_pretrained(tmp_path / "model")
     store = extract(photos, f"hf:{tmp_path / 'model'}", tmp_path / "out", standardize=False, dtype="float32")
     assert store.manifest.config["preprocessing"]["processor"]["crop_pct"] == 0.7
@@ -229,8 +224,8 @@ def test_a_whole_clip_in_a_folder(tmp_path: Path, photos: Path) -> None:
     sizes = {"image_size": 32, "patch_size": 8, **SMALL}
     text = {**SMALL, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
-    model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=sizes, text_config=text))
+    model = library().CLIPModel(library().CLIPConfig(vision_config=sizes, text_config=text))
     model.save_pretrained(tmp_path / "clip")
-    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE).save_pretrained(tmp_path / "clip")
+    library().CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE).save_pretrained(tmp_path / "clip")
     store = extract(photos, f"hf:{tmp_path / 'clip'}", tmp_path / "out", standardize=False)
     assert (store.grid, store.manifest.n_prefix, store.manifest.shape) == ((4, 4), 1, (16, 32))

@@ -1,0 +1,111 @@
+"""Every public name: what is listed here is kept, and nothing becomes public by accident."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+
+import numpy as np
+import pytest
+
+import convexhead as ch
+
+NAMES = {
+    "convexhead": {
+        "Certificate", "ConvexHeadClassifier", "ConvexHeadError", "ConvexHeadRegressor", "FileFormatError", "HubError",
+        "InputError", "MissingExtraError", "TokenStore", "__version__", "beta_max", "certify", "load",
+        "regularization_path",
+    },
+    "convexhead.tokens": {
+        "Backbone", "BrokenImageError", "ImageSource", "Progress", "Reduction", "SplitView", "StoreWriteError",
+        "TokenStore", "export_store", "extract", "merge_stores", "open_backbone", "open_source",
+    },
+    "convexhead.interpret": {
+        "ClusterFigures", "Filters", "FittedHead", "choose_n_clusters", "cluster_figures", "cluster_tokens",
+        "effective_rank", "fourier_filters", "head_contributions", "head_lift", "mixing_matrix",
+        "principal_embedding", "retained_directions", "spectra", "token_contributions", "token_embedding",
+    },
+    "convexhead.report": {"csv_rows", "markdown_table", "methods", "render", "terminal_table"},
+    "convexhead.certificate": {"Certificate", "certify_atoms"},
+    "convexhead.dual_norm": {"Decomposition", "DualNorm", "NormOracle", "cone_decomposition"},
+    "convexhead.program.heads": {"HEADS", "Head", "make_head"},
+    "convexhead.cli": {"app", "main"},
+}  # fmt: skip
+SETTINGS = {
+    "head", "activation", "beta", "beta_ratio", "pool", "grid", "n_gates", "gates", "n_blocks", "outputs",
+    "fit_intercept", "tol", "max_heads", "max_time", "max_memory", "random_state", "device", "distributed", "verbose",
+}  # fmt: skip
+PARAMETERS = {
+    ch.ConvexHeadClassifier: SETTINGS,
+    ch.ConvexHeadRegressor: SETTINGS | {"loss"},
+    ch.ConvexHeadClassifier.fit: {"self", "X", "y", "callback", "checkpoint", "checkpoint_minutes"},
+    ch.ConvexHeadRegressor.fit: {"self", "X", "y", "callback", "checkpoint", "checkpoint_minutes"},
+    ch.ConvexHeadClassifier.to_module: {"self", "dtype", "raw_tokens"},
+    ch.beta_max: {"X", "y", "loss", "parameters"},
+    ch.certify: {
+        "weights", "X", "y", "beta", "head", "activation", "pool", "grid", "gates", "n_blocks", "outputs", "intercept",
+        "loss", "tol", "lower_bound", "device", "random_state",
+    },
+    ch.regularization_path: {
+        "X", "y", "beta_ratios", "X_val", "y_val", "loss", "patience", "search_tol", "callback", "progress",
+        "parameters",
+    },
+    ch.load: {"path"},
+}  # fmt: skip
+FITTED = {
+    "beta_", "beta_max_", "certificate_", "gates_", "grid_", "history_", "intercept_", "mixing_", "n_features_in_",
+    "n_heads_", "n_outputs_", "n_tokens_", "origin_", "reduction_", "singular_values_", "stop_reason_", "values_",
+}  # fmt: skip
+CLASSIFIER = {"classes_", "class_names_", "decision_function", "labels_of", "predict_proba"}
+METHODS = {"as_fitted_on", "as_trained_on", "fit", "get_params", "predict", "save", "score", "set_params", "to_module"}
+OLD_MODULES = {
+    "activation": "program.activations",
+    "budget": "runtime.budget",
+    "checkpoint": "runtime.checkpoint",
+    "clock": "runtime.clock",
+    "heads": "program.heads",
+    "intercept": "program.intercept",
+    "lanes": "runtime.workers",
+    "losses": "program.losses",
+    "patterns": "program.patterns",
+    "problem": "program.problem",
+    "ranks": "runtime.ranks",
+    "relu": "dual_norm",
+    "samples": "runtime.samples",
+    "stored_tokens": "runtime.stored_tokens",
+    "training": "baselines.adam",
+}
+
+
+@pytest.mark.parametrize("package", NAMES)
+def test_exported_names(package):
+    module = importlib.import_module(package)
+    assert set(module.__all__) == NAMES[package]
+    assert len(module.__all__) == len(NAMES[package])
+    assert set(module.__all__) <= set(dir(module))
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+@pytest.mark.parametrize("function", PARAMETERS, ids=lambda function: function.__qualname__)
+def test_parameters(function):
+    assert set(inspect.signature(function).parameters) == PARAMETERS[function]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "own"),
+    [(ch.ConvexHeadClassifier("mlp"), SETTINGS | CLASSIFIER), (ch.ConvexHeadRegressor("mlp"), SETTINGS | {"loss"})],
+)
+def test_attributes_of_a_fitted_estimator(estimator, own):
+    estimator.fit(np.random.default_rng(0).normal(size=(9, 2, 2)), np.arange(9) % 2)
+    metadata_routing = {"get_metadata_routing", "set_fit_request", "set_score_request"}
+    assert {name for name in dir(estimator) if not name.startswith("_")} - metadata_routing == own | FITTED | METHODS
+
+
+@pytest.mark.parametrize("old", OLD_MODULES)
+def test_modules_are_found_by_their_old_names(old):
+    sys.modules.pop(f"convexhead.{old}", None)
+    with pytest.warns(FutureWarning, match=f"convexhead.{old} is now convexhead.{OLD_MODULES[old]}"):
+        found = importlib.import_module(f"convexhead.{old}")
+    assert found is importlib.import_module(f"convexhead.{OLD_MODULES[old]}")
