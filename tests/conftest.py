@@ -14,5 +14,13 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tables are slow, too."""
+    for item in items:
+        if item.get_closest_marker("table"):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     annotations.calls.clear()

@@ -17,7 +17,7 @@ import convexhead as ch
 from convexhead.tokens import extract
 
 pytest.importorskip("PIL")
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals of Unix")]
 
 SCRIPT = """
 import contextlib, sys
@@ -163,7 +163,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.table
 @pytest.mark.parametrize("command", COMMANDS)
 def test_any_command_at_any_moment(store, run, tmp_path, command):
     """Signals at random moments, from the first import on; the same command then works on what is left."""

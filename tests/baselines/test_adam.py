@@ -51,6 +51,7 @@ def beta_of(problem, ratio=0.25):
     return ratio * float(torch.linalg.matrix_norm(gradients, 2).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "activation", "outputs"), CASES)
 def test_reaches_the_certified_optimum_from_above(name, activation, outputs):
     problem = build(name, activation, outputs)

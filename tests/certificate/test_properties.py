@@ -169,6 +169,7 @@ FAR_INTERCEPT = Draw(
 """An intercept of 5.7 where targets are of size 1: what it had not settled looked small to the solver."""
 
 
+@pytest.mark.slow
 @settings(random_problems, max_examples=260)
 @given(draws(truncated=False))
 @example(FAR_INTERCEPT)
@@ -176,6 +177,7 @@ def test_solves_are_honest(drawn):
     check_solve(drawn)
 
 
+@pytest.mark.slow
 @settings(random_problems, max_examples=150)
 @given(draws(truncated=True))
 def test_truncated_solves_are_honest(drawn):
@@ -204,6 +206,7 @@ def check_solve(drawn: Draw) -> None:
         assert solution.certificate.converged
 
 
+@pytest.mark.slow
 @settings(random_problems, max_examples=150)
 @given(draws(truncated=False), st.integers(0, 6), st.floats(-3, 1), st.booleans())
 def test_certificates_of_random_weights_are_honest(drawn, k, log_size, at_zero):

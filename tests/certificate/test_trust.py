@@ -19,6 +19,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trials are stopped by an alarm")
 @pytest.mark.parametrize("kind", SAMPLE)
 def test_nothing_is_false_crashes_or_hangs(kind):
@@ -27,6 +28,7 @@ def test_nothing_is_false_crashes_or_hangs(kind):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_the_search_reaches_what_the_library_certifies():
     """A search that found too little would prove nothing: here it comes to within a certified gap."""
     import numpy as np

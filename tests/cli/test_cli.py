@@ -143,6 +143,7 @@ def test_an_exported_module_takes_raw_tokens(work):
     np.testing.assert_allclose(logits, clf.decision_function(view), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compare_writes_a_page(work, capsys):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
@@ -211,6 +212,7 @@ def test_errors_are_one_line(work, photos, capsys, tmp_path, monkeypatch, argume
     assert not list(tmp_path.iterdir()), "a failed command left something behind"
 
 
+@pytest.mark.slow
 def test_version_and_help_import_nothing_heavy():
     """Nor does the package itself, until a name of it is used."""
     program = """
@@ -319,6 +321,7 @@ def test_the_time_left_is_that_of_the_steps_so_far():
     assert pace.left(0, 3) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -40,6 +40,7 @@ from convexhead.experiments.splits import Subset, TokenChoice, choose_images, ch
 from convexhead.experiments.tuning import tune
 from convexhead.tokens import TokenStore, extract, open_source
 
+pytestmark = pytest.mark.slow
 CLASSES = 6
 SMALL = {"scale": "2k", "channels": 9, "epochs": 2, "n_gates": 2, "heads": ("self-attention", "linear"), "jobs": 1}
 TIMES = ("seconds", "seconds_total", "convex_seconds_ratio")

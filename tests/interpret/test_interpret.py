@@ -226,6 +226,7 @@ def test_what_the_retained_directions_leave_out_does_not_matter(name):
 EXAMPLE = Path(__file__).parents[2] / "examples" / "planted_clusters.py"
 
 
+@pytest.mark.slow
 def test_clusters_recover_planted_groups_where_raw_features_do_not():
     result = runpy.run_path(str(EXAMPLE))["study"]()
     assert result["rank"] == result["planted_rank"]

@@ -31,6 +31,7 @@ from convexhead.report.gallery import gallery
 from convexhead.report.pictures import as_seen
 from convexhead.report.run_page import render_runs
 
+pytestmark = pytest.mark.slow
 CLASSES = ("blue", "green", "red", "yellow")
 COLORS = ((0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0))
 

@@ -282,6 +282,7 @@ print(problem.operator.samples.complete, peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_copies_and_mixed_tokens_share_one_budget(tmp_path):
     """34 MB of tokens and 117 of mixed ones; copies in bfloat16, float32 and float64: 25, 17 and 100."""

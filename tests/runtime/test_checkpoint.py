@@ -95,6 +95,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_the_same_iterates(run, tmp_path):
     calm, total = run()
     assert total >= 3
@@ -112,6 +113,7 @@ def test_a_resumed_run_makes_the_same_iterates(run, tmp_path):
     assert same(again, calm)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_again_and_again(run, tmp_path):
     calm, total = run()
     stops = 0
@@ -359,6 +361,7 @@ print(kills, len(list((out / "killed.checkpoint").iterdir())))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kills_at_any_moment_change_nothing(tmp_path):
     done = subprocess.run(
@@ -368,6 +371,7 @@ def test_kills_at_any_moment_change_nothing(tmp_path):
     assert done.stdout.split() == ["12", "3"]
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     store = extract("sklearn:digits", "patches:2", tmp_path / "store", channels=2)
     command = ["fit", str(store.path), "--out", str(tmp_path / "run"), "--checkpoint", "0", "--json"]

@@ -199,6 +199,7 @@ def test_what_changes_nothing_is_not(old, new):
     assert loss_hash(old, new) == loss_hash("", "")
 
 
+@pytest.mark.slow
 def test_another_process_has_the_same_hash_and_sees_a_changed_module(tmp_path):
     (tmp_path / "losses_of_a_user.py").write_text(LOSS)
     modules = "from losses_of_a_user import Mine; from convexhead.runtime.content import content_hash"

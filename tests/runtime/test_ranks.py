@@ -95,6 +95,7 @@ def launch(processes, tmp_path, *tasks):
     return json.loads(done.stdout), *texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "cases"), [(2, ()), (4, ("factored", "ridge"))], ids=["2", "4"])
 def test_several_processes_give_the_result_of_one(processes, cases, tmp_path):
     codes, outputs, errors = launch(processes, tmp_path, "everything", *cases)
@@ -115,6 +116,7 @@ def test_several_processes_give_the_result_of_one(processes, cases, tmp_path):
         np.testing.assert_allclose(together["path"], alone["path"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_lost_worker_ends_the_run_and_any_number_goes_on(tmp_path):
     folder = tmp_path / "checkpoint"
     codes, outputs, errors = launch(3, tmp_path, "lose", folder)
@@ -138,6 +140,7 @@ def test_a_lost_worker_ends_the_run_and_any_number_goes_on(tmp_path):
         assert dual <= calm.primal
 
 
+@pytest.mark.slow
 def test_the_clock_and_an_interrupt_stop_all_together(tmp_path):
     codes, outputs, errors = launch(2, tmp_path, "stop")
     assert codes == [0, 0], errors
@@ -172,6 +175,7 @@ DIFFERENT = {
 }
 
 
+@pytest.mark.slow
 def test_processes_with_unequal_inputs_all_say_what_differs(tmp_path):
     """One fit after the other in the same processes, so that each also shows that the one before is over."""
     codes, outputs, errors = launch(2, tmp_path, "differ", tmp_path)
@@ -185,12 +189,14 @@ def test_processes_with_unequal_inputs_all_say_what_differs(tmp_path):
     assert told["alike"] == told["memory maps alike"] == "converged"
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_before_it_joins_the_run(tmp_path):
     codes, _, errors = launch(2, tmp_path, "die")
     assert codes == [1, 3]
     assert "another process of this run has stopped" in errors[0]
 
 
+@pytest.mark.slow
 def test_an_extraction_of_unequal_processes(tmp_path):
     codes, outputs, errors = launch(2, tmp_path, "tokens", tmp_path / "store")
     assert codes == [0, 0], errors
@@ -226,6 +232,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs the ip command")
 def test_two_hosts_and_one_that_vanishes(two_hosts, tmp_path):
     command = ["vanish", str(tmp_path / "checkpoint")]
@@ -245,6 +252,7 @@ def test_two_hosts_and_one_that_vanishes(two_hosts, tmp_path):
     assert (tmp_path / "checkpoint" / "checkpoint.json").exists()
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     store = extract("sklearn:digits", "patches:2", tmp_path / "store", channels=3)
     options = ["--head", "mlp", "--activation", "gated-relu", "--n-gates", "3", "--json", "--tol", "1e-5"]

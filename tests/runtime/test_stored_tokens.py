@@ -145,6 +145,7 @@ def digits(tmp_path_factory):
     return store["train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "activation"), [("self-attention", "linear"), ("mlp", "gated-relu")])
 def test_a_head_trained_from_disk_is_the_head_trained_in_memory(head, activation, digits, monkeypatch):
     monkeypatch.setattr("convexhead.estimators.SMALL_TOKENS", 0)
@@ -162,6 +163,7 @@ def test_a_head_trained_from_disk_is_the_head_trained_in_memory(head, activation
     assert audit.primal == pytest.approx(streamed.certificate_.primal, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_relu_head_is_trained_from_disk(digits, monkeypatch):
     monkeypatch.setattr("convexhead.dual_norm.norm.WRITTEN_OUT", 0)
     monkeypatch.setattr(StoredTokens, "read", lambda tokens: pytest.fail("all tokens were read"))
@@ -218,6 +220,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_set_by_the_budget(tmp_path):
     """256 MB of tokens under a budget of 32 MB."""

@@ -71,6 +71,7 @@ def test_agrees_with_cvxpy(name, activation, pool):
         assert certificate.dual <= truth.upper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.1])
 @pytest.mark.parametrize(("name", "activation"), CASES)
 def test_agrees_with_the_method_for_any_number_of_outputs(name, activation, ratio, monkeypatch):
@@ -102,6 +103,7 @@ def spoil(X, gates, how):
     return X, gates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize(
     "how",
@@ -150,6 +152,7 @@ def test_a_bound_on_heads_is_kept():
     assert solution.stop is Stop.HEADS
 
 
+@pytest.mark.slow
 def test_goes_on_exactly_from_any_round():
     X, Y, gates = random_data()
     problem = problem_of(X, Y, gates=gates, loss=Huber(0.3), intercept=True)

@@ -83,6 +83,7 @@ def test_hessian_is_the_second_derivative(name, activation, loss, options):
     torch.testing.assert_close(newton._hessian(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "activation", "loss", "options"), CASES)
 def test_reaches_a_stationary_point_no_worse_than_descent_does(name, activation, loss, options):
     dense, atoms = build(name, activation, loss, **options)

@@ -51,6 +51,7 @@ def test_agrees_with_cvxpy_at_tiny_size(name, activation, outputs, pool, route):
     assert certificate.dual <= truth.upper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -73,6 +74,7 @@ def test_agrees_with_the_dense_solver(case, pool, loss, monkeypatch):
         assert certificate.scope == ("global" if activation == "linear" else "sampled-gates")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1.01, 1.5])
 @pytest.mark.parametrize(("name", "activation", "outputs"), MIXING)
 def test_zero_is_optimal_from_beta_max_on(name, activation, outputs, ratio, route):
@@ -95,6 +97,7 @@ def test_just_below_beta_max_zero_is_not_optimal(route):
 
 
 # -- the bound on the largest singular value ---------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("enough", [20, 1, 2])
 def test_the_krylov_bound_is_never_below_the_norm(enough, monkeypatch):
     """At every step, for random problems, models and starts; a failure probability of 1e-6 allows for none.
@@ -156,6 +159,7 @@ def test_what_couples_unsettled_directions_to_the_rest_costs_nothing(c):
     torch.testing.assert_close(bound, sigma[:1], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("starts", [1, 2, 8])
 @pytest.mark.parametrize("order", [20, 300])
 def test_the_slack_covers_hard_spectra(order, starts):
@@ -184,6 +188,7 @@ def test_the_slack_covers_hard_spectra(order, starts):
     assert trials >= 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "activation", "outputs"), MIXING)
 def test_the_krylov_certificate_is_below_the_optimum(name, activation, outputs, monkeypatch):
     """The route that large problems take, on ones small enough to know the truth."""

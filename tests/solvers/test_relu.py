@@ -45,6 +45,7 @@ def run(problem, beta, **options):
     return solve(problem, beta, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(9))
 def test_scalar_optimum_is_cvxpys(seed):
     name, s, d = [("mlp", 1, 2), ("mlp", 2, 2), ("fno", 2, 1)][seed % 3]
@@ -68,6 +69,7 @@ def test_scalar_optimum_is_cvxpys(seed):
     assert certificate.dual <= truth * (1 + 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXING)
 def test_descent_in_cones_keeps_the_pattern(name):
     """Nothing crosses a hyperplane, the objective falls, and the weights are stationary where no constraint binds."""
@@ -91,6 +93,7 @@ def test_descent_in_cones_keeps_the_pattern(name):
     torch.testing.assert_close(same.U, start.U)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_no_training_run_is_below_the_bound(seed):
     """Several outputs: the rigorous bound, Adam from three starts, and our network from two."""
@@ -113,6 +116,7 @@ def test_no_training_run_is_below_the_bound(seed):
     assert solution.certificate.primal >= again.dual
 
 
+@pytest.mark.slow
 def test_weights_at_and_above_beta_max_give_the_zero_model():
     problem = build("mlp", 0, c=3)
     solution = run(problem, 10.0)
@@ -124,6 +128,7 @@ def test_weights_at_and_above_beta_max_give_the_zero_model():
     assert ch.ConvexHeadClassifier("mlp", activation="relu", beta_ratio=0.9).fit(X, y).n_heads_ > 0
 
 
+@pytest.mark.slow
 def test_gated_relaxation_lies_below():
     """``val(G) ≤ val(R)`` when all patterns are gates."""
     X, y = np.random.default_rng(3).normal(size=(7, 1, 2)), np.arange(7) % 2
@@ -132,6 +137,7 @@ def test_gated_relaxation_lies_below():
     assert gated.certificate_.dual <= relu.primal
 
 
+@pytest.mark.slow
 def test_intercept():
     problem = build("mlp", 1, c=3, n=9, intercept=True)
     certificate = run(problem, 0.02, tol=0.01).certificate
@@ -139,6 +145,7 @@ def test_intercept():
     assert certificate.scope == "global"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXING)
 def test_large_problems_are_estimated_and_say_so(name, tmp_path):
     rng = np.random.default_rng(0)
@@ -184,6 +191,7 @@ def searched(problem, beta):
     )
 
 
+@pytest.mark.slow
 def test_dual_point_is_taken_at_the_best_round(monkeypatch):
     """Rewards do not fall from round to round, so the last round need not have the best dual point."""
     problem = build("block-fno", 1, c=3, n=60, s=9, d=8)
@@ -213,6 +221,7 @@ def test_a_large_problem_begins_with_many_heads(name, most):
     assert problem.data_term(f + problem.outputs(first)) < problem.data_term(f)
 
 
+@pytest.mark.slow
 def test_audit_of_weights_that_others_trained():
     problem = build("mlp", 2, c=2, n=8)
     trained = train_adam(problem, 0.02, n_heads=4, lr=0.03, epochs=100)
@@ -273,6 +282,7 @@ def check_fit(X, y, name, **options):
     return clf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize("what", DEGENERATE)
 def test_degenerate_inputs(name, what):
@@ -283,6 +293,7 @@ def test_degenerate_inputs(name, what):
     assert 1 <= len(gated.gates_) <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize("what", DEGENERATE)
 def test_degenerate_inputs_with_all_patterns(name, what):
@@ -305,6 +316,7 @@ def test_the_linear_head_has_no_relu():
         ch.ConvexHeadClassifier("linear", activation="relu").fit(np.eye(6), np.arange(6) % 2)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_bounded():
     problem = build("mlp", 4, c=3, n=10)
     solution = run(problem, 0.005, max_heads=1, tol=1e-6, max_time=2.0)

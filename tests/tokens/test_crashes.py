@@ -69,6 +69,7 @@ print(kills, number + 1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_25_kills_change_nothing(tmp_path: Path) -> None:
     command = [

@@ -242,6 +242,7 @@ for work in (write, read):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
     """16 times the images (50 MB of tokens against 3 MB) take no more memory to write or to read."""

@@ -24,6 +24,7 @@ print("finished", extract(source, "packaged:efficientnet-lite0", out, **options)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(photos: Path, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN)

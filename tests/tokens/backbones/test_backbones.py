@@ -234,6 +234,7 @@ def test_unreachable_hub_fails_within_seconds(tmp_path: Path, monkeypatch: pytes
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.slow
 def test_timm_imports_whatever_torchvision_is_there() -> None:
     """In a fresh process: a matching torchvision gets no declaration, another one gets one."""
     code = """

@@ -17,6 +17,7 @@ from convexhead.tokens import extract, open_backbone, open_source
 from convexhead.tokens.backbones.hf_preprocessing import choose_pixels
 from hf_models import library
 
+pytestmark = pytest.mark.slow  # transformers takes seconds to import
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 
 

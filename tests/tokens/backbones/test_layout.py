@@ -1,6 +1,6 @@
 """Where tokens lie is measured: toy networks of every order, and every family of the two libraries.
 
-The large tables are marked slow: ``pytest -m slow tests/tokens/test_layout.py``.
+The large tables are run by ``pytest -m table tests/tokens/backbones/test_layout.py``.
 """
 
 from __future__ import annotations
@@ -154,7 +154,10 @@ def test_other_threads_may_run_the_network() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-HF = [pytest.param(name, marks=() if name in hf_models.QUICK else pytest.mark.slow) for name in hf_models.FAMILIES]
+HF = [
+    pytest.param(name, marks=pytest.mark.slow if name in hf_models.QUICK else pytest.mark.table)
+    for name in hf_models.FAMILIES
+]
 
 
 @pytest.mark.parametrize("name", HF)
@@ -220,7 +223,7 @@ def corners(backbone: nn.Module, x: Tensor, grid: tuple[int, int]) -> None:
 REFUSED = {"coat": "list", "crossvit": "list", "efficientvim": "list"}
 
 
-@pytest.mark.slow
+@pytest.mark.table
 def test_timm() -> None:
     import_timm()
     from timm.models._registry import _module_to_models
