@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from common import Skip
-from convexhead.baselines.adam import make_twin, objectives, train_adam
+from convexhead.baselines.adam import make_network, objectives, train_adam
 from convexhead.certificate.certify import Certificate, certify_atoms
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
@@ -175,7 +175,7 @@ def lbfgs(instance: Instance, *, heads: int, seed: int, iterations: int) -> tupl
     """scipy's L-BFGS-B on all factors at once, from the start that Adam has."""
     problem, prepared = _prepared(instance)
     beta = instance.beta
-    start = make_twin(problem, heads, seed).to_atoms()
+    start = make_network(problem, heads, seed).to_atoms()
     split = start.U.numel()
 
     def atoms(x: np.ndarray) -> Atoms:

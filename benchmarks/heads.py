@@ -24,6 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 from common import Row, Table, hardware, measure, read_csv, spread, write_csv
+from convexhead.fitting import pose
 from convexhead.program.heads import HEADS
 from evaluation import described
 from instances import cifar8k_store, digits
@@ -74,7 +75,7 @@ def main() -> None:
                 )
                 times, _ = measure(lambda: clf.fit(X, y), runs=args.runs, budget=args.runs * 2 * args.max_time)
                 certificate = clf.certificate_
-                problem, _ = clf._prepare(X, y)
+                problem = pose(clf, X, y).problem
                 gated = activation == "gated-relu"
                 atoms = problem.n_blocks if gated else 32
                 one = described(problem, atoms, args.gates if gated else 0, machine, repeats=3 if gated else 7)

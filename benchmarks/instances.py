@@ -18,7 +18,7 @@ from torch import Tensor
 
 import convexhead as ch
 from common import timed
-from convexhead.estimators import problem_beta_max
+from convexhead.fitting import beta_max_of
 from convexhead.program.activations import make_activation
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
@@ -66,7 +66,7 @@ class Instance:
     @cached_property
     def _beta(self) -> tuple[float, float]:
         problem = self.problem()
-        seconds, beta_max = timed(lambda: problem_beta_max(problem, torch.Generator().manual_seed(0)))
+        seconds, beta_max = timed(lambda: beta_max_of(problem, torch.Generator().manual_seed(0)))
         return self.ratio * beta_max, seconds
 
     @property

@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 from common import hardware, write_csv
-from convexhead.baselines.trained_head import fit_twin
+from convexhead.baselines.trained_head import fit_by_adam
 from convexhead.interpret import (
     FittedHead,
     choose_n_clusters,
@@ -61,7 +61,7 @@ def fit(train: Any, y: Any, ratio: float) -> ch.ConvexHeadClassifier:
 
 def twin(train: Any, y: Any, beta: float, seed: int) -> ch.ConvexHeadClassifier:
     template = ch.ConvexHeadClassifier(beta=beta, grid=(7, 7))
-    return fit_twin(template, train, y, n_heads=20, lr=0.01, epochs=100, batch_size=256, seed=seed)[0]
+    return fit_by_adam(template, train, y, n_heads=20, lr=0.01, epochs=100, batch_size=256, seed=seed)[0]
 
 
 def accuracy(fitted: FittedHead, data: Data) -> float:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, hardware
-from convexhead.estimators import problem_beta_max
+from convexhead.fitting import beta_max_of
 from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
@@ -93,7 +93,7 @@ def child(n: int, out: str) -> None:
         problem.value_and_gradient(atoms, 0.1)
         seconds.append(time.perf_counter() - began)
     sent = ranks.bytes - before - 8 * EVALUATIONS  # without the waits
-    beta = 0.5 * problem_beta_max(problem, generator)
+    beta = 0.5 * beta_max_of(problem, generator)
     ranks.wait()
     evaluations = Count(ranks, "value_and_gradient")
     products = Count(ranks, "adjoint_times_values", "adjoint_times_mixing")

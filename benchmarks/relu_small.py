@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from common import cpu_name, versions, write_csv
 from convexhead.dual_norm import cone_decomposition
 from convexhead.dual_norm.norm import NormOracle
-from convexhead.estimators import problem_beta_max
+from convexhead.fitting import beta_max_of
 from convexhead.program.activations import GatedReLU, ReLU
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy, Squared
@@ -142,7 +142,7 @@ def study_starts(where: dict[str, object]) -> None:
         write_csv("relu_starts", [row | where for row in rows])
     for head in ("mlp", "self-attention", "mlp-mixer", "fno", "block-fno"):
         problem = digits_problem(head)
-        rows += compare_starts("digits", problem, 0.05 * problem_beta_max(problem, torch.Generator()), 10, 0)
+        rows += compare_starts("digits", problem, 0.05 * beta_max_of(problem, torch.Generator()), 10, 0)
         write_csv("relu_starts", [row | where for row in rows])
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     for a, b in pairs:

@@ -27,6 +27,7 @@ from sklearn.exceptions import ConvergenceWarning
 import convexhead as ch
 from common import RESULTS, cpu_name, versions, write_csv
 from convexhead.baselines.adam import train_adam, tune_learning_rate
+from convexhead.fitting import pose
 from convexhead.runtime.clock import count_processor_time, now
 
 HEADS = "mlp,self-attention,mlp-mixer,fno,block-fno"
@@ -95,8 +96,10 @@ def main() -> None:
             for activation in activations:
                 clf = ch.ConvexHeadClassifier(head, activation=activation, beta=beta, random_state=seed, **common)
                 began = now()
-                problem, generator = clf._prepare(X, y)
-                certificate = clf._solve(problem, generator, beta_max=beta_max).certificate
+                task = pose(clf, X, y)
+                task.beta_max = beta_max  # the same for all seeds
+                clf = ch.ConvexHeadClassifier.from_model(task.solve()[0])
+                certificate = clf.certificate_
                 note(
                     head, "ours, " + activation, seed, certificate.primal, clf, now() - began,
                     beta=beta, heads=clf.n_heads_, scope=certificate.scope, proven_gap=certificate.relative_gap,
@@ -107,7 +110,9 @@ def main() -> None:
                     fits.append(clf)
         if not fits:
             continue
-        problem, _ = fits[0]._prepare(X, y)
+        task = pose(fits[0], X, y)
+        task.beta_max = beta_max
+        problem = task.problem
         n_heads = max(20, *(fit.n_heads_ for fit in fits))
 
         def train(lr: float, seed: int, problem=problem, beta=beta, n_heads=n_heads):
@@ -117,9 +122,8 @@ def main() -> None:
 
         tuning = tune_learning_rate(lambda lr: train(lr, SEEDS[0]), (0.003, 0.01, 0.03))
         for run in (tuning.best, *(train(tuning.learning_rate, seed) for seed in SEEDS[1:])):
-            twin = fits[0].__class__(**fits[0].get_params())
-            twin.classes_, twin.certificate_ = fits[0].classes_, fits[0].certificate_
-            twin._keep(problem.head, problem.activation, run.module.to_atoms())
+            trained = task.model(run.module.to_atoms(), None, [], "", run.optimizer)
+            twin = ch.ConvexHeadClassifier.from_model(trained)
             note(
                 head, "Adam, relu", run.seed, run.convex_objective, twin, run.seconds,
                 beta=beta, heads=n_heads, learning_rate=run.learning_rate,

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
-from sklearn.utils.multiclass import check_classification_targets
 
 from convexhead import inputs
 from convexhead.certificate.certify import Certificate, certify_atoms
-from convexhead.errors import InputError, choose
-from convexhead.estimators import _ConvexHead, _labels_of, atoms_from_blocks
+from convexhead.errors import InputError
+from convexhead.estimator_base import HeadEstimator
+from convexhead.model import Model
 from convexhead.modules import HeadModule
-from convexhead.program.activations import ACTIVATIONS, make_activation
+from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
+from convexhead.program.blocks import atoms_from_blocks
 from convexhead.program.coordinates import Coordinates
-from convexhead.program.heads import Head, make_head
+from convexhead.program.heads import Head
 from convexhead.program.losses import Loss, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from convexhead.reading import labels_of, targets_of
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.runtime.surroundings import undisturbed
+from convexhead.spec import Spec
 
 OF_REFERENCE = "that of the reference"
 """How the ``bound`` of a certificate begins whose dual value is a reference's."""
@@ -34,7 +38,7 @@ OF_REFERENCE = "that of the reference"
 
 @undisturbed()
 def certify(
-    weights: HeadModule | _ConvexHead | tuple[Sequence[Any], Sequence[Any]],
+    weights: HeadModule | HeadEstimator | Model | tuple[Sequence[Any], Sequence[Any]],
     X: Any,
     y: Any = None,
     *,
@@ -63,7 +67,7 @@ def certify(
 
     Parameters
     ----------
-    weights : HeadModule, fitted estimator, or (mixing, values)
+    weights : HeadModule, fitted estimator, Model, or (mixing, values)
         Factors are lists with one entry a block, ``(k, *mixing_shape)`` and ``(k, e, c)`` as in ``mixing_`` and
         ``values_``, or for a head of one block the two arrays themselves. The linear head: ``(None, coef)``. They
         need not be balanced: the certificate is for the products, whose penalty is never more than the factors'.
@@ -89,86 +93,112 @@ def certify(
     InputError
         Shapes, labels or options that do not fit together; a lower bound of another problem, with what differs.
     """
-    for name, number in (("beta", beta), ("tol", tol)):
-        if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 < number < math.inf:
-            raise InputError(f"{name} must be a positive number, got {number!r}")
+    spec = Spec(
+        head=head, activation=activation, loss=loss or "cross-entropy", beta=beta, pool=pool, grid=grid,
+        n_blocks=n_blocks, outputs=outputs, tol=tol, device=device,
+    )  # fmt: skip
+    _check_reference(beta, lower_bound)
+    X = inputs.plain(inputs.resolve_store(X), "X")
+    model = as_model(weights)
+    if model is not None:
+        X, y = _images_of_training(model, X, y)
+    tokens = inputs.open_tokens(X)
+    audited = _understood(weights if model is None else model, spec, tokens.shape[1:], gates, intercept)
+    problem = audited.problem(tokens, X, y, make_loss(loss or audited.loss), inputs.pick_device(device))
+    if lower_bound is not None:
+        lower_bound.check_is_of(problem.identity, float(beta))
+    return certify_atoms(
+        problem,
+        problem.enter(audited.atoms.to(problem.device, torch.float64)),
+        problem.coordinates.beta(float(beta)),
+        tol=spec.tol,
+        known_dual=-math.inf if lower_bound is None else lower_bound.dual,
+        known_failure=0.0 if lower_bound is None else lower_bound.failure_probability,
+        known_from="" if lower_bound is None else f"{OF_REFERENCE}: {lower_bound.bound}",
+        generator=None if random_state is None else torch.Generator().manual_seed(random_state),
+    )
+
+
+def _check_reference(beta: Any, lower_bound: Any) -> None:
+    if beta is None:
+        raise InputError("beta must be a positive number, got None: an audit is at the weight of the training")
     if lower_bound is not None and not isinstance(lower_bound, Certificate):
         raise InputError(
             f"lower_bound must be a Certificate, got {type(lower_bound).__name__}: a number does not say which problem "
             "it bounds; pass certificate_ of a fit of the same problem"
         )
-    choose("activation", activation, ACTIVATIONS)
-    X = inputs.plain(inputs.resolve_store(X), "X")
-    classes = None
-    if isinstance(weights, _ConvexHead):
-        if not hasattr(weights, "certificate_"):
+
+
+def as_model(weights: Any) -> Model | None:
+    """The `Model` of a fitted estimator, or the model itself; None for anything else.
+
+    Raises
+    ------
+    NotFittedError
+        An estimator that is not fitted.
+    """
+    if isinstance(weights, HeadEstimator):
+        if not hasattr(weights, "model_"):
             raise NotFittedError("this estimator is not fitted yet: call fit before certify")
-        whole, X = X, weights.as_trained_on(X)
-        if y is not None and len(X) < len(whole) == len(y):  # trained on some of the split
-            y = np.asarray(y)[X.rows]
-        loss = loss or getattr(weights, "loss", None)
-        classes = getattr(weights, "classes_", None)
-        weights = weights.to_module(torch.float64)
-    tokens = inputs.open_tokens(X)
-    if isinstance(weights, HeadModule):
-        if gates is not None or intercept is not None:
-            raise InputError("gates and intercept go with factors: a module or an estimator has its own")
-        if weights.reduction is not None:
+        return weights.model_
+    return weights if isinstance(weights, Model) else None
+
+
+def _images_of_training(model: Model, X: Any, y: Any) -> tuple[Any, Any]:
+    """The images that the model was trained on, and their targets."""
+    whole, X = X, model.as_trained_on(X)
+    if y is not None and len(X) < len(whole) == len(y):  # trained on some of the split
+        y = np.asarray(y)[X.rows]
+    return X, y
+
+
+@dataclass(frozen=True, eq=False)
+class _Audited:
+    """Weights and what they are of; ``classes`` are the labels of the outputs, None: the sorted labels."""
+
+    head: Head
+    activation: str
+    gates: torch.Tensor | None
+    atoms: Atoms
+    fit_intercept: bool
+    loss: str | Loss = "cross-entropy"
+    classes: NDArray[Any] | None = None
+
+    def problem(self, tokens: Tokens, X: Any, y: Any, loss: Loss, device: torch.device) -> Problem:
+        """The problem that they were trained for, in the coordinates that serve its certificate best."""
+        if tokens.shape[1:] != (self.head.s, self.head.d):
             raise InputError(
-                "this module takes raw tokens: audit one without the reduction (to_module() without raw_tokens) on the "
-                "reduced tokens that it was trained on"
+                f"tokens are {tuple(tokens.shape[1:])} a sample, but these weights are for {(self.head.s, self.head.d)}"
             )
-        module_head, activation, atoms = cast(Head, weights.head), weights.activation_name, weights.to_atoms()
-        gates, fit_intercept = weights.gates, weights.intercept is not None
-    else:
-        gates = None if gates is None else _numbers(gates, "gates")
-        module_head, atoms = _from_factors(
-            weights,
-            tokens,
-            head,
-            "none" if pool is None else pool,
-            grid,
-            n_blocks,
-            outputs,
-            gates,
-            activation,
-            intercept,
+        if not all(bool(torch.isfinite(part).all()) for part in (self.atoms.U, self.atoms.V, self.atoms.intercept)):
+            raise InputError("the weights contain NaN or infinity: the training they come from diverged")
+        targets = _targets(loss, X, y, self.head, self.atoms.V.shape[2], self.classes)
+        inputs.check_lengths(tokens, len(targets))
+        activation = make_activation(self.activation, self.head, self.gates)
+        memory = default_memory(device)
+        operator = Operator(tokens, self.head, activation, reuse=False, device=device, memory=memory)
+        problem = Problem(operator, targets, loss, fit_intercept=self.fit_intercept)
+        return problem.in_coordinates(Coordinates.of(tokens, targets, self.head, activation, loss, self.fit_intercept))
+
+
+def _understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, intercept: Any) -> _Audited:
+    """The weights, in whichever form they come; ``shape`` is that of the tokens of a sample."""
+    if not isinstance(weights, (Model, HeadModule)):
+        return _of_factors(weights, spec.make_head(*shape), spec.activation, gates, intercept)
+    if gates is not None or intercept is not None:
+        raise InputError("gates and intercept go with factors: a module or an estimator has its own")
+    if isinstance(weights, Model):
+        of = weights.spec
+        return _Audited(
+            weights.head, of.activation, weights.gates, weights.atoms, of.fit_intercept, of.loss, weights.classes
         )
-        fit_intercept = intercept is not None
-    if tokens.shape[1:] != (module_head.s, module_head.d):
+    if weights.reduction is not None:
         raise InputError(
-            f"tokens are {tuple(tokens.shape[1:])} a sample, but these weights are for {(module_head.s, module_head.d)}"
+            "this module takes raw tokens: audit one without the reduction (to_module() without raw_tokens) on the "
+            "reduced tokens that it was trained on"
         )
-    chosen = make_loss(loss or "cross-entropy")
-    targets = _targets(chosen, X, y, module_head, atoms.V.shape[2], classes)
-    inputs.check_lengths(tokens, len(targets))
-    where = inputs.pick_device(device)
-    chosen_activation = make_activation(activation, module_head, gates)
-    problem = Problem(
-        Operator(tokens, module_head, chosen_activation, reuse=False, device=where, memory=default_memory(where)),
-        targets,
-        chosen,
-        fit_intercept=fit_intercept,
-    )
-    atoms = atoms.to(where, torch.float64)
-    if not all(bool(torch.isfinite(part).all()) for part in (atoms.U, atoms.V, atoms.intercept)):
-        raise InputError("the weights contain NaN or infinity: the training they come from diverged")
-    if lower_bound is not None:
-        lower_bound.check_is_of(problem.identity, float(beta))
-    generator = None if random_state is None else torch.Generator().manual_seed(random_state)
-    problem = problem.in_coordinates(
-        Coordinates.of(tokens, targets, module_head, chosen_activation, chosen, fit_intercept)
-    )
-    return certify_atoms(
-        problem,
-        problem.enter(atoms),
-        problem.coordinates.beta(float(beta)),
-        tol=float(tol),
-        known_dual=-math.inf if lower_bound is None else lower_bound.dual,
-        known_failure=0.0 if lower_bound is None else lower_bound.failure_probability,
-        known_from="" if lower_bound is None else f"{OF_REFERENCE}: {lower_bound.bound}",
-        generator=generator,
-    )
+    has_intercept = weights.intercept is not None
+    return _Audited(weights.head, weights.activation_name, weights.gates, weights.to_atoms(), has_intercept)
 
 
 def _numbers(values: Any, what: str) -> torch.Tensor:
@@ -194,19 +224,7 @@ def _intercept(values: Any, n_outputs: int) -> torch.Tensor:
     return b
 
 
-def _from_factors(
-    factors: Any,
-    tokens: Tokens,
-    name: str,
-    pool: str,
-    grid: tuple[int, int] | None,
-    n_blocks: int,
-    outputs: str,
-    gates: Any,
-    activation: str,
-    intercept: Any,
-) -> tuple[Head, Atoms]:
-    head = make_head(name, tokens.shape[1], tokens.shape[2], pool=pool, grid=grid, n_blocks=n_blocks, outputs=outputs)
+def _of_factors(factors: Any, head: Head, activation: str, gates: Any, intercept: Any) -> _Audited:
     if not isinstance(factors, (tuple, list)) or len(factors) != 2:
         raise InputError("weights must be a HeadModule, a fitted estimator, or a pair (mixing, values)")
     if activation == "gated-relu" and gates is None:
@@ -214,17 +232,28 @@ def _from_factors(
     if activation != "gated-relu" and gates is not None:
         raise InputError(f"gates go with activation='gated-relu', and not with {activation!r}")
     if gates is not None:
+        gates = _numbers(gates, "gates")
         make_activation(activation, head, gates)  # checks their shape
     mixing, values = factors
-    if not head.learns_mixing:
-        if mixing is not None:
-            raise InputError("the linear head has no mixing weights: pass (None, coef)")
-        coef = _numbers(values, "coef")
-        if coef.shape[:1] != (head.d,) or coef.ndim != 2:
-            raise InputError(f"the linear head's coef must be (d, c) = ({head.d}, c), got {tuple(coef.shape)}")
-        b = _intercept(intercept, coef.shape[1])
-        return head, Atoms(torch.ones(1).double(), coef[None], torch.zeros(1, dtype=torch.int64), b)
-    count = head.n_groups * (len(gates) if activation == "gated-relu" else 1)
+    if head.learns_mixing:
+        atoms = _mixing_atoms(head, mixing, values, 1 if gates is None else len(gates), intercept)
+    else:
+        atoms = _linear_atoms(head, mixing, values, intercept)
+    return _Audited(head, activation, gates, atoms, intercept is not None)
+
+
+def _linear_atoms(head: Head, mixing: Any, values: Any, intercept: Any) -> Atoms:
+    if mixing is not None:
+        raise InputError("the linear head has no mixing weights: pass (None, coef)")
+    coef = _numbers(values, "coef")
+    if coef.shape[:1] != (head.d,) or coef.ndim != 2:
+        raise InputError(f"the linear head's coef must be (d, c) = ({head.d}, c), got {tuple(coef.shape)}")
+    b = _intercept(intercept, coef.shape[1])
+    return Atoms(torch.ones(1).double(), coef[None], torch.zeros(1, dtype=torch.int64), b)
+
+
+def _mixing_atoms(head: Head, mixing: Any, values: Any, n_gates: int, intercept: Any) -> Atoms:
+    count = head.n_groups * n_gates
     if count == 1 and not isinstance(mixing, (list, tuple)):
         mixing, values = [mixing], [values]
     if not all(isinstance(part, (list, tuple)) for part in (mixing, values)):
@@ -234,7 +263,6 @@ def _from_factors(
         raise InputError(
             f"this head has {count} blocks, got {len(mixing)} of mixing and {len(values)} of values weights"
         )
-    share = head.n_groups if name == "block-fno" and outputs == "grouped" else 1
     columns = {v.shape[2] for v in values if v.ndim == 3}
     shape = ", ".join(map(str, head.mixing_shape))
     for u, v in zip(mixing, values, strict=True):
@@ -245,13 +273,11 @@ def _from_factors(
             )
     if len(columns) != 1:
         raise InputError(f"blocks disagree on the number of outputs: {sorted(columns)}")
-    n_outputs = columns.pop() * share
-    return head, atoms_from_blocks(head, mixing, values, n_outputs, _intercept(intercept, n_outputs))
+    n_outputs = columns.pop() * (head.n_groups if getattr(head, "outputs", "shared") == "grouped" else 1)
+    return atoms_from_blocks(head, mixing, values, n_outputs, _intercept(intercept, n_outputs))
 
 
-def _targets(
-    loss: Loss, X: Any, y: Any, head: Head, n_outputs: int, classes: np.ndarray[Any, Any] | None
-) -> torch.Tensor:
+def _targets(loss: Loss, X: Any, y: Any, head: Head, n_outputs: int, classes: NDArray[Any] | None) -> torch.Tensor:
     """``(n, r, c)``: one-hot rows of labels in the order of ``classes`` (None: sorted), or float targets as given."""
     if loss.name != "cross-entropy":
         if y is None:
@@ -264,17 +290,5 @@ def _targets(
         return targets
     if head.r != 1:
         raise InputError("labels are one a sample, but these weights have an output for every token (pool=None)")
-    labels = _labels_of(X, y)
-    check_classification_targets(labels)
-    present = np.unique(labels)
-    names = (present if classes is None else classes).tolist()
-    place = {name: i for i, name in enumerate(names)}
-    foreign = [label for label in present.tolist() if label not in place]
-    if foreign:
-        raise InputError(
-            f"labels {', '.join(map(repr, foreign[:5]))} are not among the classes of this head "
-            f"({', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''})"
-        )
-    if len(present) != n_outputs:
-        raise InputError(f"the labels have {len(present)} classes, but the weights have {n_outputs} outputs")
-    return inputs.one_hot(np.array([place[label] for label in labels.tolist()]), n_outputs)
+    labels = labels_of(X, y)
+    return targets_of(np.unique(labels) if classes is None else classes, labels, n_outputs)

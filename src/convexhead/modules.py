@@ -31,10 +31,14 @@ from convexhead.program.heads.base import Head
 class Affine(Protocol):
     """The constants of ``((x − mean) · scale) @ basis``, then a channel of ones if `constant`."""
 
-    mean: Any
-    scale: Any
-    basis: Any
-    constant: bool
+    @property
+    def mean(self) -> Any: ...
+    @property
+    def scale(self) -> Any: ...
+    @property
+    def basis(self) -> Any: ...
+    @property
+    def constant(self) -> bool: ...
 
 
 class ChannelReduction(nn.Module):
@@ -80,8 +84,21 @@ class HeadModule(nn.Module):
         Applied to raw tokens first.
     seed : int or None
         Of `reset_parameters`; None leaves all weights zero, to be filled in.
+
+    Attributes
+    ----------
+    classes, class_names : list or None
+        The label of each output, and its name, of a module that a trained `Model` was exported as.
+    origin : TokenOrigin or None
+        How the tokens of that model's training were made.
+    fitted_behind : Reduction or None
+        What those tokens were read through: the module takes such tokens, or with `reduction` raw ones.
     """
 
+    classes: list[Any] | None = None
+    class_names: list[str] | None = None
+    origin: Any = None
+    fitted_behind: Any = None
     block: Tensor
     gates: Tensor | None
     mixing: Tensor

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from convexhead import inputs
-from convexhead.errors import InputError
-from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor, problem_beta_max
-from convexhead.program.atoms import Atoms
+from convexhead.errors import InputError, choose
+from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.fitting import Task, pose, ranks_of
+from convexhead.model import Model
 from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.surroundings import undisturbed
-from convexhead.solvers import Progress
+from convexhead.solvers.base import Progress
 
 DEFAULT_RATIOS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
 Row = dict[str, Any]
@@ -38,8 +39,8 @@ def beta_max(X: Any, y: Any = None, *, loss: str | None = None, **parameters: An
         Of `ConvexHeadClassifier` or `ConvexHeadRegressor`: ``head``, ``activation``, ``pool``, …
     """
     template = _estimator(loss, parameters)
-    with template._ranks().all_or_none():
-        return problem_beta_max(*template._prepare(X, y, to_solve=True, run="beta_max"))
+    with ranks_of(template).all_or_none():
+        return pose(template, X, y, to_solve=True, run="beta_max").beta_max
 
 
 @undisturbed()
@@ -104,119 +105,130 @@ def regularization_path(
     if search_tol is not None and X_val is None:
         raise InputError("search_tol solves only the best β to the end: pass X_val and y_val to choose it by")
     template = _estimator(loss, parameters)
-    with template._ranks().all_or_none():
-        return _follow(template, X, y, ratios, X_val, y_val, patience, search_tol, callback, progress)
+    with ranks_of(template).all_or_none():
+        began = now()
+        agreed = {"beta_ratios": ratios, "patience": patience, "search_tol": search_tol}
+        task = pose(template, X, y, to_solve=True, run="path", **agreed, validation=X_val is not None)
+        if X_val is not None:
+            _agree_on_held_out(task, X_val, y_val)
+        path = _Path(task, type(template), X_val, y_val, progress, began)
+        path.follow(ratios, search_tol, patience, callback)
+        if path.interrupted and len(path.rows) < len(ratios):
+            told = f"interrupted: {len(path.rows)} of {len(ratios)} β were visited"
+            warnings.warn(told, ConvergenceWarning, stacklevel=3)
+        if search_tol is None:
+            return path.rows
+        rows, chosen = path.finished()
+        if callback is not None:
+            callback(chosen)
+        return rows
 
 
-def _follow(
-    template: ConvexHeadClassifier | ConvexHeadRegressor,
-    X: Any,
-    y: Any,
-    ratios: list[float],
-    X_val: Any,
-    y_val: Any,
-    patience: int | None,
-    search_tol: float | None,
-    callback: Callable[[Row], None] | None,
-    progress: Callable[[Progress], None] | None,
-) -> list[Row]:
-    """`regularization_path`, its arguments checked."""
-    began = now()
-    problem, generator = template._prepare(
-        X,
-        y,
-        to_solve=True,
-        run="path",
-        beta_ratios=ratios,
-        patience=patience,
-        search_tol=search_tol,
-        validation=X_val is not None,
+def _agree_on_held_out(task: Task, X_val: Any, y_val: Any) -> None:
+    task.problem.ranks.agree(
+        lambda: inputs.open_tokens(X_val),
+        lambda tokens: {
+            "held-out data (tokens)": inputs.tokens_hash(tokens),
+            "held-out data (targets)": f"sha256:{content_hash(None if y_val is None else np.asarray(y_val))}",
+        },
     )
-    if X_val is not None:
-        problem.ranks.agree(
-            lambda: inputs.open_tokens(X_val),
-            lambda tokens: {
-                "held-out data (tokens)": inputs.tokens_hash(tokens),
-                "held-out data (targets)": f"sha256:{content_hash(None if y_val is None else np.asarray(y_val))}",
-            },
-        )
-    largest = problem_beta_max(problem, generator)
 
-    rows: list[Row] = []
-    interrupted = False
 
-    def fit(ratio: float, start: Atoms | None, search: float | None) -> Row:
-        nonlocal began, interrupted
-        model = clone(template).set_params(beta_ratio=ratio)
-        for name in ("classes_", "_target_shape", "feature_names_in_", "reduction_", "origin_"):
-            if hasattr(template, name):
-                setattr(model, name, getattr(template, name))
-        if search is None:
-            solution = model._solve(problem, generator, beta_max=largest, start=start, callback=progress)
-            interrupted = solution.interrupted
-            if interrupted and rows and not solution.certificate.converged:
-                raise KeyboardInterrupt  # beside fits that are finished, it says nothing
-            proof = model.certificate_.to_dict()
-        else:
-            model._approach(problem, generator, search, beta_max=largest, start=start, callback=progress)
-            proof = {
-                "primal": model.history_[-1]["objective"],
-                "dual": None,
-                "gap": None,
-                "relative_gap": None,
-                "converged": False,
-            }
+@dataclass
+class _Path:
+    """A path being followed.
+
+    Attributes
+    ----------
+    began : float
+        When the row that is next was begun.
+    interrupted : bool
+        Whether Ctrl-C has ended it.
+    """
+
+    task: Task
+    estimator: type[ConvexHeadClassifier] | type[ConvexHeadRegressor]
+    X_val: Any
+    y_val: Any
+    progress: Callable[[Progress], None] | None
+    began: float
+    rows: list[Row] = field(default_factory=list)
+    interrupted: bool = False
+
+    def follow(
+        self,
+        ratios: list[float],
+        search_tol: float | None,
+        patience: int | None,
+        callback: Callable[[Row], None] | None,
+    ) -> None:
+        """Add a row for each of the falling ``ratios``, until patience or a person ends it."""
+        start: Model | None = None
+        for ratio in ratios:
+            try:
+                row = self.solved(ratio, start) if search_tol is None else self.searched(ratio, start, search_tol)
+            except KeyboardInterrupt:
+                if not self.rows or search_tol is not None:
+                    raise
+                self.interrupted = True
+                return
+            self.rows.append(row)
+            start = row["model"].model_
+            if callback is not None:
+                callback(row)
+            if self.interrupted:
+                return
+            if patience is not None and self.X_val is not None:
+                best_so_far = int(np.argmax([row["val_score"] for row in self.rows]))
+                if len(self.rows) - 1 - best_so_far >= patience:
+                    return
+
+    def solved(self, ratio: float, start: Model | None) -> Row:
+        """The row of a certified fit."""
+        began = None if start is None else start.atoms
+        model, solution = self.task.at(ratio).solve(start=began, callback=self.progress)
+        self.interrupted = solution.interrupted
+        if self.interrupted and self.rows and not solution.certificate.converged:
+            raise KeyboardInterrupt  # beside fits that are finished, it says nothing
+        return self._row(model, solution.certificate.to_dict())
+
+    def searched(self, ratio: float, start: Model | None, tol: float) -> Row:
+        """The row of a fit that ends at the solver's own estimate."""
+        began = None if start is None else start.atoms
+        model = self.task.at(ratio).approach(tol, start=began, callback=self.progress)
+        unproven = {"dual": None, "gap": None, "relative_gap": None, "converged": False}
+        return self._row(model, {"primal": model.history[-1]["objective"], **unproven})
+
+    def _row(self, model: Model, proof: dict[str, Any]) -> Row:
+        fitted = self.estimator.from_model(model)
+        ranks = self.task.problem.ranks
         row = {
-            "beta_ratio": ratio,
-            "beta": model.beta_,
+            "beta_ratio": model.spec.beta_ratio,
+            "beta": model.beta,
             "objective": proof["primal"],
             **{key: proof[key] for key in ("dual", "gap", "relative_gap", "converged")},
-            "n_heads": model.n_heads_,
-            "train_score": model._score_fitted(problem),
+            "n_heads": len(model.atoms),
+            "train_score": self.task.score(model),
             # One process scores for all, so that they choose alike.
-            "val_score": None if X_val is None else problem.ranks.first_does(lambda: model.score(X_val, y_val)),
-            "seconds": now() - began,
-            "model": model,
+            "val_score": None if self.X_val is None else ranks.first_does(lambda: fitted.score(self.X_val, self.y_val)),
+            "seconds": now() - self.began,
+            "model": fitted,
         }
-        began = now()
+        self.began = now()
         return row
 
-    start: Atoms | None = None
-    for ratio in ratios:
-        try:
-            row = fit(ratio, start, search_tol)
-        except KeyboardInterrupt:
-            if not rows or search_tol is not None:
-                raise
-            interrupted = True
-            break
-        rows.append(row)
-        start = row["model"]._atoms()
-        if callback is not None:
-            callback(row)
-        if interrupted:
-            break
-        if patience is not None and X_val is not None:
-            best_so_far = int(np.argmax([row["val_score"] for row in rows]))
-            if len(rows) - 1 - best_so_far >= patience:
-                break
-    if interrupted and len(rows) < len(ratios):
-        told = f"interrupted: {len(rows)} of {len(ratios)} β were visited"
-        warnings.warn(told, ConvergenceWarning, stacklevel=2)
-    if search_tol is not None:
-        chosen = rows.index(best(rows))
-        row = fit(rows[chosen]["beta_ratio"], rows[chosen]["model"]._atoms(), None)
-        if interrupted:
+    def finished(self) -> tuple[list[Row], Row]:
+        """The rows of a search whose best fit, the second result, went on to its certificate: only it has a model."""
+        chosen = best(self.rows)
+        searched = chosen["model"].model_
+        row = self.solved(chosen["beta_ratio"], searched)
+        if self.interrupted:
             raise KeyboardInterrupt
-        row["seconds"] += rows[chosen]["seconds"]
-        searched = rows[chosen]["model"].history_
-        after = [{**m, "seconds": m["seconds"] + searched[-1]["seconds"]} for m in row["model"].history_]
-        row["model"].history_ = searched + after
-        rows = [{**other, "model": None} for other in rows]
-        rows[chosen] = row
-        if callback is not None:
-            callback(row)
-    return rows
+        row["seconds"] += chosen["seconds"]
+        model, before = row["model"].model_, searched.history[-1]["seconds"]
+        after = [{**moment, "seconds": moment["seconds"] + before} for moment in model.history]
+        row["model"] = self.estimator.from_model(replace(model, history=searched.history + after))
+        return [row if other is chosen else {**other, "model": None} for other in self.rows], row
 
 
 def best(rows: list[Row]) -> Row:
@@ -243,9 +255,7 @@ def grid_edge(beta_ratios: Sequence[float], chosen: float) -> Literal["low", "hi
 
 def _estimator(loss: str | None, parameters: dict[str, Any]) -> ConvexHeadClassifier | ConvexHeadRegressor:
     cls = ConvexHeadClassifier if loss is None else ConvexHeadRegressor
-    unknown = set(parameters) - set(cls().get_params())
-    if unknown:
-        from convexhead.errors import choose
-
-        choose("parameter", sorted(unknown)[0], cls().get_params())
+    known = cls().get_params()
+    for name in sorted(parameters):
+        choose("parameter", name, known)
     return cls(**parameters) if loss is None else ConvexHeadRegressor(loss=loss, **parameters)

@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 
 from convexhead.audit import certify
 from convexhead.baselines.adam import TrainingResult
-from convexhead.baselines.trained_head import fit_twin
+from convexhead.baselines.trained_head import fit_by_adam
 from convexhead.certificate.certify import Certificate
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier
@@ -227,7 +227,7 @@ def adam(
     """
     check_target(Path(out))
     notify("reading tokens", 0, epochs)
-    clf, result = fit_twin(
+    clf, result = fit_by_adam(
         ConvexHeadClassifier(random_state=random_state, **parameters), open_split(store, "train"), n_heads=n_heads,
         lr=lr, epochs=epochs, batch_size=batch_size, seed=random_state,
         callback=lambda row: notify("Adam's epochs", int(row.epoch), epochs, f"objective {row.objective:.6g}"),

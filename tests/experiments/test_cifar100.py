@@ -109,7 +109,7 @@ def test_a_reported_objective_is_that_of_the_kept_weights(finished, photos):
         name = f"{row['head']}-{row['activation']}"
         model = ch.load(out / "models" / name)
         problem = problem_of(model, splits.train)
-        primal, _ = objectives(problem, model._atoms(), model.beta_)
+        primal, _ = objectives(problem, model.model_.atoms, model.beta_)
         assert primal == pytest.approx(row["certificate"]["primal"], rel=1e-5)
         for run in row["twin"]["runs"]:
             atoms = 1 if row["head"] == "linear" else 20

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead.baselines.trained_head import fit_twin
+from convexhead.baselines.trained_head import fit_by_adam
 from convexhead.experiments.cells import network_scores
 from convexhead.program.atoms import Atoms
 from convexhead.program.operator import has_fast_bfloat16
@@ -91,6 +91,6 @@ def test_a_twin_trained_on_a_gpu_scores_tokens_of_a_cpu():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(100, 6, 4)).astype(np.float32), rng.integers(0, 3, 100)
     clf = ch.ConvexHeadClassifier(head="mlp", beta_ratio=0.2, random_state=0, device="cuda")
-    clf, result = fit_twin(clf, X, y, n_heads=4, lr=0.03, epochs=3, batch_size=32)
+    clf, result = fit_by_adam(clf, X, y, n_heads=4, lr=0.03, epochs=3, batch_size=32)
     scores = network_scores(result.module, X)
     np.testing.assert_allclose(scores, clf.decision_function(X), rtol=1e-4, atol=1e-5)

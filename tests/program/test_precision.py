@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead import estimators, solvers
+from convexhead import fitting, solvers
 from convexhead.program import operator
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
@@ -102,7 +102,7 @@ def test_refused_where_nothing_is_gained():
 
 
 def test_a_solve_with_rounded_products_is_certified_in_float64(monkeypatch):
-    monkeypatch.setattr(estimators, "SMALL_TOKENS", 0)
+    monkeypatch.setattr(fitting, "SMALL_TOKENS", 0)
     monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)
     used = []
     whole = Problem.with_half_products

@@ -50,7 +50,7 @@ def run(request, monkeypatch):
     """A function that fits, and is stopped at the given row of the history."""
     head, parameters = RUNS[request.param]
     if parameters["tol"] >= 1e-4:
-        monkeypatch.setattr("convexhead.estimators.SMALL_TOKENS", 0)
+        monkeypatch.setattr("convexhead.fitting.SMALL_TOKENS", 0)
         monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
     if request.param == "single then double precision":
         patience = {**ColumnGeneration.patience, torch.float32: -1}
@@ -322,6 +322,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 # A process that has imported everything forks one child an attempt.
 KILLS = """
 import os, random, signal, sys, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import convexhead as ch
@@ -338,8 +339,8 @@ def attempt(name, seconds):
     if child == 0:
         clf = ch.ConvexHeadClassifier(beta_ratio=0.02, tol=1e-6, random_state=0)
         clf.fit(X, Y, checkpoint=out / f"{name}.checkpoint", checkpoint_minutes=0.0)
-        clf.history_ = [{**row, "seconds": 0} for row in clf.history_]
-        clf.save(out / name)
+        history = [{**row, "seconds": 0} for row in clf.history_]
+        replace(clf.model_, history=history).save(out / name)
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)

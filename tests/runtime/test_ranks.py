@@ -20,7 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 import convexhead as ch
-from convexhead import estimators, solvers
+from convexhead import fitting, solvers
 from convexhead.cli import app
 from convexhead.errors import ConvexHeadError, InputError
 from convexhead.path import regularization_path
@@ -49,18 +49,18 @@ CASES = {
 
 def fit(case, *, callback=None, checkpoint=None, **options):
     """One of the cases, with the method that it is meant for."""
-    dense, small, values = solvers.DENSE_FEATURES, estimators.SMALL_TOKENS, restriction.MOST_VALUES
+    dense, small, values = solvers.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES
     try:
         if case in ("factored", "restricted", "single precision"):
             solvers.DENSE_FEATURES = 0
         if case == "factored":
             restriction.MOST_VALUES = 0
         if case == "single precision":
-            estimators.SMALL_TOKENS = 0
+            fitting.SMALL_TOKENS = 0
         clf = ch.ConvexHeadClassifier(**{"beta_ratio": 0.1, "random_state": 0, **CASES[case]}, **options)
         return clf.fit(X, Y, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
     finally:
-        solvers.DENSE_FEATURES, estimators.SMALL_TOKENS, restriction.MOST_VALUES = dense, small, values
+        solvers.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES = dense, small, values
 
 
 def everything(*cases, **options):
@@ -390,7 +390,7 @@ def differ(folder, *, distributed):
             if kind == "loss" and second:
                 held.enter_context(patch.object(Bent, "bend", 2.0))
             if kind == "version" and second:
-                held.enter_context(patch.dict(estimators.SOFTWARE, {"version of convexhead": "0.0"}))
+                held.enter_context(patch.dict(fitting.SOFTWARE, {"version of convexhead": "0.0"}))
             try:
                 told[kind] = call()
             except ConvexHeadError as error:

@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 import oracle
-from convexhead.baselines.adam import make_twin, objectives, train_adam
+from convexhead.baselines.adam import make_network, objectives, train_adam
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.dual_norm.scores import scores_of
 from convexhead.program.activations import ReLU
@@ -170,7 +170,7 @@ def test_large_problems_are_estimated_and_say_so(name, tmp_path):
         np.testing.assert_allclose(norms[0] * norms[1], size, rtol=1e-6)
     # the same function as a module and from disk
     module = clf.to_module(torch.float64)
-    np.testing.assert_allclose(module(torch.from_numpy(X)).detach().numpy(), clf._outputs(X)[:, 0], atol=1e-10)
+    np.testing.assert_allclose(module(torch.from_numpy(X)).detach().numpy(), clf.raw_outputs(X)[:, 0], atol=1e-10)
     clf.save(tmp_path / "run")
     loaded = ch.load(tmp_path / "run")
     np.testing.assert_allclose(loaded.predict_proba(X), clf.predict_proba(X), atol=1e-12)
@@ -239,7 +239,7 @@ def test_audit_of_weights_that_others_trained():
 @pytest.mark.parametrize("name", MIXING)
 def test_twin_is_the_same_network(name):
     problem = build(name, 0, c=2, s=4, d=2)
-    module = make_twin(problem, 4, seed=0)
+    module = make_network(problem, 4, seed=0)
     assert module.activation_name == "relu"
     f = module(problem.operator.X).detach()
     torch.testing.assert_close(f, problem.outputs(module.to_atoms())[:, 0])

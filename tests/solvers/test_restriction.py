@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead import estimators, solvers
+from convexhead import fitting, solvers
 from convexhead.certificate.certify import certify_atoms
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
@@ -114,7 +114,7 @@ def test_every_route_ends_at_the_same_objective(name, outputs, activation, inter
         return model.fit(X.numpy(), y.numpy()).certificate_
 
     dense = fit()
-    monkeypatch.setattr(estimators, "SMALL_TOKENS", 0)
+    monkeypatch.setattr(fitting, "SMALL_TOKENS", 0)
     monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)
     restricted = fit()
     monkeypatch.setattr(restriction, "MOST_FEATURES", 0)

@@ -94,7 +94,7 @@ def train_adam(
     weight_decay_mode: str = "l2",
     callback: Callable[[TrainingRow], None] | None = None,
 ) -> TrainingResult:
-    """Train the twin of ``problem`` with ``n_heads`` atoms at weight ``beta``.
+    """Train the network of ``problem`` with ``n_heads`` atoms at weight ``beta``.
 
     Parameters
     ----------
@@ -117,26 +117,13 @@ def train_adam(
     callback : callable (TrainingRow) or None
         Called with every new row of the history.
     """
-    choose("schedule", schedule, SCHEDULES)
-    choose("weight_decay_mode", weight_decay_mode, OPTIMIZERS)
-    for what, number in (("n_heads", n_heads), ("epochs", epochs), ("batch_size", batch_size or problem.n)):
-        if not isinstance(number, int) or number < 1:
-            raise InputError(f"{what} must be a positive integer, got {number!r}")
-    if not (lr > 0 and beta > 0 and math.isfinite(lr) and math.isfinite(beta)):
-        raise InputError(f"lr and beta must be positive and finite, got lr={lr!r}, beta={beta!r}")
     size = min(batch_size or problem.n, problem.n)
-
-    module = make_twin(problem, n_heads, seed)
+    _check_options(n_heads, epochs, size, lr, beta)
+    decoupled = choose("weight_decay_mode", weight_decay_mode, OPTIMIZERS) == "decoupled"
+    module = make_network(problem, n_heads, seed)
     atoms = _shared(module, problem)
-    parameters = list(module.parameters())
-    decoupled = weight_decay_mode == "decoupled"
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(parameters, lr=lr, weight_decay=beta) if decoupled else torch.optim.Adam(parameters, lr=lr)
-    )
-    total = epochs * math.ceil(problem.n / size)
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total) if schedule == "cosine" else 1.0
-    )
+    optimizer = _make_optimizer(module, lr, beta if decoupled else None)
+    decay = _make_schedule(optimizer, schedule, epochs * math.ceil(problem.n / size))
     generator = torch.Generator().manual_seed(seed)
     clock, history = _Clock(), []
     every = max(1, math.ceil(epochs / EVALUATIONS))
@@ -165,6 +152,29 @@ def train_adam(
     objective, convex_objective = objectives(problem, module.to_atoms(), beta)
     return TrainingResult(
         module, objective, convex_objective, history, seconds, OPTIMIZERS[weight_decay_mode], lr, seed
+    )
+
+
+def _check_options(n_heads: int, epochs: int, batch_size: int, lr: float, beta: float) -> None:
+    for what, number in (("n_heads", n_heads), ("epochs", epochs), ("batch_size", batch_size)):
+        if not isinstance(number, int) or number < 1:
+            raise InputError(f"{what} must be a positive integer, got {number!r}")
+    if not (lr > 0 and beta > 0 and math.isfinite(lr) and math.isfinite(beta)):
+        raise InputError(f"lr and beta must be positive and finite, got lr={lr!r}, beta={beta!r}")
+
+
+def _make_optimizer(module: HeadModule, lr: float, weight_decay: float | None) -> torch.optim.Optimizer:
+    """Adam, or AdamW with a decoupled decay."""
+    if weight_decay is None:
+        return torch.optim.Adam(module.parameters(), lr=lr)
+    return torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
+
+
+def _make_schedule(optimizer: torch.optim.Optimizer, schedule: str, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over ``steps`` steps, see `SCHEDULES`."""
+    cosine = choose("schedule", schedule, SCHEDULES) == "cosine"
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / steps) if cosine else 1.0
     )
 
 
@@ -215,8 +225,8 @@ def tune_learning_rate(
     return Tuning(best, scores)
 
 
-def make_twin(problem: Problem, n_heads: int, seed: int) -> HeadModule:
-    """The untrained twin of ``problem``: its start is scaled on up to 64 samples spread over the data."""
+def make_network(problem: Problem, n_heads: int, seed: int) -> HeadModule:
+    """The untrained network of ``problem``: its start is scaled on up to 64 samples spread over the data."""
     activation = problem.activation
     module = HeadModule(
         problem.head,

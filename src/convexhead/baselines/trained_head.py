@@ -1,4 +1,4 @@
-"""The non-convex twin as a saved head: what ordinary training gives, in the form that an audit reads."""
+"""The head trained by Adam as a fitted estimator, in the form that an audit reads."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 
 from convexhead.baselines.adam import TrainingResult, train_adam
 from convexhead.certificate.certify import certify_atoms
-from convexhead.estimators import ConvexHeadClassifier, problem_beta_max
+from convexhead.estimators import ConvexHeadClassifier
+from convexhead.fitting import pose
 
 
-def fit_twin(
+def fit_by_adam(
     clf: ConvexHeadClassifier, X: Any, y: Any = None, *, n_heads: int, **options: Any
 ) -> tuple[ConvexHeadClassifier, TrainingResult]:
-    """Give ``clf`` the weights that Adam finds for its problem, with the certificate of an audit.
+    """The classifier with the weights that Adam finds for its problem and the certificate of an audit.
 
     Parameters
     ----------
     clf : ConvexHeadClassifier
-        Unfitted; its head, gates and β are used.
+        Its head, gates and β are used.
     X, y
         As for ``fit``.
     n_heads : int
@@ -27,21 +28,19 @@ def fit_twin(
     **options
         Of `convexhead.baselines.adam.train_adam`: ``lr``, ``epochs``, ``batch_size``, ``seed``, …
     """
-    problem, generator = clf._prepare(X, y)
-    clf.beta_max_ = problem_beta_max(problem, generator)
-    clf.beta_ = float(clf.beta) if clf.beta is not None else clf.beta_ratio * clf.beta_max_
-    result = train_adam(problem, clf.beta_, n_heads=n_heads, **options)
+    task = pose(clf, X, y)
+    problem, beta = task.problem, task.beta
+    result = train_adam(problem, beta, n_heads=n_heads, **options)
     atoms = result.module.to_atoms().to(problem.device, torch.float64)
-    clf._keep(problem.head, problem.activation, atoms)
-    clf.certificate_ = certify_atoms(problem, atoms, clf.beta_, tol=clf.tol, generator=generator)
-    clf.history_ = [
+    certificate = certify_atoms(problem, atoms, beta, tol=task.spec.tol, generator=task.generator)
+    history = [
         {
             "seconds": row.seconds,
             "objective": row.objective,
-            "gap": row.objective - clf.certificate_.dual,
+            "gap": row.objective - certificate.dual,
             "heads": n_heads,
         }
         for row in result.history
     ]
-    clf.stop_reason_ = f"trained by {result.optimizer}"
-    return clf, result
+    model = task.model(atoms, certificate, history, f"trained by {result.optimizer}", result.optimizer)
+    return type(clf).from_model(model), result

@@ -12,7 +12,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,7 @@ from convexhead.estimators import ConvexHeadClassifier
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned, tune
+from convexhead.fitting import pose
 from convexhead.modules import HeadModule
 from convexhead.path import best, regularization_path
 from convexhead.persistence import load
@@ -150,7 +151,8 @@ def fit_path(splits: Splits, settings: PathSettings, cell: Cell, folder: RunFold
     chosen = best(path)
     model = chosen["model"]
     if splits.origin is not None:  # it was fitted on arrays that were read from there
-        model.origin_, model.reduction_ = splits.origin, splits.origin.reduction
+        known = replace(model.model_, origin=splits.origin, reduction=splits.origin.reduction)
+        model = ConvexHeadClassifier.from_model(known)
     model.save(folder.model(cell.name))
     weights = [model.coef_] if hasattr(model, "coef_") else [*model.mixing_, *model.values_]
     kept = ("beta_ratio", "objective", "relative_gap", "seconds")
@@ -247,8 +249,7 @@ def _tune(
 def problem_of(model: ConvexHeadClassifier, train: Part) -> Problem:
     """The training problem of a fitted head, its gates included."""
     same = ConvexHeadClassifier(**{**model.get_params(), "gates": model.gates_})
-    problem, _ = same._prepare(train.tokens, train.labels)
-    return problem
+    return pose(same, train.tokens, train.labels).problem
 
 
 def _train(
@@ -293,9 +294,9 @@ def _train(
 
 def restore_twin(model: ConvexHeadClassifier, weights: dict[str, torch.Tensor]) -> HeadModule:
     """The network that a run of `train_twins` left, from its weights and the gates of its convex head."""
-    gates = None if model.gates_ is None else torch.from_numpy(model.gates_)
+    gates = model.model_.gates
     module = HeadModule(
-        model._fitted_head(),
+        model.model_.head,
         model.activation,
         gates,
         weights["block"],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convexhead import inputs
 from convexhead.errors import InputError
+from convexhead.model import Model
 from convexhead.modules import HeadModule
 from convexhead.program.activations import Activation, LinearActivation, make_activation
 from convexhead.program.atoms import Atoms
@@ -26,7 +27,7 @@ class FittedHead:
     activation: Activation
     atoms: Atoms
     read: Callable[[Any], Any] = lambda X: X
-    """Makes of a split of a store what the head reads, see `estimators`' ``as_fitted_on``."""
+    """Makes of a split of a store what the head reads, see `Model.as_fitted_on`."""
 
     @property
     def is_linear(self) -> bool:
@@ -58,7 +59,7 @@ class FittedHead:
 
 
 def as_fitted(model: Any) -> FittedHead:
-    """A fitted estimator, a `HeadModule` or a `FittedHead` as the last.
+    """A fitted estimator, a `Model`, a `HeadModule` or a `FittedHead` as the last.
 
     Raises
     ------
@@ -70,8 +71,7 @@ def as_fitted(model: Any) -> FittedHead:
     if isinstance(model, HeadModule):
         activation = make_activation(model.activation_name, model.head, model.gates)
         return FittedHead(model.head, activation, model.to_atoms().to("cpu", torch.float64))
-    if not hasattr(model, "certificate_"):
+    model = getattr(model, "model_", model)
+    if not isinstance(model, Model):
         raise InputError(f"{type(model).__name__} is not a fitted head: fit it first")
-    head = model._fitted_head()
-    gates = None if model.gates_ is None else torch.from_numpy(model.gates_)
-    return FittedHead(head, make_activation(model.activation, head, gates), model._atoms(), model.as_fitted_on)
+    return FittedHead(model.head, model.activation, model.atoms, model.as_fitted_on)

@@ -95,7 +95,7 @@ def collect(
     position = {int(label): i for i, label in enumerate(model.classes_)}
     labels = np.array([position.get(int(label), -1) for label in model.labels_of(store[split])])
     starts = range(0, len(view), BATCH)
-    arrays = _score(np.concatenate([model._outputs(view[i : i + BATCH])[:, 0] for i in starts]), labels)
+    arrays = _score(np.concatenate([model.model_.outputs(view[i : i + BATCH])[:, 0] for i in starts]), labels)
     sample = choose_sample(arrays)
     lift = head_lift(model, view, torch.from_numpy(labels))
     arrays |= {"lift": lift.numpy(), "sample": sample, "tokens": view[sample]}

@@ -49,7 +49,7 @@ def gallery(model: Any, evidence: Evidence, *, size: int, budget: int) -> dict[s
     sample, tokens = evidence.arrays["sample"][:size], evidence.arrays["tokens"][:size]
     labels, about = evidence.arrays["labels"][sample], evidence.about
     strongest = strongest_heads(model)[:HEADS]
-    logits = model._outputs(tokens)[:, 0]
+    logits = model.model_.outputs(tokens)[:, 0]
     g, s, c = len(tokens), tokens.shape[1], logits.shape[1]
     m = min(c, max(3, budget // max(1, g * s * (len(strongest) + 1))))
     order = np.argsort(-logits, axis=1, kind="stable")

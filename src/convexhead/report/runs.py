@@ -67,7 +67,7 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "name": name,
         "head": model.head,
         "activation": model.activation,
-        "is_twin": model.stop_reason_.startswith("trained by"),
+        "is_twin": model.model_.optimizer is not None,
         "stopped": model.stop_reason_,
         "certificate": model.certificate_.to_dict(),
         "words": certificate_in_words(model),
@@ -114,7 +114,7 @@ def certificate_in_words(model: Any) -> str:
     if c.scope == "estimated":
         return f"{str(c)[0].upper()}{str(c)[1:]}."
     gap = f"{100 * c.relative_gap:.2g}%"
-    whose = "Adam's weights are" if model.stop_reason_.startswith("trained by") else "these weights are"
+    whose = "Adam's weights are" if model.model_.optimizer is not None else "these weights are"
     more = "could bring the objective down by more"
     where = {
         "global": f"the global optimum: no weights whatever, with any number of heads, {more}",
@@ -133,7 +133,7 @@ def _atoms(model: Any) -> list[dict[str, Any]]:
         return [{"number": 1, "strength": size, "share": 1.0, "gate": None, "group": None, "serves": []}]
     sigma = np.concatenate(model.singular_values_)
     block = np.repeat(np.arange(len(model.mixing_)), [len(U) for U in model.mixing_])
-    groups = model._fitted_head().n_groups
+    groups = model.model_.head.n_groups
     total = float(sigma.sum()) or 1.0
     return [
         {

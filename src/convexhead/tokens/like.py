@@ -34,9 +34,9 @@ def origin_of(path: str | Path) -> TokenOrigin:
         return store[store.splits[0]].origin()
     if not (folder / "config.json").is_file():
         raise FileFormatError(f"{str(path)!r} is neither a token store nor a trained head: give one of them")
-    from convexhead.persistence import load
+    from convexhead.model import Model  # the tokens of a store are read without it
 
-    origin: TokenOrigin | None = load(folder).origin_
+    origin = Model.load(folder).origin
     if origin is None:
         raise InputError(f"{str(path)!r} does not say how its tokens were made: give the store that it was fitted on")
     return origin

@@ -1,0 +1,190 @@
+"""What the estimators share: parameters become a `Spec`, a fit leaves a `Model`, fitted attributes are views of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from convexhead import inputs
+from convexhead.errors import InputError
+from convexhead.fitting import fit
+from convexhead.model import Model, read_only
+from convexhead.modules import HeadModule
+from convexhead.reading import Data
+from convexhead.solvers.base import Progress
+from convexhead.spec import Spec
+
+T = TypeVar("T")
+E = TypeVar("E", bound="HeadEstimator")
+
+
+class View(Generic[T]):
+    """An attribute of a fitted estimator that its model holds. It is there after ``fit`` only, and cannot be set."""
+
+    def __init__(self, read: Callable[[Model], T | None], *, optional: bool = False) -> None:
+        self.read = read
+        self.optional = optional
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, estimator: None, owner: type) -> View[T]: ...
+    @overload
+    def __get__(self, estimator: BaseEstimator, owner: type) -> T: ...
+    def __get__(self, estimator: Any, owner: type) -> Any:
+        if estimator is None:
+            return self
+        model = vars(estimator).get("model_")
+        if model is None:
+            raise AttributeError(f"{owner.__name__} has no {self.name} yet: call fit first")
+        value = self.read(model)
+        if value is None and not self.optional:
+            raise AttributeError(f"this {owner.__name__} has no {self.name}")
+        return value
+
+    def __set__(self, estimator: BaseEstimator, value: Any) -> None:
+        raise AttributeError(
+            f"{self.name} cannot be set, it is a part of the fitted model_: dataclasses.replace makes another model of "
+            "that, and from_model its estimator"
+        )
+
+
+class HeadEstimator(BaseEstimator):
+    """What classifier and regressor share; see `ConvexHeadClassifier` for parameters and attributes.
+
+    Attributes
+    ----------
+    model_ : Model
+        What was trained, after ``fit``.
+    """
+
+    distributed: bool
+    device: str
+    model_: Model
+
+    certificate_ = View(lambda model: model.certificate)
+    beta_ = View(lambda model: model.beta)
+    beta_max_ = View(lambda model: model.beta_max)
+    n_heads_ = View(lambda model: len(model.atoms))
+    singular_values_ = View(lambda model: model.singular_values)
+    mixing_ = View(lambda model: model.mixing)
+    values_ = View(lambda model: model.values)
+    coef_ = View(lambda model: model.coef)
+    intercept_ = View(lambda model: read_only(model.atoms.intercept.numpy()))
+    gates_ = View(lambda model: None if model.gates is None else read_only(model.gates.numpy()), optional=True)
+    history_ = View(lambda model: model.history)
+    stop_reason_ = View(lambda model: model.stop_reason)
+    n_tokens_ = View(lambda model: model.head.s)
+    n_outputs_ = View(lambda model: model.n_outputs)
+    grid_ = View(lambda model: model.head.grid)
+    origin_ = View(lambda model: model.origin, optional=True)
+    reduction_ = View(lambda model: model.reduction, optional=True)
+
+    # -- settings and data --------------------------------------------------------------------------------------------
+    def to_spec(self) -> Spec:
+        """The parameters, checked.
+
+        Raises
+        ------
+        InputError
+            A value that is not possible.
+        """
+        return Spec(**self.get_params(deep=False))
+
+    def read(self, X: Any, y: Any) -> Data:
+        """The data of a fit, checked."""
+        raise NotImplementedError
+
+    def check_columns(self, X: Any, *, reset: bool) -> Any:
+        """scikit-learn's checks of names and counts for 2-D input; other tokens are checked when they are opened."""
+        X = inputs.plain(X, "X")
+        if not inputs.is_table(X):
+            if reset and hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_
+            return X
+        few = {"ensure_min_samples": 2} if reset else {}
+        with inputs.told_plainly():
+            return validate_data(self, X, reset=reset, dtype=(np.float64, np.float32), **few)
+
+    def named(self, data: Data) -> Data:
+        """``data`` with the names of the columns that scikit-learn's checks have found."""
+        data.feature_names = getattr(self, "feature_names_in_", None)
+        return data
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+    def train(
+        self: E,
+        X: Any,
+        y: Any,
+        callback: Callable[[Progress], None] | None,
+        checkpoint: str | Path | None,
+        minutes: float,
+    ) -> E:
+        """Fit, see `ConvexHeadClassifier.fit`."""
+        return self.hold(fit(self, X, y, callback=callback, checkpoint=checkpoint, minutes=minutes))
+
+    @classmethod
+    def from_model(cls: type[E], model: Model) -> E:
+        """The fitted estimator of a model, however that was trained.
+
+        Raises
+        ------
+        InputError
+            A regressor's model for a classifier, or the other way round.
+        """
+        if hasattr(cls, "classes_") != (model.classes is not None):
+            raise InputError(f"{cls.__name__} is not the estimator of this model, which has classes {model.classes!r}")
+        settings = {name: getattr(model.spec, name) for name in cls._get_param_names()}
+        return cls(**settings).hold(model)
+
+    def hold(self: E, model: Model) -> E:
+        """Be the fitted estimator of ``model``."""
+        self.model_ = model
+        self.n_features_in_ = model.head.d  # these two are scikit-learn's to write
+        if model.feature_names is not None:
+            self.feature_names_in_ = model.feature_names
+        return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return "model_" in vars(self)
+
+    # -- using the model ----------------------------------------------------------------------------------------------
+    def fitted_model(self) -> Model:
+        """``model_``.
+
+        Raises
+        ------
+        NotFittedError
+            There is none yet.
+        """
+        check_is_fitted(self)
+        return self.model_
+
+    def raw_outputs(self, X: Any) -> NDArray[np.float64]:
+        """``f (n, r, c)`` in float64."""
+        model = self.fitted_model()
+        return model.outputs(self.check_columns(inputs.resolve_store(X), reset=False), device=self.device)
+
+    def as_fitted_on(self, X: Any) -> Any:
+        """Tokens as this head takes them, see `Model.as_fitted_on`."""
+        return self.fitted_model().as_fitted_on(X)
+
+    def as_trained_on(self, X: Any) -> Any:
+        """Those of the images of its training, see `Model.as_trained_on`."""
+        return self.fitted_model().as_trained_on(X)
+
+    def to_module(self, dtype: torch.dtype = torch.float32, *, raw_tokens: bool = False) -> HeadModule:
+        """The head as an ordinary `torch.nn.Module`, see `Model.to_module`."""
+        return self.fitted_model().to_module(dtype, raw_tokens=raw_tokens)
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder ``config.json`` + ``weights.safetensors``; read it back with `convexhead.load`."""
+        self.fitted_model().save(path)

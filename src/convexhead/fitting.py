@@ -1,0 +1,324 @@
+"""From settings and data to a trained `Model`: pose the problem, solve it, keep what was found.
+
+Several processes that share the samples do all of this together: they agree on data and settings first.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+
+from convexhead import inputs
+from convexhead.certificate.certify import Certificate
+from convexhead.dual_norm.norm import NormOracle
+from convexhead.errors import InputError
+from convexhead.linalg.deflation import spectral_norm
+from convexhead.model import Model
+from convexhead.program.activations import make_activation
+from convexhead.program.atoms import Atoms
+from convexhead.program.coordinates import Coordinates
+from convexhead.program.heads import Head
+from convexhead.program.intercept import solve_intercept
+from convexhead.program.losses import make_loss
+from convexhead.program.operator import Operator
+from convexhead.program.patterns import all_gates, sample_patterns
+from convexhead.program.problem import Problem
+from convexhead.reading import Data
+from convexhead.runtime.checkpoint import Checkpoint
+from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
+from convexhead.runtime.samples import default_memory
+from convexhead.runtime.stored_tokens import Tokens
+from convexhead.runtime.surroundings import undisturbed
+from convexhead.solvers import Progress, Solution, approach, solve
+from convexhead.spec import Spec
+
+SMALL_TOKENS = 2e5
+"""Numbers of tokens up to which the solver works in float64 whatever the tolerance."""
+TIGHT = 1e-4
+"""Tolerance under which it always does."""
+
+
+class Trainable(Protocol):
+    """An estimator: settings, and a way to read data."""
+
+    distributed: bool
+
+    def to_spec(self) -> Spec:
+        """Its parameters, checked."""
+
+    def read(self, X: Any, y: Any) -> Data:
+        """The data, checked: all that this process can do alone."""
+
+
+def ranks_of(estimator: Trainable) -> Ranks:
+    """The processes that share the samples."""
+    return join_ranks() if estimator.distributed else Ranks()
+
+
+@dataclass(eq=False)
+class Task:
+    """A problem to be trained, as settings and data pose it.
+
+    Attributes
+    ----------
+    spec : Spec
+    data : Data
+    problem : Problem
+        In the coordinates that serve a solver best, or as it is stated.
+    generator : torch.Generator
+        Of random starts; the gates were drawn from it.
+    """
+
+    spec: Spec
+    data: Data
+    problem: Problem
+    generator: torch.Generator
+
+    @cached_property
+    def beta_max(self) -> float:
+        """The smallest weight at which the optimum is zero, of the problem as it is stated."""
+        return beta_max_of(self.problem, self.generator)
+
+    @property
+    def beta(self) -> float:
+        """The weight that the settings ask for."""
+        largest = self.beta_max  # whatever β is: it is drawn for before the solver draws
+        beta = self.spec.beta if self.spec.beta is not None else self.spec.beta_ratio * largest
+        # Targets or features without signal have beta_max 0 and the zero model at any weight.
+        return beta or self.problem.coordinates.user_beta(1.0)
+
+    def at(self, beta_ratio: float) -> Task:
+        """The same task at another ``β/β_max``, with the same `beta_max`."""
+        _ = self.beta_max
+        other = copy.copy(self)
+        other.spec = replace(self.spec, beta_ratio=beta_ratio)
+        return other
+
+    @undisturbed()
+    def solve(
+        self,
+        *,
+        start: Atoms | None = None,
+        callback: Callable[[Progress], None] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> tuple[Model, Solution]:
+        """The certified model, and the solver's account.
+
+        Warns
+        -----
+        ConvergenceWarning
+            The requested gap was not reached.
+        """
+        limits = self._limits(start, callback)
+        beta = self.problem.coordinates.beta(self.beta)
+        solution = solve(self.problem, beta, tol=self.spec.tol, checkpoint=checkpoint, **limits)
+        if not solution.certificate.converged:
+            _warn(solution, self.spec.tol)
+        history = [row.to_dict() for row in solution.history]
+        atoms = self.problem.leave(solution.atoms)
+        return self.model(atoms, solution.certificate, history, solution.stop.value), solution
+
+    @undisturbed()
+    def approach(
+        self, tol: float, *, start: Atoms | None = None, callback: Callable[[Progress], None] | None = None
+    ) -> Model:
+        """A model to be scored: its gap is about ``tol``, and it has no certificate."""
+        limits = self._limits(start, callback)
+        atoms, history = approach(self.problem, self.problem.coordinates.beta(self.beta), tol=tol, **limits)
+        return self.model(self.problem.leave(atoms), None, [row.to_dict() for row in history], "")
+
+    def _limits(self, start: Atoms | None, callback: Callable[[Progress], None] | None) -> dict[str, Any]:
+        """What a solver is told besides β and the tolerance."""
+        quiet = not self.spec.verbose or self.problem.ranks.rank != 0
+        return {
+            "start": None if start is None else self.problem.enter(start),
+            "max_heads": self.spec.max_heads,
+            "max_time": self.spec.max_time,
+            "callback": callback or (None if quiet else _print_progress),
+            "generator": self.generator,
+        }
+
+    def model(
+        self,
+        atoms: Atoms,
+        certificate: Certificate | None,
+        history: list[dict[str, float]],
+        stop_reason: str,
+        optimizer: str | None = None,
+    ) -> Model:
+        """The model of the user's ``atoms``, however they were trained."""
+        activation = self.problem.activation
+        gates = getattr(activation, "gates", None)
+        order = torch.argsort(atoms.block, stable=True)
+        return Model(
+            spec=self.spec,
+            head=self.problem.head,
+            gates=None if gates is None else gates.cpu(),
+            atoms=atoms.select(order).to("cpu", torch.float64),
+            beta=self.beta,
+            beta_max=self.beta_max,
+            certificate=certificate,
+            history=history,
+            stop_reason=stop_reason,
+            optimizer=optimizer,
+            **self.data.meaning(),
+        )
+
+    def score(self, model: Model) -> float:
+        """Accuracy or R² on the tokens of the training, by all processes together."""
+        problem = self.problem
+        f = problem.outputs(problem.enter(model.atoms).to(problem.device, problem.dtype))
+        if model.classes is not None:
+            return problem.mean((f.argmax(-1) == problem.Y.argmax(-1)).double().mean(1))
+        from sklearn.metrics import r2_score
+
+        both = torch.zeros(2, problem.n, f[0].numel(), dtype=f.dtype, device=f.device)
+        both[:, problem.ranks.share(problem.n)] = torch.stack([problem.Y, f]).flatten(2)
+        Y, f = problem.sum(both)[0].cpu()
+        return float(r2_score(Y, f))
+
+
+# -- from an estimator and data to a task ------------------------------------------------------------------------------
+@undisturbed()
+def pose(estimator: Trainable, X: Any, y: Any, *, to_solve: bool = False, **run: Any) -> Task:
+    """The task of these data, the same in all processes.
+
+    Parameters
+    ----------
+    estimator : Trainable
+    X, y
+        As for its ``fit``.
+    to_solve : bool
+        In the coordinates that serve a solver best; else as it is stated.
+    **run
+        What else the processes must agree on, as JSON values.
+    """
+    spec, data = _agreed(estimator, X, y, **run)
+    ranks = ranks_of(estimator)
+    return _task(spec, data, ranks, _draw_seed(spec, ranks), to_solve)
+
+
+@undisturbed()
+def fit(
+    estimator: Trainable,
+    X: Any,
+    y: Any,
+    *,
+    callback: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    minutes: float = 10.0,
+) -> Model:
+    """Train to the certified optimum; parameters as of ``ConvexHeadClassifier.fit``."""
+    ranks = ranks_of(estimator)
+    with ranks.all_or_none():
+        spec, data = _agreed(estimator, X, y, run="fit", checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is None:
+            return _task(spec, data, ranks, _draw_seed(spec, ranks), True).solve(callback=callback)[0]
+        if spec.activation == "relu":
+            raise InputError("activation='relu' has no checkpoints: leave checkpoint out")
+        saved = Checkpoint(checkpoint, {**spec.facts(), **data.fingerprint}, minutes=minutes, ranks=ranks)
+        task = _task(spec, data, ranks, saved.notes.setdefault("seed", _draw_seed(spec, ranks)), True)
+        if "beta_max" in saved.notes:
+            task.beta_max = saved.notes["beta_max"]
+        saved.notes["beta_max"] = task.beta_max
+        return task.solve(callback=callback, checkpoint=saved)[0]
+
+
+def _agreed(estimator: Trainable, X: Any, y: Any, **run: Any) -> tuple[Spec, Data]:
+    """Settings and data, once all processes have the same of both, and the same ``run``."""
+
+    def facts(found: tuple[Spec, Data]) -> dict[str, Any]:
+        spec, data = found
+        return {**run, **SOFTWARE, "device": inputs.pick_device(spec.device).type, **spec.facts(), **data.fingerprint}
+
+    return ranks_of(estimator).agree(lambda: (estimator.to_spec(), estimator.read(X, y)), facts)
+
+
+def _draw_seed(spec: Spec, ranks: Ranks) -> int:
+    """The seed of gates and random starts, the same in all processes."""
+    try:
+        return ranks.first_does(lambda: int(check_random_state(spec.random_state).randint(2**31 - 1)))
+    except ValueError as error:
+        raise InputError(
+            f"random_state must be None, a whole number below 2**32 or a numpy RandomState, got {spec.random_state!r}"
+        ) from error
+
+
+def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Task:
+    X, Y, loss = data.tokens, data.targets, make_loss(spec.loss)
+    generator, device = torch.Generator().manual_seed(seed), inputs.pick_device(spec.device)
+    head = spec.make_head(X.shape[1], X.shape[2], grid=data.grid)
+    gates = _make_gates(spec, head, X, generator)
+    if spec.activation == "relu" and ranks.size > 1:
+        raise InputError("activation='relu' is solved in one process: start it without torchrun")
+    activation, coordinates = make_activation(spec.activation, head, gates), Coordinates()
+    if to_solve:
+        coordinates = Coordinates.of(X, Y, head, activation, loss, spec.fit_intercept)
+    rows = ranks.share(len(X))
+    operator = Operator(
+        X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
+        head,
+        activation,
+        dtype=torch.float64 if math.prod(X.shape) <= SMALL_TOKENS or spec.tol < TIGHT else torch.float32,
+        reuse=not coordinates,
+        device=device,
+        memory=default_memory(device) if spec.max_memory is None else spec.max_memory,
+        ranks=ranks,
+    )
+    problem = Problem(operator, Y[rows], loss, fit_intercept=spec.fit_intercept)
+    return Task(spec, data, problem.in_coordinates(coordinates), generator)
+
+
+def _make_gates(spec: Spec, head: Head, X: Tokens, generator: torch.Generator) -> torch.Tensor | None:
+    if spec.activation != "gated-relu":
+        return None
+    if spec.gates is not None:
+        return inputs.as_gates(spec.gates)
+    if spec.n_gates == "all":
+        return all_gates(head, X if isinstance(X, torch.Tensor) else X.read())
+    return sample_patterns(head, X, int(spec.n_gates), generator)
+
+
+# -- what a problem and a solution tell -------------------------------------------------------------------------------
+def beta_max_of(problem: Problem, generator: torch.Generator) -> float:
+    """``β_max = max_j ‖𝒜_j*(R at Z = 0)‖₂``: the smallest weight at which the optimum is zero.
+
+    For a ReLU it is the dual norm ``h(R)``, or the largest value that a search finds where there is no tight bound.
+    """
+    exact = problem.astype(torch.float64)
+    f = exact.outputs(exact.empty())
+    if exact.fit_intercept:
+        f = f + solve_intercept(exact, f)
+    R = exact.residual(f)
+    if problem.activation.convex:
+        largest = spectral_norm(exact.operator, R, generator, fast=problem.operator)
+    else:
+        oracle = NormOracle(exact)
+        maxima = oracle.search(R, generator=generator)
+        largest = oracle.bound(R, maxima).upper if oracle.tight else float(maxima.values[:1].sum())
+    return problem.coordinates.user_beta_max(largest)
+
+
+def _warn(solution: Solution, tol: float) -> None:
+    certificate = solution.certificate
+    told = f"certified relative gap {certificate.relative_gap:.2g} > tol={tol:g}"
+    if certificate.scope == "estimated":
+        told = f"estimated relative gap {certificate.estimated_gap:.2g}, tol={tol:g}"
+    warnings.warn(f"{told}: {solution.stop.value}", ConvergenceWarning, stacklevel=4)
+
+
+def _print_progress(row: Progress) -> None:
+    print(
+        f"{row.seconds:8.2f} s  objective {row.objective:.6g}  gap {row.gap:.2g}  heads {row.heads}",
+        flush=True,
+    )
