@@ -165,14 +165,20 @@ class Coordinates:
             return lost
         products = math.prod(outside.U.shape) + outside.V.shape[:2].numel() + 8
         positive = replace(outside, U=outside.U.abs(), V=outside.V.abs())
-        size = replace(self, origin=self.origin.abs())._of_origin(positive, activation)
+        size = self._of(self.origin.abs(), positive, activation)
         return lost + products * torch.finfo(torch.float64).eps * size
 
     def _of_origin(self, atoms: Atoms, activation: Activation) -> Float[Tensor, " c"]:
-        """``𝒜(1 μᵀ)(Z)``, the same for every row."""
-        if self.origin is None or not len(atoms):
+        """``𝒜(1 μᵀ)(Z)``; 0 where there is no ``μ``."""
+        if self.origin is None:
             return torch.zeros_like(atoms.intercept, dtype=torch.float64)
-        constant = self.origin.to(atoms.V.device).expand(1, self.n_tokens, -1)
+        return self._of(self.origin, atoms, activation)
+
+    def _of(self, token: Float[Tensor, " d"], atoms: Atoms, activation: Activation) -> Float[Tensor, " c"]:
+        """Outputs of a sample whose tokens are all the same, without the intercept: the same for every row."""
+        if not len(atoms):
+            return torch.zeros_like(atoms.intercept, dtype=torch.float64)
+        constant = token.to(atoms.V.device).expand(1, self.n_tokens, -1)
         mixed = activation.mix(activation.prepare(constant, reuse=False), atoms.U.double(), atoms.block)
         return (mixed.flatten(2) @ atoms.V.double().flatten(0, 1))[0, 0]
 

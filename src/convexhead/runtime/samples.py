@@ -55,8 +55,12 @@ class Samples:
     ----------
     data : dict of Tensor (kept, ...)
         Prepared tokens of the first ``kept`` samples.
+    like : dict of Tensor (1, ...)
+        The first sample prepared.
     masks : Tensor (n, j, m) or None
         Bit-packed masks of all samples.
+    norms : list of Tensor (n,)
+        ``‖X_i‖_F`` once they have been asked for, in any precision.
     budget : Budget
         Shared with the same samples in other precisions, and with whoever keeps what is mixed from them.
     """
@@ -71,7 +75,7 @@ class Samples:
         memory: float,
         reuse: bool,
     ) -> None:
-        self.X, self.activation, self._n = X, activation, len(X)
+        self.X, self.activation, self.n = X, activation, len(X)
         self.device = torch.empty(0, device=device).device
         self.dtype = self.products = dtype
         self.budget = Budget(memory)
@@ -82,12 +86,13 @@ class Samples:
         self.budget.take(0 if self.masks is None else self.masks.nbytes)
         self.like = activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
         self._bring_in(first, reuse)
-        self._keep(first, reuse)
-        self._fill(pack=True)
-        self._mix_bounds: list[Tensor] = []
+        self.kept, self.data = self._room(self.like, first, reuse)
+        self.budget.lend(self.bytes, self)
+        self._fill(self.data, dtype, self.batch_size(self._workspace), pack=True)
+        self.norms: list[Tensor] = []
 
     def __len__(self) -> int:
-        return self._n
+        return self.n
 
     @property
     def bytes(self) -> int:
@@ -103,10 +108,11 @@ class Samples:
         """Samples whose workspace of so many ``numbers`` each fits a batch."""
         return max(1, BATCH_BYTES[self.device.type] // self.products.itemsize // max(1, numbers))
 
-    def _step(self) -> int:
-        """Samples prepared at a time."""
+    @property
+    def _workspace(self) -> int:
+        """Numbers that preparing a sample takes."""
         head = self.activation.head
-        return self.batch_size(head.s * max(head.s, head.d))
+        return head.s * max(head.s, head.d)
 
     def _resident(self) -> bool:
         return isinstance(self.X, Tensor) and self.X.device == self.device
@@ -128,31 +134,33 @@ class Samples:
             self.budget.take(4 * self._chunk)
             self.X = self.X.decoded() if isinstance(self.X, StoredTokens) else self.X
 
-    def _keep(self, first: Tensor, reuse: bool) -> None:
-        """Decide how many samples are kept prepared, and make room for them."""
-        same = [key for key, value in self.like.items() if self._resident() and _same(value, first)]
-        each = sum(value.nbytes for key, value in self.like.items() if key not in same)
-        self.kept = self.budget.fits(len(self), each) if reuse else 0
-        self.data: Data = {}
-        for key, value in self.like.items() if self.kept else ():
-            self.data[key] = self.X[: self.kept] if key in same else value.new_empty(self.kept, *value.shape[1:])
-        self.budget.lend(self.bytes, self)
+    def _room(self, like: Data, first: Tensor, reuse: bool) -> tuple[int, Data]:
+        """How many samples are kept prepared, given the ``first`` and what is prepared of it; room for them."""
+        same = [key for key, value in like.items() if self._resident() and _same(value, first)]
+        each = sum(value.nbytes for key, value in like.items() if key not in same)
+        kept = self.budget.fits(len(self), each) if reuse else 0
+        data: Data = {}
+        for key, value in like.items() if kept else ():
+            data[key] = self.X[:kept] if key in same else value.new_empty(kept, *value.shape[1:])
+        return kept, data
 
-    def _fill(self, *, pack: bool) -> None:
-        """Pack the masks of all samples, unless that has been done, and prepare those to be kept."""
-        for rows, X in self._tokens(0, len(self) if pack and self.masks is not None else self.kept, self._step()):
+    def _fill(self, data: Data, dtype: torch.dtype, step: int, *, pack: bool) -> None:
+        """Prepare the samples that ``data`` has room for, ``step`` at a time; ``pack`` the masks of all on the way."""
+        kept = max((len(value) for value in data.values()), default=0)
+        for rows, X in self._tokens(0, len(self) if pack and self.masks is not None else kept, step):
             if pack and self.masks is not None and (new := self.activation.pack_masks(X)) is not None:
                 self.masks[rows] = new
-            inside = max(0, min(self.kept, rows.stop) - rows.start)
+            inside = max(0, min(kept, rows.stop) - rows.start)
             if inside:
                 packed = None if self.masks is None else self.masks[rows][:inside]
-                prepared = self.activation.prepare(X[:inside].to(self.dtype), reuse=True, masks=packed)
+                prepared = self.activation.prepare(X[:inside].to(dtype), reuse=True, masks=packed)
                 for key, value in prepared.items():
-                    if not self._is_tokens(self.data[key]):
-                        self.data[key][rows.start : rows.start + inside] = value
+                    if not self._is_tokens(data[key]):
+                        data[key][rows.start : rows.start + inside] = value
 
     def _tokens(self, start: int, stop: int, size: int) -> Iterator[tuple[slice, Tensor]]:
         """At most ``size`` samples after another, on the device."""
+        assert start == stop or len(self.X) == len(self), "of some of the samples only what was prepared is at hand"
         if self._resident():
             for i in range(start, stop, size):
                 rows = slice(i, min(i + size, stop))
@@ -181,12 +189,12 @@ class Samples:
     @property
     def mix_bounds(self) -> Tensor:
         """``a_i (n,)`` in float64, of `Head.mix_bound`: one pass over the tokens the first time, in any precision."""
-        if not self._mix_bounds:
+        if not self.norms:
             norms = torch.empty(len(self), dtype=torch.float64, device=self.device)
-            for rows, X in self._tokens(0, len(self), self._step()):
+            for rows, X in self._tokens(0, len(self), self.batch_size(self._workspace)):
                 norms[rows] = _norms(X.double().flatten(1))
-            self._mix_bounds.append(self.activation.head.mix_bound(norms))
-        return self._mix_bounds[0]
+            self.norms.append(norms)
+        return self.activation.head.mix_bound(self.norms[0])
 
     # -- the same samples otherwise -----------------------------------------------------------------------------------
     def astype(self, dtype: torch.dtype, *, reuse: bool) -> Samples:
@@ -195,8 +203,10 @@ class Samples:
         other.dtype = other.products = dtype
         packed = None if self.masks is None else self.masks[:1]
         other.like = self.activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
-        other._keep(first, reuse)
-        other._fill(pack=False)  # masks do not depend on the precision: only tokens are prepared anew
+        other.kept, other.data = self._room(other.like, first, reuse)
+        self.budget.lend(other.bytes, other)
+        # Masks do not depend on the precision: only tokens are prepared anew.
+        self._fill(other.data, dtype, other.batch_size(self._workspace), pack=False)
         return other
 
     def with_products(self, products: torch.dtype) -> Samples:
@@ -212,8 +222,8 @@ class Samples:
     def take(self, index: Tensor) -> Samples:
         """Some of the samples, with what was prepared of them."""
         other = copy(self)
-        other._n, other.masks = len(index), None if self.masks is None else self.masks[index]
-        other._mix_bounds = [bounds[index] for bounds in self._mix_bounds]
+        other.n, other.masks = len(index), None if self.masks is None else self.masks[index]
+        other.norms = [norms[index] for norms in self.norms]
         if self.complete:
             other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
         else:

@@ -89,7 +89,7 @@ def _threads(workers: int) -> list[ThreadPoolExecutor]:
 
 def _take_one_core() -> None:
     torch.set_num_threads(1)
-    torch.get_num_threads()  # settles it: a thread's first use of it would otherwise ask for the default of that time
+    torch.get_num_threads()  # fixes it: a thread's first use of it would otherwise ask for the default of that time
 
 
 if hasattr(os, "register_at_fork"):
