@@ -33,14 +33,14 @@ CASES = [
 ]
 
 
-def build(name, activation, outputs="shared", *, loss="cross-entropy", dtype=torch.float64, **options):
+def build(name, activation, outputs="shared", *, loss="cross-entropy", fit_intercept=False, **options):
     generator = torch.Generator().manual_seed(5)
     X = torch.randn(N, S, D, generator=generator, dtype=torch.float64)
     Y = torch.nn.functional.one_hot(torch.randint(C, (N, 1), generator=generator), C).double()
     head = make_head(name, S, D, grid=(2, 3), n_blocks=2, outputs=outputs)
     gates = sample_gates(head, 4, generator) if activation == "gated-relu" else None
     activation = make_activation(activation, head, gates)
-    return Problem(Operator(X, head, activation, dtype=dtype, **options), Y, make_loss(loss))
+    return Problem(Operator(X, head, activation, **options), Y, make_loss(loss), fit_intercept=fit_intercept)
 
 
 def beta_of(problem, ratio=0.25):
