@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,10 @@ class Model:
     feature_names: NDArray[Any] | None = None
     origin: TokenOrigin | None = None
     reduction: Reduction | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: copies make their views anew, and read-only."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     # -- its parts, as users see them ---------------------------------------------------------------------------------
     @cached_property
