@@ -114,7 +114,7 @@ def counting() -> Iterator[Counter]:
         method = getattr(kind, name)
 
         def run(self: Any, *args: Any) -> Any:
-            counts[name, str(operator_of(self).products).removeprefix("torch.")] += 1
+            counts[name, str(operator_of(self).product_dtype).removeprefix("torch.")] += 1
             return method(self, *args)
 
         return patch.object(kind, name, run)

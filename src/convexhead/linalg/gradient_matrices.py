@@ -60,7 +60,7 @@ class GradientMatrices:
         """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
         operator = self.operator
         size = operator.n_blocks * self.p * self.q * operator.dtype.itemsize
-        if not self._form or operator.products != operator.dtype or not _cheap_to_form(self):
+        if not self._form or operator.product_dtype != operator.dtype or not _cheap_to_form(self):
             return None
         if operator.ranks.largest(float(size > min(FORMED_BYTES, operator.budget.left)))[0]:
             return None

@@ -107,7 +107,7 @@ class Operator:
     # -- the same operator otherwise ----------------------------------------------------------------------------------
     def astype(self, dtype: torch.dtype, *, reuse: bool = False) -> Operator:
         """In another precision; unless ``reuse``, each batch is prepared anew and little memory is taken."""
-        if dtype == self.dtype == self.products:
+        if dtype == self.dtype == self.product_dtype:
             return self
         return self._with(self.samples.astype(dtype, reuse=reuse))
 
@@ -137,9 +137,9 @@ class Operator:
         return self.samples.dtype
 
     @property
-    def products(self) -> torch.dtype:
+    def product_dtype(self) -> torch.dtype:
         """Precision of the matrix products of a pass: ``dtype``, or bfloat16 after `with_half_products`."""
-        return self.samples.products
+        return self.samples.product_dtype
 
     @property
     def device(self) -> torch.device:
@@ -190,10 +190,10 @@ class Operator:
         return max(self.head.least_batch, self.samples.batch_size(self.activation.workspace(k)))
 
     def _in_products(self) -> AbstractContextManager[Any]:
-        """Where large products are made in `products`."""
-        if self.products == self.dtype:
+        """Where large products are made in `product_dtype`."""
+        if self.product_dtype == self.dtype:
             return nullcontext()
-        return torch.autocast(self.device.type, self.products)
+        return torch.autocast(self.device.type, self.product_dtype)
 
     def outputs(self, atoms: Atoms) -> Float[Tensor, "n r c"]:
         """``f`` of every sample."""
@@ -210,7 +210,8 @@ class Operator:
 
     def mixed(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "n r k e"]:
         """Mixed, pooled tokens of every sample: large, see `mixed_bytes`."""
-        out = torch.empty(len(self), self.head.r, len(U), self.head.value_rows, dtype=self.products, device=U.device)
+        shape = len(self), self.head.r, len(U), self.head.value_rows
+        out = torch.empty(shape, dtype=self.product_dtype, device=U.device)
 
         def mix(rows: slice, data: Data) -> tuple[Tensor, ...]:
             out[rows] = self.activation.mix(data, U, block)
@@ -221,7 +222,7 @@ class Operator:
 
     def mixed_bytes(self, k: int) -> int:
         """What `mixed` takes for ``k`` atoms; who keeps it asks the `budget`."""
-        return len(self) * self.head.r * k * self.head.value_rows * self.products.itemsize
+        return len(self) * self.head.r * k * self.head.value_rows * self.product_dtype.itemsize
 
     def adjoint_times_values(
         self,

@@ -77,7 +77,7 @@ class Samples:
     ) -> None:
         self.X, self.activation, self.n = X, activation, len(X)
         self.device = torch.empty(0, device=device).device
-        self.dtype = self.products = dtype
+        self.dtype = self.product_dtype = dtype
         self.budget = Budget(memory)
         self._chunk = min(CHUNK_BYTES[device.type], memory / 8)
         first = X[:1].to(self.device)
@@ -106,7 +106,7 @@ class Samples:
 
     def batch_size(self, numbers: int) -> int:
         """Samples whose workspace of so many ``numbers`` each fits a batch."""
-        return max(1, BATCH_BYTES[self.device.type] // self.products.itemsize // max(1, numbers))
+        return max(1, BATCH_BYTES[self.device.type] // self.product_dtype.itemsize // max(1, numbers))
 
     @property
     def _workspace(self) -> int:
@@ -179,8 +179,8 @@ class Samples:
             yield rows, self._masked({key: value[rows] for key, value in self.data.items()}, rows)
         for rows, X in self._tokens(self.kept, len(self), size):
             data = self.activation.prepare(X.to(self.dtype), reuse=False)
-            if self.products != self.dtype:
-                data = {key: value.to(self.products) for key, value in data.items()}
+            if self.product_dtype != self.dtype:
+                data = {key: value.to(self.product_dtype) for key, value in data.items()}
             yield rows, self._masked(data, rows)
 
     def _masked(self, data: Data, rows: slice) -> Data:
@@ -200,7 +200,7 @@ class Samples:
     def astype(self, dtype: torch.dtype, *, reuse: bool) -> Samples:
         """Prepared in another precision, and kept as far as the budget that both share still goes."""
         other, first = copy(self), self.X[:1].to(self.device)
-        other.dtype = other.products = dtype
+        other.dtype = other.product_dtype = dtype
         packed = None if self.masks is None else self.masks[:1]
         other.like = self.activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
         other.kept, other.data = self._room(other.like, first, reuse)
@@ -209,13 +209,13 @@ class Samples:
         self._fill(other.data, dtype, other.batch_size(self._workspace), pack=False)
         return other
 
-    def with_products(self, products: torch.dtype) -> Samples:
+    def with_products(self, dtype: torch.dtype) -> Samples:
         """Large products in another precision, from the tokens prepared here."""
         other = copy(self)
-        other.products = products
-        each = sum(value.numel() for value in self.like.values()) * products.itemsize
+        other.product_dtype = dtype
+        each = sum(value.numel() for value in self.like.values()) * dtype.itemsize
         other.kept = self.budget.fits(self.kept, 2 * each)  # as much again is left for mixed tokens
-        other.data = {key: value[: other.kept].to(products) for key, value in self.data.items()}
+        other.data = {key: value[: other.kept].to(dtype) for key, value in self.data.items()}
         self.budget.lend(other.bytes, other)
         return other
 

@@ -58,7 +58,7 @@ class Increments:
     def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """As `Problem.value_and_gradient`."""
         problem, anchor, activation = self.problem, self.anchor, self.problem.activation
-        half = self.rough.operator.products
+        half = self.rough.operator.product_dtype
         dU, dV = atoms.U - anchor.U, (atoms.V - anchor.V).flatten(0, 1).to(half)
         V, V0 = atoms.V.flatten(0, 1).to(half), anchor.V.flatten(0, 1).to(half)
         both = torch.cat([V0, dV], dim=1).T  # (2c, k·e)
