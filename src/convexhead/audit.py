@@ -33,7 +33,7 @@ from convexhead.runtime.surroundings import undisturbed
 from convexhead.spec import Spec
 
 OF_REFERENCE = "that of the reference"
-"""How the ``bound`` of a certificate begins whose dual value is a reference's."""
+"""First words of ``bound`` in a certificate whose dual value comes from a reference."""
 
 
 @undisturbed()

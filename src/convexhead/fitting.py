@@ -43,9 +43,9 @@ from convexhead.solvers import Progress, Solution, approach, solve
 from convexhead.spec import Spec
 
 SMALL_TOKENS = 2e5
-"""Numbers of tokens up to which the solver works in float64 whatever the tolerance."""
+"""Numbers in all tokens up to which the solver works in float64 at any tolerance. Chosen by hand."""
 TIGHT = 1e-4
-"""Tolerance under which it always does."""
+"""Tolerance below which the solver always works in float64. Chosen by hand."""
 
 
 class Trainable(Protocol):

@@ -146,7 +146,7 @@ def as_tokens(X: Any, *, n_channels: int | None = None, n_tokens: int | None = N
 
 
 LARGEST_TARGET = 1e100
-"""Targets beyond this, or all below its inverse, have squares that leave the range of float64."""
+"""Largest target, and inverse of the smallest. Derived: beyond, squares leave the range of float64."""
 
 
 def as_gates(gates: Any) -> torch.Tensor:

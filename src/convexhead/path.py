@@ -243,7 +243,7 @@ EDGES = {
     "low": "is the smallest of the grid, and a smaller one may be better",
     "high": "is the largest of the grid, and a larger one may be better",
 }
-"""What it means that β lies at an edge of its grid."""
+"""Sentences that say what it means if β lies at an edge of its grid."""
 
 
 def grid_edge(beta_ratios: Sequence[float], chosen: float) -> Literal["low", "high"] | None:

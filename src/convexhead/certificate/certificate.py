@@ -11,9 +11,9 @@ from convexhead.errors import InputError
 from convexhead.program.identity import PARTS, differences
 
 SCOPES = {"global": "global optimum", "sampled-gates": "optimum for these gates", "estimated": "global optimum"}
-"""What a gap may be to, and how a sentence names it."""
+"""Scopes of a gap, and the words for each in a sentence."""
 SAME_BETA = 1e-12
-"""Relative difference up to which two values of β are the same: what a detour over decimal digits can change."""
+"""Relative difference up to which two values of β are equal. Derived: writing β in decimal digits changes less."""
 
 
 @dataclass(frozen=True)

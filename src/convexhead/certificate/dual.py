@@ -34,17 +34,19 @@ from convexhead.program.problem import Problem
 from convexhead.runtime.samples import BATCH_BYTES
 
 CLOSE = 1e-4
-"""Relative distance of two scalings of a dual point between which its value hardly changes."""
+"""Relative step below the largest scaling τ. If ``D`` rises over this step, the largest τ is taken. Chosen by hand: any
+τ gives a bound."""
 DECOMPOSED = 1e-9
-"""Relative amount by which σ is raised to cover rounding in decompositions, ``u`` times the order of a matrix."""
+"""Relative amount by which σ is raised to cover rounding in decompositions. Derived: ``u`` times the order of a
+matrix."""
 INSIDE = 1 - 1e-12
-"""Share of the largest scaling in the domain of ``ℓ*`` that is used: the exact point has room to be in it, too."""
+"""Share of the largest scaling in the domain of ``ℓ*`` that is used. Derived: rounding moves the point by less."""
 INTERCEPT_BOX = 1e4
 """Bound on ``|b_k|``, in units of ``1 + max |y|``, that is assumed where a loss cannot give a residual without sum."""
 RANGE = 1e140
-"""Norms of gradient matrices must lie within this and its inverse for their squares to be numbers."""
+"""Largest norm of a gradient matrix, and inverse of the smallest. Derived: squares must not leave float64."""
 UNIT = torch.finfo(torch.float64).eps / 2
-"""``u``: relative error of one operation in float64."""
+"""``u``, the relative error of one operation in float64."""
 
 
 def summing(n: int) -> float:

@@ -13,9 +13,9 @@ from convexhead.linalg.krylov import BlockKrylov, relative_slack
 from convexhead.program.atoms import Atoms
 
 ENOUGH_STEPS = 20
-"""Krylov steps from random starts after which the norm of what is left should be known well enough."""
+"""Number of Krylov steps from random starts that should bound the remainder tightly enough. Chosen by hand."""
 MOST_SPLITS = 3
-"""How often more directions are split off where it is not."""
+"""Largest number of times that more directions are split off. Chosen by hand."""
 
 
 class KrylovBound:

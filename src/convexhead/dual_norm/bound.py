@@ -32,17 +32,19 @@ from convexhead.dual_norm.scores import Form
 from convexhead.program.patterns import EPSILON
 
 MAX_DIMENSION = 6
-"""Mixing dimension up to which the sphere is covered."""
+"""Largest mixing dimension in which branch and bound covers the sphere. Chosen by hand: the work grows
+exponentially."""
 ROUNDING = 1e-11
 """Relative amount by which a bound is raised to cover rounding in float64."""
 NUMBERS = 4_000_000
-"""Numbers of workspace a batch of boxes may take."""
+"""Float64 numbers of workspace that a batch of boxes may take. Chosen by hand: 32 MB."""
 FEW, BATCH = 200, 512
-"""Hyperplanes up to which boxes share one function, and boxes examined at once then."""
+"""Largest number of hyperplanes with which boxes share one function, and boxes examined at once then. Chosen by
+hand."""
 WIDER = 8 * EPSILON
-"""Added to the sine of a box's angle, for the rounding of its centre and sides."""
+"""Addition to the sine of a box's angle. Derived: it covers the rounding of the box's centre and sides."""
 OVERHEAD = 20_000
-"""What a batch of boxes costs besides its scores, in scores."""
+"""Cost of a batch of boxes besides its scores, in scores. Chosen by hand."""
 
 
 def largest_norm(

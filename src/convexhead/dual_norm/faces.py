@@ -26,7 +26,7 @@ from convexhead.dual_norm.scores import Form
 from convexhead.program.patterns import EPSILON, cells_and_doubt, most_cells
 
 LIMITS = (100_000, 2_500)
-"""Faces that are enumerated at most, and intersections of hyperplanes that are gone through."""
+"""Largest numbers of faces to enumerate, and of intersections of hyperplanes. Chosen by hand."""
 
 
 @dataclass(frozen=True)

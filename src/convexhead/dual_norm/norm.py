@@ -38,13 +38,13 @@ from convexhead.program.patterns import EPSILON, MAX_PATTERNS, UnreliableError, 
 from convexhead.program.problem import Problem
 
 WRITTEN_OUT = 2e6
-"""Numbers that the scores of a problem may take as explicit functions of the mixing weights."""
+"""Float64 numbers that the scores may take as explicit functions of the mixing weights. Chosen by hand: 16 MB."""
 WORK = 6e7
-"""Of one branch and bound: some seconds; less of it after one whose bound stayed loose."""
+"""Scores that one branch and bound may compute. Chosen by hand: some seconds; fewer after one that stayed loose."""
 FEW_PLANES = 1_000
-"""Hyperplanes up to which branch and bound is worth its time again and again, in more than three dimensions."""
+"""Largest number of hyperplanes for repeated branch and bound in more than three dimensions. Chosen by hand."""
 LOOSE = 1.05
-"""A bound this many times what a search found proves less than it should."""
+"""Ratio of a bound to the value that a search attained above which the bound counts as loose. Chosen by hand."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from convexhead.runtime.hardware import environment
 
 Results = dict[str, Any]
 ROUNDING = 1e-9
-"""By how much, relatively, rounding may put a twin below a certified bound."""
+"""Relative amount by which rounding may put Adam's objective below a certified bound. Chosen by hand."""
 
 
 def results_of(
@@ -197,7 +197,7 @@ METHOD = (
     "failure_probability", "excess_median", "excess_worst", "excess_best", "seconds", "seconds_total",
     "convex_seconds_ratio", "fits", "seeds", "diverged", "parameters",
 )  # fmt: skip
-"""Columns of the flat table; every one of its rows has them all, None where there is nothing to say."""
+"""Columns of the flat table. Every row has all of them, with None where there is no value."""
 
 
 def _method(**values: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from convexhead.tokens.store.files import LOCK, make_folder, write_atomic
 
 FORMAT = "convexhead-experiment"
 OTHERS = ("tokens", LOCK)
-"""What may lie in the folder before a run begins."""
+"""Names that may lie in the folder before a run begins."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.operator import Operator
 
 LEAST_STEPS = 4
-"""Krylov steps before which the random vectors have not found what the rest holds."""
+"""Least number of Krylov steps before the remainder is judged: random vectors need some to find it. Chosen by hand."""
 
 
 class Deflated:

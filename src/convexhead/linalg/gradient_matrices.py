@@ -18,15 +18,16 @@ from torch import Tensor
 from convexhead.program.operator import Operator
 
 FORMED = 5_000_000
-"""Numbers that the matrices formed at a time may take."""
+"""Numbers that the gradient matrices formed at a time may take. Chosen by hand: 40 MB in float64."""
 MOST_FORMED = 5e7
-"""Numbers that matrices may take that are formed to be decomposed, beside every budget of memory."""
+"""Numbers of a gradient matrix up to which it is formed to be decomposed, outside of the budget. Chosen by hand."""
 FORMED_BYTES = 4e9
-"""Bytes that matrices may take that are kept formed, whatever the budget."""
+"""Bytes that gradient matrices may take which stay formed, whatever the budget. Chosen by hand."""
 MOST_PRODUCTS = 300
-"""Products with a vector that a Krylov space takes in any case. Forming a matrix for as many pays."""
+"""Products with a vector that a Krylov space takes in any case: forming a matrix pays up to this cost. Chosen by
+hand."""
 FORMED_ORDER = 2500
-"""Order up to which all singular values of a matrix that is formed cheaply are computed."""
+"""Largest order of a cheaply formed matrix of which all singular values are computed. Chosen by hand."""
 
 
 class GradientMatrices:

@@ -23,7 +23,7 @@ from convexhead.program.heads.base import Data, GradientCost, Head, mix_features
 from convexhead.runtime.stored_tokens import Tokens
 
 FEATURE_ATOMS = 6
-"""Atoms a block from which a head's gated features are read in place of its tokens."""
+"""Least number of atoms in a block at which gated features are read instead of tokens. Chosen by hand."""
 ACTIVATIONS = ("linear", "gated-relu", "relu")
 PullBack = Callable[[Tensor], Tensor]
 """``T (b, r, k, e) -> (k, *mixing_shape)``: the adjoint of the derivative of a mix in ``U``, summed over the batch."""
@@ -37,7 +37,7 @@ class Activation(Protocol):
     head: Head
     n_blocks: int
     convex: ClassVar[bool]
-    """Whether mixing is linear in ``U``: only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""
+    """Whether mixing is linear in ``U``; only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""
 
     def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool, masks: UInt8[Tensor, "b j m"] | None = None) -> Data:
         """Per-sample tensors that `mix` and `mix_adjoint` want at hand.

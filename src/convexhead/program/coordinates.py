@@ -33,17 +33,17 @@ from convexhead.program.losses import Huber, Loss, Squared
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 
 OF_DIFFERENCES = (Squared, Huber)
-"""Losses of ``f − y`` alone. (A user's subclass of them need not be.)"""
+"""Losses of ``f − y`` alone. (A user's subclass of them need not be one.)"""
 LOOKED_AT = 2e6
-"""Numbers of tokens, spread over the samples, that decide on coordinates: any choice is exact."""
+"""Numbers in the tokens that decide on coordinates, spread over the samples. Chosen by hand: any choice is exact."""
 FEWEST_SAMPLES = 64
-"""Samples looked at however many tokens they have."""
+"""Least number of samples to look at, however many tokens they have. Chosen by hand."""
 FAR = 1.0
-"""Distance from 0, in standard deviations, above which an origin pays."""
+"""Distance of the mean from 0, in standard deviations, above which an origin pays. Chosen by hand."""
 PLAIN_EXPONENTS = 8
-"""Tokens whose largest entry lies within 2 to plus or minus this are not scaled."""
+"""Exponent ``e``: tokens whose largest entry lies in ``2^−e .. 2^e`` are not scaled. Chosen by hand."""
 IN_MEMORY = 1e8
-"""Bytes of moved tokens that are made at once; more are made as they are read."""
+"""Bytes of moved tokens up to which they are made at once; larger ones are made as they are read. Chosen by hand."""
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ from convexhead.program.patterns import preactivation_rows
 from convexhead.program.problem import Problem
 
 BORDER = 1e-10
-"""A gate's pre-activation this small, relative to the norms of its factors, lies on the border."""
+"""Relative size (to the norms of its factors) below which a gate's pre-activation lies on the border. Chosen by
+hand."""
 QUADRATIC = 2_000_000
-"""Numbers in ``K`` up to which the minimum-norm split is sought."""
+"""Largest number of entries of ``K`` for which the minimum-norm split is computed. Chosen by hand."""
 
 
 @dataclass(frozen=True)

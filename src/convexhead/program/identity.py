@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from convexhead.program.problem import Problem
 
 BLOCK = 2**16
-"""Numbers that are hashed together, or one sample's where those are more."""
+"""Numbers that are hashed together (one sample's if that is more). It is part of the identity: never change it."""
 HASHED = {"tokens": "tokens", "targets": "labels or targets", "weights": "sample weights", "gates": "gates"}
-"""Parts that hold a hash, and what a message calls them."""
+"""Parts of an identity that hold a hash, and the words for them in a message."""
 STATED = {
     "head": "head",
     "activation": "activation",
@@ -51,10 +51,10 @@ STATED = {
     "outputs": "kind of outputs",
     "intercept": "intercept",
 }
-"""Parts that say what they are, and what a message calls them."""
+"""Parts of an identity that hold a plain value, and the words for them in a message."""
 PARTS = (*HASHED, *STATED)
 FILES = "by-files"
-"""Marks tokens that are known by the files of their store, and not by their values."""
+"""Prefix of a hash of tokens that is made from the files of their store and not from values."""
 
 
 def identify(problem: Problem) -> dict[str, str]:

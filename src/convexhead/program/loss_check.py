@@ -19,11 +19,11 @@ from convexhead.errors import InputError
 from convexhead.program.losses import LOSSES, Loss
 
 SAMPLES = 8
-"""Targets that are tried."""
+"""Number of targets that a loss is tried on."""
 SCALES = (0.1, 1.0, 3.0)
-"""Distances of the outputs tried from the targets, in units of ``1 + max |y|``."""
+"""Distances between the outputs tried and the targets, in units of ``1 + max |y|``. Chosen by hand."""
 TOLERANCE = 1e-9
-"""Relative to the sizes of the terms compared: far more than rounding."""
+"""Largest relative difference of the two sides of a formula. Chosen by hand: far more than rounding."""
 
 
 def check_loss(loss: Loss, Y: Shaped[Tensor, "n r c"]) -> None:

@@ -26,7 +26,7 @@ from convexhead.errors import InputError, choose
 Batch = Float[Tensor, "n r c"]
 Batches = Float[Tensor, "... n r c"]
 FEW_CLASSES = 16
-"""Up to which softmax is much slower along rows than across them, in columns that are copied for it."""
+"""Largest number of classes for which softmax runs on a copy with the classes along columns. Chosen by hand."""
 
 
 class Loss(ABC):

@@ -34,7 +34,7 @@ from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 from convexhead.runtime.workers import Work, add_up
 
 GRADIENT_BYTES = {"cpu": 10_000_000, "cuda": 1_000_000_000}
-"""Workspace that a batch may take while gradient matrices are formed."""
+"""Bytes of workspace that a batch may take while gradient matrices are formed. Chosen by hand."""
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)

@@ -28,11 +28,12 @@ from convexhead.program.heads.base import Head
 from convexhead.runtime.stored_tokens import Tokens
 
 PARALLEL = 1e-14
-"""Unit rows this close are one hyperplane: some units in the last place of float64."""
+"""Distance up to which unit rows are one hyperplane. Derived: some units in the last place of float64."""
 RELIABLE = 1e-9
-"""Error of a hyperplane within a flat, as an angle, up to which its cells are listed."""
+"""Largest error of a hyperplane within a flat, as an angle in radians, at which its cells are listed. Chosen by
+hand."""
 MAX_PATTERNS = 20_000
-"""Patterns that are enumerated at most."""
+"""Largest number of patterns to enumerate. Chosen by hand."""
 EPSILON = torch.finfo(torch.float64).eps
 
 

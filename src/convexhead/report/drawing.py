@@ -64,7 +64,7 @@ STYLE = {
     "svg.fonttype": "path",
 }
 PANEL = (3.0, 2.1)
-"""Inches of one small multiple."""
+"""Width and height in inches of one small multiple."""
 
 
 def head_color(head: str) -> str:

@@ -40,9 +40,9 @@ from convexhead.tokens.store.store import TokenStore
 
 FORMAT, VERSION = "convexhead-evidence", 1
 SAMPLE, WORST = 64, 16
-"""Images of a gallery, and how many of them are the worst errors."""
+"""Number of images in a gallery, and how many of them are the worst errors. Chosen by hand."""
 BATCH = 1_000
-"""Images scored at a time."""
+"""Number of images scored at a time. Chosen by hand."""
 
 Array = NDArray[Any]
 

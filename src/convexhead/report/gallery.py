@@ -26,9 +26,9 @@ from convexhead.interpret import (
 from convexhead.report.evidence import Evidence
 
 BUDGET = 5_000_000
-"""Bytes of contributions that all runs of a report may take together."""
+"""Bytes that the contributions of all runs of a report may take together. Chosen by hand: the page stays small."""
 HEADS = 24
-"""Heads that can be chosen by themselves, the strongest; "all heads" has them all."""
+"""Largest number of heads that can be chosen by themselves, the strongest first. Chosen by hand."""
 STEP = 8
 """Images at a time."""
 

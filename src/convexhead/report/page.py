@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE, NARROW = 8.2, 4.2
-"""Inches of the first figure on a desktop and on a phone."""
+"""Width in inches of the first figure on a desktop and on a phone."""
 
 
 def render(results: Results) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIDE = 160
-"""Pixels of a thumbnail's longer side, at most."""
+"""Largest length in pixels of a thumbnail's longer side."""
 
 
 def thumbnails(about: Mapping[str, Any], source: str | None = None) -> tuple[dict[str, str], str]:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 Run = Mapping[str, Any]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
-"""Okabe and Ito's, one a run; dashes tell the runs apart as well."""
+"""Colours of Okabe and Ito, one for each run; dashes tell runs apart as well."""
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NAMED = 25
-"""Classes up to which matrices name them."""
+"""Largest number of classes that matrices name."""
 PANEL = (3.2, 2.2)
 
 

@@ -19,7 +19,7 @@ from convexhead.report.tables import probability
 from convexhead.tokens.store.store import TokenStore
 
 CONFUSED, SERVED = 12, 3
-"""Pairs of classes, and classes of a head, that are named."""
+"""Numbers of pairs of classes, and of classes of a head, that are named."""
 
 
 def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, Any], Any, Evidence | None]:

@@ -31,7 +31,7 @@ COLUMNS = (
 NARROW = ("Head", "Activation", "Test", "Gap", "Heads", "Time", "Adam", "Excess")
 """Columns of the table in a terminal, which fit 80 characters: all but Adam's worst excess and its time."""
 NOTHING = "–"
-"""Stands where there is no number."""
+"""Text for a missing number."""
 
 
 # -- numbers in words ---------------------------------------------------------------------------------------

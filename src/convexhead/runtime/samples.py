@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from convexhead.program.activations import Activation
 
 BATCH_BYTES = {"cpu": 3_000_000, "cuda": 1_000_000_000}
-"""Workspace that a batch may take: on a CPU what stays in the caches between the products of a pass."""
+"""Bytes of workspace that a batch may take. Chosen by hand: on a CPU it stays in the caches during a pass."""
 
 
 class Samples:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 32e6, "cuda": 256e6}
-"""Tokens that are read at a time: long enough to read well, and few beside a budget."""
+"""Bytes of tokens that are read at a time. Chosen by hand: long enough for a disk, little beside a budget."""
 
 
 class StoredTokens:

@@ -23,7 +23,7 @@ from convexhead.program.heads.base import Data
 Batch = tuple[slice, Data]
 Work = Callable[[slice, Data], tuple[Tensor, ...]]
 AHEAD = 2
-"""Batches that wait in every worker: enough to keep it busy, few enough not to hold many in memory."""
+"""Number of batches that wait in every worker. Chosen by hand: it stays busy and holds little memory."""
 
 
 def add_up(

@@ -62,8 +62,10 @@ class BatchExtractor:
     def first(self) -> TokenBatch:
         """Extract the first train image that can be read, which tells the shapes.
 
-        Raises:
-            InputError: there is none, or settings that do not fit the tokens.
+        Raises
+        ------
+        InputError
+            There is none, or settings that do not fit the tokens.
         """
         for index in range(len(self.source.labels("train"))):
             image = self._prepare("train", index)
@@ -74,10 +76,13 @@ class BatchExtractor:
     def extract(self, split: str, items: range, grid: tuple[int, int]) -> Extracted:
         """Return the tokens of the images ``items``.
 
-        Raises:
-            BrokenImageError: an image that cannot be read, unless those are skipped.
-            InputError: the tokens are not on ``grid``, or do not fit the stored type; images that do not fit into
-                the device's memory together.
+        Raises
+        ------
+        BrokenImageError
+            An image that cannot be read, unless those are skipped.
+        InputError
+            The tokens are not on ``grid``, or do not fit the stored type; images that do not fit into
+            the device's memory together.
         """
         loaded = [(index, self._prepare(split, index)) for index in items]
         rows = [index for index, image in loaded if image is not None]

@@ -31,7 +31,7 @@ PATIENCE = timedelta(days=30)
 """How long a process waits for the others. They meet at the end of an extraction only, and one that dies ends the wait
 at once."""
 DEFAULTS = {"reduce": "avgpool", "standardize": True, "constant": False, "dtype": "float16"}
-"""Values of the options that are None."""
+"""Values that the options have if they are None."""
 BATCH = {"cpu": 8, "gpu": 256}
 """Images in a forward pass. Eight make one batch a core, whose activations fit its cache."""
 
@@ -66,34 +66,55 @@ def extract(
     Under torchrun every process calls this with the same arguments and extracts its share of the shards; the
     store is the same as that of one process.
 
-    Args:
-        source: see `open_source`.
-        backbone: see `open_backbone`, as for ``layer``, ``image_size`` and ``crop_pct``; None with ``like``.
-        out: folder of the store; made if it does not exist.
-        like: a store, or a run that was fitted on one: backbone, layer, preprocessing, pooling, type, the fitted
-            reduction with its values and the order of the classes are taken from there, and options that say
-            something else are refused. The tokens can then be compared with those.
-        channels: channels to keep; None keeps all.
-        reduce: how to reduce channels. ``"avgpool"`` (None) averages neighbours before they are written; ``"pca"``
-            writes all and keeps the leading principal components of the train tokens when they are read.
-        token_pool: token grid to average down to, ``(h, w)`` or one number for a square.
-        standardize: give every channel mean 0 and variance 1 over the train tokens when they are read, before
-            principal components are taken; None does.
-        constant: append a channel of ones when they are read; None does not.
-        dtype: type in which tokens are written; None is float16.
-        batch_size: images a forward pass; None is 8 on a CPU (one batch a core, small enough for its
-            cache), else 256.
-        shard_size: images a file, and the most that a crash can lose.
-        skip_broken: leave out images that cannot be decoded (the manifest names them) instead of stopping.
-        device: a torch device, or ``"auto"`` for a GPU if there is one (under torchrun one GPU a process).
-        progress: called after every batch.
+    Parameters
+    ----------
+    source
+        See `open_source`.
+    backbone
+        See `open_backbone`, as for ``layer``, ``image_size`` and ``crop_pct``; None with ``like``.
+    out
+        Folder of the store; made if it does not exist.
+    like
+        A store, or a run that was fitted on one: backbone, layer, preprocessing, pooling, type, the fitted
+        reduction with its values and the order of the classes are taken from there, and options that say
+        something else are refused. The tokens can then be compared with those.
+    channels
+        Channels to keep; None keeps all.
+    reduce
+        How to reduce channels. ``"avgpool"`` (None) averages neighbours before they are written; ``"pca"``
+        writes all and keeps the leading principal components of the train tokens when they are read.
+    token_pool
+        Token grid to average down to, ``(h, w)`` or one number for a square.
+    standardize
+        Give every channel mean 0 and variance 1 over the train tokens when they are read, before
+        principal components are taken; None does.
+    constant
+        Append a channel of ones when they are read; None does not.
+    dtype
+        Type in which tokens are written; None is float16.
+    batch_size
+        Images a forward pass; None is 8 on a CPU (one batch a core, small enough for its
+        cache), else 256.
+    shard_size
+        Images a file, and the most that a crash can lose.
+    skip_broken
+        Leave out images that cannot be decoded (the manifest names them) instead of stopping.
+    device
+        A torch device, or ``"auto"`` for a GPU if there is one (under torchrun one GPU a process).
+    progress
+        Called after every batch.
 
-    Raises:
-        InputError: an argument or an image that cannot be used.
-        FileFormatError: ``out`` holds something else, or the store of another source, backbone or setting.
-        StoreWriteError: the disk is full, ``out`` cannot be written, or another run is writing it; finished
-            shards are kept.
-        HubError, MissingExtraError: see `open_backbone` and `open_source`.
+    Raises
+    ------
+    InputError
+        An argument or an image that cannot be used.
+    FileFormatError
+        ``out`` holds something else, or the store of another source, backbone or setting.
+    StoreWriteError
+        The disk is full, ``out`` cannot be written, or another run is writing it; finished
+        shards are kept.
+    HubError, MissingExtraError
+        See `open_backbone` and `open_source`.
     """
 
     asked = {

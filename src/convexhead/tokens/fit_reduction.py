@@ -17,15 +17,22 @@ def fit_reduction(
 ) -> Reduction:
     """Fit a `Reduction` on the train tokens in one pass, in float64.
 
-    Args:
-        chunks: arrays ``(k, s, d)`` of any float type; none is kept.
-        standardize: divide every channel by its standard deviation over all tokens of all images; a channel
-            that does not vary is only centred.
-        components: number of principal components (after standardisation) to keep, or None for all channels.
-        constant: append a channel of ones.
+    Parameters
+    ----------
+    chunks
+        Arrays ``(k, s, d)`` of any float type; none is kept.
+    standardize
+        Divide every channel by its standard deviation over all tokens of all images; a channel
+        that does not vary is only centred.
+    components
+        Number of principal components (after standardisation) to keep, or None for all channels.
+    constant
+        Append a channel of ones.
 
-    Raises:
-        InputError: no tokens, or ``components`` not in ``1 .. d``.
+    Raises
+    ------
+    InputError
+        No tokens, or ``components`` not in ``1 .. d``.
     """
     moments: _Moments | None = None
     for chunk in chunks:

@@ -52,8 +52,10 @@ class ExtractionJob:
 
         Shards of the same configuration whose manifest was lost are welcome.
 
-        Raises:
-            FileFormatError: ``out`` is a file, or holds other things.
+        Raises
+        ------
+        FileFormatError
+            ``out`` is a file, or holds other things.
         """
         if self.out.is_file():
             raise FileFormatError(f"{str(self.out)!r} is a file: choose a folder for the tokens")
@@ -72,9 +74,12 @@ class ExtractionJob:
     def manifest(self, config: dict[str, Any]) -> Manifest:
         """Return the manifest of the store in ``out``, begun if there is none.
 
-        Raises:
-            FileFormatError: ``out`` was made with another configuration.
-            StoreWriteError: ``out`` cannot be written.
+        Raises
+        ------
+        FileFormatError
+            ``out`` was made with another configuration.
+        StoreWriteError
+            ``out`` cannot be written.
         """
         if (self.out / MANIFEST).exists():
             manifest = Manifest.load(self.out)
@@ -110,8 +115,10 @@ class ExtractionJob:
     def _check_layout(self, manifest: Manifest) -> None:
         """Refuse a store whose tokens were laid out otherwise, as of some backbones before layouts were measured.
 
-        Raises:
-            FileFormatError: other prefix tokens, another grid or another number of channels.
+        Raises
+        ------
+        FileFormatError
+            Other prefix tokens, another grid or another number of channels.
         """
         tokens, prefix, grid = self.extractor.first()
         before = (manifest.grid, manifest.n_prefix, manifest.shape)
@@ -149,10 +156,13 @@ class ExtractionJob:
     def write(self, tasks: list[Task], manifest: Manifest, meter: ProgressMeter) -> None:
         """Write shards, one file after the other, while all cores extract.
 
-        Raises:
-            InputError: a broken image (unless they are skipped), images of unequal size, or tokens that do
-                not fit the stored type.
-            StoreWriteError: the disk is full or read-only; the shards written so far stay valid.
+        Raises
+        ------
+        InputError
+            A broken image (unless they are skipped), images of unequal size, or tokens that do
+            not fit the stored type.
+        StoreWriteError
+            The disk is full or read-only; the shards written so far stay valid.
         """
         # Batches never reach into another shard: the same images then share a forward pass in every run, and
         # a resumed store equals an undisturbed one.
@@ -190,9 +200,12 @@ class ExtractionJob:
     def list_shards(self, manifest: Manifest) -> None:
         """Enter the shards in the folder, which must all be there, into the manifest.
 
-        Raises:
-            InputError: a source that changed meanwhile, or a split without a single image that can be read.
-            FileFormatError: shards that do not account for every image of the source.
+        Raises
+        ------
+        InputError
+            A source that changed meanwhile, or a split without a single image that can be read.
+        FileFormatError
+            Shards that do not account for every image of the source.
         """
         source = self.extractor.source
         changed = getattr(source, "changed", None)

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 def origin_of(path: str | Path) -> TokenOrigin:
     """How the tokens of a store, or those that a run was fitted on, are made.
 
-    Raises:
-        FileFormatError: neither a store nor a run.
-        InputError: a run that does not know where its tokens came from.
+    Raises
+    ------
+    FileFormatError
+        Neither a store nor a run.
+    InputError
+        A run that does not know where its tokens came from.
     """
     folder = Path(path).expanduser()
     if (folder / MANIFEST).is_file():
@@ -47,8 +50,10 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
 
     The place of a weights file and the size of images are compared by what comes of them, once the backbone is open.
 
-    Raises:
-        InputError: names an option that says something else.
+    Raises
+    ------
+    InputError
+        Names an option that says something else.
     """
     fitted = origin.reduction.options if origin.reduction else {}
     pool = origin.config["token_pool"]
@@ -78,8 +83,10 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
 def open_backbone_like(origin: TokenOrigin, options: dict[str, Any]) -> Backbone:
     """Open the backbone so that it does what ``origin`` says.
 
-    Raises:
-        InputError: it does something else: other weights, another preprocessing.
+    Raises
+    ------
+    InputError
+        It does something else: other weights, another preprocessing.
     """
     told: list[str] = []
     for size in _sizes(origin.config["preprocessing"], options):

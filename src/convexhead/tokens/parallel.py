@@ -16,7 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 AHEAD = 6
-"""Items begun beyond those at work, so that no core waits while results are written to a disk."""
+"""Number of items begun ahead of those at work, so that no core waits for a disk. Chosen by hand."""
 
 
 def map_on_cores(function: Callable[[T], R], items: Iterable[T]) -> Generator[R]:

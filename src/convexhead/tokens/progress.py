@@ -13,13 +13,20 @@ from convexhead.runtime.progress import Notify
 class Progress:
     """What one process of an extraction has done of its share.
 
-    Attributes:
-        split: the split at work.
-        done: images extracted in this run.
-        total: images that this process had to extract when the run began; finished shards do not count.
-        images_per_second: mean rate of this process since the run began.
-        seconds_left: at that rate.
-        processes: number of processes, each with a share of its own.
+    Attributes
+    ----------
+    split
+        The split at work.
+    done
+        Images extracted in this run.
+    total
+        Images that this process had to extract when the run began; finished shards do not count.
+    images_per_second
+        Mean rate of this process since the run began.
+    seconds_left
+        At that rate.
+    processes
+        Number of processes, each with a share of its own.
     """
 
     split: str

@@ -35,7 +35,7 @@ from torch import Tensor
 from convexhead.errors import InputError, choose
 
 Data = dict[str, Tensor]
-"""Per-sample tensors that a head wants at hand; every entry has the samples as its leading dimension."""
+"""Tensors of the samples that a head needs. The leading dimension of each is the sample."""
 
 POOLS = ("mean", "cls", "none")
 
@@ -44,9 +44,9 @@ class GradientCost(NamedTuple):
     """What it takes to form a gradient matrix outright (see `Head.gradient`)."""
 
     products: float
-    """As much arithmetic as so many products of one block with a vector."""
+    """Arithmetic, in products of one block with a vector."""
     workspace: int
-    """Numbers held per sample."""
+    """Numbers of workspace for each sample."""
 
 
 class Head(ABC):
@@ -66,15 +66,15 @@ class Head(ABC):
 
     name: ClassVar[str]
     n_groups: int = 1
-    """Channel groups with mixing weights of their own."""
+    """Number of channel groups with mixing weights of their own."""
     learns_mixing: ClassVar[bool] = True
     """False for the linear head: nothing to mix, one atom, and a squared Frobenius penalty on V alone."""
     reads_tokens: ClassVar[bool] = False
     """Whether `read` takes the tokens again; else ``pre`` is linear in them."""
     reads_grid: ClassVar[bool] = False
-    """Whether the grid of the tokens matters; else it is only kept for pictures."""
+    """Whether the head uses the grid of the tokens; else the grid is only kept for pictures."""
     least_batch: ClassVar[int] = 8
-    """Samples that a pass takes at a time at least, so that what a batch costs whatever its size is repaid."""
+    """Least number of samples in a batch of a pass, so that the fixed cost of a batch is repaid. Chosen by hand."""
     value_rows: int
     mixing_shape: tuple[int, ...]
 
@@ -173,7 +173,7 @@ class Head(ABC):
 
     # -- with fixed masks ---------------------------------------------------------------------------------------------
     kept_gates: ClassVar[float] = math.inf
-    """Gates up to which what `gate` or `gated_features` makes is kept for many passes."""
+    """Largest number of gates for which the results of `gate` or `gated_features` are kept for many passes."""
 
     @property
     def keeps_gated(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from convexhead.program.heads.base import Data, Head
 
 FEW_TOKENS = 8
-"""Tokens of a sample up to which a gate is a mask."""
+"""Largest number of tokens of a sample for which a gate is a mask and not a mean. Chosen by hand."""
 
 
 class MLP(Head):

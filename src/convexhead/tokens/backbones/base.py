@@ -18,11 +18,15 @@ State = dict[str, Tensor]
 class TokenBatch(NamedTuple):
     """What a backbone returns for ``b`` images.
 
-    Attributes:
-        tokens: float32 ``(b, s, d)`` with ``s = h * w``, row by row over the grid.
-        prefix: float32 ``(b, n_prefix, d)``, all other tokens, those in front of the patches (class, register)
-            before those behind them (detection); ``n_prefix`` is often 0.
-        grid: ``(h, w)``.
+    Attributes
+    ----------
+    tokens
+        float32 ``(b, s, d)`` with ``s = h * w``, row by row over the grid.
+    prefix
+        float32 ``(b, n_prefix, d)``, all other tokens, those in front of the patches (class, register)
+        before those behind them (detection); ``n_prefix`` is often 0.
+    grid
+        ``(h, w)``.
     """
 
     tokens: Tensor
@@ -33,11 +37,16 @@ class TokenBatch(NamedTuple):
 class Backbone(nn.Module):
     """A frozen feature extractor together with its preprocessing; always in eval mode.
 
-    Attributes:
-        spec: the string that opens it.
-        layer: index of the inner block whose output is taken, or None for the final map.
-        weights_hash: SHA-256 over names, types and values of all weights; empty without weights.
-        preprocessing: every setting on which the pixels depend, as plain JSON values.
+    Attributes
+    ----------
+    spec
+        The string that opens it.
+    layer
+        Index of the inner block whose output is taken, or None for the final map.
+    weights_hash
+        SHA-256 over names, types and values of all weights; empty without weights.
+    preprocessing
+        Every setting on which the pixels depend, as plain JSON values.
     """
 
     spec: str

@@ -126,11 +126,16 @@ def _options(spec: str, model: Any) -> dict[str, Any]:
 def open_hf(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TransformersBackbone:
     """Open ``hf:NAME`` or ``hf:FOLDER``.
 
-    Raises:
-        InputError: no vision model, tokens that are on no grid, or an impossible layer or size.
-        FileFormatError: a folder that is no transformers model.
-        HubError: neither a folder nor in the local cache, and the hub cannot be reached or does not have it.
-        MissingExtraError: transformers is not installed.
+    Raises
+    ------
+    InputError
+        No vision model, tokens that are on no grid, or an impossible layer or size.
+    FileFormatError
+        A folder that is no transformers model.
+    HubError
+        Neither a folder nor in the local cache, and the hub cannot be reached or does not have it.
+    MissingExtraError
+        transformers is not installed.
     """
     spec = f"hf:{name}"
     if crop_pct is not None:

@@ -27,11 +27,16 @@ TEST_SIZES = ((96, 96), (131, 59), (250, 600))
 class Pixels(NamedTuple):
     """How an image becomes what the network sees.
 
-    Attributes:
-        prepare: from an RGB image to uint8 ``(3, h, w)``, or to float32 that is normalised already.
-        mean, std: ``(3, 1, 1)``; the network sees ``(byte - mean) / std``.
-        settings: everything on which the pixels depend, as plain JSON values.
-        size: ``(h, w)`` of a prepared square image.
+    Attributes
+    ----------
+    prepare
+        From an RGB image to uint8 ``(3, h, w)``, or to float32 that is normalised already.
+    mean, std
+        ``(3, 1, 1)``; the network sees ``(byte - mean) / std``.
+    settings
+        Everything on which the pixels depend, as plain JSON values.
+    size
+        ``(h, w)`` of a prepared square image.
     """
 
     prepare: Callable[[Image.Image], Tensor]
@@ -47,8 +52,10 @@ def choose_pixels(spec: str, processor: Any, image_size: int | None, native: Any
     An ``image_size`` scales the resizing along: of our own settings where these agree without it, else of the
     processor's ``size`` and ``crop_size``, which must then give squares of that size.
 
-    Raises:
-        InputError: the processor gives no single RGB image, or not of ``image_size``.
+    Raises
+    ------
+    InputError
+        The processor gives no single RGB image, or not of ``image_size``.
     """
     config = processor.to_dict()
     images = [_test_image(w, h) for w, h in TEST_SIZES]
@@ -94,8 +101,10 @@ def _test_image(width: int, height: int) -> Image.Image:
 def _processed(spec: str, processor: Any, image: Image.Image, options: dict[str, Any]) -> Tensor:
     """Return the processor's float32 ``(3, h, w)`` of one image.
 
-    Raises:
-        InputError: it gives something else, such as flattened patches, tiles or several crops.
+    Raises
+    ------
+    InputError
+        It gives something else, such as flattened patches, tiles or several crops.
     """
     try:
         values = processor(images=image.convert("RGB"), return_tensors="pt", **options)["pixel_values"]

@@ -14,8 +14,10 @@ WEIGHTS_FILE = "model.safetensors"
 def fetch_weights(repository: str) -> Path:
     """Return the local path of a repository's safetensors weights, downloading them if they are not cached.
 
-    Raises:
-        HubError: not cached, and the hub cannot be reached or does not have the file.
+    Raises
+    ------
+    HubError
+        Not cached, and the hub cannot be reached or does not have the file.
     """
     hub = require("huggingface_hub", "images")
     if cached := cached_file(repository, WEIGHTS_FILE):
@@ -41,8 +43,10 @@ def cached_file(repository: str, file: str, kind: str = "model") -> Path | None:
 def check_reachable(address: str, what: str, instead: str) -> None:
     """Ask for an address once. The clients of hubs retry an unreachable host for most of a minute.
 
-    Raises:
-        HubError: no answer within seconds; says that ``what`` is not here and what to do ``instead``.
+    Raises
+    ------
+    HubError
+        No answer within seconds; says that ``what`` is not here and what to do ``instead``.
     """
     if failure := unreachable(address):
         raise HubError(

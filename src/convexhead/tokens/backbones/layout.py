@@ -27,7 +27,7 @@ from convexhead.errors import InputError
 from convexhead.tokens.backbones.base import Backbone, TokenBatch
 
 BANDS = 4
-"""Bands of rows, and as many of columns, in which the pixels are changed."""
+"""Number of bands of rows, and of columns, in which the pixels are changed. Chosen by hand."""
 LOCAL = 0.7
 """Least correlation of a token's place with the centroid of the bands it answers to.
 
@@ -46,10 +46,14 @@ REPEATED = 1e-2
 class Layout(NamedTuple):
     """How a network's features are laid out.
 
-    Attributes:
-        grid: ``(h, w)``.
-        channels_first: whether features are ``(b, d, h, w)``; else ``(b, h, w, d)`` or ``(b, s, d)``.
-        front, back: number of tokens before and after those of the patches, of features ``(b, s, d)``.
+    Attributes
+    ----------
+    grid
+        ``(h, w)``.
+    channels_first
+        Whether features are ``(b, d, h, w)``; else ``(b, h, w, d)`` or ``(b, s, d)``.
+    front, back
+        Number of tokens before and after those of the patches, of features ``(b, s, d)``.
     """
 
     grid: tuple[int, int]
@@ -90,8 +94,10 @@ class NetworkBackbone(Backbone):
     def layout(self, x: Tensor) -> Layout:
         """Return the layout of the features of images like ``x``.
 
-        Raises:
-            InputError: see `find_layout`, or the network cannot take such images.
+        Raises
+        ------
+        InputError
+            See `find_layout`, or the network cannot take such images.
         """
         size = tuple(x.shape[2:])
         with self._measuring:
@@ -115,9 +121,11 @@ class NetworkBackbone(Backbone):
 def find_layout(run: Callable[[Tensor], Any], model: nn.Module, image: Tensor) -> Layout:
     """Measure the layout of ``run(x)``, ``x`` of shape ``(b, *image.shape)``, which calls ``model``.
 
-    Raises:
-        InputError: features that are no map or sequence, whose grid cannot be known, that do not lie row by row,
-            or that another call does not repeat. The message is the end of a sentence about the model.
+    Raises
+    ------
+    InputError
+        Features that are no map or sequence, whose grid cannot be known, that do not lie row by row,
+        or that another call does not repeat. The message is the end of a sentence about the model.
     """
     images = _banded(image)
     with _first_seen(model, len(images)) as constant:

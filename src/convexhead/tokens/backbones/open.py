@@ -26,21 +26,31 @@ def open_backbone(
 ) -> Backbone:
     """Open a backbone by its specification (see the module's table).
 
-    Args:
-        spec: the specification, or a backbone that is open already (which the rest cannot change).
-        layer: inner block to take, counted from 0 (a stage for networks that timm divides into stages); None
-            takes the final map.
-        image_size: side of the square input in pixels; None is the backbone's own. Resizing and cropping keep
-            their proportion; a transformers processor that cannot give such squares is refused.
-        crop_pct: share of the resized image that the centre crop keeps; None is the backbone's own, 1 keeps
-            all, which is better for small images without margins. Of timm only: transformers models crop as
-            their processor says.
+    Parameters
+    ----------
+    spec
+        The specification, or a backbone that is open already (which the rest cannot change).
+    layer
+        Inner block to take, counted from 0 (a stage for networks that timm divides into stages); None
+        takes the final map.
+    image_size
+        Side of the square input in pixels; None is the backbone's own. Resizing and cropping keep
+        their proportion; a transformers processor that cannot give such squares is refused.
+    crop_pct
+        Share of the resized image that the centre crop keeps; None is the backbone's own, 1 keeps
+        all, which is better for small images without margins. Of timm only: transformers models crop as
+        their processor says.
 
-    Raises:
-        InputError: unknown name, impossible layer or size.
-        FileFormatError: a weights file that is not safetensors or does not fit the architecture.
-        MissingExtraError: timm, or the package with the weights, is not installed.
-        HubError: weights are neither in the local cache nor to be had from the hub.
+    Raises
+    ------
+    InputError
+        Unknown name, impossible layer or size.
+    FileFormatError
+        A weights file that is not safetensors or does not fit the architecture.
+    MissingExtraError
+        timm, or the package with the weights, is not installed.
+    HubError
+        Weights are neither in the local cache nor to be had from the hub.
     """
     if isinstance(spec, Backbone):
         if (layer, image_size, crop_pct) != (None, None, None):

@@ -11,7 +11,7 @@ from convexhead.errors import require
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 _declared: list[torch.library.Library] = []
-"""Keeps declarations alive: torch withdraws them together with their library object."""
+"""Library objects of our declarations. They are kept alive, since torch withdraws declarations with them."""
 
 
 def import_torchvision() -> ModuleType:
@@ -21,8 +21,10 @@ def import_torchvision() -> ModuleType:
     loaded, for example for a CUDA build of torchvision beside a CPU build of torch. Only then are the two
     declared, without an implementation: no backbone uses either. A matching pair is left as it is.
 
-    Raises:
-        MissingExtraError: torchvision is not installed.
+    Raises
+    ------
+    MissingExtraError
+        torchvision is not installed.
     """
     try:
         return require("torchvision", "images")
@@ -39,8 +41,10 @@ def import_torchvision() -> ModuleType:
 def import_timm() -> ModuleType:
     """Import timm after `import_torchvision`.
 
-    Raises:
-        MissingExtraError: timm or torchvision is not installed.
+    Raises
+    ------
+    MissingExtraError
+        timm or torchvision is not installed.
     """
     import_torchvision()
     return require("timm", "images")

@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 """The names that a split can have, in the order in which splits are listed. ``train`` is always there."""
 
 SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
-"""What folders and data sets call their splits."""
+"""Names by which folders and data sets call their splits."""
 
 
 class BrokenImageError(InputError):
@@ -47,8 +47,10 @@ class ImageSource(Protocol):
     def load(self, split: str, index: int) -> Image.Image:
         """Return one image in RGB mode. Safe to call from several threads.
 
-        Raises:
-            BrokenImageError: the image cannot be decoded.
+        Raises
+        ------
+        BrokenImageError
+            The image cannot be decoded.
         """
 
     def fingerprint(self) -> str:
@@ -58,8 +60,10 @@ class ImageSource(Protocol):
 def match_splits(what: str, names: Iterable[str]) -> dict[str, str]:
     """Map splits to the names that stand for them in a source, in the order of `SPLITS`.
 
-    Raises:
-        InputError: two names of one split.
+    Raises
+    ------
+    InputError
+        Two names of one split.
     """
     found: dict[str, str] = {}
     for name in names:

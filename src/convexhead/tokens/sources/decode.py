@@ -44,9 +44,12 @@ def decode_image(file: Path | IO[bytes], name: str) -> Image.Image:
     Deep grey images are scaled by the range of their type (see `scale_to_8_bits`); of colours with 16 bits Pillow
     keeps the high byte. Alpha is dropped, as torchvision's loader drops it.
 
-    Raises:
-        BrokenImageError: it cannot be read, whatever the decoder says; the message gives ``name``.
-        InputError: its values have no known range.
+    Raises
+    ------
+    BrokenImageError
+        It cannot be read, whatever the decoder says; the message gives ``name``.
+    InputError
+        Its values have no known range.
     """
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):
@@ -137,8 +140,10 @@ def decoded_anew(content: bytes) -> bytes:
 def label_name(value: object, where: str) -> str:
     """Return the class name that a label stands for: a text, a whole number or a truth value.
 
-    Raises:
-        InputError: no label, or one that is no class; the message begins with ``where``.
+    Raises
+    ------
+    InputError
+        No label, or one that is no class; the message begins with ``where``.
     """
     if isinstance(value, bytes):
         value = value.decode(errors="surrogateescape")
@@ -178,8 +183,10 @@ def name_classes(columns: dict[str, list[str]]) -> tuple[dict[str, NDArray[np.in
 def check_class_indices(what: str, columns: dict[str, NDArray[np.int64]], n_classes: int) -> None:
     """Refuse labels that are not integers ``0 .. n_classes - 1``.
 
-    Raises:
-        InputError: names the split.
+    Raises
+    ------
+    InputError
+        Names the split.
     """
     for split, column in columns.items():
         if column.dtype.kind not in "iu" or (column.size and not 0 <= column.min() <= column.max() < n_classes):

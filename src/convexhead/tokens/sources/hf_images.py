@@ -74,11 +74,16 @@ class HubImages:
 def open_hf(name: str) -> HubImages:
     """Open ``hf:NAME`` or ``hf:FOLDER``, with options after a question mark (see `HubImages` and the table).
 
-    Raises:
-        InputError: unknown options or columns, or no train split.
-        FileFormatError: a folder that ``datasets`` cannot read as images with labels.
-        HubError: neither a folder nor in the local cache, and the hub cannot be reached or does not have it.
-        MissingExtraError: ``datasets`` is not installed.
+    Raises
+    ------
+    InputError
+        Unknown options or columns, or no train split.
+    FileFormatError
+        A folder that ``datasets`` cannot read as images with labels.
+    HubError
+        Neither a folder nor in the local cache, and the hub cannot be reached or does not have it.
+    MissingExtraError
+        ``datasets`` is not installed.
     """
     datasets = require("datasets", "sources")
     path, _, query = name.partition("?")

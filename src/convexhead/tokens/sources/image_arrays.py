@@ -68,9 +68,12 @@ def open_npz(file: str) -> ImageArrays:
     values of the file in [0, 1]; each type's range becomes 0 to 255. Labels are integers or strings, ``(n,)``.
     Optional ``class_names`` says what the integers ``0 .. c-1`` mean; otherwise the distinct labels are the names.
 
-    Raises:
-        InputError: missing file, or arrays that do not fit together.
-        FileFormatError: not an npz file, or without the expected arrays.
+    Raises
+    ------
+    InputError
+        Missing file, or arrays that do not fit together.
+    FileFormatError
+        Not an npz file, or without the expected arrays.
     """
     path = Path(file).expanduser()
     if not path.is_file():

@@ -42,9 +42,11 @@ class ImageFolder:
     is hidden, has another extension or lies beside the class folders is listed in ``left_out``. Without split
     folders all images are the split ``"train"``.
 
-    Raises:
-        InputError: a missing or empty folder, a class folder without images, a class only outside of train, or
-            folders that look like splits where classes are expected.
+    Raises
+    ------
+    InputError
+        A missing or empty folder, a class folder without images, a class only outside of train, or
+        folders that look like splits where classes are expected.
     """
 
     def __init__(self, root: str | Path) -> None:

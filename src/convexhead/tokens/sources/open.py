@@ -26,12 +26,17 @@ from convexhead.tokens.sources.base import ImageSource
 def open_source(spec: str | Path | ImageSource) -> ImageSource:
     """Open an image source by its specification (see the module's table).
 
-    Raises:
-        InputError: unknown scheme, missing path, or contents that cannot be used, such as a class of which
-            there are test images but no train images.
-        FileFormatError: a file that is not what its scheme says.
-        HubError: a data set that is neither in the local cache nor to be had.
-        MissingExtraError: the library of the scheme is not installed.
+    Raises
+    ------
+    InputError
+        Unknown scheme, missing path, or contents that cannot be used, such as a class of which
+        there are test images but no train images.
+    FileFormatError
+        A file that is not what its scheme says.
+    HubError
+        A data set that is neither in the local cache nor to be had.
+    MissingExtraError
+        The library of the scheme is not installed.
     """
     if isinstance(spec, ImageSource):
         return spec

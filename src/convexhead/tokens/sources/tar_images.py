@@ -51,10 +51,13 @@ class TarImages:
     As in webdataset, the key of a file is its path up to the first dot of its name; an image and a label of one
     key belong together. Keys of different shards have nothing to do with each other.
 
-    Raises:
-        InputError: no shards, no train shard, or a shard without labelled images.
-        FileFormatError: a shard that is not a whole, plain tar file; an image without a label, a label without
-            an image, or two of one key.
+    Raises
+    ------
+    InputError
+        No shards, no train shard, or a shard without labelled images.
+    FileFormatError
+        A shard that is not a whole, plain tar file; an image without a label, a label without
+        an image, or two of one key.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -134,8 +137,9 @@ def _read(member: _Member) -> bytes:
 def _find_shards(pattern: str) -> tuple[list[Path], list[str]]:
     """Find the shards of a pattern with ``*``, ``?``, ``[...]`` and ``{000..012}``, or of a folder.
 
-    Returns:
-        The shards, and what else is in the folder.
+    Returns
+    -------
+    The shards, and what else is in the folder.
     """
     folder = Path(pattern).expanduser()
     beside: list[str] = []

@@ -19,11 +19,16 @@ NAMES = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST")
 def open_torchvision(name: str) -> ImageArrays:
     """Open a data set under ``ROOT`` (by default in torch's cache), downloading it where it is missing.
 
-    Raises:
-        InputError: a data set that is not one of `NAMES`.
-        FileFormatError: its files are damaged.
-        HubError: it is not on disk, and its site cannot be reached or does not give it.
-        MissingExtraError: torchvision is not installed.
+    Raises
+    ------
+    InputError
+        A data set that is not one of `NAMES`.
+    FileFormatError
+        Its files are damaged.
+    HubError
+        It is not on disk, and its site cannot be reached or does not give it.
+    MissingExtraError
+        torchvision is not installed.
     """
     name, _, root = name.partition("@")
     choose("torchvision data set", name, NAMES)

@@ -10,15 +10,16 @@ import numpy as np
 from convexhead.tokens.sources.base import ImageSource
 
 KEPT_NAMES = 20
-"""Names that are kept of what is left out for one reason; all of it is counted."""
+"""Largest number of names kept of files left out for one reason; all are counted. Chosen by hand."""
 
 
 def take_census(source: ImageSource) -> dict[str, Any]:
     """Count the images of every class and split of a source, and what it left out.
 
-    Returns:
-        JSON values: ``splits`` maps a split to ``images`` and ``per_class``, one count a class in the order of
-        ``class_names``; ``left_out`` maps a reason to ``count`` and the first ``names``.
+    Returns
+    -------
+    JSON values: ``splits`` maps a split to ``images`` and ``per_class``, one count a class in the order of
+    ``class_names``; ``left_out`` maps a reason to ``count`` and the first ``names``.
     """
     n_classes = len(source.class_names)
     splits = {}

@@ -71,17 +71,27 @@ def export_store(path: str | Path, out: str | Path, *, format: str = "npy", raw:
     zeros: ``files.view(f"S{w}")`` are the names) and, where there are any, ``prefix (n, n_prefix, d)``: files
     ``train-tokens.npy`` or arrays ``train/tokens``. What `TokenStore.info` says and the class names go along.
 
-    Args:
-        path: the store.
-        out: a folder (npy, zarr) or a file (h5) that does not exist yet.
-        format: ``"npy"``, ``"h5"`` or ``"zarr"``.
-        raw: write tokens as they are stored, not reduced to float32. Prefix tokens are always as stored.
+    Parameters
+    ----------
+    path
+        The store.
+    out
+        A folder (npy, zarr) or a file (h5) that does not exist yet.
+    format
+        ``"npy"``, ``"h5"`` or ``"zarr"``.
+    raw
+        Write tokens as they are stored, not reduced to float32. Prefix tokens are always as stored.
 
-    Raises:
-        InputError: unknown format.
-        FileFormatError: not a store, or ``out`` exists.
-        MissingExtraError: h5py or zarr is not installed.
-        StoreWriteError: ``out`` cannot be written; nothing is left of it.
+    Raises
+    ------
+    InputError
+        Unknown format.
+    FileFormatError
+        Not a store, or ``out`` exists.
+    MissingExtraError
+        h5py or zarr is not installed.
+    StoreWriteError
+        ``out`` cannot be written; nothing is left of it.
     """
     choose("export format", format, FORMATS)
     store = TokenStore.open(path)

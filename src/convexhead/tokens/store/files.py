@@ -27,8 +27,10 @@ class StoreWriteError(ConvexHeadError, OSError):
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that at any moment it has its old content or all of its new content.
 
-    Raises:
-        StoreWriteError: it cannot be written; the old file, if any, is untouched.
+    Raises
+    ------
+    StoreWriteError
+        It cannot be written; the old file, if any, is untouched.
     """
     # A fixed name: what a killed run leaves behind, the next run overwrites.
     temporary = path.with_name(path.name + ".tmp")
@@ -48,8 +50,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents where they do not exist.
 
-    Raises:
-        StoreWriteError: it cannot be made.
+    Raises
+    ------
+    StoreWriteError
+        It cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +68,10 @@ def writer_lock(folder: Path) -> Iterator[None]:
     The operating system holds the lock and takes it back when the process ends, however it ends: a file that
     a dead process left behind locks nobody out. Its text says who holds it.
 
-    Raises:
-        StoreWriteError: another process holds it, or the folder cannot be written.
+    Raises
+    ------
+    StoreWriteError
+        Another process holds it, or the folder cannot be written.
     """
     path = folder / LOCK
     descriptor = _take(path)

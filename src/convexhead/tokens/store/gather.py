@@ -38,8 +38,10 @@ class ShardedRows:
     def take(self, name: str, rows: Any) -> NDArray[Any]:
         """Return rows of an array: a slice, index array or mask gives ``(k, ...)``, an integer ``(...)``.
 
-        Raises:
-            IndexError: rows that are not there, or something that is no index.
+        Raises
+        ------
+        IndexError
+            Rows that are not there, or something that is no index.
         """
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))

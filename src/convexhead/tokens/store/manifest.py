@@ -78,8 +78,10 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Replace the manifest of ``folder``.
 
-        Raises:
-            StoreWriteError: the folder cannot be written.
+        Raises
+        ------
+        StoreWriteError
+            The folder cannot be written.
         """
         document = {"format": FORMAT, "version": VERSION, "config_hash": self.config_hash, **asdict(self)}
         for name, split in self.splits.items():
@@ -91,8 +93,10 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """Read the manifest of ``folder``.
 
-        Raises:
-            FileFormatError: no store there, a foreign or damaged manifest, or a newer format version.
+        Raises
+        ------
+        FileFormatError
+            No store there, a foreign or damaged manifest, or a newer format version.
         """
         path = folder / MANIFEST
         if not path.is_file():

@@ -21,10 +21,14 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
     The stores must agree in everything but the source of the images, whose splits are joined in the given
     order. File names are kept, so two of them may be equal. Every shard is verified on the way.
 
-    Raises:
-        InputError: fewer than two stores, stores that do not go together, or the same images twice.
-        FileFormatError: a damaged store, or an ``out`` that is not an empty folder.
-        StoreWriteError: ``out`` cannot be written.
+    Raises
+    ------
+    InputError
+        Fewer than two stores, stores that do not go together, or the same images twice.
+    FileFormatError
+        A damaged store, or an ``out`` that is not an empty folder.
+    StoreWriteError
+        ``out`` cannot be written.
     """
     stores = [TokenStore.open(path) for path in paths]
     if len(stores) < 2:

@@ -29,19 +29,25 @@ from convexhead.tokens.store import verified
 _TYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
 _KEY = "convexhead"
 BLOCK = 1 << 20
-"""Bytes that are hashed at a time."""
+"""Bytes that are hashed at a time. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """What a manifest knows of a shard.
 
-    Attributes:
-        file: its name.
-        rows: the range of the split's rows that it holds.
-        bytes: size of the file.
-        sha256: hash of the file's header, which itself holds the hash of the arrays.
-        broken: names of the images that could not be read.
+    Attributes
+    ----------
+    file
+        Its name.
+    rows
+        The range of the split's rows that it holds.
+    bytes
+        Size of the file.
+    sha256
+        Hash of the file's header, which itself holds the hash of the arrays.
+    broken
+        Names of the images that could not be read.
     """
 
     file: str
@@ -65,8 +71,10 @@ def encode_shard(arrays: dict[str, Tensor], config_hash: str, files: list[str], 
 class ShardFile:
     """The layout of a shard on disk; arrays are mapped into memory only while rows are taken out of them.
 
-    Raises:
-        FileFormatError: the file is missing, cut short, or not a shard.
+    Raises
+    ------
+    FileFormatError
+        The file is missing, cut short, or not a shard.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,8 +154,10 @@ class ShardFile:
     def verify(self) -> None:
         """Compare the whole file with the hashes of its header and, in that, of its arrays.
 
-        Raises:
-            FileFormatError: they differ.
+        Raises
+        ------
+        FileFormatError
+            They differ.
         """
         seen, header = self._stamp(), self.sha256
         self._read_header()

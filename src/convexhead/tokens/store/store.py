@@ -49,10 +49,13 @@ class TokenStore:
         A shard is read in full and compared with its checksum before its tokens are first used, by whatever reads
         them, and again only after it has changed.
 
-        Raises:
-            FileFormatError: not a token store, not finished, of a newer format, or with missing, truncated or
-                foreign files.
-            InputError: no such split.
+        Raises
+        ------
+        FileFormatError
+            Not a token store, not finished, of a newer format, or with missing, truncated or
+            foreign files.
+        InputError
+            No such split.
         """
         folder = Path(path).expanduser()
         manifest = Manifest.load(folder)
@@ -73,8 +76,10 @@ class TokenStore:
     def verify(self) -> None:
         """Read every shard and compare it with its checksums, whether or not that was done before.
 
-        Raises:
-            FileFormatError: names the first shard that differs.
+        Raises
+        ------
+        FileFormatError
+            Names the first shard that differs.
         """
         for split in self.manifest.splits.values():
             for shard in split.shards:
