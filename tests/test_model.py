@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 from convexhead.interpret import spectra
@@ -156,3 +157,12 @@ def test_a_path_has_models_that_can_be_saved(search_tol, tmp_path):
         row["model"].save(tmp_path / "model")
         assert ch.load(tmp_path / "model").beta_ratio == row["beta_ratio"]
         assert row["model"].beta_ == row["beta"] == row["model"].certificate_.beta
+
+
+def test_a_warning_names_the_line_of_the_user():
+    with pytest.warns(ConvergenceWarning) as caught:
+        fit(tol=1e-9, max_time=1e-9)
+    assert caught[0].filename == __file__
+    with pytest.warns(ConvergenceWarning) as caught:
+        ch.regularization_path(X, Y, beta_ratios=[0.1], tol=1e-9, max_time=1e-9)
+    assert caught[0].filename == __file__

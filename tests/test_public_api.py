@@ -54,11 +54,25 @@ PARAMETERS = {
     ch.load: {"path"},
 }  # fmt: skip
 FITTED = {
-    "beta_", "beta_max_", "certificate_", "gates_", "grid_", "history_", "intercept_", "mixing_", "n_features_in_",
-    "n_heads_", "n_outputs_", "n_tokens_", "origin_", "reduction_", "singular_values_", "stop_reason_", "values_",
+    "beta_", "beta_max_", "certificate_", "gates_", "grid_", "history_", "intercept_", "mixing_", "model_",
+    "n_features_in_", "n_heads_", "n_outputs_", "n_tokens_", "origin_", "reduction_", "singular_values_",
+    "stop_reason_", "values_",
 }  # fmt: skip
 CLASSIFIER = {"classes_", "class_names_", "decision_function", "labels_of", "predict_proba"}
-METHODS = {"as_fitted_on", "as_trained_on", "fit", "get_params", "predict", "save", "score", "set_params", "to_module"}
+METHODS = {
+    "as_fitted_on",
+    "as_trained_on",
+    "fit",
+    "from_model",
+    "get_params",
+    "predict",
+    "read",
+    "save",
+    "score",
+    "set_params",
+    "to_module",
+    "to_spec",
+}
 OLD_MODULES = {
     "activation": "program.activations",
     "budget": "runtime.budget",

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from sklearn.metrics import accuracy_score
 
 import convexhead as ch
 from convexhead import cli
@@ -117,6 +118,25 @@ def test_evaluation_is_that_of_the_run_s_own_reduction_and_names(work, capsys, s
     run, _, evidence = read_run(work / "linear", ch.TokenStore.open(work / store))
     assert run["scores"]["top1"] == pytest.approx(expected)
     assert evidence.about["classes"] == names
+
+
+def test_predictions_are_compared_with_labels_numbered_as_in_training(work, tmp_path):
+    for seed, split in enumerate(("train", "test")):
+        draw(tmp_path / "photos" / split, ("green", "red"), 12, seed=seed)
+    extract(tmp_path / "photos", tmp_path / "tokens")
+    clf, other = ch.load(work / "linear"), ch.TokenStore.open(tmp_path / "tokens")["test"]
+    assert set(other.labels) == {0, 1}
+    assert set(clf.labels_of(other)) == {1, 2}
+    assert accuracy_score(clf.labels_of(other), clf.predict(other)) == clf.score(other) > 0.5
+
+
+def test_a_module_keeps_names_origin_and_reduction(work):
+    clf = ch.load(work / "linear")
+    for module in (clf.to_module(), clf.to_module(raw_tokens=True)):
+        assert module.classes == [0, 1, 2]
+        assert module.class_names == ["blue", "green", "red"]
+        assert module.origin.to_dict() == clf.origin_.to_dict()
+        assert module.fitted_behind.identity == clf.reduction_.identity
 
 
 def test_the_store_s_own_reduction_would_have_given_something_else(work):

@@ -103,7 +103,7 @@ class HeadEstimator(BaseEstimator):
         """The data of a fit, checked."""
         raise NotImplementedError
 
-    def check_columns(self, X: Any, *, reset: bool) -> Any:
+    def _checked(self, X: Any, *, reset: bool) -> Any:
         """scikit-learn's checks of names and counts for 2-D input; other tokens are checked when they are opened."""
         X = inputs.plain(X, "X")
         if not inputs.is_table(X):
@@ -114,13 +114,13 @@ class HeadEstimator(BaseEstimator):
         with inputs.told_plainly():
             return validate_data(self, X, reset=reset, dtype=(np.float64, np.float32), **few)
 
-    def named(self, data: Data) -> Data:
+    def _named(self, data: Data) -> Data:
         """``data`` with the names of the columns that scikit-learn's checks have found."""
         data.feature_names = getattr(self, "feature_names_in_", None)
         return data
 
     # -- fitting ------------------------------------------------------------------------------------------------------
-    def train(
+    def _train(
         self: E,
         X: Any,
         y: Any,
@@ -129,7 +129,7 @@ class HeadEstimator(BaseEstimator):
         minutes: float,
     ) -> E:
         """Fit, see `ConvexHeadClassifier.fit`."""
-        return self.hold(fit(self, X, y, callback=callback, checkpoint=checkpoint, minutes=minutes))
+        return _hold(self, fit(self, X, y, callback=callback, checkpoint=checkpoint, minutes=minutes))
 
     @classmethod
     def from_model(cls: type[E], model: Model) -> E:
@@ -143,21 +143,18 @@ class HeadEstimator(BaseEstimator):
         if hasattr(cls, "classes_") != (model.classes is not None):
             raise InputError(f"{cls.__name__} is not the estimator of this model, which has classes {model.classes!r}")
         settings = {name: getattr(model.spec, name) for name in cls._get_param_names()}
-        return cls(**settings).hold(model)
+        return _hold(cls(**settings), model)
 
-    def hold(self: E, model: Model) -> E:
-        """Be the fitted estimator of ``model``."""
-        self.model_ = model
-        self.n_features_in_ = model.head.d  # these two are scikit-learn's to write
-        if model.feature_names is not None:
-            self.feature_names_in_ = model.feature_names
-        return self
+    def __dir__(self) -> list[str]:
+        """The names that are there: views of what this model has."""
+        names = super().__dir__()
+        return [name for name in names if not isinstance(getattr(type(self), name, None), View) or hasattr(self, name)]
 
     def __sklearn_is_fitted__(self) -> bool:
         return "model_" in vars(self)
 
     # -- using the model ----------------------------------------------------------------------------------------------
-    def fitted_model(self) -> Model:
+    def _fitted(self) -> Model:
         """``model_``.
 
         Raises
@@ -168,23 +165,32 @@ class HeadEstimator(BaseEstimator):
         check_is_fitted(self)
         return self.model_
 
-    def raw_outputs(self, X: Any) -> NDArray[np.float64]:
+    def _outputs(self, X: Any) -> NDArray[np.float64]:
         """``f (n, r, c)`` in float64."""
-        model = self.fitted_model()
-        return model.outputs(self.check_columns(inputs.resolve_store(X), reset=False), device=self.device)
+        model = self._fitted()
+        return model.outputs(self._checked(inputs.resolve_store(X), reset=False), device=self.device)
 
     def as_fitted_on(self, X: Any) -> Any:
         """Tokens as this head takes them, see `Model.as_fitted_on`."""
-        return self.fitted_model().as_fitted_on(X)
+        return self._fitted().as_fitted_on(X)
 
     def as_trained_on(self, X: Any) -> Any:
         """Those of the images of its training, see `Model.as_trained_on`."""
-        return self.fitted_model().as_trained_on(X)
+        return self._fitted().as_trained_on(X)
 
     def to_module(self, dtype: torch.dtype = torch.float32, *, raw_tokens: bool = False) -> HeadModule:
         """The head as an ordinary `torch.nn.Module`, see `Model.to_module`."""
-        return self.fitted_model().to_module(dtype, raw_tokens=raw_tokens)
+        return self._fitted().to_module(dtype, raw_tokens=raw_tokens)
 
     def save(self, path: str | Path) -> None:
         """Write a folder ``config.json`` + ``weights.safetensors``; read it back with `convexhead.load`."""
-        self.fitted_model().save(path)
+        self._fitted().save(path)
+
+
+def _hold(estimator: E, model: Model) -> E:
+    """The estimator, fitted with ``model``."""
+    estimator.model_ = model
+    estimator.n_features_in_ = model.head.d  # these two are scikit-learn's to write
+    if model.feature_names is not None:
+        estimator.feature_names_in_ = model.feature_names
+    return estimator

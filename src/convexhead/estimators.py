@@ -196,7 +196,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         ConvergenceWarning
             The requested gap was not reached; `certificate_` says how far the model may be from the optimum.
         """
-        return self.train(X, y, callback, checkpoint, checkpoint_minutes)
+        return self._train(X, y, callback, checkpoint, checkpoint_minutes)
 
     classes_ = View(lambda model: model.classes)
     class_names_ = View(lambda model: model.class_names, optional=True)
@@ -211,16 +211,16 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         """The data of a fit, checked."""
         X = inputs.resolve_store(X)
         y = labels_of(X, y)
-        return self.named(read_labelled(self.check_columns(X, reset=True), y))
+        return self._named(read_labelled(self._checked(X, reset=True), y))
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Logits ``(n, c)``; for two classes their difference ``(n,)``, as scikit-learn has it."""
-        f = self.raw_outputs(X)[:, 0]
+        f = self._outputs(X)[:, 0]
         return f[:, 1] - f[:, 0] if f.shape[1] == 2 else f
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Class probabilities ``(n, c)``."""
-        return torch.softmax(torch.from_numpy(self.raw_outputs(X)[:, 0]), -1).numpy()
+        return torch.softmax(torch.from_numpy(self._outputs(X)[:, 0]), -1).numpy()
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Class labels ``(n,)``, numbered as in training whatever the store.
@@ -228,12 +228,12 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Another store may number its classes otherwise. Compare these labels with ``labels_of(X)``, which numbers them
         as in training too, and not with the store's own ``X.labels``; `score` does so.
         """
-        f = self.raw_outputs(X)[:, 0]
+        f = self._outputs(X)[:, 0]
         return self.classes_[f.argmax(1)]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy; ``y`` may be left out for a split of a store, whose classes are matched by name."""
-        model = self.fitted_model()
+        model = self._fitted()
         X = inputs.resolve_store(X)
         named = model.class_names is not None
         if inputs.is_store(X) and (y is None or (named and np.array_equal(y, X.labels))):
@@ -242,7 +242,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
 
     def labels_of(self, X: Any) -> NDArray[Any]:
         """The labels of a split of a store as this head numbers them; see `Model.labels_of`."""
-        return self.fitted_model().labels_of(X)
+        return self._fitted().labels_of(X)
 
 
 class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
@@ -322,19 +322,19 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         callback, checkpoint, checkpoint_minutes
             As for `ConvexHeadClassifier.fit`, and so is what it raises and warns of.
         """
-        return self.train(X, y, callback, checkpoint, checkpoint_minutes)
+        return self._train(X, y, callback, checkpoint, checkpoint_minutes)
 
     def read(self, X: Any, y: Any) -> Data:
         """The data of a fit, checked."""
         if y is None:
             raise InputError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
-        tokens = self.check_columns(inputs.resolve_store(X), reset=True)
-        return self.named(read_measured(tokens, y, every_token=self.pool in (None, "none")))
+        tokens = self._checked(inputs.resolve_store(X), reset=True)
+        return self._named(read_measured(tokens, y, every_token=self.pool in (None, "none")))
 
     def predict(self, X: Any) -> NDArray[np.float64]:
         """Outputs in the shape of the targets that the head was fitted on."""
-        f = self.raw_outputs(X)
-        return f.reshape(len(f), *self.fitted_model().target_shape)
+        f = self._outputs(X)
+        return f.reshape(len(f), *self._fitted().target_shape)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², averaged over outputs (and tokens)."""

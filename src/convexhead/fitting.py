@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from sklearn.utils import check_random_state
 from convexhead import inputs
 from convexhead.certificate.certify import Certificate
 from convexhead.dual_norm.norm import NormOracle
-from convexhead.errors import InputError
+from convexhead.errors import InputError, warn
 from convexhead.linalg.deflation import spectral_norm
 from convexhead.model import Model
 from convexhead.program.activations import make_activation
@@ -314,7 +313,7 @@ def _warn(solution: Solution, tol: float) -> None:
     told = f"certified relative gap {certificate.relative_gap:.2g} > tol={tol:g}"
     if certificate.scope == "estimated":
         told = f"estimated relative gap {certificate.estimated_gap:.2g}, tol={tol:g}"
-    warnings.warn(f"{told}: {solution.stop.value}", ConvergenceWarning, stacklevel=4)
+    warn(f"{told}: {solution.stop.value}", ConvergenceWarning)
 
 
 def _print_progress(row: Progress) -> None:

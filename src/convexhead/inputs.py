@@ -225,7 +225,7 @@ def as_targets(y: Any, *, n_tokens: int, every_token: bool) -> torch.Tensor:
         if y.ndim != 2:
             raise InputError(f"targets must be (n,) or (n, c) with pooled tokens, got {shape}")
         y = y[:, None]
-    return torch.from_numpy(np.ascontiguousarray(y))
+    return torch.from_numpy(np.require(y, requirements=["C", "W"]))
 
 
 def check_lengths(X: Tokens, targets: int) -> None:

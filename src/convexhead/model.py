@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from convexhead import inputs, model_folder
 from convexhead.certificate.certify import Certificate
-from convexhead.errors import FileFormatError, InputError
+from convexhead.errors import FileFormatError, InputError, warn
 from convexhead.model_format import described, restored
 from convexhead.modules import HeadModule
 from convexhead.program.activations import Activation, make_activation
@@ -182,11 +181,7 @@ class Model:
                 raise InputError(
                     f"{known}, and the reduction that it was fitted behind is not that of {X!r}: fit it again"
                 )
-        warnings.warn(
-            f"{known}: that {X!r} holds such tokens is taken on trust, and its classes are matched by number",
-            UserWarning,
-            stacklevel=5,
-        )
+        warn(f"{known}: that {X!r} holds such tokens is taken on trust, and its classes are matched by number")
         return X
 
     def as_trained_on(self, X: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every head as an ordinary ``torch.nn.Module``: the export of a convex solution, and its non-convex twin.
+"""Every head as an ordinary ``torch.nn.Module``: the export of a convex solution, or what Adam trains.
 
     f_i = P Σ_k mix(X_i, U_k) V_k + b        tokens (b, s, d) -> (b, c), or (b, s, c) with pool "none"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from convexhead import inputs
-from convexhead.errors import InputError, choose
+from convexhead.errors import InputError, choose, warn
 from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
 from convexhead.fitting import Task, pose, ranks_of
 from convexhead.model import Model
@@ -115,7 +114,7 @@ def regularization_path(
         path.follow(ratios, search_tol, patience, callback)
         if path.interrupted and len(path.rows) < len(ratios):
             told = f"interrupted: {len(path.rows)} of {len(ratios)} β were visited"
-            warnings.warn(told, ConvergenceWarning, stacklevel=3)
+            warn(told, ConvergenceWarning)
         if search_tol is None:
             return path.rows
         rows, chosen = path.finished()

@@ -170,7 +170,7 @@ def test_large_problems_are_estimated_and_say_so(name, tmp_path):
         np.testing.assert_allclose(norms[0] * norms[1], size, rtol=1e-6)
     # the same function as a module and from disk
     module = clf.to_module(torch.float64)
-    np.testing.assert_allclose(module(torch.from_numpy(X)).detach().numpy(), clf.raw_outputs(X)[:, 0], atol=1e-10)
+    np.testing.assert_allclose(module(torch.from_numpy(X)).detach().numpy(), clf.model_.outputs(X)[:, 0], atol=1e-10)
     clf.save(tmp_path / "run")
     loaded = ch.load(tmp_path / "run")
     np.testing.assert_allclose(loaded.predict_proba(X), clf.predict_proba(X), atol=1e-12)
