@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from convexhead.dual_norm import cone_decomposition
 from convexhead.errors import InputError
-from convexhead.program import decomposition as module
 from convexhead.program.activations import GatedReLU, LinearActivation, sample_gates
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import Squared
@@ -37,7 +37,7 @@ def gated(name, *, pool="mean", outputs="shared", gates=None, seed=0, X=None):
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "none"])
 @pytest.mark.parametrize("name", MIXING)
-def test_training_outputs_are_the_same(name, pool, monkeypatch):
+def test_training_outputs_are_the_same(name, pool):
     problem, atoms = gated(name, pool=pool, outputs="grouped")
     split = cone_decomposition(problem, atoms)
     f, g = problem.outputs(atoms), split.problem.outputs(split.atoms)
@@ -46,11 +46,19 @@ def test_training_outputs_are_the_same(name, pool, monkeypatch):
     assert split.border_rows == 0
     assert len(split.atoms) <= 2 * len(atoms)
     assert split.norm_growth >= 1 - 1e-12
-    # along the gate alone, as for many rows: also exact, never cheaper
-    monkeypatch.setattr(module, "QUADRATIC", 0)
-    along = cone_decomposition(problem, atoms)
-    assert along.output_error <= 1e-9
-    assert along.norm_growth >= split.norm_growth * (1 - 1e-9)
+
+
+def test_many_rows_are_split_along_the_gate():
+    """Where the least split would take too long: exact, and what is taken away is a multiple of the gate."""
+    X = torch.randn(40, 64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gate = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    problem, atoms = gated("fno", X=X, gates=gate)
+    split = cone_decomposition(problem, atoms)
+    assert split.output_error <= 1e-9
+    assert split.border_rows == 0
+    U = split.atoms.U.flatten(1)
+    cosine = U @ gate.flatten() / (U.norm(dim=1) * gate.norm())
+    assert (cosine > 1 - 1e-12).sum() == len(atoms) == len(U) / 2
 
 
 def test_split_has_the_least_norm():
@@ -59,16 +67,16 @@ def test_split_has_the_least_norm():
 
     problem, atoms = gated("mlp")
     K = problem.operator.X.flatten(0, 1).numpy()
-    for u, j in zip(atoms.U, atoms.block.tolist(), strict=True):
+    for k, (u, j) in enumerate(zip(atoms.U, atoms.block.tolist(), strict=True)):
         signs = torch.sign(torch.from_numpy(K) @ problem.activation.gates[j]).numpy()
         w = cp.Variable(4)
         cone = signs[:, None] * K
         cp.Problem(
             cp.Minimize(cp.sum_squares(u.numpy() + w) + cp.sum_squares(w)), [cone @ w >= 0, cone @ (u.numpy() + w) >= 0]
         ).solve(solver="CLARABEL")
-        split = module._Splitter(problem.head, problem.operator.X, 0, problem.activation.gates[j])
-        mine = split(u)
-        assert float(module._cost(mine, u)) <= float(module._cost(torch.from_numpy(w.value), u)) * (1 + 1e-6)
+        least = np.linalg.norm(w.value) + np.linalg.norm(u.numpy() + w.value)
+        split = cone_decomposition(problem, atoms.select(torch.tensor([k])))
+        assert split.norm_growth * float(u.norm()) <= least * (1 + 1e-6)
 
 
 def test_rows_on_the_border_are_reported():
