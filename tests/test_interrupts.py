@@ -54,12 +54,17 @@ def run(store):
     return store.parent / "run"
 
 
+def hears_interrupts() -> None:
+    """A shell lets what it starts in the background ignore them, and so its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def begin(*arguments: object, script: str | None = None) -> subprocess.Popen[str]:
     program = ["-m", "convexhead"] if script is None else ["-c", script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hears_interrupts,
     )  # fmt: skip
 
 
