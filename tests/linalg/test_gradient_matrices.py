@@ -26,7 +26,8 @@ def build(name, activation, pool="mean", *, s=9, d=7, memory=float("inf"), dtype
     head = make_head(name, s, d, pool=pool)
     gates = sample_gates(head, 3, rng) if activation == "gated-relu" else None
     activation = make_activation(activation, head, gates)
-    problem = Problem(Operator(X, head, activation, dtype=dtype, memory=memory), Y, CrossEntropy())
+    operator = Operator(X, head, activation, dtype=dtype, memory=memory)
+    problem = Problem(operator, Y.expand(N, head.r, C), CrossEntropy())
     R = torch.randn(N, head.r, C, generator=rng, dtype=torch.float64).to(dtype) / N
     return problem, R
 

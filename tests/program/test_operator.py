@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from convexhead.errors import InputError
 from convexhead.program.activations import GatedReLU, make_activation, sample_gates
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
+from convexhead.program.losses import Squared
 from convexhead.program.operator import Operator
+from convexhead.program.problem import Problem
 from passes import CASES, C, D, N, S, problem_on
 
 GENERATOR = np.random.default_rng(0)
@@ -105,3 +108,11 @@ def test_an_evaluation_leaves_nothing_behind(name, activation):
 def test_a_head_without_gates_takes_no_masks():
     head = make_head("mlp", S, D)
     assert Operator(torch.from_numpy(X), head, make_activation("linear", head, None)).masks is None
+
+
+@pytest.mark.parametrize("shape", [(N - 1, 1, C), (1, 1, C), (N, S, C)])
+def test_targets_are_those_of_the_outputs(shape):
+    """Else they would be broadcast over samples or rows without a word."""
+    operator, _ = attention(C)
+    with pytest.raises(InputError, match=r"but outputs are \(61, 1, c\)"):
+        Problem(operator, torch.zeros(shape), Squared())

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from convexhead.errors import InputError
 from convexhead.program.activations import Activation
 from convexhead.program.atoms import Atoms, balance, rescale
 from convexhead.program.coordinates import Coordinates
@@ -69,6 +70,11 @@ class Problem:
     def __init__(
         self, operator: Operator, targets: Shaped[Tensor, "n r c"], loss: Loss, *, fit_intercept: bool = False
     ) -> None:
+        if targets.shape[:2] != (len(operator), operator.head.r):
+            raise InputError(
+                f"targets are {tuple(targets.shape)}, but outputs are ({len(operator)}, {operator.head.r}, c): "
+                "give each row of outputs its targets"
+            )
         self.operator, self.targets, self.loss, self.fit_intercept = operator, targets, loss, fit_intercept
         self.Y = targets.to(operator.device, operator.dtype)
         self.c = targets.shape[-1]
