@@ -166,3 +166,25 @@ def test_a_warning_names_the_line_of_the_user():
     with pytest.warns(ConvergenceWarning) as caught:
         ch.regularization_path(X, Y, beta_ratios=[0.1], tol=1e-9, max_time=1e-9)
     assert caught[0].filename == __file__
+
+
+class Derived(ch.ConvexHeadClassifier):
+    """A user's own estimator, with a parameter of its own and a fixed tolerance."""
+
+    def __init__(self, head="mlp", *, beta_ratio=0.3, note=""):
+        super().__init__(head, beta_ratio=beta_ratio, tol=0.05, random_state=0)
+        self.note = note
+
+
+def test_estimators_can_be_derived_from():
+    derived = clone(Derived(note="mine")).fit(X, Y)
+    assert derived.note == "mine"
+    assert derived.certificate_ == fit(head="mlp", beta_ratio=0.3, tol=0.05).certificate_
+    np.testing.assert_array_equal(Derived.from_model(derived.model_).predict(X), derived.predict(X))
+
+
+def test_what_earlier_versions_pickled_is_refused():
+    old = copy.copy(FITTED["linear"])
+    state = {"head": "linear", "certificate_": old.certificate_, "coef_": old.coef_}
+    with pytest.raises(ch.FileFormatError, match="pickled by an earlier version"):
+        old.__setstate__(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -13,7 +14,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from convexhead import inputs
-from convexhead.errors import InputError
+from convexhead.errors import FileFormatError, InputError
 from convexhead.fitting import fit
 from convexhead.model import Model, read_only
 from convexhead.modules import HeadModule
@@ -23,6 +24,8 @@ from convexhead.spec import Spec
 
 T = TypeVar("T")
 E = TypeVar("E", bound="HeadEstimator")
+SETTINGS = tuple(each.name for each in fields(Spec))
+"""Names of parameters; an estimator that a user derives may take others, and fix some of these."""
 
 
 class View(Generic[T]):
@@ -97,7 +100,7 @@ class HeadEstimator(BaseEstimator):
         InputError
             A value that is not possible.
         """
-        return Spec(**self.get_params(deep=False))
+        return Spec(**{name: getattr(self, name) for name in SETTINGS if hasattr(self, name)})
 
     def read(self, X: Any, y: Any) -> Data:
         """The data of a fit, checked."""
@@ -142,13 +145,22 @@ class HeadEstimator(BaseEstimator):
         """
         if hasattr(cls, "classes_") != (model.classes is not None):
             raise InputError(f"{cls.__name__} is not the estimator of this model, which has classes {model.classes!r}")
-        settings = {name: getattr(model.spec, name) for name in cls._get_param_names()}
+        settings = {name: getattr(model.spec, name) for name in cls._get_param_names() if name in SETTINGS}
         return _hold(cls(**settings), model)
 
     def __dir__(self) -> list[str]:
         """The names that are there: views of what this model has."""
         names = super().__dir__()
         return [name for name in names if not isinstance(getattr(type(self), name, None), View) or hasattr(self, name)]
+
+    def __setstate__(self, state: Any) -> None:
+        """Refuse what versions before 0.2 pickled: they had no model, and would look unfitted."""
+        if "certificate_" in state:
+            raise FileFormatError(
+                "this head was pickled by an earlier version: load what its `save` wrote with convexhead.load, "
+                "or fit it again"
+            )
+        super().__setstate__(state)
 
     def __sklearn_is_fitted__(self) -> bool:
         return "model_" in vars(self)
