@@ -10,7 +10,7 @@ from convexhead._version import __version__
 
 if TYPE_CHECKING:
     from convexhead.audit import certify
-    from convexhead.certificate.certify import Certificate
+    from convexhead.certificate.certificate import Certificate
     from convexhead.errors import ConvexHeadError, FileFormatError, HubError, InputError, MissingExtraError
     from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
     from convexhead.path import beta_max, regularization_path

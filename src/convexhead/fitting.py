@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 
 from convexhead import inputs
-from convexhead.certificate.certify import Certificate
+from convexhead.certificate.certificate import Certificate
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.errors import InputError, warn
 from convexhead.linalg.deflation import spectral_norm

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convexhead import inputs, model_folder
-from convexhead.certificate.certify import Certificate
+from convexhead.certificate.certificate import Certificate
 from convexhead.errors import FileFormatError, InputError, warn
 from convexhead.model_format import described, restored
 from convexhead.modules import HeadModule

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from convexhead._version import __version__
-from convexhead.certificate.certify import Certificate
+from convexhead.certificate.certificate import Certificate
 from convexhead.errors import InputError
 from convexhead.model_folder import Config, Tensors
 from convexhead.program.atoms import Atoms

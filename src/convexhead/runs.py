@@ -22,7 +22,7 @@ from sklearn.model_selection import train_test_split
 from convexhead.audit import certify
 from convexhead.baselines.adam import TrainingResult
 from convexhead.baselines.trained_head import fit_by_adam
-from convexhead.certificate.certify import Certificate
+from convexhead.certificate.certificate import Certificate
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.interrupts import Answer, interrupts

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from convexhead.certificate.certify import Certificate
+    from convexhead.certificate.certificate import Certificate
     from convexhead.tokens import TokenStore
 
 errors = Console(stderr=True, highlight=False)
