@@ -15,6 +15,7 @@ import convexhead as ch
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
+@pytest.mark.slow
 @parametrize_with_checks(
     [cls(head) for cls in (ch.ConvexHeadClassifier, ch.ConvexHeadRegressor) for head in ("mlp", "linear")]
 )

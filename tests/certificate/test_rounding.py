@@ -81,6 +81,7 @@ def offset_problem(head: str, loss: str, offset: float, seed: int) -> tuple[Prob
     return problem(X), problem(X - X[:1])  # of near numbers: exact, or nearly so
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["cross-entropy", "squared", "huber"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_bounds_hold_whatever_the_offset_of_the_features(head, loss):

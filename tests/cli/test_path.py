@@ -76,6 +76,7 @@ def test_a_path_never_holds_the_split_in_memory(store, monkeypatch, tmp_path, ca
     call_json(capsys, "path", store.path, "--head", "linear", "--beta-ratios", "0.3")
 
 
+@pytest.mark.slow
 def test_the_edge_of_the_grid(store, capsys, tmp_path):
     assert grid_edge((0.3, 0.1, 0.03), 0.03) == "low"
     assert grid_edge((0.3, 0.1, 0.03), 0.3) == "high"

@@ -117,6 +117,7 @@ def build(X, Y):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["as chosen", "branch and bound", "product of norms"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_attained_value_is_above_the_bound(kind, method, monkeypatch):
@@ -158,6 +159,7 @@ def descend(X, Y, beta, heads, rng):
     return best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_network_is_below_the_dual(kind, monkeypatch):
     """At any dual point, the one of a network that others have trained or that of none."""

@@ -86,6 +86,7 @@ def test_only_the_highest_starts_climb():
     assert bool((after.values >= before.values[:3] * (1 - 1e-12)).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("w", "h"), [(1, 3), (2, 7), (3, 9), (4, 8)])
 def test_faces_and_branch_and_bound_agree(w, h, seed):
@@ -106,6 +107,7 @@ def test_number_of_faces_in_general_position():
         assert sum((-1) ** part.span.shape[1] * len(part.signs) for part in found) == -1 + (-1) ** w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [0.0, 3e4, 1e6])
 @pytest.mark.parametrize("h", [20, 400])
 def test_branch_and_bound_may_stop_at_any_time(work, h):
@@ -131,6 +133,7 @@ def test_product_of_norms_is_a_bound(seed):
     assert product_of_norms(form) >= float(form(sphere(5)).norm(dim=1).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["mean", "cls", "none"])
 @pytest.mark.parametrize("name", MIXING)
 def test_no_mixing_weight_is_above_the_bound(name, pool):

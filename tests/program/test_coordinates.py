@@ -93,6 +93,7 @@ def test_a_head_with_an_intercept_is_solved_at_an_offset(head, activation, pool)
         np.testing.assert_allclose(model.predict_proba(X3 + 30), plain.predict_proba(X3), atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e3, 2e4, 1e30])
 @pytest.mark.parametrize(
     ("head", "activation"),

@@ -127,6 +127,7 @@ def test_a_run_stopped_again_and_again(run, tmp_path):
     assert same(resumed, calm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["clock", "keyboard"])
 def test_what_the_clock_or_a_person_stopped_goes_on(stop, tmp_path, monkeypatch):
     monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)

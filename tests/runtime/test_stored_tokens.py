@@ -33,7 +33,10 @@ def tokens(tmp_path_factory):
     return X, path
 
 
-@pytest.mark.parametrize(("pool", "dtype"), [("mean", torch.float32), ("cls", torch.float64)])
+@pytest.mark.parametrize(
+    ("pool", "dtype"),
+    [("mean", torch.float32), pytest.param("cls", torch.float64, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("name", "activation"), CASES)
 def test_every_pass_is_the_same_at_every_budget(name, activation, pool, dtype, tokens):
     X, path = tokens

@@ -47,7 +47,7 @@ def in_one(monkeypatch, work):
     return result, max(asked)
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "activation"), CASES)
 def test_every_pass_is_the_same_for_any_number_of_workers(name, activation, on_disk, tokens, monkeypatch):
     X = open_tokens(np.load(tokens[1], mmap_mode="r")) if on_disk else torch.from_numpy(tokens[0])

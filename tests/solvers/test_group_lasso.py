@@ -53,6 +53,7 @@ def random_data(n=50, d=5, seed=0):
     return X, Y, gates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(("name", "activation"), CASES)
 def test_agrees_with_cvxpy(name, activation, pool):

@@ -42,6 +42,7 @@ def random_weights(folder: Path, architecture: str) -> str:
     return f"timm:{architecture}@{folder / 'weights.safetensors'}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "shape", "grid"),
     [(None, (1, 49, 1280), (7, 7)), (4, (1, 196, 112), (14, 14)), (6, (1, 49, 320), (7, 7))],
@@ -115,6 +116,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
 def test_families(tmp_path: Path, photo: Image.Image, family: tuple[Any, ...]) -> None:
     """Stored half-precision tokens are within 1e-3 of timm's own forward pass in eval mode."""
