@@ -268,6 +268,7 @@ def test_seconds(value, text):
     assert tables.seconds(value) == text
 
 
+@pytest.mark.slow
 def test_diverged_runs_are_counted_not_averaged(results):
     changed = copy.deepcopy(results)
     run = changed["rows"][0]["twin"]["runs"][0]
@@ -279,6 +280,7 @@ def test_diverged_runs_are_counted_not_averaged(results):
 
 
 # -- figures -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["excess", "convergence", "spectra", "path", "attention_maps"])
 def test_figures_are_written_and_reproducible(results, name, tmp_path):
     draw = getattr(figures, name)
@@ -299,6 +301,7 @@ def test_convergence_ends_at_the_certified_gap(results):
     assert len(figure.axes[0].lines) == 3 + 2
 
 
+@pytest.mark.slow
 def test_class_names_are_not_formulas(results):
     changed = copy.deepcopy(results)
     changed["attention"]["images"][0]["label"] = r"$\frac{<b>"
@@ -341,6 +344,7 @@ def test_every_figure_has_words(page):
     assert len([1 for tag, key, v in attributes if tag == "svg" and key == "aria-label" and len(v) > 20]) == shown
 
 
+@pytest.mark.slow
 def test_hostile_strings_stay_text(results):
     evil = "<script>alert(1)</script>"
     changed = copy.deepcopy(results)
@@ -371,6 +375,7 @@ def test_hostile_strings_stay_text(results):
         render(changed)
 
 
+@pytest.mark.slow
 def test_page_without_the_optional_parts(results):
     changed = copy.deepcopy(results)
     changed["attention"] = changed["baseline"] = None
@@ -382,6 +387,7 @@ def test_page_without_the_optional_parts(results):
     assert render({**changed, "rows": []})
 
 
+@pytest.mark.slow
 def test_page_is_reproducible(results, page):
     assert render(fake_results()) == page
     assert json.loads(json.dumps(results)) == results

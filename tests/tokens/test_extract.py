@@ -33,6 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_stored_tokens_are_the_backbones(photos: Path, tmp_path: Path, dtype: Any) -> None:
     store = extract(photos, LITE0, tmp_path / "out", layer=4, image_size=64, dtype=dtype, standardize=False)
@@ -208,6 +209,7 @@ def test_progress(photos: Path, tmp_path: Path) -> None:
     assert seen[-1].seconds_left == 0
 
 
+@pytest.mark.slow
 def test_bfloat16(photos: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"layer": 4, "image_size": 64, "standardize": False}
     exact = extract(photos, LITE0, tmp_path / "exact", dtype="float32", **options)["train"]

@@ -114,6 +114,7 @@ def test_what_is_not_a_store_or_a_run(first, more, tmp_path):
         extract(more, None, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_timm_backbones_are_opened_as_they_were(photos, tmp_path):
     """Image size and crop stand in the store only as what timm made of them."""
     import torch

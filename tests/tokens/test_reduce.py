@@ -108,7 +108,7 @@ def test_round_trip_is_exact_and_bytes_are_reproducible(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="between 1 and the 9"):
         fit(tokens(), components=10)
-    with pytest.raises(InputError, match="no tokens"):
+    with pytest.raises(InputError, match="at least one token"):
         fit(tokens(n=0))
     with pytest.raises(InputError, match="8 channels"):
         fit(tokens()).apply(tokens(d=8))
