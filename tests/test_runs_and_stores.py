@@ -167,6 +167,7 @@ def test_images_extracted_again_are_the_same_images(work, capsys, tmp_path):
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_tokens_made_otherwise_are_refused(work, capsys, tmp_path):
     stores = {
         "backbone is 'patches:2', the head's was 'patches:4'": ("--backbone", "patches:2"),

@@ -70,6 +70,7 @@ def test_reaches_the_certified_optimum_from_above(name, activation, outputs):
     assert audit.primal == pytest.approx(result.convex_objective, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 16, 60])
 @pytest.mark.parametrize("reuse", [True, False])
 def test_seeded(batch_size, reuse):

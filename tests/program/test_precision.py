@@ -101,6 +101,7 @@ def test_refused_where_nothing_is_gained():
     assert make_problem("fno", "gated-relu").with_half_products() is None
 
 
+@pytest.mark.slow
 def test_a_solve_with_rounded_products_is_certified_in_float64(monkeypatch):
     monkeypatch.setattr(fitting, "SMALL_TOKENS", 0)
     monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)

@@ -37,7 +37,10 @@ def tokens(tmp_path_factory):
     ("pool", "dtype"),
     [("mean", torch.float32), pytest.param("cls", torch.float64, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize(("name", "activation"), CASES)
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] not in ("mlp", "linear") else ()) for case in CASES],
+)
 def test_every_pass_is_the_same_at_every_budget(name, activation, pool, dtype, tokens):
     X, path = tokens
     whole = problem_on(torch.from_numpy(X), name, activation, pool, dtype=dtype)

@@ -48,7 +48,10 @@ def in_one(monkeypatch, work):
 
 
 @pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "activation"), CASES)
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0].endswith("fno") else ()) for case in CASES],
+)
 def test_every_pass_is_the_same_for_any_number_of_workers(name, activation, on_disk, tokens, monkeypatch):
     X = open_tokens(np.load(tokens[1], mmap_mode="r")) if on_disk else torch.from_numpy(tokens[0])
     made = problem_on(X, name, activation, memory=1e3 if on_disk else 1e9)

@@ -127,6 +127,7 @@ def test_around_beta_max(intercept):
     assert len(certified(problem, beta_of(problem, 0.999), tol=1e-10).atoms) > 0
 
 
+@pytest.mark.slow
 def test_single_precision_goes_on_in_double_where_it_must():
     X, Y, gates = random_data(n=300)
     problem = problem_of(X.float(), Y, gates=gates, dtype=torch.float32)

@@ -100,6 +100,7 @@ def test_single_precision_ends_where_rounding_hides_the_decrease():
     assert objectives[0] != objectives[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize("activation", ["linear", "gated-relu"])
 @pytest.mark.parametrize(("name", "outputs"), HEADS)

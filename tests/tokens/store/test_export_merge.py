@@ -29,6 +29,7 @@ def read(path: Path, format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]
     return {name: group[name][:] for name in names}, json.loads(group.attrs["store"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["npy", "h5", "zarr"])
 @pytest.mark.parametrize("raw", [False, True])
 def test_export(store: TokenStore, tmp_path: Path, format: str, raw: bool) -> None:
