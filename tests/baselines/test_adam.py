@@ -87,6 +87,7 @@ def test_seeded(batch_size, reuse):
     assert first.history[-1].seconds <= first.seconds
 
 
+@pytest.mark.slow
 def test_prepared_and_streamed_runs_agree():
     for name, activation in (("self-attention", "linear"), ("fno", "gated-relu")):
         runs = [
@@ -96,6 +97,7 @@ def test_prepared_and_streamed_runs_agree():
         assert runs[0].objective == pytest.approx(runs[1].objective, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_minibatches_descend(schedule):
     problem = build("self-attention", "linear", dtype=torch.float32)
@@ -117,6 +119,7 @@ def test_minibatches_descend(schedule):
     assert result.module.values.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_decoupled_decay_is_labelled_another_objective():
     problem = build("mlp", "linear", loss="squared")
     beta = beta_of(problem)

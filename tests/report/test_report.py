@@ -309,6 +309,7 @@ def test_class_names_are_not_formulas(results):
 
 
 # -- the page ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_page_is_well_formed_and_says_what_the_results_say(results, page):
     parsed = Page(page)
     assert not parsed.open
@@ -325,6 +326,7 @@ def test_page_is_well_formed_and_says_what_the_results_say(results, page):
     assert set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", page)) <= set(parsed.ids)
 
 
+@pytest.mark.slow
 def test_page_asks_the_network_for_nothing(page):
     for tag, key, value in Page(page).attributes:
         if key in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
@@ -334,6 +336,7 @@ def test_page_asks_the_network_for_nothing(page):
     assert "default-src 'none'" in page
 
 
+@pytest.mark.slow
 def test_every_figure_has_words(page):
     attributes = Page(page).attributes
     images = [value for tag, key, value in attributes if tag == "img" and key == "alt"]

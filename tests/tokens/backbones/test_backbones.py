@@ -18,6 +18,7 @@ from convexhead.errors import FileFormatError, HubError, InputError
 from convexhead.tokens import extract, open_backbone
 from convexhead.tokens.backbones.timm_import import import_timm
 
+pytestmark = pytest.mark.slow  # timm and torchvision take seconds to import
 LITE0 = "packaged:efficientnet-lite0"
 
 
@@ -42,7 +43,6 @@ def random_weights(folder: Path, architecture: str) -> str:
     return f"timm:{architecture}@{folder / 'weights.safetensors'}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "shape", "grid"),
     [(None, (1, 49, 1280), (7, 7)), (4, (1, 196, 112), (14, 14)), (6, (1, 49, 320), (7, 7))],
@@ -116,7 +116,6 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
 def test_families(tmp_path: Path, photo: Image.Image, family: tuple[Any, ...]) -> None:
     """Stored half-precision tokens are within 1e-3 of timm's own forward pass in eval mode."""
@@ -236,7 +235,6 @@ def test_unreachable_hub_fails_within_seconds(tmp_path: Path, monkeypatch: pytes
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.slow
 def test_timm_imports_whatever_torchvision_is_there() -> None:
     """In a fresh process: a matching torchvision gets no declaration, another one gets one."""
     code = """

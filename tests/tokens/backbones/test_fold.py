@@ -35,6 +35,7 @@ def assert_same_function(model: nn.Module, folded: nn.Module, size: int = 64) ->
     assert (folded(images) - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "left"), [("resnet18", 0), ("tf_efficientnet_lite0", 0), ("densenet121", 62), ("resnetv2_50", 17)]
 )
