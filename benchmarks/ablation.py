@@ -24,12 +24,11 @@ from unittest.mock import patch
 import torch
 
 from common import Row, Skip, Table, hardware, spread
-from convexhead import solvers
+from convexhead.drive import solve
 from convexhead.program.atoms import Atoms
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers import column_generation as cg
-from convexhead.solvers import solve
 from convexhead.solvers.increments import Increments
 from convexhead.solvers.whitening import Whitening
 from instances import Instance, arrays, cifar8k_store
@@ -51,17 +50,17 @@ class PlainCoordinates(Whitening):
 
 def settings(**values: Any) -> Callable[[], Any]:
     """Class attributes of the solver replaced."""
-    return lambda: patch.multiple(solvers.ColumnGeneration, **values)
+    return lambda: patch.multiple(cg.ColumnGeneration, **values)
 
 
 def never(attribute: str) -> Callable[[], Any]:
     """An attribute of the solver that stays None."""
 
     def switched() -> Any:
-        if attribute not in solvers.ColumnGeneration.__init__.__code__.co_names:
+        if attribute not in cg.ColumnGeneration.__init__.__code__.co_names:
             raise Skip(f"the solver has no {attribute}")
         none = property(lambda self: None, lambda self, value: None)
-        return patch.object(solvers.ColumnGeneration, attribute, none, create=True)
+        return patch.object(cg.ColumnGeneration, attribute, none, create=True)
 
     return switched
 

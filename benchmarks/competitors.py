@@ -20,9 +20,10 @@ from torch import Tensor
 from common import Skip
 from convexhead.baselines.adam import make_network, objectives, train_adam
 from convexhead.certificate.certify import Certificate, certify_atoms
+from convexhead.drive import solve
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
-from convexhead.solvers import Progress, solve
+from convexhead.solvers import Progress
 from fista_baseline import attention_features, cross_entropy, fista
 from instances import Instance
 

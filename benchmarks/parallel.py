@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, hardware
+from convexhead.drive import solve
 from convexhead.fitting import beta_max_of
 from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
@@ -34,7 +35,6 @@ from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.runtime.ranks import Ranks, join_ranks
-from convexhead.solvers import solve
 
 TOKENS, CHANNELS, CLASSES, HEADS, EVALUATIONS, TOL = 49, 128, 100, 32, 5, 1e-2
 

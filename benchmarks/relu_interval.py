@@ -14,13 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from convexhead.drive import solve
 from convexhead.program.activations import GatedReLU, ReLU
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates
 from convexhead.program.problem import Problem
-from convexhead.solvers import solve
 from relu_restarts import restarts
 
 OUT = Path(__file__).parents[1] / "docs" / "images" / "relu-interval.svg"

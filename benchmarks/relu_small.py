@@ -20,6 +20,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from common import cpu_name, versions, write_csv
+from convexhead.drive import solve
 from convexhead.dual_norm import cone_decomposition
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.fitting import beta_max_of
@@ -30,7 +31,6 @@ from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
 from convexhead.program.problem import Problem
 from convexhead.runtime.clock import count_processor_time, now
-from convexhead.solvers import solve
 from relu_restarts import restarts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

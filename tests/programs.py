@@ -9,13 +9,13 @@ import torch
 
 import oracle
 from convexhead.certificate.certify import Certificate
+from convexhead.drive import solve
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.solvers import solve
 
 CASES = [
     (name, activation, outputs)

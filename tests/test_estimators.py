@@ -155,7 +155,7 @@ def test_runs_that_stop_early_keep_an_honest_model(limit, reason):
 @pytest.mark.parametrize("dense", [True, False])
 def test_an_interrupt_keeps_the_model(monkeypatch, dense):
     if not dense:
-        monkeypatch.setattr("convexhead.solvers.DENSE_FEATURES", 0)
+        monkeypatch.setattr("convexhead.solvers.select.DENSE_FEATURES", 0)
     calls = []
 
     def interrupt(row):

@@ -19,7 +19,7 @@ from convexhead.fitting import fit
 from convexhead.model import Model, read_only
 from convexhead.modules import HeadModule
 from convexhead.reading import Data
-from convexhead.solvers.base import Progress
+from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator, View
 from convexhead.program.losses import Loss
 from convexhead.reading import Data, labels_of, read_labelled, read_measured
-from convexhead.solvers.base import Progress
+from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
 
 

@@ -38,7 +38,8 @@ from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.runtime.surroundings import undisturbed
-from convexhead.solvers import Progress, Solution, approach, solve
+from convexhead.drive import Solution, approach, solve
+from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
 
 SMALL_TOKENS = 2e5

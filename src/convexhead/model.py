@@ -50,7 +50,7 @@ class Model:
     certificate : Certificate or None
         How far from the optimum it is, at most; None where nothing was proven.
     history : list of dict
-        Rows of `convexhead.solvers.base.Progress`.
+        Rows of `convexhead.solvers.monitor.Progress`.
     stop_reason : str
         Why the training ended, in words.
     optimizer : str or None

@@ -18,7 +18,7 @@ from convexhead.model import Model
 from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.surroundings import undisturbed
-from convexhead.solvers.base import Progress
+from convexhead.solvers.monitor import Progress
 
 DEFAULT_RATIOS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
 Row = dict[str, Any]

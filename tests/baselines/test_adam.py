@@ -9,13 +9,13 @@ import torch
 
 from convexhead.baselines.adam import SCHEDULES, train_adam, tune_learning_rate
 from convexhead.certificate.certify import certify_atoms
+from convexhead.drive import solve
 from convexhead.errors import InputError
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import make_head
 from convexhead.program.losses import make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.solvers import solve
 
 N, S, D, C = 60, 6, 4, 4
 CASES = [

@@ -18,6 +18,7 @@ import convexhead.certificate.certify
 from convexhead.certificate.certify import certify_atoms
 from convexhead.certificate.dual import DualPoint, pairwise_sum
 from convexhead.certificate.spectral_bound import KrylovBound
+from convexhead.drive import solve
 from convexhead.errors import InputError
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm
 from convexhead.program.activations import make_activation
@@ -27,7 +28,6 @@ from convexhead.program.loss_check import check_loss
 from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.solvers import solve
 from reference import mix, pool
 
 

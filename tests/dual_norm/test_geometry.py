@@ -48,8 +48,8 @@ def outlier_sample():
 
 @pytest.mark.parametrize("sample", [offset_sample, outlier_sample])
 def test_heads_made_by_hand_are_not_below_the_bound(sample, monkeypatch):
-    monkeypatch.setattr(ExactRounds, "max_rounds", 2)
-    monkeypatch.setattr("convexhead.solvers.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(ExactRounds, "most_steps", 2)
+    monkeypatch.setattr("convexhead.drive.MAX_ATTEMPTS", 1)
     X, y, beta, by_hand = sample()
     head = ch.ConvexHeadRegressor("mlp", activation="relu", beta=beta, tol=0.05, random_state=0, fit_intercept=False)
     certificate = head.fit(X, y).certificate_

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 import convexhead as ch
 from convexhead import cli
 from convexhead.certificate.certify import Certificate
+from convexhead.drive import solve
 from convexhead.modules import HeadModule
 from convexhead.program.activations import make_activation
 from convexhead.program.heads import make_head
@@ -27,7 +28,6 @@ from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.runtime.checkpoint import Checkpoint
 from convexhead.runtime.ranks import Ranks
-from convexhead.solvers import solve
 
 RNG = np.random.default_rng(7)
 N, S, D = 24, 6, 4

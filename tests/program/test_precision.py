@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead import fitting, solvers
+from convexhead import fitting
 from convexhead.program import operator
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
@@ -17,6 +17,7 @@ from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from convexhead.solvers import select
 from convexhead.solvers.increments import Increments
 
 
@@ -104,7 +105,7 @@ def test_refused_where_nothing_is_gained():
 @pytest.mark.slow
 def test_a_solve_with_rounded_products_is_certified_in_float64(monkeypatch):
     monkeypatch.setattr(fitting, "SMALL_TOKENS", 0)
-    monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)
+    monkeypatch.setattr(select, "DENSE_FEATURES", 0)
     used = []
     whole = Problem.with_half_products
     monkeypatch.setattr(Problem, "with_half_products", lambda self: used.append(whole(self)) or used[-1])

@@ -21,9 +21,9 @@ from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.runtime.budget import Budget
 from convexhead.runtime.stored_tokens import CHUNK_BYTES
-from convexhead.solvers.base import Monitor
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.increments import Increments
+from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.restriction import all_directions
 from convexhead.solvers.subspace import Subspace
 

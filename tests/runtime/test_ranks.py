@@ -20,14 +20,14 @@ import torch
 from typer.testing import CliRunner
 
 import convexhead as ch
-from convexhead import fitting, solvers
+from convexhead import fitting
 from convexhead.cli import app
 from convexhead.errors import ConvexHeadError, InputError
 from convexhead.path import regularization_path
 from convexhead.program.losses import Squared
 from convexhead.runtime import ranks
 from convexhead.runtime.ranks import Ranks
-from convexhead.solvers import restriction
+from convexhead.solvers import restriction, select
 from convexhead.tokens import extract
 
 if not hasattr(os, "fork"):
@@ -49,10 +49,10 @@ CASES = {
 
 def fit(case, *, callback=None, checkpoint=None, **options):
     """One of the cases, with the method that it is meant for."""
-    dense, small, values = solvers.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES
+    dense, small, values = select.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES
     try:
         if case in ("factored", "restricted", "single precision"):
-            solvers.DENSE_FEATURES = 0
+            select.DENSE_FEATURES = 0
         if case == "factored":
             restriction.MOST_VALUES = 0
         if case == "single precision":
@@ -60,7 +60,7 @@ def fit(case, *, callback=None, checkpoint=None, **options):
         clf = ch.ConvexHeadClassifier(**{"beta_ratio": 0.1, "random_state": 0, **CASES[case]}, **options)
         return clf.fit(X, Y, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
     finally:
-        solvers.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES = dense, small, values
+        select.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES = dense, small, values
 
 
 def everything(*cases, **options):
@@ -75,7 +75,7 @@ def everything(*cases, **options):
     results["unseeded"] = unseeded.gates_.tolist()
     reg = ch.ConvexHeadRegressor("mlp", loss="huber", random_state=0, **options).fit(X, TARGETS)
     results["regressor"] = [reg.certificate_.primal, reg.certificate_.dual, reg.certificate_.converged, reg.beta_]
-    with patch.object(solvers, "DENSE_FEATURES", 0):
+    with patch.object(select, "DENSE_FEATURES", 0):
         one = ch.ConvexHeadRegressor("mlp", activation="gated-relu", random_state=0, **options).fit(X, TARGETS[:, 0])
     results["one output"] = [one.certificate_.primal, one.certificate_.dual, one.certificate_.converged, one.beta_]
     rows = regularization_path(

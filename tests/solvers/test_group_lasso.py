@@ -5,23 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-import convexhead.solvers
+from convexhead.drive import solve
 from convexhead.program.activations import make_activation
+from convexhead.program.finish import zero_model
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.solvers import _zero_model, solve
-from convexhead.solvers.base import Monitor, Stop
+from convexhead.solvers.base import Stop
 from convexhead.solvers.group_lasso import GroupNewton, is_group_lasso
+from convexhead.solvers.monitor import Monitor
 from programs import POOLS, make_instance, run, spread
 
 CASES = [(name, activation) for name in ("mlp", "fno", "block-fno") for activation in ("linear", "gated-relu")]
-
-
-@pytest.fixture(autouse=True)
-def _no_problem_is_small(monkeypatch):
-    monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
 
 
 def problem_of(X, Y, *, gates, loss=None, intercept=False, dtype=torch.float64):
@@ -33,14 +29,15 @@ def problem_of(X, Y, *, gates, loss=None, intercept=False, dtype=torch.float64):
 
 
 def beta_of(problem, ratio):
-    R = problem.residual(problem.outputs(_zero_model(problem)))
+    R = problem.residual(problem.outputs(zero_model(problem)))
     blocks = torch.arange(problem.n_blocks)
     return ratio * float(problem.operator.gradient_matrices(R, blocks).norm(dim=(1, 2)).max())
 
 
 def certified(problem, beta, tol=1e-7, **options):
     assert is_group_lasso(problem)
-    solution = solve(problem, beta, tol=tol, generator=torch.Generator().manual_seed(0), **options)
+    generator = torch.Generator().manual_seed(0)
+    solution = solve(problem, beta, tol=tol, solver="group-newton", generator=generator, **options)
     assert solution.certificate.converged, solution.stop
     return solution
 
@@ -65,7 +62,7 @@ def test_agrees_with_cvxpy(name, activation, pool):
         tight = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
         truth = instance.dense.solve_cvxpy(**tight)
         assert is_group_lasso(instance.problem)
-        atoms, certificate = run(instance, tol=1e-7)
+        atoms, certificate = run(instance, tol=1e-7, solver="group-newton")
         assert certificate.converged
         assert instance.dense.objective(instance.point(atoms)) == pytest.approx(certificate.primal, rel=1e-11)
         assert certificate.primal == pytest.approx(truth.upper, rel=1e-6)
@@ -75,12 +72,11 @@ def test_agrees_with_cvxpy(name, activation, pool):
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.1])
 @pytest.mark.parametrize(("name", "activation"), CASES)
-def test_agrees_with_the_method_for_any_number_of_outputs(name, activation, ratio, monkeypatch):
+def test_agrees_with_the_method_for_any_number_of_outputs(name, activation, ratio):
     seed = spread(name, activation, ratio)
     instance = make_instance(name, activation, intercept=bool(seed % 2), n=40, c=1, n_gates=3, ratio=ratio, seed=seed)
-    _, certificate = run(instance, tol=1e-7)
-    monkeypatch.setattr(convexhead.solvers, "is_group_lasso", lambda _: False)
-    _, other = run(instance, tol=1e-5)
+    _, certificate = run(instance, tol=1e-7, solver="group-newton")
+    _, other = run(instance, tol=1e-5, solver="column-generation")
     assert certificate.converged
     assert certificate.primal <= other.primal * (1 + 1e-7)
     assert certificate.primal >= other.dual
@@ -149,7 +145,8 @@ def test_a_bound_on_heads_is_kept():
     problem = problem_of(X, Y, gates=gates)
     beta = beta_of(problem, 0.01)
     assert len(certified(problem, beta).atoms) > 3
-    solution = solve(problem, beta, tol=1e-6, max_heads=3, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    solution = solve(problem, beta, tol=1e-6, max_heads=3, solver="group-newton", generator=generator)
     assert len(solution.atoms) == 3
     assert solution.stop is Stop.HEADS
 
@@ -163,7 +160,7 @@ def test_goes_on_exactly_from_any_round():
     def newton(save=None):
         monitor = Monitor()
         monitor.save = save
-        return GroupNewton(problem, beta, _zero_model(problem), monitor, max_heads=None)
+        return GroupNewton(problem, beta, zero_model(problem), monitor, max_heads=None)
 
     whole = newton(lambda state: states.append(state()))
     assert whole.advance(1e-8) is Stop.CONVERGED

@@ -10,7 +10,6 @@ import torch
 
 import convexhead.certificate.certify
 import convexhead.certificate.spectral_bound
-import convexhead.solvers
 from convexhead.certificate.certify import certify_atoms
 from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.linalg.deflation import split_off_leading
@@ -26,11 +25,16 @@ from programs import CASES, LOSSES, MIXING, POOLS, make_instance, run, spread
 
 
 @pytest.fixture(params=["small", "large"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def route(request: pytest.FixtureRequest) -> str:
     """Both methods of `solve`: proximal steps, and column generation, which small problems never need."""
-    if request.param == "large":
-        monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
     return request.param
+
+
+def on(route: str, name: str) -> str:
+    """The solver of that route for a head."""
+    if name == "linear":
+        return "ridge"
+    return {"small": "fista", "large": "column-generation"}[route]
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -44,7 +48,7 @@ def test_agrees_with_cvxpy_at_tiny_size(name, activation, outputs, pool, route):
     )  # fmt: skip
     tight = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
     truth = instance.dense.solve_cvxpy(**tight)
-    atoms, certificate = run(instance, tol=1e-7)
+    atoms, certificate = run(instance, tol=1e-7, solver=on(route, name))
     assert certificate.converged
     assert instance.dense.objective(instance.point(atoms)) == pytest.approx(certificate.primal, rel=1e-11)
     assert certificate.primal == pytest.approx(truth.upper, rel=1e-6)
@@ -55,15 +59,14 @@ def test_agrees_with_cvxpy_at_tiny_size(name, activation, outputs, pool, route):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_agrees_with_the_dense_solver(case, pool, loss, monkeypatch):
+def test_agrees_with_the_dense_solver(case, pool, loss):
     name, activation, outputs = case
     seed = spread(name, activation, outputs, pool, loss)
     instance = make_instance(name, activation, outputs, pool=pool, loss=loss, intercept=bool(seed % 2), seed=seed)
     truth = instance.dense.solve_fista(accuracy=1e-7)
     assert truth.accuracy <= 1e-6, "the oracle does not know the optimum well enough"
-    for dense_features in (convexhead.solvers.DENSE_FEATURES, 0):
-        monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", dense_features)
-        atoms, certificate = run(instance, tol=1e-5)
+    for route in ("small", "large"):
+        atoms, certificate = run(instance, tol=1e-5, solver=on(route, name))
         assert certificate.converged
         assert certificate.relative_gap <= 1e-5
         assert certificate.dual <= truth.upper
@@ -83,7 +86,7 @@ def test_zero_is_optimal_from_beta_max_on(name, activation, outputs, ratio, rout
             instance = make_instance(
                 name, activation, outputs, loss=loss, intercept=intercept, ratio=ratio, n=15, d=2, c=2, seed=5
             )  # fmt: skip
-            atoms, certificate = run(instance, tol=1e-7)
+            atoms, certificate = run(instance, tol=1e-7, solver=on(route, name))
             assert len(atoms) == 0
             assert certificate.converged
 
@@ -91,7 +94,7 @@ def test_zero_is_optimal_from_beta_max_on(name, activation, outputs, ratio, rout
 def test_just_below_beta_max_zero_is_not_optimal(route):
     for name, activation, outputs in MIXING:
         instance = make_instance(name, activation, outputs, ratio=0.98, n=15, d=2, c=2, seed=6)
-        atoms, certificate = run(instance, tol=1e-7)
+        atoms, certificate = run(instance, tol=1e-7, solver=on(route, name))
         assert len(atoms) >= 1
         assert certificate.converged
 
@@ -193,7 +196,6 @@ def test_the_slack_covers_hard_spectra(order, starts):
 def test_the_krylov_certificate_is_below_the_optimum(name, activation, outputs, monkeypatch):
     """The route that large problems take, on ones small enough to know the truth."""
     monkeypatch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
-    monkeypatch.setattr(convexhead.solvers, "DENSE_FEATURES", 0)
     wide = name in (
         "self-attention",
         "mlp-mixer",
@@ -201,7 +203,7 @@ def test_the_krylov_certificate_is_below_the_optimum(name, activation, outputs, 
     grid, d, c = ((3, 3), 8, 8) if wide else ((2, 3), 6, 6)
     instance = make_instance(name, activation, outputs, n=40, grid=grid, d=d, c=c, seed=11)
     truth = instance.dense.solve_fista(accuracy=1e-7)
-    atoms, certificate = run(instance, tol=5e-2)
+    atoms, certificate = run(instance, tol=5e-2, solver="column-generation")
     assert certificate.dual <= truth.upper
     assert certificate.primal >= truth.lower
     assert certificate.sigma_slack > 0

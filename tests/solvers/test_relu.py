@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 import convexhead as ch
 import oracle
 from convexhead.baselines.adam import make_network, objectives, train_adam
+from convexhead.drive import solve
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.dual_norm.scores import scores_of
 from convexhead.program.activations import ReLU
@@ -23,8 +24,9 @@ from convexhead.program.losses import CrossEntropy, Squared
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
 from convexhead.program.problem import Problem
-from convexhead.solvers import Stop, base, relu, solve
+from convexhead.solvers import Stop, base, relu
 from convexhead.solvers.cones import descend_in_cones
+from convexhead.solvers.monitor import Monitor
 
 MIXING = [name for name in HEADS if name != "linear"]
 
@@ -186,9 +188,7 @@ def test_large_problems_are_estimated_and_say_so(name, tmp_path):
 def searched(problem, beta):
     oracle, generator = NormOracle(problem), torch.Generator().manual_seed(0)
     assert not oracle.tight
-    return relu.SearchedRounds(
-        problem, oracle, beta, problem.empty(), base.Monitor(), max_heads=None, generator=generator
-    )
+    return relu.SearchedRounds(problem, beta, problem.empty(), Monitor(), generator=generator, oracle=oracle)
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_dual_point_is_taken_at_the_best_round(monkeypatch):
 
     monkeypatch.setattr(relu, "scaled_dual", scaled_dual)
     method = searched(problem, 0.01)
-    method.max_rounds = 6
+    method.most_steps = 6
     method.advance(1e-3)
     assert len(tried) > 2
     assert torch.equal(method.dual_point(), max(tried, key=lambda pair: pair[0])[1])
@@ -214,7 +214,7 @@ def test_a_large_problem_begins_with_many_heads(name, most):
     problem = build(name, 1, c=3, n=60, s=9, d=8)
     method = searched(problem, 1e-3)
     f = problem.outputs(problem.empty())
-    maxima, _ = method._price(f, problem.data_term(f), 1e-3)
+    maxima, _ = method._price(f, problem.data_term(f))
     assert len(maxima.values) <= method.batch
     first = method._new_atoms(f, maxima.merge(method._scattered(f)), method.widest)
     assert method.batch < len(first) <= most == method.widest

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import convexhead as ch
-from convexhead import fitting, solvers
+from convexhead import drive, fitting
 from convexhead.certificate.certify import certify_atoms
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
@@ -12,9 +12,9 @@ from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.solvers import restriction
-from convexhead.solvers.base import Monitor
+from convexhead.solvers import restriction, select
 from convexhead.solvers.fista import Fista
+from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 
 HEADS = [("mlp", "shared"), ("fno", "shared"), ("block-fno", "shared"), ("block-fno", "grouped")]
@@ -92,7 +92,7 @@ def test_single_precision_ends_where_rounding_hides_the_decrease():
     for dtype in (torch.float32, torch.float64):
         passes = Restriction(problem, leading_left(directions, beta), dtype)
         method = Fista(passes.problem, beta, problem.empty(), Monitor(), dense=passes)
-        method.max_iterations = 2000
+        method.most_steps = 400
         method.advance(0.0)
         atoms = method.atoms()
         objectives.append(problem.data_term(problem.outputs(atoms)) + beta * problem.penalty(atoms))
@@ -116,7 +116,7 @@ def test_every_route_ends_at_the_same_objective(name, outputs, activation, inter
 
     dense = fit()
     monkeypatch.setattr(fitting, "SMALL_TOKENS", 0)
-    monkeypatch.setattr(solvers, "DENSE_FEATURES", 0)
+    monkeypatch.setattr(select, "DENSE_FEATURES", 0)
     restricted = fit()
     monkeypatch.setattr(restriction, "MOST_FEATURES", 0)
     factored = fit()
@@ -134,9 +134,9 @@ def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypa
         given["own"] = certify_atoms(problem, model, beta, **others | {"known_dual": -torch.inf}).relative_gap
         return certify_atoms(problem, model, beta, dual_point=dual_point, **others)
 
-    finish = solvers._finish
-    monkeypatch.setattr(solvers, "certify_atoms", certify)
-    monkeypatch.setattr(solvers, "_finish", lambda problem, atoms, _, most: finish(problem, atoms, 1e-3, most))
+    finish = drive.finish
+    monkeypatch.setattr(drive, "certify_atoms", certify)
+    monkeypatch.setattr(drive, "finish", lambda problem, atoms, _, most: finish(problem, atoms, 1e-3, most))
     X, y = data(n=300)
     model = ch.ConvexHeadClassifier(
         "block-fno", activation="gated-relu", n_gates=12, n_blocks=2, beta_ratio=0.005, tol=1e-2, random_state=0

@@ -1,26 +1,22 @@
-"""What solvers share: the clock, the history, and why a run stopped."""
+"""What every solver is: steps towards a gap, a model, and a dual point. `convexhead.drive` joins it to certificates.
+
+A new solver is a class in a module of its own that fulfils `Solver`, and a line in `convexhead.solvers.select`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from types import FrameType
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from convexhead.certificate.certify import Certificate
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
-from convexhead.runtime.clock import now
-from convexhead.runtime.ranks import Ranks
-
-Resumable = Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
-"""Makes the tensors that a solver goes on from: those that all processes share, and those of this one's samples."""
+from convexhead.solvers.monitor import Monitor, State
 
 
 class Stop(enum.Enum):
@@ -34,119 +30,132 @@ class Stop(enum.Enum):
     STALLED = "no further progress is possible in floating point"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One row of a solver's history.
-
-    Attributes
-    ----------
-    seconds : float
-        Since the solve began.
-    objective : float
-        Of the model at that moment.
-    gap : float
-        Above the best lower bound so far, as the solver estimates it; a `Certificate` has the proven one.
-    heads : int
-        Atoms in the model.
-    """
-
-    seconds: float
-    objective: float
-    gap: float
-    heads: int
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-@dataclass
-class Monitor:
-    """Clock, history and interruptions of one solve.
+class Solver(ABC):
+    """A method that minimises one problem at one β.
 
     Parameters
     ----------
-    max_time : float or None
-        Seconds after which solvers return what they have.
-    callback : callable (Progress) or None
-        Called with every new row.
-    ranks : Ranks
-        The processes that must stop together.
+    problem : Problem
+        In the precision of the passes.
+    beta : float
+    start : Atoms
+        Where to begin, in the same precision.
+    monitor : Monitor
+        Clock and history.
+    max_heads : int or None
+        Atoms that the model may have.
+    generator : torch.Generator or None
+        Source of random starts and draws, of the solvers that take any.
+    oracle : NormOracle or None
+        Of a problem with a ReLU; its certificate uses it too.
+
+    Attributes
+    ----------
+    name : str
+        The name that users choose it by.
+    bounds_heads : bool
+        Whether it takes ``max_heads``.
+    in_single : bool
+        Whether its passes may be in single precision.
+    keeps_state : bool
+        Whether it can `refine` its precision; else a new one begins at its model.
+    resumable : bool
+        Whether it has a `state` to write to checkpoints.
+    most_steps : int
+        Steps after which no progress is to be expected.
+    target : float
+        The relative gap that was asked for last.
     """
 
-    max_time: float | None = None
-    callback: Callable[[Progress], None] | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    history: list[Progress] = field(default_factory=list)
-    dual: float = -math.inf
-    began: float = field(default_factory=now)
-    before: float = 0.0
-    """Seconds that the solve had taken when it was resumed; `max_time` begins anew."""
-    interrupted: bool = False
-    save: Callable[[Resumable], None] | None = None
-    """What to do with a moment that can be gone on from."""
+    name: ClassVar[str]
+    bounds_heads: ClassVar[bool] = True
+    in_single: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = False
+    resumable: ClassVar[bool] = True
+    most_steps: int
 
-    def seconds(self) -> float:
-        return self.before + now() - self.began
+    def __init__(
+        self,
+        problem: Problem,
+        beta: float,
+        start: Atoms,
+        monitor: Monitor,
+        *,
+        max_heads: int | None = None,
+        generator: torch.Generator | None = None,
+        oracle: NormOracle | None = None,
+    ) -> None:
+        self.problem, self.beta, self.monitor = problem, beta, monitor
+        self.max_heads, self.generator, self.oracle = max_heads, generator, oracle
+        self.target = 0.0
+        self._restored = False
 
-    def out_of_time(self) -> bool:
-        """Whether to return, because of the clock or an interrupt; all processes get the same answer."""
-        late = self.max_time is not None and now() - self.began > self.max_time
-        late, self.interrupted = (bool(flag) for flag in self.ranks.largest(late, self.interrupted))
-        return late or self.interrupted
+    @classmethod
+    @abstractmethod
+    def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
+        """What ``problem`` lacks for this method, in words that go on "needs ..."; None where it can be solved."""
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Ctrl-C only asks to stop at the next step: a step that is cut in two may leave a model half changed, and
-        several processes must not leave a sum one by one. A second Ctrl-C ends the step too."""
+    def advance(self, target: float) -> Stop:
+        """Take steps until the estimated relative gap is at most ``target``, or until there is a reason to stop."""
+        self.target = target
+        if not self._restored:
+            self.begin()
+        self._restored = False
+        for _ in range(self.most_steps):
+            if self.resumable:
+                self.monitor.offer(self.state)
+            stop = self.step()
+            if stop is not Stop.CONVERGED and self.monitor.out_of_time():
+                return Stop.TIME
+            if stop is not None:
+                return stop
+        return Stop.STALLED
 
-        def ask(signum: int, frame: FrameType | None) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget what steps remember of each other, but for the model."""
 
-        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in workers, which their parent ends
-        if ignored or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, old)
+    @abstractmethod
+    def step(self) -> Stop | None:
+        """Take one step of the algorithm; return why there are no more, or None."""
 
-    def offer(self, state: Resumable) -> None:
-        """Note that the solve can be gone on from here; ``state`` makes the tensors, of all and of this process."""
-        if self.save is not None:
-            self.save(state)
+    @abstractmethod
+    def atoms(self) -> Atoms:
+        """Return the best model."""
 
-    def record(self, objective: float, dual: float, heads: int) -> float:
-        """Note a state; returns the estimated relative gap above the best lower bound so far."""
-        self.dual = max(self.dual, dual)
-        gap = max(objective - self.dual, 0.0)
-        self.history.append(Progress(self.seconds(), objective, gap, heads))
-        if self.callback is not None:
-            self.callback(self.history[-1])
-        return gap / abs(objective) if objective else 0.0
+    def dual_point(self) -> Float[Tensor, "n r c"] | None:
+        """Return outputs to take the dual point at; None for those of the model."""
+        return None
 
+    def state(self) -> tuple[State, State]:
+        """Return what the steps to come depend on: tensors of all processes, and of this process's samples."""
+        raise NotImplementedError(f"{self.name} cannot be resumed")
 
-@dataclass
-class Solution:
-    """What a solve returns: balanced ``atoms``, their ``certificate``, the ``history``, why it stopped, and whether the
-    user asked it to, which a model that is good enough does not tell."""
+    def restore(self, shared: State, rows: State) -> None:
+        """Go on from a `state`: the next `advance` takes the steps that would have come then."""
+        self._restore(shared, rows)
+        self._restored = True
 
-    atoms: Atoms
-    certificate: Certificate
-    history: list[Progress]
-    stop: Stop
-    interrupted: bool = False
+    def _restore(self, shared: State, rows: State) -> None:
+        raise NotImplementedError(f"{self.name} cannot be resumed")
+
+    def refine(self) -> Problem:
+        """Go on in float64 with all that is known; return the problem there."""
+        raise NotImplementedError(f"{self.name} does not change its precision")
+
+    def take_vectors(self, vectors: Float[Tensor, "j big m"]) -> None:  # noqa: B027
+        """Take leading singular vectors that a certificate has found; most methods have no use for them."""
+
+    def _ended(self, heads: int) -> Stop:
+        """Why a model of so many atoms gets no better."""
+        return Stop.HEADS if self.max_heads is not None and heads >= self.max_heads else Stop.STALLED
 
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
     """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate.
 
     What an intercept leaves of ``Σ_i R_i`` is charged at the scale of the targets and of the ``intercept`` that has
-    been reached, or a solver would stop before it has settled.
+    been reached, or a solver would stop too early.
     """
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
     loss = problem.loss

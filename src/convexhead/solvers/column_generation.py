@@ -1,12 +1,5 @@
 """Column generation on factors, for problems whose ``Z`` is too large to form.
 
-    until the dual point says that the gap is small enough
-        price:    leading singular triples (σ, a, b) of the gradient matrices
-        far away: append atoms (−√t a, √t b) for σ > β, with t from a line search; L-BFGS over all factors; prune
-        near:     proximal Newton over the span of the model and of the leading directions, which settles the rank;
-                  L-BFGS over the factors again where that span was what held it up
-        values of few entries: from the start, a whole solve over mixing directions (`convexhead.solvers.restriction`)
-
 Generalised conditional gradient with local search (Zhang, Yu & Schuurmans 2012) at first, active subspace selection
 (Hsieh & Olsen 2014) in the end: factors turn towards new directions fast, but atoms come and go slowly there, for which
 the nuclear norm on a small matrix is made.
@@ -18,44 +11,45 @@ outputs give a feasible point, and quasi-Newton steps that still swing around th
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.linalg.deflation import leading, split_off_model
 from convexhead.linalg.gradient_matrices import GradientMatrices
 from convexhead.linalg.krylov import BlockKrylov
 from convexhead.program.atoms import Atoms, balance
 from convexhead.program.problem import Problem
-from convexhead.solvers.base import Monitor, Stop, scaled_dual
-from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.base import Solver, Stop, scaled_dual
+from convexhead.solvers.factored import FactoredDescent, Passes
 from convexhead.solvers.increments import Increments
+from convexhead.solvers.monitor import Monitor, State
 from convexhead.solvers.pricing import FORMED_STEPS, Directions, lacking_directions, leading_directions, with_best_step
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
 from convexhead.solvers.whitening import Whitening
 
 
-class ColumnGeneration:
-    """See the module's text. State survives between calls of `advance`.
+class ColumnGeneration(Solver):
+    """Rounds that look for new directions, and then for the best weights in those at hand.
 
-    Parameters
-    ----------
-    problem : Problem
-    beta : float
-    start : Atoms
-        Where to begin.
-    monitor : Monitor
-        Clock and history.
-    max_heads : int or None
-        Atoms the model may have.
-    generator : torch.Generator
-        Source of random starts and draws.
+    1. *Price*: leading singular triples ``(σ, a, b)`` of the gradient matrices ``𝒜_j*(R)``; stop where the gap between
+       the model and the dual point of ``R`` is small.
+    2. *Far away*, append atoms ``(−√t a, √t b)`` for ``σ > β`` with ``t`` from a line search; L-BFGS over all factors;
+       balance, and drop small atoms on their way out.
+    3. *Near*, take proximal Newton steps over the span of the model and of the leading directions, which find the rank;
+       L-BFGS over the factors again where that span was what held them up.
+    4. Where values have few entries, from the start and in place of 2 and 3: a whole solve over mixing directions
+       (`convexhead.solvers.restriction`).
+
+    One `step` is one round. Parameters are those of `Solver`.
     """
 
+    name = "column-generation"
+    keeps_state = True
     batch = 8
     """Atoms that the first pricing may add."""
     steps = 25
@@ -66,7 +60,7 @@ class ColumnGeneration:
     """Relative gap under which restricted solves also take the last round's directions: more work, faster rounds."""
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
-    max_rounds = 2000
+    most_steps = 2000
     patience: ClassVar = {torch.float32: 15, torch.float64: 60}
     """Rounds without a better gap after which a precision has given what it can."""
     noise: ClassVar = {torch.float32: 5e-7, torch.float64: 1e-15}
@@ -81,31 +75,39 @@ class ColumnGeneration:
         start: Atoms,
         monitor: Monitor,
         *,
-        max_heads: int | None,
         generator: torch.Generator,
+        max_heads: int | None = None,
+        oracle: NormOracle | None = None,
     ) -> None:
-        self.beta, self.monitor, self.max_heads, self.generator = beta, monitor, max_heads, generator
+        super().__init__(problem, beta, start, monitor, max_heads=max_heads, oracle=oracle)
+        self.generator: torch.Generator = generator
         self._warm: Tensor | None = None
         self._past: Tensor | None = None  # left directions of the last restriction
         self._average: Tensor | None = None
-        self._resumed: tuple[float, ...] = ()
         self._atoms = start
         self._take(problem)
 
+    @classmethod
+    def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
+        """A convex program of atoms."""
+        if problem.head.learns_mixing and problem.activation.convex:
+            return None
+        return "a head with mixing weights, and a linear or gated activation"
+
     def dual_point(self) -> Float[Tensor, "n r c"] | None:
-        """Outputs to take the dual point at; None for the model's own."""
+        """Return the average of the last descent's outputs; None after other steps."""
         return self._average
 
     def atoms(self) -> Atoms:
-        """The current model."""
+        """Return the current model."""
         return self._atoms
 
-    def learn(self, vectors: Float[Tensor, "j big m"]) -> None:
+    def take_vectors(self, vectors: Float[Tensor, "j big m"]) -> None:
         """Begin the next pricing at singular vectors that a certificate found, which may be ones it would miss."""
         self._warm = vectors.to(self.problem.device, self.problem.dtype)
 
     def refine(self) -> Problem:
-        """Go on from the current model with the same problem in float64, which is returned."""
+        """Go on from the current model and directions."""
         self.rough = self.problem  # first, to make room
         self._take(self.problem.astype(torch.float64, reuse=True))
         return self.problem
@@ -116,60 +118,56 @@ class ColumnGeneration:
         self._atoms = self._atoms.to(problem.device, problem.dtype)
         self._warm, self._past = (None if x is None else x.to(problem.dtype) for x in (self._warm, self._past))
 
-    def _state(self, *between: float | int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the rounds to come depend on, given what `advance` knows between two of them."""
-        shared = {"round": torch.tensor([*between, self.small], dtype=torch.float64), **self._atoms.state()}
+    def state(self) -> tuple[State, State]:
+        """Return the model, the directions to begin at, and how the rounds went."""
+        rounds = [self._gap, self._best, self._since, self._on_span, self.small]
+        shared = {"round": torch.tensor(rounds, dtype=torch.float64), **self._atoms.state()}
         for name, tensor in (("warm", self._warm), ("past", self._past)):
             if tensor is not None:
                 shared[name] = tensor
         return shared, {} if self._average is None else {"average": self._average}
 
-    def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint: its tensors, and those of this process's samples."""
-        *between, self.small = shared["round"].tolist()
-        self._resumed = tuple(between)
+    def _restore(self, shared: State, rows: State) -> None:
+        self._gap, self._best, self._since, on_span, self.small = shared["round"].tolist()
+        self._on_span = bool(on_span)
         self._warm, self._past, self._average = shared.get("warm"), shared.get("past"), rows.get("average")
         self._atoms = Atoms.restored(shared)
 
-    def advance(self, target: float) -> Stop:
-        """Rounds until the estimated relative gap is at most ``target``."""
-        gap, best, since, settled = self._resumed or (1.0, float("inf"), 0, False)
-        self._resumed = ()
-        for _ in range(self.max_rounds):
-            self.monitor.offer(partial(self._state, gap, best, since, settled))
-            before, near = gap, self._can_settle(gap)
-            f = self.problem.outputs(self._atoms)
-            gap, directions = self._price(f, gap, lacking=not near)
-            if gap <= target:
-                return Stop.CONVERGED
-            best, since = (gap, 0) if gap < 0.95 * best else (best, since + 1)
-            if since > self.patience[self.problem.dtype]:
-                return self._ended()
-            if near and (not settled or gap < 0.5 * before):
-                self._settle(f, directions, gap)
-                settled = moved = True
-            else:
-                if not near and self._prune(f, min(0.02, 2 * gap)) & self._grow(f, directions):
-                    self.small /= 2  # what was dropped may just have come back
-                moved = len(self._atoms) > 0 and self._descend(self.steps)
-                settled = False
-            if self.monitor.out_of_time():
-                return Stop.TIME
-            if not moved:
-                return self._ended()
-        return Stop.STALLED
+    def begin(self) -> None:
+        """Forget how the rounds went."""
+        self._gap, self._best, self._since, self._on_span = 1.0, math.inf, 0.0, False
 
-    def _ended(self) -> Stop:
-        """Why there is no more to gain."""
-        full = self.max_heads is not None and len(self._atoms) >= self.max_heads
-        return Stop.HEADS if full else Stop.STALLED
+    def step(self) -> Stop | None:
+        """Take one round."""
+        before, near = self._gap, self._can_use_span(self._gap)
+        f = self.problem.outputs(self._atoms)
+        gap, directions = self._price(f, before, lacking=not near)
+        self._gap = gap
+        if gap <= self.target:
+            return Stop.CONVERGED
+        self._best, self._since = (gap, 0.0) if gap < 0.95 * self._best else (self._best, self._since + 1)
+        if self._since > self.patience[self.problem.dtype]:
+            return self._ended(len(self._atoms))
+        if near and (not self._on_span or gap < 0.5 * before):
+            self._solve_on_span(f, directions, gap)
+            self._on_span = moved = True
+        else:
+            if not near and self._prune(f, min(0.02, 2 * gap)) & self._grow(f, directions):
+                self.small /= 2  # what was dropped may just have come back
+            moved = len(self._atoms) > 0 and self._descend(self.steps)
+            self._on_span = False
+        return None if moved else self._ended(len(self._atoms))
 
     # -- far away -----------------------------------------------------------------------------------------------------
     def _descend(self, steps: int) -> bool:
         """A round of L-BFGS over the factors; False if the objective did not move."""
         problem, rough, start = self.problem, self.rough, self._atoms
-        passes = Increments(problem, rough, start) if Increments.affordable(problem, rough, start) else problem
-        f = passes.outputs if isinstance(passes, Increments) else problem.outputs(start)
+        passes: Passes = problem
+        if Increments.affordable(problem, rough, start):
+            passes = increments = Increments(problem, rough, start)
+            f = increments.outputs
+        else:
+            f = problem.outputs(start)
         descent = FactoredDescent(passes, start, self.beta, Whitening(rough, start, f, self.beta))
         before, self._average = descent.value, None
         for step in range(steps):
@@ -211,7 +209,7 @@ class ColumnGeneration:
         return True
 
     # -- near ---------------------------------------------------------------------------------------------------------
-    def _can_settle(self, gap: float) -> bool:
+    def _can_use_span(self, gap: float) -> bool:
         """Whether Newton steps over the model's span and more are affordable, and the model is near enough."""
         if self.max_heads is not None:
             return False
@@ -229,19 +227,19 @@ class ColumnGeneration:
         return int(torch.bincount(self._atoms.block).max())
 
     def _beside(self, widest: int) -> int:
-        """Directions a block that are settled over beside the model's own: more make a step dearer, not better."""
+        """Directions a block that steps go over beside the model's own: more make a step dearer, not better."""
         side = math.isqrt(MOST_COEFFICIENTS[self.problem.device.type] // self.problem.n_blocks)
         return min(widest // 2 + self._extra(), side - widest)
 
     def _restricts(self) -> bool:
-        """Whether what is settled over are mixing directions alone."""
+        """Whether solves go over mixing directions alone."""
         return Restriction.affordable(self.problem, self._atoms)
 
     def _extra(self) -> int:
         """Directions a block that is looked for beside as many as the model has."""
         return 6 if self.problem.n_blocks == 1 else 1
 
-    def _settle(self, f: Float[Tensor, "n r c"], directions: Directions, gap: float) -> None:
+    def _solve_on_span(self, f: Float[Tensor, "n r c"], directions: Directions, gap: float) -> None:
         """Solve over the span of the model and of the leading directions."""
         if self._restricts():
             left = leading_left(directions, self.beta)
@@ -266,7 +264,7 @@ class ColumnGeneration:
         R = problem.residual(point)
         if not lacking and self._restricts():
             directions = all_directions(problem, R)
-            return self._gap(f, point, float(directions.sigma.max())), directions
+            return self._record(f, point, float(directions.sigma.max())), directions
         # Far away rough products say enough; near the optimum what they miss would cost a certificate.
         exact = GradientMatrices(problem.operator, R, form=last <= self.near)
         G = GradientMatrices(self.rough.operator, R, form=False) if exact.formed is None else exact
@@ -285,9 +283,9 @@ class ColumnGeneration:
         else:
             directions, self._warm = leading_directions(model, exact, self._warm, self._extra(), self.generator)
             norm = float(directions.sigma.max())
-        return self._gap(f, point, norm), directions
+        return self._record(f, point, norm), directions
 
-    def _gap(self, f: Float[Tensor, "n r c"], point: Float[Tensor, "n r c"], norm: float) -> float:
+    def _record(self, f: Float[Tensor, "n r c"], point: Float[Tensor, "n r c"], norm: float) -> float:
         """The estimated relative gap, recorded, of the model's outputs and of the dual point at others."""
         problem, atoms = self.problem, self._atoms
         objective = problem.data_term(f) + self.beta * problem.penalty(atoms)

@@ -5,47 +5,53 @@
 FISTA (Beck & Teboulle 2009) with gradient restart (O'Donoghue & Candès 2015) and a step size that follows the local
 curvature. The proximal step is exact: with ``C = ZᵀZ = Q Λ Qᵀ`` on the smaller side, ``prox(Z) = Z Q max(1 − t/√Λ, 0)
 Qᵀ``, an eigendecomposition of a small symmetric matrix instead of an SVD.
-
-Proximal steps find the rank; once it stands still, descent over that many factors finishes, with no decompositions of
-``Z`` at all: by Newton's method where the problem is tiny, else by L-BFGS. Where the rank was wrong the gap says so,
-and proximal steps go on from there.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
-from convexhead.solvers.base import Monitor, Stop, scaled_dual
+from convexhead.solvers.base import Solver, Stop, scaled_dual
 from convexhead.solvers.dense import DensePasses, singular_values
 from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.monitor import Monitor, State
 from convexhead.solvers.newton import FactoredNewton
 
 
-class Fista:
-    """See the module's text. State survives between calls of `advance`.
+class Fista(Solver):
+    """Proximal gradient steps that find the rank, and descent over as many factors.
+
+    At the extrapolated point ``(Y, y_b)``:
+
+    1. ``R = ∇F/n`` there, ``G = 𝒜*(R)``; stop where the gap between the iterate and the dual point of ``R`` is small.
+    2. ``Z⁺ = prox(Y − G/L)``, ``b⁺ = y_b − ∇_b/L``, with ``L`` raised until the objective lies below its model.
+    3. ``Y⁺ = Z⁺ + w (Z⁺ − Z)`` with Nesterov's weights; ``w`` begins anew where the step turned back.
+    4. Near the optimum, once the rank stands still: descend over that many factors, with no decompositions of ``Z`` at
+       all, by Newton's method where the problem is tiny, else by L-BFGS. Where the rank was wrong the gap says so, and
+       proximal steps go on from there.
+
+    One `step` looks at the gap once and takes `check_every` proximal steps. Parameters are those of `Solver`, and
 
     Parameters
     ----------
-    problem : Problem
-    beta : float
-    start : Atoms
-        Where to begin.
-    monitor : Monitor
-        Clock and history.
     dense : DensePasses or None
         Passes over some of the program alone, in place of those over all of it.
     """
 
-    max_iterations = 100_000
+    name = "fista"
+    bounds_heads = False
+    in_single = False
     check_every = 5
+    """Proximal steps between two looks at the gap."""
+    most_steps = 20_000
     polish_below = 0.05
     """Relative gap under which factors may take over."""
     slow = 300
@@ -55,13 +61,23 @@ class Fista:
     lengthening: ClassVar = {torch.float64: 1.05, torch.float32: 1.02}
     """Factor by which a step grows from one iteration to the next: where rounding blurs decreases, with care."""
     trials = 60
-    """Of a step; where none is short enough, rounding hides the decrease."""
+    """Lengths of a step that are tried; where none is short enough, rounding hides the decrease."""
 
     def __init__(
-        self, problem: Problem, beta: float, start: Atoms, monitor: Monitor, dense: DensePasses | None = None
+        self,
+        problem: Problem,
+        beta: float,
+        start: Atoms,
+        monitor: Monitor,
+        *,
+        max_heads: int | None = None,
+        generator: torch.Generator | None = None,
+        oracle: NormOracle | None = None,
+        dense: DensePasses | None = None,
     ) -> None:
+        super().__init__(problem, beta, start, monitor, max_heads=max_heads, generator=generator, oracle=oracle)
         self.dense = dense or DensePasses(problem)
-        self.problem, self.beta, self.monitor = self.dense.problem, beta, monitor
+        self.problem = self.dense.problem
         start = self.dense.enter(start)
         self.Z = self.dense.matrices(start)
         square = torch.tensor(self.dense.norm() ** 2, dtype=torch.float64)
@@ -71,81 +87,108 @@ class Fista:
         self.b = start.intercept / self.omega
         self.L = max(norm**2 / problem.n / 64, torch.finfo(torch.float64).tiny)
         self.ranks: list[int] = []
-        self._resumed: tuple[Any, ...] = ()
 
-    def _state(
-        self, Y: Tensor, yb: Tensor, fY: Tensor, *scalars: float | int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the iterations to come depend on, given the extrapolated point and what else `advance` knows."""
-        known = torch.tensor([*scalars, self.L], dtype=torch.float64)
-        shared = {"Z": self.Z, "b": self.b, "Y": Y, "yb": yb, "known": known, "ranks": torch.tensor(self.ranks)}
-        return shared, {"fY": fY}
+    @classmethod
+    def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
+        """Features that fit into memory, of a convex program."""
+        if not (problem.head.learns_mixing and problem.activation.convex):
+            return "a head with mixing weights, and a linear or gated activation"
+        size = 8 * number_of_features(problem) / problem.ranks.size
+        left = problem.operator.budget.left
+        if problem.ranks.largest(float(size > left))[0]:
+            return f"{size / 1e9:.3g} GB for dense features where max_memory leaves {left / 1e9:.3g} GB"
+        return None
 
-    def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint: its tensors, and those of this process's samples."""
+    def state(self) -> tuple[State, State]:
+        """Return the iterate, the extrapolated point, and what is known of steps and ranks."""
+        known = [self._momentum, self._wait, self._polished, self._iteration, self.L]
+        shared = {
+            "Z": self.Z, "b": self.b, "Y": self._Y, "yb": self._yb,
+            "known": torch.tensor(known, dtype=torch.float64), "ranks": torch.tensor(self.ranks),
+        }  # fmt: skip
+        return shared, {"fY": self._fY}
+
+    def _restore(self, shared: State, rows: State) -> None:
         self.Z, self.b, self.ranks = shared["Z"], shared["b"], shared["ranks"].int().tolist()
-        momentum, *counts, self.L = shared["known"].tolist()
-        fY = torch.empty_like(self.problem.Y).copy_(rows["fY"])  # in its layout, on which rounding depends
-        self._resumed = shared["Y"], shared["yb"], fY, momentum, *map(int, counts)
+        self.begin()
+        self._momentum, *counts, self.L = shared["known"].tolist()
+        self._wait, self._polished, self._iteration = map(int, counts)
+        self._Y, self._yb = shared["Y"], shared["yb"]
+        self._fY = torch.empty_like(self.problem.Y).copy_(rows["fY"])  # in its layout, on which rounding depends
 
     @torch.inference_mode()
-    def advance(self, target: float) -> Stop:
-        """Iterate until the estimated relative gap is at most ``target``."""
-        slack = self.slack[self.dense.features.dtype]
-        f = self._outputs(self.Z, self.b)
-        Y, yb, fY, momentum, wait, polished, first = self._resumed or (self.Z, self.b, f, 1.0, 0, 0, 0)
-        self._resumed = ()
-        for iteration in range(first, self.max_iterations):
-            if iteration % self.check_every == 0:
-                self.monitor.offer(partial(self._state, Y, yb, fY, momentum, wait, polished, iteration))
-            loss, R = self.problem.loss.value_and_residual(fY, self.problem.Y)
-            FY, R = self.problem.mean(loss), R / self.problem.n
-            G = self.dense.gradient(R)
-            gb = self.omega * self.problem.sum(R.sum((0, 1)))[0] if self.problem.fit_intercept else None
-            if iteration % self.check_every == 0:
-                gap, rank = self._gap(f, fY, G)
-                if gap <= target:
-                    return Stop.CONVERGED
-                self.ranks = [*self.ranks[-1:], rank]
-                near = gap < self.polish_below or iteration >= self.slow
-                settled = near and self.ranks == 2 * [rank] and rank
-                if settled and (wait <= 0 or rank != polished):
-                    if self._polish(target, max(60, iteration)):
-                        return Stop.CONVERGED
-                    wait, polished = max(10, iteration // self.check_every), rank
-                    f = self._outputs(self.Z, self.b)
-                    Y, yb, fY, momentum = self.Z, self.b, f, 1.0
-                    continue
-                wait -= 1
-            for _ in range(self.trials):
-                Z = self._prox(Y - G / self.L, self.beta / self.L)
-                b = yb if gb is None else yb - gb / self.L
-                f_new = self._outputs(Z, b)
-                moved = (Z - Y).flatten()
-                square, along = float(moved @ moved), float(G.flatten() @ moved)
-                if gb is not None:
-                    square, along = square + float((b - yb).square().sum()), along + float(gb @ (b - yb))
-                decrease = self.problem.data_term(f_new) - FY - along
-                if decrease <= self.L / 2 * square + slack * abs(FY):
-                    break
-                self.L *= 1.5
-            else:
+    def begin(self) -> None:
+        """Extrapolate from the iterate itself."""
+        self._stand_still()
+        self._wait = self._polished = self._iteration = 0
+
+    def _stand_still(self) -> None:
+        self._f = self._outputs(self.Z, self.b)
+        self._Y, self._yb, self._fY, self._momentum = self.Z, self.b, self._f, 1.0
+
+    @torch.inference_mode()
+    def step(self) -> Stop | None:
+        """Look at the gap, descend over factors if it is time, and take proximal steps."""
+        FY, G, gb = self._gradient()
+        gap, rank = self._gap(self._f, self._fY, G)
+        if gap <= self.target:
+            return Stop.CONVERGED
+        self.ranks = [*self.ranks[-1:], rank]
+        near, first = gap < self.polish_below or self._iteration >= self.slow, 0
+        if near and rank and self.ranks == 2 * [rank] and (self._wait <= 0 or rank != self._polished):
+            if self._polish(max(60, self._iteration)):
+                return Stop.CONVERGED
+            self._wait, self._polished = max(10, self._iteration // self.check_every), rank
+            self._stand_still()
+            first = 1
+        else:
+            self._wait -= 1
+        for k in range(first, self.check_every):
+            if k:
+                FY, G, gb = self._gradient()
+            if not self._proximal_step(FY, G, gb):
                 return Stop.STALLED
-            self.L /= self.lengthening[self.dense.features.dtype]
-            last = Z - self.Z
-            turned = float(moved @ last.flatten())
+        self._iteration += self.check_every
+        return None
+
+    def _gradient(self) -> tuple[float, Float[Tensor, "j w q"], Float[Tensor, " c"] | None]:
+        """``F`` at the extrapolated point, and its gradients in ``Z`` and ``b``; None where no intercept is fitted."""
+        problem = self.problem
+        loss, R = problem.loss.value_and_residual(self._fY, problem.Y)
+        value, R = problem.mean(loss), R / problem.n
+        gb = self.omega * problem.sum(R.sum((0, 1)))[0] if problem.fit_intercept else None
+        return value, self.dense.gradient(R), gb
+
+    def _proximal_step(self, FY: float, G: Float[Tensor, "j w q"], gb: Float[Tensor, " c"] | None) -> bool:
+        """Take a step from the extrapolated point and extrapolate anew; False where no step is short enough."""
+        precision = self.dense.features.dtype
+        Y, yb = self._Y, self._yb
+        for _ in range(self.trials):
+            Z = self._prox(Y - G / self.L, self.beta / self.L)
+            b = yb if gb is None else yb - gb / self.L
+            f = self._outputs(Z, b)
+            moved = (Z - Y).flatten()
+            square, along = float(moved @ moved), float(G.flatten() @ moved)
             if gb is not None:
-                turned += float((b - yb) @ (b - self.b))
-            if turned < 0:
-                momentum = 1.0
-            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            weight, momentum = (momentum - 1) / following, following
-            Y, fY = torch.add(Z, last, alpha=weight), torch.lerp(f, f_new, 1 + weight)
-            yb = b + weight * (b - self.b)
-            self.Z, self.b, f = Z, b, f_new
-            if self.monitor.out_of_time():
-                return Stop.TIME
-        return Stop.STALLED
+                square, along = square + float((b - yb).square().sum()), along + float(gb @ (b - yb))
+            decrease = self.problem.data_term(f) - FY - along
+            if decrease <= self.L / 2 * square + self.slack[precision] * abs(FY):
+                break
+            self.L *= 1.5
+        else:
+            return False
+        self.L /= self.lengthening[precision]
+        last = Z - self.Z
+        turned = float(moved @ last.flatten())
+        if gb is not None:
+            turned += float((b - yb) @ (b - self.b))
+        momentum = 1.0 if turned < 0 else self._momentum
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        weight, self._momentum = (momentum - 1) / following, following
+        self._Y, self._fY = torch.add(Z, last, alpha=weight), torch.lerp(self._f, f, 1 + weight)
+        self._yb = b + weight * (b - self.b)
+        self.Z, self.b, self._f = Z, b, f
+        return True
 
     def _outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
         return self.dense.outputs(Z, self.omega * b)
@@ -166,8 +209,8 @@ class Fista:
         scaled = Q * shrink.unsqueeze(1)
         return torch.bmm(torch.bmm(Z, scaled), Q.mT) if tall else torch.bmm(scaled, torch.bmm(Q.mT, Z))
 
-    def _polish(self, target: float, iterations: int) -> bool:
-        """Descend over the factors of the iterate; whether ``target`` was reached."""
+    def _polish(self, iterations: int) -> bool:
+        """Descend over the factors of the iterate; whether the target was reached."""
         factors = self._factors()
         newton = FactoredNewton.pays(self.dense, factors)
         descent = (FactoredNewton if newton else FactoredDescent)(self.dense, factors, self.beta)
@@ -177,10 +220,10 @@ class Fista:
                 f, G = self.dense.last
                 dual = scaled_dual(self.problem, f, float(singular_values(G).max()), self.beta, descent.atoms.intercept)
                 gap = self.monitor.record(descent.value, dual, len(descent.atoms))
-                if gap <= target or not moved or self.monitor.out_of_time():
+                if gap <= self.target or not moved or self.monitor.out_of_time():
                     break
         self.Z, self.b = self.dense.matrices(descent.atoms), descent.atoms.intercept / self.omega
-        return gap <= target
+        return gap <= self.target
 
     def _factors(self) -> Atoms:
         """The iterate as atoms in visible coordinates."""
@@ -191,10 +234,11 @@ class Fista:
         U, V = (left * root.unsqueeze(1)).mT[kept], (right * root.unsqueeze(2))[kept]
         return Atoms(U, V.view(-1, *self.problem.value_shape), block[kept], self.omega * self.b)
 
-    def dual_point(self) -> None:
-        """The dual point is taken at the model's own outputs."""
-        return None
-
     def atoms(self) -> Atoms:
-        """The iterate as atoms of the head."""
+        """Return the iterate as atoms of the head."""
         return self.dense.leave(self._factors())
+
+
+def number_of_features(problem: Problem) -> int:
+    """How many numbers the features ``Φ`` of all blocks and samples are."""
+    return problem.n * problem.head.r * problem.n_blocks * problem.head.mixing_size * problem.head.value_rows

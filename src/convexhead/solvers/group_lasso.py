@@ -4,15 +4,6 @@ With ``c = e = 1`` every ``Z_j`` is a single column ``w_j (p,)``:
 
     min_{w, b}  F(Σ_j 𝒜_j(w_j) + b) + β Σ_j ‖w_j‖
 
-    until the dual point says that the gap is small enough
-        price:  g_j = 𝒜_j*(R) of all blocks, in one pass
-        enter:  zero blocks with the largest ‖g_j‖ > β, along −g_j, with the best common step, if the others are settled
-        step:   Newton's over the blocks that are not zero, where the objective is smooth with Hessian
-
-                    H = 𝒜* ∇²F 𝒜 + diag_j (β/‖w_j‖) (I − u_j u_jᵀ),    u_j = w_j/‖w_j‖;
-
-                a block that it would carry through zero stops there
-
 Newton's equations are solved by conjugate gradients with two passes over the blocks of the model a product, and
 preconditioned by ``M``: the diagonal blocks of ``H`` with the mean curvature of the loss for ``∇²F``. Where no length
 of the step helps, as with losses that have no curvature somewhere, ``H`` is damped by a multiple of ``M`` (Levenberg &
@@ -27,108 +18,117 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
-from convexhead.solvers.base import Monitor, Stop, scaled_dual
+from convexhead.solvers.base import Solver, Stop, scaled_dual
+from convexhead.solvers.monitor import Monitor, State
 from convexhead.solvers.pricing import with_best_step
 from convexhead.solvers.whitening import curvatures, mean_curvature
 
-LARGEST_BLOCK = 256
-"""Entries of a column up to which the method pays: Hessians of single blocks are formed."""
-
 
 def is_group_lasso(problem: Problem) -> bool:
-    """Whether every ``Z_j`` is a single column, and short enough for `GroupNewton`."""
+    """Whether every ``Z_j`` is a single column."""
     one_output = problem.c == problem.head.value_rows == 1
-    convex = problem.head.learns_mixing and problem.activation.convex
-    return one_output and convex and problem.head.mixing_size <= LARGEST_BLOCK
+    return one_output and problem.head.learns_mixing and problem.activation.convex
 
 
-class GroupNewton:
-    """See the module's text. State survives between calls of `advance`.
+class GroupNewton(Solver):
+    """Newton's method over the blocks that are not zero, and blocks that enter.
 
-    Parameters
-    ----------
-    problem : Problem
-        One that `is_group_lasso`.
-    beta : float
-    start : Atoms
-        Where to begin.
-    monitor : Monitor
-        Clock and history.
-    max_heads : int or None
-        Blocks that may be other than zero.
+    1. *Price*: ``g_j = 𝒜_j*(R)`` of all blocks, in one pass; stop where the gap between the model and the dual point of
+       ``R`` is small.
+    2. *Enter*: zero blocks with the largest ``‖g_j‖ > β``, along ``−g_j``, with the best common step, if the gradient
+       along the others is small beside that.
+    3. *Step*: Newton's over the blocks that are not zero, where the objective is smooth with Hessian
+
+           H = 𝒜* ∇²F 𝒜 + diag_j (β/‖w_j‖) (I − u_j u_jᵀ),    u_j = w_j/‖w_j‖;
+
+       a block that it would carry through zero stops there.
+
+    One `step` is one round. Parameters are those of `Solver`; ``max_heads`` bounds the blocks other than zero.
     """
 
+    name = "group-newton"
     fewest = 4
     """Blocks that may enter in a round, or half as many as the model has."""
-    settled = 0.5
+    ready = 0.5
     """They enter where the gradient along the model's blocks is at most this part of how far theirs is above β."""
     accuracy = 0.1
     """Of a step: the residual of Newton's equations, relative to the gradient in the norm of ``M⁻¹``."""
     most_products = 200
     most_halvings, most_dampings = 10, 12
-    max_rounds = 1000
+    most_steps = 1000
     patience = 20
     """Rounds without a better gap or a lower objective after which a precision has given what it can."""
 
-    def __init__(self, problem: Problem, beta: float, start: Atoms, monitor: Monitor, *, max_heads: int | None) -> None:
-        self.problem, self.beta, self.monitor, self.max_heads = problem, beta, monitor, max_heads
+    def __init__(
+        self,
+        problem: Problem,
+        beta: float,
+        start: Atoms,
+        monitor: Monitor,
+        *,
+        max_heads: int | None = None,
+        generator: torch.Generator | None = None,
+        oracle: NormOracle | None = None,
+    ) -> None:
+        super().__init__(problem, beta, start, monitor, max_heads=max_heads, generator=generator, oracle=oracle)
         blocks, which = torch.unique(start.block, return_inverse=True)
         W = start.U.new_zeros(len(blocks), problem.head.mixing_size)
         self._set(W.index_add_(0, which, _columns(start)), blocks, start.intercept)
         self.damping = 0.0
         self._grams: dict[int, Tensor] = {}
 
+    @classmethod
+    def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
+        """Columns for every ``Z_j``."""
+        if is_group_lasso(problem):
+            return None
+        return "one output, one value row a head (mlp, fno or block-fno), and a linear or gated activation"
+
     def _set(self, W: Float[Tensor, "k p"], block: Int[Tensor, " k"], b: Float[Tensor, " c"]) -> None:
         """Make these columns the model."""
         kept = W.norm(dim=1) > 0
         self.W, self.block, self.b = W[kept], block[kept], b
 
-    def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
-        self.W, self.block, self.b = shared["W"], shared["block"], shared["b"]
-        self.damping = float(shared["damping"])
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the rounds to come depend on."""
+    def state(self) -> tuple[State, State]:
+        """Return the model and the damping."""
         damping = torch.tensor(self.damping, dtype=torch.float64)
         return {"W": self.W, "block": self.block, "b": self.b, "damping": damping}, {}
 
-    def dual_point(self) -> None:
-        """The dual point is taken at the model's own outputs."""
-        return None
+    def _restore(self, shared: State, rows: State) -> None:
+        self.begin()
+        self.W, self.block, self.b = shared["W"], shared["block"], shared["b"]
+        self.damping = float(shared["damping"])
 
     def atoms(self) -> Atoms:
-        """The current model."""
+        """Return the current model."""
         return self._atoms(self.W, self.block, self.b)
 
     def _atoms(self, W: Float[Tensor, "k p"], block: Int[Tensor, " k"], b: Float[Tensor, " c"]) -> Atoms:
         return Atoms(W.view(-1, *self.problem.head.mixing_shape), W.new_ones(len(W), 1, 1), block, b)
 
-    def advance(self, target: float) -> Stop:
-        """Rounds until the estimated relative gap is at most ``target``."""
-        problem, best, lowest, since = self.problem, math.inf, math.inf, 0
-        all_blocks = torch.arange(problem.n_blocks, device=self.b.device)
-        for _ in range(self.max_rounds):
-            self.monitor.offer(self._state)
-            f = problem.outputs(self.atoms())
-            G = self._pull(problem.residual(f), all_blocks)
-            dual = scaled_dual(problem, f, float(G.norm(dim=1).max()), self.beta, self.b)
-            value = self._value(f, self.W)
-            gap = self.monitor.record(value, dual, len(self.W))
-            if gap <= target:
-                return Stop.CONVERGED
-            idle = gap > 0.95 * best and value > lowest - 2 * self._rounding(lowest)
-            best, lowest, since = min(gap, best), min(value, lowest), since + 1 if idle else 0
-            if self.monitor.out_of_time():
-                return Stop.TIME
-            entered = self._enter(f, G)
-            stepped = self._step(problem.outputs(self.atoms()) if entered else f)
-            if not (entered or stepped) or since > self.patience:
-                full = self.max_heads is not None and len(self.W) >= self.max_heads
-                return Stop.HEADS if full else Stop.STALLED
-        return Stop.STALLED
+    def begin(self) -> None:
+        """Forget how the rounds went."""
+        self._best, self._lowest, self._since = math.inf, math.inf, 0
+
+    def step(self) -> Stop | None:
+        """Take one round."""
+        problem = self.problem
+        f = problem.outputs(self.atoms())
+        G = self._pull(problem.residual(f), torch.arange(problem.n_blocks, device=self.b.device))
+        dual = scaled_dual(problem, f, float(G.norm(dim=1).max()), self.beta, self.b)
+        value = self._value(f, self.W)
+        gap = self.monitor.record(value, dual, len(self.W))
+        if gap <= self.target:
+            return Stop.CONVERGED
+        idle = gap > 0.95 * self._best and value > self._lowest - 2 * self._rounding(self._lowest)
+        self._best, self._lowest = min(gap, self._best), min(value, self._lowest)
+        self._since = self._since + 1 if idle else 0
+        entered = self._enter(f, G)
+        stepped = self._newton_step(problem.outputs(self.atoms()) if entered else f)
+        return None if (entered or stepped) and self._since <= self.patience else self._ended(len(self.W))
 
     def _value(self, f: Float[Tensor, "n r c"], W: Float[Tensor, "k p"]) -> float:
         return self.problem.data_term(f) + self.beta * float(W.norm(dim=1).double().sum())
@@ -153,7 +153,7 @@ class GroupNewton:
         excess[self.block] = -torch.inf
         if len(self.W):
             slope = G[self.block] + self.beta * torch.nn.functional.normalize(self.W)
-            if float(slope.norm(dim=1).max()) > self.settled * float(excess.max()):
+            if float(slope.norm(dim=1).max()) > self.ready * float(excess.max()):
                 return False
         room = max(self.fewest, len(self.W) // 2)
         if self.max_heads is not None:
@@ -169,7 +169,7 @@ class GroupNewton:
         return True
 
     # -- Newton -------------------------------------------------------------------------------------------------------
-    def _step(self, f: Float[Tensor, "n r c"]) -> bool:
+    def _newton_step(self, f: Float[Tensor, "n r c"]) -> bool:
         """One step; False where no further decrease is possible in this precision."""
         value, diagonal = self._value(f, self.W), self._diagonal(f)
         for _ in range(self.most_dampings):

@@ -1,12 +1,5 @@
 """Column generation on the mixing weights themselves, for ReLU heads.
 
-    repeat
-        price:    the mixing weights u that the residual rewards most, h(R) = max ‖Σ_i (P mix(X_i, u))ᵀ R_i‖
-        stop:     when the scaled dual point says that the gap is small enough
-        grow:     append atoms (√t u, −√t G/‖G‖) for rewards above β, with t from a line search
-        descend:  L-BFGS over all factors of the ReLU network
-        tidy:     merge atoms of one direction, drop those that the penalty has shrunk
-
 No gates are sampled: a stationary point whose largest reward is at most β is a global optimum of the network of any
 width. Optimal weights often lie on hyperplanes where some pre-activations vanish. The objective has kinks there, at
 which quasi-Newton steps crawl; within the cone of one activation pattern it is smooth.
@@ -18,7 +11,8 @@ gap at hand asks for, in whitened coordinates (`whitening`).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -30,111 +24,102 @@ from convexhead.dual_norm.ascent import LocalMaxima
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms, rescale
 from convexhead.program.problem import Evaluation, Problem
-from convexhead.solvers.base import Monitor, Stop, scaled_dual
+from convexhead.solvers.base import Solver, Stop, scaled_dual
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.factored import FactoredDescent, Passes
+from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.pricing import with_best_step
 from convexhead.solvers.whitening import Whitening
 
 
-class ReLUColumnGeneration(ABC):
-    """What all such solvers share; see the module's text. State survives between calls of `advance`.
+class ReLUColumnGeneration(Solver):
+    """Rounds that look for the mixing weights that the residual rewards most, and descend from there.
 
-    Parameters
-    ----------
-    problem : Problem
-    oracle : NormOracle
-        Of the problem.
-    beta : float
-    start : Atoms
-        Where to begin.
-    monitor : Monitor
-        Clock and history.
-    max_heads : int or None
-        Atoms that the model may have.
-    generator : torch.Generator
-        Source of the random starts of the search.
+    1. *Price*: local maxima of ``‖Σ_i (P mix(X_i, u))ᵀ R_i‖`` over unit ``u``, the largest of which is ``h(R)``; stop
+       where the gap between the model and the dual point of ``R`` is small.
+    2. *Grow*: append atoms ``(√t u, −√t G/‖G‖)`` for rewards above β, with ``t`` from a line search.
+    3. *Merge* atoms of one direction, and drop those that the penalty has shrunk.
+    4. *Descend*: L-BFGS over all factors of the ReLU network; merge again.
+
+    One `step` is one round. Rounds may also raise the objective: the lowest model is kept. Parameters are those of
+    `Solver`.
     """
 
+    resumable = False
     batch = 16
     """Atoms that one pricing may add, at least."""
     search: ClassVar[dict[str, Any]]
     """How hard a pricing looks: random starts, iterations of an ascent, and the relative gain that ends it."""
     descent_steps = 200
     """L-BFGS iterations between two pricings."""
-    settled = 1e-2
+    least_decrease = 1e-2
     """Relative decrease of the objective in ten iterations, over the square of a gap, that ends a descent: the dual
     lags behind the objective as a gradient does."""
-    max_rounds = 200
+    most_steps = 200
     patience = 8
     """Rounds without a better gap after which the run has stalled."""
 
     def __init__(
         self,
         problem: Problem,
-        oracle: NormOracle,
         beta: float,
         start: Atoms,
         monitor: Monitor,
         *,
-        max_heads: int | None,
         generator: torch.Generator,
+        oracle: NormOracle,
+        max_heads: int | None = None,
     ) -> None:
-        self.problem, self.oracle, self.beta, self.monitor = problem, oracle, beta, monitor
-        self.max_heads, self.generator = max_heads, generator
+        super().__init__(problem, beta, start, monitor, max_heads=max_heads)
+        self.generator: torch.Generator = generator
+        self.oracle: NormOracle = oracle
         self.model = start
+        self._lowest = math.inf, start
 
     def atoms(self) -> Atoms:
-        """The current model."""
+        """Return the lowest model of the last rounds."""
+        lowest, model = self._lowest
+        if lowest < math.inf and self._objective(self.problem.outputs(self.model), self.model) > lowest:
+            return model
         return self.model
 
-    def dual_point(self) -> Float[Tensor, "n r c"] | None:
-        """Outputs to take the dual point at; None for the model's own."""
+    def begin(self) -> None:
+        """Go on from the lowest model, and forget how the rounds went."""
+        self.model = self.atoms()
+        self._lowest = math.inf, self.model
+        self._best, self._since = math.inf, 0
+
+    def step(self) -> Stop | None:
+        """Take one round."""
+        f = self.problem.outputs(self.model)
+        objective = self._objective(f, self.model)
+        if objective < self._lowest[0]:
+            self._lowest = objective, self.model
+        maxima, dual = self._price(f, objective)
+        gap = self.monitor.record(objective, dual, len(self.model))
+        if gap <= self.target:
+            return Stop.CONVERGED
+        self._best, self._since = (gap, 0) if gap < 0.9 * self._best else (self._best, self._since + 1)
+        if self._since > self.patience:
+            return self._ended(len(self.model))
+        noise = max(self.least_decrease * self._decisive(gap) ** 2, torch.finfo(self.problem.dtype).eps)
+        grown = self._grow(f, maxima, noise)
+        if not len(grown):
+            return Stop.STALLED
+        # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
+        fewer = self._merge(grown, min(1e-3, 0.1 * gap) * 0.1**self._since)
+        model = self._descend(fewer, noise)
+        if len(fewer) < len(grown) and self._objective(self.problem.outputs(model), model) > objective:
+            model = self._descend(grown, noise)
+        self.model = self._within_cones(self._merge(model))
         return None
 
-    def advance(self, target: float) -> Stop:
-        """Rounds until the estimated relative gap is at most ``target``; then, or before, the lowest model is kept."""
-        self._lowest = float("inf"), self.model
-        stop = self._rounds(target)
-        if self._objective(self.problem.outputs(self.model), self.model) > self._lowest[0]:
-            self.model = self._lowest[1]
-        return stop
-
-    def _rounds(self, target: float) -> Stop:
-        best, since = float("inf"), 0
-        for _ in range(self.max_rounds):
-            f = self.problem.outputs(self.model)
-            objective = self._objective(f, self.model)
-            if objective < self._lowest[0]:
-                self._lowest = objective, self.model
-            maxima, dual = self._price(f, objective, target)
-            gap = self.monitor.record(objective, dual, len(self.model))
-            if gap <= target:
-                return Stop.CONVERGED
-            if self.monitor.out_of_time():
-                return Stop.TIME
-            best, since = (gap, 0) if gap < 0.9 * best else (best, since + 1)
-            if since > self.patience:
-                full = self.max_heads is not None and len(self.model) >= self.max_heads
-                return Stop.HEADS if full else Stop.STALLED
-            noise = max(self.settled * self._decisive(gap, target) ** 2, torch.finfo(self.problem.dtype).eps)
-            grown = self._grow(f, maxima, noise)
-            if not len(grown):
-                return Stop.STALLED
-            # Atoms crowd along the kinks: far fewer do, and descend better. Where they do not, they stay apart.
-            fewer = self._tidy(grown, min(1e-3, 0.1 * gap) * 0.1**since)
-            model = self._descend(fewer, noise)
-            if len(fewer) < len(grown) and self._objective(self.problem.outputs(model), model) > objective:
-                model = self._descend(grown, noise)
-            self.model = self._settle(self._tidy(model))
-        return Stop.STALLED
-
     @abstractmethod
-    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[LocalMaxima, float]:
+    def _price(self, f: Float[Tensor, "n r c"], objective: float) -> tuple[LocalMaxima, float]:
         """What a search finds at outputs ``f``, and the dual value that follows."""
 
     @abstractmethod
-    def _decisive(self, gap: float, target: float) -> float:
+    def _decisive(self, gap: float) -> float:
         """The gap on which it depends how far a descent goes."""
 
     @abstractmethod
@@ -145,8 +130,8 @@ class ReLUColumnGeneration(ABC):
     def _descend(self, atoms: Atoms, noise: float) -> Atoms:
         """Up to `descent_steps` iterations, ended by decreases of less than ``noise``."""
 
-    def _settle(self, atoms: Atoms) -> Atoms:
-        """What is left to do for a model in a round."""
+    def _within_cones(self, atoms: Atoms) -> Atoms:
+        """The model after a descent within the cones of its patterns, where a method makes one."""
         return atoms
 
     def _objective(self, f: Float[Tensor, "n r c"], atoms: Atoms) -> float:
@@ -191,7 +176,7 @@ class ReLUColumnGeneration(ABC):
                 before = descent.value
         return True
 
-    def _tidy(self, atoms: Atoms, apart: float = 1e-9) -> Atoms:
+    def _merge(self, atoms: Atoms, apart: float = 1e-9) -> Atoms:
         """Balanced atoms; those merged whose directions, also as the data sees them, differ by less than ``apart`` in
         cosine, tiny ones dropped whose scores are tiny too.
 
@@ -223,22 +208,30 @@ class ReLUColumnGeneration(ABC):
 
 
 class ExactRounds(ReLUColumnGeneration):
-    """For problems whose rewards can be bounded."""
+    """Rounds for problems whose rewards can be bounded: few and thorough, the last step within cones."""
 
+    name = "relu-exact"
     search: ClassVar = {"n_starts": 16, "iterations": 30, "rtol": 1e-7}
 
-    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[LocalMaxima, float]:
+    @classmethod
+    def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
+        """A tight bound on the dual norm of a ReLU."""
+        if oracle is not None and oracle.tight:
+            return None
+        return "activation='relu' and a problem small enough to bound its dual norm tightly"
+
+    def _price(self, f: Float[Tensor, "n r c"], objective: float) -> tuple[LocalMaxima, float]:
         R = self.problem.residual(f)
         maxima = self.oracle.search(R, warm=self.model, generator=self.generator, **self.search)
         dual = self._dual(f, float(maxima.values[:1].sum()))
-        if objective - dual <= target * abs(objective) or self.oracle.method == "faces":
-            found = self.oracle.bound(R, maxima, rtol=0.1 * target, enough=(1 + 0.1 * target) * self.beta)
+        if objective - dual <= self.target * abs(objective) or self.oracle.method == "faces":
+            found = self.oracle.bound(R, maxima, rtol=0.1 * self.target, enough=(1 + 0.1 * self.target) * self.beta)
             maxima, dual = found.maxima, self._dual(f, found.upper)
         return maxima, dual
 
-    def _decisive(self, gap: float, target: float) -> float:
+    def _decisive(self, gap: float) -> float:
         """The one asked for: iterations cost little."""
-        return target
+        return self.target
 
     def _grow(self, f: Float[Tensor, "n r c"], maxima: LocalMaxima, noise: float) -> Atoms:
         """Values and lengths are weighed before directions move: a convex problem, a group lasso."""
@@ -254,18 +247,18 @@ class ExactRounds(ReLUColumnGeneration):
         self._run(descent, self.descent_steps, noise)
         return descent.atoms
 
-    def _settle(self, atoms: Atoms) -> Atoms:
-        """Within the cones of its patterns."""
+    def _within_cones(self, atoms: Atoms) -> Atoms:
         if self.oracle.scores is None:
             return atoms
-        return self._tidy(
+        return self._merge(
             descend_in_cones(self.problem, atoms, self.oracle.scores, self.beta, self.monitor.out_of_time)
         )
 
 
 class SearchedRounds(ReLUColumnGeneration):
-    """For all others: rewards are what a search has found."""
+    """Rounds for all other problems: a reward is what a search has found."""
 
+    name = "relu-search"
     search: ClassVar = {"n_starts": 8, "iterations": 12, "rtol": 1e-4}
     wide = 256
     """Value rows of the atoms that a model begins with, where one pricing after another would find them one by one. A
@@ -281,11 +274,16 @@ class SearchedRounds(ReLUColumnGeneration):
         self.widest = max(self.batch, self.wide // problem.head.value_rows)
         self._dual_point: Tensor | None = None
 
+    @classmethod
+    def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
+        """A ReLU."""
+        return "activation='relu'" if oracle is None else None
+
     def dual_point(self) -> Float[Tensor, "n r c"] | None:
-        """Outputs with the best dual point that searches suggest: rewards rise and fall while the objective falls."""
+        """Return outputs with the best dual point that searches suggest: rewards rise and fall as objectives fall."""
         return self._dual_point
 
-    def _price(self, f: Float[Tensor, "n r c"], objective: float, target: float) -> tuple[LocalMaxima, float]:
+    def _price(self, f: Float[Tensor, "n r c"], objective: float) -> tuple[LocalMaxima, float]:
         R = self.problem.residual(f)
         maxima = self.oracle.search(R, warm=self.model, generator=self.generator, ascents=self.batch, **self.search)
         dual = self._dual(f, float(maxima.values[:1].sum()))
@@ -293,7 +291,7 @@ class SearchedRounds(ReLUColumnGeneration):
             self._dual_point = f
         return maxima, dual
 
-    def _decisive(self, gap: float, target: float) -> float:
+    def _decisive(self, gap: float) -> float:
         """The one at hand: far from the optimum new atoms pay more than iterations."""
         return min(gap, self.far)
 

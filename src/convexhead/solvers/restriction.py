@@ -20,9 +20,9 @@ from torch import Tensor
 from convexhead.linalg.krylov import independent
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
-from convexhead.solvers.base import Monitor
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.fista import Fista
+from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.pricing import Directions
 
 MOST_VALUES = 128
@@ -117,7 +117,7 @@ def solve_restricted(
     own = replace(monitor, callback=None, save=None, history=[], dual=-torch.inf)  # bounds of the restriction alone
     start = atoms.to(problem.device, torch.float64)
     method = Fista(passes.problem, beta, start, own, dense=passes)
-    method.max_iterations = MOST_ITERATIONS
+    method.most_steps = MOST_ITERATIONS // method.check_every
     method.advance(until)
     return method.atoms().to(problem.device, problem.dtype)
 

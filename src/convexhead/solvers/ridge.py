@@ -1,73 +1,90 @@
-"""The linear head: one smooth, strongly convex problem, ``min F(P X W + b) + β/2 ‖W‖²``, by L-BFGS.
+"""The linear head: one smooth, strongly convex problem, by L-BFGS.
 
-Well-scaled tokens need some tens of steps. Where that is not enough, the descent goes on in the coordinates of
-`Whitening`, in which channels of unequal scales and correlated ones curve the objective about alike.
+minimise  F(P X W + b) + (β/2) ‖W‖²
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-from torch import Tensor
 
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
-from convexhead.solvers.base import Monitor, Stop
+from convexhead.solvers.base import Solver, Stop
 from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.monitor import Monitor, State
 from convexhead.solvers.whitening import Whitening
 
 
-class RidgeDescent:
-    """L-BFGS on ``W`` and ``b``; the gap is estimated from the dual point that the gradient gives."""
+class RidgeDescent(Solver):
+    """L-BFGS on ``W`` and ``b``.
 
+    1. Now and then, bound the gap by the gradient: without an intercept ``P − D = ‖∇_W‖²/(2β)``; stop where it is
+       small.
+    2. Take an L-BFGS step. Well-scaled tokens need some tens of them.
+    3. Where that was not enough, go on in the coordinates of `Whitening`, in which channels of unequal scales and
+       correlated ones curve the objective about alike.
+
+    One `step` is one of L-BFGS. Parameters are those of `Solver`; the head has one atom whatever ``max_heads`` is.
+    """
+
+    name = "ridge"
     check_every = 5
-    max_iterations = 100_000
+    most_steps = 100_000
     slow = (50, 300)
     """Iterations at which curvature is looked at and the coordinates change."""
 
-    def __init__(self, problem: Problem, beta: float, start: Atoms, monitor: Monitor) -> None:
-        self.problem, self.beta, self.monitor = problem, beta, monitor
+    def __init__(
+        self,
+        problem: Problem,
+        beta: float,
+        start: Atoms,
+        monitor: Monitor,
+        *,
+        max_heads: int | None = None,
+        generator: torch.Generator | None = None,
+        oracle: NormOracle | None = None,
+    ) -> None:
+        super().__init__(problem, beta, start, monitor, max_heads=max_heads, generator=generator, oracle=oracle)
         self._descent = FactoredDescent(problem, start, beta)
         self._whitened_at: Atoms | None = None
-        self._first = 0
+
+    @classmethod
+    def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
+        """No mixing weights."""
+        return "head='linear'" if problem.head.learns_mixing else None
 
     def atoms(self) -> Atoms:
-        """The iterate."""
+        """Return the iterate."""
         return self._descent.atoms
 
-    def dual_point(self) -> None:
-        """The dual point is taken at the model's own outputs."""
-        return None
-
-    def _state(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the iterations to come depend on."""
+    def state(self) -> tuple[State, State]:
+        """Return the iterate, the memory of L-BFGS, and the coordinates."""
         at = {} if self._whitened_at is None else self._whitened_at.state()
         at = {f"whitened at {name}": value for name, value in at.items()}
-        return {**self._descent.state(), **at, "iteration": torch.tensor(iteration)}, {}
+        return {**self._descent.state(), **at, "iteration": torch.tensor(self._iteration)}, {}
 
-    def restore(self, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's tensors."""
+    def _restore(self, shared: State, rows: State) -> None:
         at = {name.removeprefix("whitened at "): value for name, value in shared.items() if name.startswith("whitened")}
         self._whitened_at = Atoms.restored(at) if at else None
         self._descent = FactoredDescent.restored(self.problem, shared, self.beta, self._coordinates())
-        self._first = int(shared["iteration"])
+        self._iteration = int(shared["iteration"])
 
-    def advance(self, target: float) -> Stop:
-        """Iterate until the estimated relative gap is at most ``target``."""
-        first, self._first = self._first, 0
-        for iteration in range(first, self.max_iterations):
-            self.monitor.offer(partial(self._state, iteration))
-            if iteration % self.check_every == 0 and self._gap() <= target:
-                return Stop.CONVERGED
-            if self.monitor.out_of_time():
-                return Stop.TIME
-            if iteration in self.slow:
-                self._whitened_at = self.atoms()
-                self._descent = FactoredDescent(self.problem, self.atoms(), self.beta, self._coordinates())
-            if not self._descent.step():
-                return Stop.CONVERGED if self._gap() <= target else Stop.STALLED
-        return Stop.STALLED
+    def begin(self) -> None:
+        """Count iterations anew."""
+        self._iteration = 0
+
+    def step(self) -> Stop | None:
+        """Take an iteration of L-BFGS, in new coordinates if it is time."""
+        if self._iteration % self.check_every == 0 and self._gap() <= self.target:
+            return Stop.CONVERGED
+        if self._iteration in self.slow:
+            self._whitened_at = self.atoms()
+            self._descent = FactoredDescent(self.problem, self.atoms(), self.beta, self._coordinates())
+        self._iteration += 1
+        if self._descent.step():
+            return None
+        return Stop.CONVERGED if self._gap() <= self.target else Stop.STALLED
 
     def _coordinates(self) -> Whitening | None:
         """Of the curvature where the descent was last slow."""
