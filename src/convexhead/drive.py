@@ -214,7 +214,7 @@ class _Run:
         written_by = None if saved is None else self._take_up(saved)
         if self.stage.double and written_by is not None:
             self.problem = self.problem.astype(torch.float64, reuse=True)
-        solver = self._make(written_by or self.name)
+        solver = self._make(written_by or self.name, checked=written_by is not None)
         if self.stage.double and written_by is None:
             solver = self._refine(solver)
         if self.checkpoint is not None:
@@ -227,10 +227,10 @@ class _Run:
             shared, rows = ({name: t.to(device) for name, t in part.items()} for part in (saved.shared, saved.rows))
             solver.restore(shared, rows)
 
-    def _make(self, name: str) -> Solver:
+    def _make(self, name: str, *, checked: bool = False) -> Solver:
         self.problem, self.solver = make_solver(
             name, self.problem, self.beta, self.model, self.monitor,
-            max_heads=self.max_heads, generator=self.generator,
+            max_heads=self.max_heads, generator=self.generator, checked=checked,
         )  # fmt: skip
         return self.solver
 

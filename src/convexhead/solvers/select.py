@@ -62,8 +62,11 @@ def make_solver(
     *,
     max_heads: int | None,
     generator: torch.Generator,
+    checked: bool = False,
 ) -> tuple[Problem, Solver]:
     """Return the solver of this ``name``, and the problem in the precision that it needs.
+
+    ``checked``: the solver has solved this problem for a while, in a run that is resumed.
 
     Raises
     ------
@@ -73,7 +76,7 @@ def make_solver(
     is_relu = problem.head.learns_mixing and not problem.activation.convex
     oracle = NormOracle(problem) if is_relu else None
     kind = _cheapest(problem, oracle, max_heads) if name == AUTO else SOLVERS[check_name(name)]
-    reason = None if name == AUTO else _refusal(kind, problem, oracle, max_heads)
+    reason = None if checked or name == AUTO else _refusal(kind, problem, oracle, max_heads)
     if reason is not None:
         able = [other.name for other in SOLVERS.values() if _refusal(other, problem, oracle, max_heads) is None]
         others = " or ".join(f"solver={other!r}" for other in [AUTO, *able])
