@@ -19,6 +19,7 @@ from sklearn.utils import check_random_state
 
 from convexhead import inputs
 from convexhead.certificate.certificate import Certificate
+from convexhead.drive import Solution, approach, solve
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.errors import InputError, warn
 from convexhead.linalg.deflation import spectral_norm
@@ -38,7 +39,6 @@ from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.runtime.surroundings import undisturbed
-from convexhead.drive import Solution, approach, solve
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
 
