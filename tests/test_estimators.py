@@ -195,3 +195,19 @@ def test_targets_without_signal_have_the_zero_model():
         reg = ch.ConvexHeadRegressor(random_state=0).fit(X, np.zeros(60))
     assert reg.n_heads_ == 0
     assert (reg.predict(X) == 0).all()
+
+
+@pytest.mark.parametrize("solver", ["fista", "column-generation"])
+def test_the_solver_can_be_named(solver, tmp_path):
+    chosen, named = classifier(), classifier(solver=solver)
+    assert named.fit(X, Y).certificate_.converged
+    assert named.certificate_.primal == pytest.approx(chosen.fit(X, Y).certificate_.primal, rel=2e-5)
+    named.save(tmp_path / "model")
+    assert ch.load(tmp_path / "model").solver == solver
+    rows = ch.regularization_path(X, Y, beta_ratios=[0.25], solver=solver, tol=1e-5, random_state=0)
+    assert rows[0]["objective"] == named.certificate_.primal
+
+
+def test_a_solver_of_another_kind_of_problem_is_refused():
+    with pytest.raises(ch.InputError, match="ridge"):
+        classifier(solver="ridge").fit(X, Y)

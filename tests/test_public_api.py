@@ -34,7 +34,8 @@ NAMES = {
 }  # fmt: skip
 SETTINGS = {
     "head", "activation", "beta", "beta_ratio", "pool", "grid", "n_gates", "gates", "n_blocks", "outputs",
-    "fit_intercept", "tol", "max_heads", "max_time", "max_memory", "random_state", "device", "distributed", "verbose",
+    "fit_intercept", "tol", "max_heads", "max_time", "max_memory", "random_state", "device", "distributed", "solver",
+    "verbose",
 }  # fmt: skip
 PARAMETERS = {
     ch.ConvexHeadClassifier: SETTINGS,

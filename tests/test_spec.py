@@ -73,6 +73,7 @@ WRONG = {
     "n_blocks": 1.5,
     "outputs": "split",
     "fit_intercept": "yes",
+    "solver": "adam",
     "tol": float("nan"),
     "max_heads": True,
     "max_time": float("inf"),

@@ -1,7 +1,6 @@
 """scikit-learn's face: heads trained to a certified global optimum.
 
-An estimator holds its parameters and, once fitted, a `Model`; its other attributes are views of that. What a fit does
-stands in `convexhead.fitting`.
+An estimator has parameters and a `Model`, its other attributes are views of that; `convexhead.fitting` fits it.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.metrics import r2_score
 
 from convexhead import inputs
 from convexhead.errors import InputError
@@ -57,6 +57,8 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Whether every group of block-fno writes all outputs, or each its own share.
     fit_intercept : bool
         Add an unpenalised ``b``.
+    solver : str
+        ``"auto"`` chooses by cost; `convexhead.solvers.select` lists the names.
     tol : float
         Certified relative gap to reach.
     max_heads : int or None
@@ -64,8 +66,8 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     max_time : float or None
         Seconds; the best model so far is returned with its honest gap.
     max_memory : float or None
-        Bytes that tokens and what is made of them may take; tokens beyond, of a store or memmap, are read again in
-        each pass. None: half of what is free.
+        Bytes for tokens and what is made of them; stored tokens beyond are read again in each pass. None: half of
+        what is free.
     random_state : int, RandomState or None
         Of sampled gates and of random starts. The optimum does not depend on it, for given gates.
     device : str
@@ -132,6 +134,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         n_blocks: int = 4,
         outputs: str = "shared",
         fit_intercept: bool = False,
+        solver: str = "auto",
         tol: float = 1e-3,
         max_heads: int | None = None,
         max_time: float | None = None,
@@ -152,6 +155,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         self.n_blocks = n_blocks
         self.outputs = outputs
         self.fit_intercept = fit_intercept
+        self.solver = solver
         self.tol = tol
         self.max_heads = max_heads
         self.max_time = max_time
@@ -228,16 +232,13 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Another store may number its classes otherwise. Compare these labels with ``labels_of(X)``, which numbers them
         as in training too, and not with the store's own ``X.labels``; `score` does so.
         """
-        f = self._outputs(X)[:, 0]
-        return self.classes_[f.argmax(1)]
+        return self.classes_[self._outputs(X)[:, 0].argmax(1)]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy; ``y`` may be left out for a split of a store, whose classes are matched by name."""
-        model = self._fitted()
-        X = inputs.resolve_store(X)
-        named = model.class_names is not None
+        X, named = inputs.resolve_store(X), self._fitted().class_names is not None
         if inputs.is_store(X) and (y is None or (named and np.array_equal(y, X.labels))):
-            y = model.labels_of(X)
+            y = self.labels_of(X)
         return super().score(X, labels_of(X, y), sample_weight)
 
     def labels_of(self, X: Any) -> NDArray[Any]:
@@ -273,6 +274,7 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         n_blocks: int = 4,
         outputs: str = "shared",
         fit_intercept: bool = False,
+        solver: str = "auto",
         tol: float = 1e-3,
         max_heads: int | None = None,
         max_time: float | None = None,
@@ -294,6 +296,7 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         self.n_blocks = n_blocks
         self.outputs = outputs
         self.fit_intercept = fit_intercept
+        self.solver = solver
         self.tol = tol
         self.max_heads = max_heads
         self.max_time = max_time
@@ -338,8 +341,6 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², averaged over outputs (and tokens)."""
-        from sklearn.metrics import r2_score
-
         y = np.asarray(y)
         return float(r2_score(y.reshape(len(y), -1), self.predict(X).reshape(len(y), -1), sample_weight=sample_weight))
 

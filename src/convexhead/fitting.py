@@ -142,6 +142,7 @@ class Task:
         quiet = not self.spec.verbose or self.problem.ranks.rank != 0
         return {
             "start": None if start is None else self.problem.enter(start),
+            "solver": self.spec.solver,
             "max_heads": self.spec.max_heads,
             "max_time": self.spec.max_time,
             "callback": callback or (None if quiet else _print_progress),

@@ -23,6 +23,7 @@ from convexhead.program.heads.base import POOLS
 from convexhead.program.heads.block_fno import OUTPUTS
 from convexhead.program.losses import LOSSES, Loss
 from convexhead.runtime.content import described
+from convexhead.solvers.select import NAMES
 
 Check = Callable[[str, Any], Any]
 """Takes a setting's name and value; returns the value in its plain type, or raises `InputError`."""
@@ -116,6 +117,7 @@ class Spec:
     n_blocks: int = field(default=4, metadata=_rule(_count()))
     outputs: str = field(default="shared", metadata=_rule(_one_of(OUTPUTS)))
     fit_intercept: bool = field(default=False, metadata=_rule(_flag))
+    solver: str = field(default="auto", metadata=_rule(_one_of(NAMES)))
     tol: float = field(default=1e-3, metadata=_rule(_positive(optional=False)))
     max_heads: int | None = field(default=None, metadata=_rule(_count(None)))
     max_time: float | None = field(default=None, metadata=_rule(_positive(optional=True), may_change=True))
