@@ -152,10 +152,8 @@ def test_runs_that_stop_early_keep_an_honest_model(limit, reason):
     clf.predict(X)
 
 
-@pytest.mark.parametrize("dense", [True, False])
-def test_an_interrupt_keeps_the_model(monkeypatch, dense):
-    if not dense:
-        monkeypatch.setattr("convexhead.solvers.select.DENSE_FEATURES", 0)
+@pytest.mark.parametrize("solver", ["fista", "column-generation"])
+def test_an_interrupt_keeps_the_model(solver):
     calls = []
 
     def interrupt(row):
@@ -164,7 +162,7 @@ def test_an_interrupt_keeps_the_model(monkeypatch, dense):
             raise KeyboardInterrupt
 
     with pytest.warns(ConvergenceWarning, match="interrupted"):
-        clf = classifier(beta_ratio=0.01, tol=1e-9).fit(X, Y, callback=interrupt)
+        clf = classifier(beta_ratio=0.01, tol=1e-9, solver=solver).fit(X, Y, callback=interrupt)
     assert clf.certificate_.gap > 0
     assert len(clf.history_) == 3
 

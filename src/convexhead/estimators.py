@@ -57,8 +57,9 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Whether every group of block-fno writes all outputs, or each its own share.
     fit_intercept : bool
         Add an unpenalised ``b``.
-    solver : str
-        ``"auto"`` chooses by cost; `convexhead.solvers.select` lists the names.
+    solver : {"auto", "fista", "group-newton", "column-generation", "ridge", "relu-exact", "relu-search"}
+        The method; ``"auto"`` chooses by cost. All that can solve a problem end at the same optimum, and one that
+        cannot is refused (see `convexhead.solvers.select`).
     tol : float
         Certified relative gap to reach.
     max_heads : int or None

@@ -17,7 +17,6 @@ from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.solvers import select
 from convexhead.solvers.increments import Increments
 
 
@@ -105,14 +104,14 @@ def test_refused_where_nothing_is_gained():
 @pytest.mark.slow
 def test_a_solve_with_rounded_products_is_certified_in_float64(monkeypatch):
     monkeypatch.setattr(fitting, "SMALL_TOKENS", 0)
-    monkeypatch.setattr(select, "DENSE_FEATURES", 0)
     used = []
     whole = Problem.with_half_products
     monkeypatch.setattr(Problem, "with_half_products", lambda self: used.append(whole(self)) or used[-1])
     rng = np.random.default_rng(0)
     X = rng.normal(size=(300, 9, 8))
     y = (X[:, :, 0] * X[:, :, 1]).mean(1) > 0
-    rough = ch.ConvexHeadClassifier("self-attention", beta_ratio=0.1, tol=1e-3, random_state=0).fit(X, y)
+    settings = {"solver": "column-generation", "random_state": 0}
+    rough = ch.ConvexHeadClassifier("self-attention", beta_ratio=0.1, tol=1e-3, **settings).fit(X, y)
     assert used
     assert used[0] is not None
     assert rough.certificate_.converged

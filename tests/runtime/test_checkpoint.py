@@ -51,7 +51,7 @@ def run(request, monkeypatch):
     head, parameters = RUNS[request.param]
     if parameters["tol"] >= 1e-4:
         monkeypatch.setattr("convexhead.fitting.SMALL_TOKENS", 0)
-        monkeypatch.setattr("convexhead.solvers.select.DENSE_FEATURES", 0)
+        parameters = {"solver": "column-generation", **parameters}
     if request.param == "single then double precision":
         patience = {**ColumnGeneration.patience, torch.float32: -1}
         monkeypatch.setattr(ColumnGeneration, "patience", patience)
@@ -130,9 +130,8 @@ def test_a_run_stopped_again_and_again(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", ["clock", "keyboard"])
 def test_what_the_clock_or_a_person_stopped_goes_on(stop, tmp_path, monkeypatch):
-    monkeypatch.setattr("convexhead.solvers.select.DENSE_FEATURES", 0)
     monkeypatch.setattr("convexhead.runtime.checkpoint.COPY_SECONDS", 0.0)
-    parameters = {"tol": 1e-8, "beta_ratio": 0.05, "random_state": 0}
+    parameters = {"solver": "column-generation", "tol": 1e-8, "beta_ratio": 0.05, "random_state": 0}
     calm = ch.ConvexHeadClassifier(**parameters).fit(X, Y)
     rows = []
 
@@ -149,7 +148,6 @@ def test_what_the_clock_or_a_person_stopped_goes_on(stop, tmp_path, monkeypatch)
         )
     assert partial.certificate_.gap > 0
     monkeypatch.undo()
-    monkeypatch.setattr("convexhead.solvers.select.DENSE_FEATURES", 0)
     assert same(ch.ConvexHeadClassifier(**parameters).fit(X, Y, checkpoint=tmp_path / "c"), calm)
 
 
@@ -327,9 +325,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import convexhead as ch
-from convexhead.solvers import select
 
-select.DENSE_FEATURES = 0
 rng = np.random.default_rng(0)
 X = rng.normal(size=(400, 9, 8))
 Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)

@@ -27,7 +27,7 @@ from convexhead.path import regularization_path
 from convexhead.program.losses import Squared
 from convexhead.runtime import ranks
 from convexhead.runtime.ranks import Ranks
-from convexhead.solvers import restriction, select
+from convexhead.solvers import restriction
 from convexhead.tokens import extract
 
 if not hasattr(os, "fork"):
@@ -37,11 +37,12 @@ rng = np.random.default_rng(0)
 X = rng.normal(size=(203, 9, 5))
 Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)
 TARGETS = np.stack([X[:, 0, 0], Y], axis=1)
+GATED = {"n_gates": 3, "activation": "gated-relu", "solver": "column-generation"}
 CASES = {
     "dense": {"head": "self-attention", "tol": 1e-7, "fit_intercept": True},
-    "factored": {"head": "self-attention", "beta_ratio": 0.2, "tol": 1e-7, "n_gates": 3, "activation": "gated-relu"},
-    "restricted": {"head": "self-attention", "beta_ratio": 0.2, "tol": 1e-7, "n_gates": 3, "activation": "gated-relu"},
-    "single precision": {"head": "fno", "tol": 1e-3, "n_gates": 3, "activation": "gated-relu"},
+    "factored": {"head": "self-attention", "beta_ratio": 0.2, "tol": 1e-7, **GATED},
+    "restricted": {"head": "self-attention", "beta_ratio": 0.2, "tol": 1e-7, **GATED},
+    "single precision": {"head": "fno", "tol": 1e-3, **GATED},
     "grouped": {"head": "block-fno", "tol": 1e-7, "n_blocks": 5, "beta_ratio": 0.3},
     "ridge": {"head": "linear", "tol": 1e-7, "fit_intercept": True},
 }
@@ -49,10 +50,8 @@ CASES = {
 
 def fit(case, *, callback=None, checkpoint=None, **options):
     """One of the cases, with the method that it is meant for."""
-    dense, small, values = select.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES
+    small, values = fitting.SMALL_TOKENS, restriction.MOST_VALUES
     try:
-        if case in ("factored", "restricted", "single precision"):
-            select.DENSE_FEATURES = 0
         if case == "factored":
             restriction.MOST_VALUES = 0
         if case == "single precision":
@@ -60,7 +59,7 @@ def fit(case, *, callback=None, checkpoint=None, **options):
         clf = ch.ConvexHeadClassifier(**{"beta_ratio": 0.1, "random_state": 0, **CASES[case]}, **options)
         return clf.fit(X, Y, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
     finally:
-        select.DENSE_FEATURES, fitting.SMALL_TOKENS, restriction.MOST_VALUES = dense, small, values
+        fitting.SMALL_TOKENS, restriction.MOST_VALUES = small, values
 
 
 def everything(*cases, **options):
@@ -75,8 +74,8 @@ def everything(*cases, **options):
     results["unseeded"] = unseeded.gates_.tolist()
     reg = ch.ConvexHeadRegressor("mlp", loss="huber", random_state=0, **options).fit(X, TARGETS)
     results["regressor"] = [reg.certificate_.primal, reg.certificate_.dual, reg.certificate_.converged, reg.beta_]
-    with patch.object(select, "DENSE_FEATURES", 0):
-        one = ch.ConvexHeadRegressor("mlp", activation="gated-relu", random_state=0, **options).fit(X, TARGETS[:, 0])
+    one = ch.ConvexHeadRegressor("mlp", activation="gated-relu", solver="group-newton", random_state=0, **options)
+    one.fit(X, TARGETS[:, 0])
     results["one output"] = [one.certificate_.primal, one.certificate_.dual, one.certificate_.converged, one.beta_]
     rows = regularization_path(
         X, TARGETS, loss="squared", head="mlp", beta_ratios=[0.3, 0.1], random_state=0, **options

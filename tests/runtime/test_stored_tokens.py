@@ -155,9 +155,9 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize(("head", "activation"), [("self-attention", "linear"), ("mlp", "gated-relu")])
 def test_a_head_trained_from_disk_is_the_head_trained_in_memory(head, activation, digits, monkeypatch):
     monkeypatch.setattr("convexhead.fitting.SMALL_TOKENS", 0)
-    monkeypatch.setattr("convexhead.solvers.select.DENSE_FEATURES", 0)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 32e6)
-    parameters = {"activation": activation, "n_gates": 3, "beta_ratio": 0.3, "random_state": 0}
+    solver = {"solver": "column-generation"}
+    parameters = {**solver, "activation": activation, "n_gates": 3, "beta_ratio": 0.3, "random_state": 0}
     streamed = ch.ConvexHeadClassifier(head, max_memory=1e5, **parameters).fit(digits)
     memory = ch.ConvexHeadClassifier(head, **parameters).fit(digits)
     assert streamed.certificate_.converged

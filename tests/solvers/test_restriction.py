@@ -12,7 +12,7 @@ from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.solvers import restriction, select
+from convexhead.solvers import restriction
 from convexhead.solvers.fista import Fista
 from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
@@ -107,19 +107,18 @@ def test_single_precision_ends_where_rounding_hides_the_decrease():
 def test_every_route_ends_at_the_same_objective(name, outputs, activation, intercept, monkeypatch):
     X, y = data()
 
-    def fit():
+    def fit(solver):
         model = ch.ConvexHeadClassifier(
             head=name, outputs=outputs, activation=activation, n_blocks=2, n_gates=2, beta_ratio=0.1, tol=1e-3,
-            fit_intercept=intercept, random_state=0,
+            fit_intercept=intercept, random_state=0, solver=solver,
         )  # fmt: skip
         return model.fit(X.numpy(), y.numpy()).certificate_
 
-    dense = fit()
+    dense = fit("fista")
     monkeypatch.setattr(fitting, "SMALL_TOKENS", 0)
-    monkeypatch.setattr(select, "DENSE_FEATURES", 0)
-    restricted = fit()
+    restricted = fit("column-generation")
     monkeypatch.setattr(restriction, "MOST_FEATURES", 0)
-    factored = fit()
+    factored = fit("column-generation")
     for certificate in (dense, restricted, factored):
         assert certificate.converged
         assert certificate.primal >= max(dense.dual, restricted.dual, factored.dual)

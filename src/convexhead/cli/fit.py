@@ -24,6 +24,7 @@ from convexhead.cli.options import (
     Outputs,
     Pool,
     Seed,
+    Solver,
     Store,
     Tol,
     ratios,
@@ -62,6 +63,7 @@ def fit(
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
     fit_intercept: FitIntercept = False,
+    solver: Solver = "auto",
     max_heads: MaxHeads = None,
     max_time: MaxTime = None,
     max_memory: MaxMemory = None,
@@ -76,9 +78,9 @@ def fit(
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
             store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol,
-            n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, max_heads=max_heads,
-            max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory, random_state=seed,
-            device=device, checkpoint_minutes=checkpoint, notify=notify, command=typed_command(),
+            n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, solver=solver,
+            max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
+            random_state=seed, device=device, checkpoint_minutes=checkpoint, notify=notify, command=typed_command(),
         )  # fmt: skip
     if not speaks_for_all():
         return
@@ -120,6 +122,7 @@ def path(
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
     fit_intercept: FitIntercept = False,
+    solver: Solver = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -134,7 +137,7 @@ def path(
         found = runs.path(
             store, out, beta_ratios=ratios(beta_ratios), validation=validation, head=head, activation=activation,
             pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
-            random_state=seed, device=device, notify=notify, command=typed_command(),
+            solver=solver, random_state=seed, device=device, notify=notify, command=typed_command(),
         )  # fmt: skip
     best = found.chosen["beta_ratio"]
     table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")

@@ -37,6 +37,13 @@ BetaRatio = Annotated[
 Beta = Annotated[float | None, Option(help="Weight β itself, instead of --beta-ratio.")]
 Pool = Annotated[str, Option(help="Which tokens are read: mean (their mean) or cls (the first token).")]
 Tol = Annotated[float, Option(help="Relative gap to reach: how far above the global optimum the head may be.")]
+Solver = Annotated[
+    str,
+    Option(
+        help="auto (the cheapest for the problem), fista, group-newton, column-generation, ridge, relu-exact or "
+        "relu-search."
+    ),
+]
 Gates = Annotated[int, Option("--n-gates", help="Gates to sample for --activation gated-relu.")]
 Blocks = Annotated[int, Option("--n-blocks", help="Channel groups of block-fno.")]
 Outputs = Annotated[
