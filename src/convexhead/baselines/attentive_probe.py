@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from convexhead.experiments.cells import TwinSettings, finite, network_scores, top
 from convexhead.experiments.run_folder import Piece, RunFolder
-from convexhead.experiments.splits import Splits
+from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned, tune
-from convexhead.inputs import pick_device
+from convexhead.inputs import open_tokens, pick_device
 from convexhead.runtime.clock import now
+from convexhead.runtime.samples import default_memory
+from convexhead.runtime.stored_tokens import StoredTokens, Tokens, token_bytes
 
 QUERIES = 16
 OPTIONS = tuple((lr, decay) for lr in (0.001, 0.003, 0.01, 0.03) for decay in (0.01, 0.3))
@@ -74,7 +76,7 @@ def train_attentive_probe(
     """One training run; its record has what `convexhead.experiments.tuning.tune` chooses by."""
     classes, y = np.unique(splits.train.labels, return_inverse=True)
     device = pick_device("auto")
-    X, targets = torch.from_numpy(splits.train.tokens).to(device), torch.from_numpy(y).to(device)
+    X, targets = _tokens(splits.train, device), torch.from_numpy(y).to(device)
     probe = AttentiveProbe(X.shape[2], len(classes), seed=seed).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     total = epochs * math.ceil(len(X) / batch_size)
@@ -84,7 +86,7 @@ def train_attentive_probe(
     for _ in range(epochs):
         losses: list[Tensor] = []
         for index in torch.randperm(len(X), generator=generator).to(device).split(batch_size):
-            loss = nn.functional.cross_entropy(probe(X[index]), targets[index])
+            loss = nn.functional.cross_entropy(probe(X[index].to(device)), targets[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -105,6 +107,14 @@ def train_attentive_probe(
         },
         {key: value.detach().cpu() for key, value in probe.state_dict().items()},
     )
+
+
+def _tokens(part: Part, device: torch.device) -> Tokens:
+    """On the device where they fit into half of what is free there, as for a fit; else each batch is read from disk."""
+    tokens = open_tokens(part.tokens)
+    if len(tokens) * token_bytes(tokens) > default_memory(device):
+        return tokens
+    return (tokens.read() if isinstance(tokens, StoredTokens) else tokens).to(device)
 
 
 def tune_attentive_probe(splits: Splits, settings: TwinSettings, folder: RunFolder) -> Tuned:

@@ -18,7 +18,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from convexhead.baselines.attentive_probe import AttentiveProbe, tune_attentive_probe
-from convexhead.errors import InputError
 from convexhead.experiments.cells import TwinSettings, network_scores
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
@@ -99,11 +98,7 @@ def _record(score: float, began: float, fits: int, parameters: int) -> dict[str,
 
 def _vectors(name: str, part: Part) -> Array:
     """One vector an image."""
-    if name != "class-token":
-        return part.tokens.mean(1)
-    if part.class_tokens is None:
-        raise InputError("the backbone of these tokens has no class token: leave out the probe of it")
-    return part.class_tokens
+    return part.class_tokens() if name == "class-token" else part.mean_tokens()
 
 
 def probe_scores(name: str, piece: Piece, train: Part, part: Part) -> Array:

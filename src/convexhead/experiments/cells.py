@@ -12,7 +12,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -31,6 +31,7 @@ from convexhead.modules import HeadModule
 from convexhead.path import best, regularization_path
 from convexhead.persistence import load
 from convexhead.program.problem import Problem
+from convexhead.tokens.store.view import SplitView
 
 Array = NDArray[Any]
 SCORED = 500
@@ -150,9 +151,6 @@ def fit_path(splits: Splits, settings: PathSettings, cell: Cell, folder: RunFold
         )
     chosen = best(path)
     model = chosen["model"]
-    if splits.origin is not None:  # it was fitted on arrays that were read from there
-        known = replace(model.model_, origin=splits.origin, reduction=splits.origin.reduction)
-        model = ConvexHeadClassifier.from_model(known)
     model.save(folder.model(cell.name))
     weights = [model.coef_] if hasattr(model, "coef_") else [*model.mixing_, *model.values_]
     kept = ("beta_ratio", "objective", "relative_gap", "seconds")
@@ -311,7 +309,7 @@ def restore_twin(model: ConvexHeadClassifier, weights: dict[str, torch.Tensor]) 
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
-def network_scores(module: torch.nn.Module, tokens: Array) -> Array:
+def network_scores(module: torch.nn.Module, tokens: SplitView | Array) -> Array:
     """Logits ``(n, c)`` of a network, not differentiated."""
     weights = next(module.parameters())
     parts = (torch.from_numpy(tokens[start : start + SCORED]).to(weights) for start in range(0, len(tokens), SCORED))

@@ -148,7 +148,7 @@ def run_cifar100(
     RunFolder(out).check()
     store = _open_tokens(out, images, backbone, layer, image_size, tokens, choice, notify)
     splits = chosen_splits(store, choice)
-    if splits.train.class_tokens is None:
+    if not splits.train.has_class_tokens:
         settings = replace(settings, probes=tuple(name for name in settings.probes if name != "class-token"))
 
     results = run(splits, settings, out, title="CIFAR-100, every head", jobs=jobs or chosen.jobs, notify=notify)

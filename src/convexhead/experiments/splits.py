@@ -1,43 +1,70 @@
-"""The three parts of a data set: to train on, to choose by, and to test on, the last behind a function called once."""
+"""The three parts of a data set: to train on, to choose by, and to test on, the last behind a function called once.
+
+Each is a view of a store, which is read as it is used, as `fit` reads one: nothing is brought into memory before.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 from convexhead.errors import InputError
 from convexhead.tokens.fit_reduction import fit_reduction
-from convexhead.tokens.reduce import pool_grid
 from convexhead.tokens.sources.base import ImageSource
-from convexhead.tokens.store.origin import TokenOrigin
 from convexhead.tokens.store.store import TokenStore
 from convexhead.tokens.store.view import SplitView
 
 Array = NDArray[Any]
 CHUNK = 500
-"""Images read from a store at a time."""
+"""Images that are read at a time."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens ``(n, s, d)``, labels ``(n,)`` and, where the backbone has one, class tokens ``(n, d')``, not reduced."""
+    """Some images of a data set.
 
-    tokens: Array
+    Attributes
+    ----------
+    tokens : SplitView or array, (n, s, d)
+        Sliced into arrays.
+    labels : int array (n,)
+    """
+
+    tokens: SplitView | Array
     labels: Array
-    class_tokens: Array | None = None
 
-    def take(self, rows: Array) -> Part:
-        """The images ``rows``."""
-        return Part(
-            self.tokens[rows], self.labels[rows], None if self.class_tokens is None else self.class_tokens[rows]
-        )
+    @classmethod
+    def of(cls, view: SplitView) -> Part:
+        """The images of a view."""
+        return cls(view, np.asarray(view.labels))
+
+    def mean_tokens(self) -> Array:
+        """The mean token of each image, ``(n, d)``."""
+        starts = range(0, len(self.labels), CHUNK)
+        return np.concatenate([self.tokens[i : i + CHUNK].mean(1) for i in starts])
+
+    @property
+    def has_class_tokens(self) -> bool:
+        """Whether the backbone makes one of each image."""
+        return isinstance(self.tokens, SplitView) and self.tokens.n_prefix > 0
+
+    def class_tokens(self) -> Array:
+        """The class token of each image, ``(n, d)`` as it was stored.
+
+        Raises
+        ------
+        InputError
+            There are none.
+        """
+        if not isinstance(self.tokens, SplitView):
+            raise InputError("these tokens are an array, beside which there are no class tokens")
+        return self.tokens.class_tokens(slice(None))
 
 
 @dataclass
@@ -49,7 +76,7 @@ class Splits:
     train, validation : Part
         To train on and to choose by.
     load_test : callable () -> Part
-        Reads the test part. Called once, when everything is chosen.
+        Opens the test part. Called once, when everything is chosen.
     class_names : list of str
     grid : (int, int)
         Of the tokens.
@@ -59,8 +86,6 @@ class Splits:
         JSON-able values, the same only for the same images and tokens.
     test_files : list of str
         Names of the test images.
-    origin : TokenOrigin or None
-        Where the train part comes from, for heads that are saved; None where it is pooled after reading.
     """
 
     train: Part
@@ -72,52 +97,36 @@ class Splits:
     backbone: str
     identity: dict[str, Any]
     test_files: list[str] = field(default_factory=list)
-    origin: TokenOrigin | None = None
 
 
-def hold_out(whole: Part, share: float, seed: int) -> tuple[Part, Part]:
-    """Train and validation part: ``share`` of every class is held out."""
-    kept, held = _held_out(whole.labels, share, seed)
-    return whole.take(kept), whole.take(held)
-
-
-def _held_out(labels: Array, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows kept and held out, in order."""
-    kept, held = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=seed)
-    return np.sort(kept), np.sort(held)
+def hold_out(view: SplitView, share: float, seed: int) -> tuple[SplitView, SplitView]:
+    """The images to train on, and the ``share`` of every class that is held out; both in the order of ``view``."""
+    kept, held = train_test_split(np.arange(len(view)), test_size=share, stratify=view.labels, random_state=seed)
+    return view.subset(np.sort(kept)), view.subset(np.sort(held))
 
 
 def splits_of_store(store: TokenStore, *, validation: float = 0.2, seed: int = 0) -> Splits:
     """A whole store as it is read; a validation part is held out of the train split where there is no split of it."""
     check_test_split(store)
-    view = store["train"]
-    train = whole_part(view)
     if "val" in store.splits:
-        kept, held = train, whole_part(store["val"])
+        kept, held = store["train"], store["val"]
     else:
-        kept, held = hold_out(train, validation, seed)
-        view = view.subset(_held_out(train.labels, validation, seed)[0])
+        kept, held = hold_out(store["train"], validation, seed)
     return Splits(
-        train=kept,
-        validation=held,
-        load_test=lambda: whole_part(store["test"]),
+        train=Part.of(kept),
+        validation=Part.of(held),
+        load_test=lambda: Part.of(store["test"]),
         class_names=store.class_names,
         grid=store.grid,
         name=store.manifest.source,
         backbone=backbone_of(store),
         identity=_identity(store) | {"validation": validation, "split_seed": seed},
         test_files=store["test"].files,
-        origin=view.origin(),
     )
 
 
 def _identity(store: TokenStore) -> dict[str, Any]:
     return {f"{split} tokens": store[split].identity for split in store.splits}
-
-
-def whole_part(view: SplitView) -> Part:
-    """All of a split."""
-    return Part(view.read(), np.asarray(view.labels))
 
 
 def check_test_split(store: TokenStore) -> None:
@@ -228,59 +237,39 @@ def chosen_splits(store: TokenStore, choice: TokenChoice) -> Splits:
             No test split, or too few images of a class.
     """
     check_test_split(store)
-    train, test = (store[split].unreduced() for split in ("train", "test"))
-    rows = {
-        "train": choose_images(
-            train.files, train.labels, classes=choice.classes, per_class=choice.train, seed=choice.seed
-        ),
-        "test": choose_images(test.files, test.labels, classes=choice.classes, per_class=choice.test, seed=choice.seed),
-    }
-    labels = train.labels[rows["train"]]
-    if np.unique(labels, return_counts=True)[1].min() < 2:
-        raise InputError("every class needs at least two train images: one to train on, one to choose by")
-    kept, held = train_test_split(rows["train"], test_size=choice.validation, stratify=labels, random_state=choice.seed)
     grid = store.grid
     if choice.token_pool is not None:
         grid = (min(choice.token_pool, grid[0]), min(choice.token_pool, grid[1]))
+    train, test = (
+        _chosen(store[split], count, choice).unreduced().pooled(grid)
+        for split, count in (("train", choice.train), ("test", choice.test))
+    )
+    if np.unique(train.labels, return_counts=True)[1].min() < 2:
+        raise InputError("every class needs at least two train images: one to train on, one to choose by")
+    kept, held = hold_out(train, choice.validation, choice.seed)
     raw = store.manifest.shape[1]
     components = raw if choice.channels is None else min(choice.channels - choice.constant, raw)
     if components < 1:
         raise InputError(f"channels={choice.channels} leaves no channel of the tokens: ask for more")
     reduction = fit_reduction(
-        _pooled(train, np.sort(kept), grid),
+        kept.chunks(CHUNK),
         standardize=True,
         components=None if components == raw else components,
         constant=choice.constant,
     )
-
-    def part(view: SplitView, rows: Array) -> Part:
-        rows = np.sort(rows)
-        tokens = np.concatenate([reduction.apply(chunk) for chunk in _pooled(view, rows, grid)])
-        return Part(tokens, view.labels[rows], _class_tokens(view, rows))
-
     return Splits(
-        train=part(train, kept),
-        validation=part(train, held),
-        load_test=lambda: part(test, rows["test"]),
-        class_names=store.class_names[: choice.classes],
+        train=Part.of(kept.reduced(reduction)),
+        validation=Part.of(held.reduced(reduction)),
+        load_test=lambda: Part.of(test.reduced(reduction)),
+        class_names=train.class_names,
         grid=grid,
         name=store.manifest.source,
         backbone=backbone_of(store),
         identity=_identity(store) | asdict(choice),
-        test_files=[test.files[row] for row in rows["test"]],
-        origin=None
-        if grid != store.grid
-        else replace(
-            train.subset(np.sort(kept)).origin(), reduction=reduction, class_names=store.class_names[: choice.classes]
-        ),
+        test_files=test.files,
     )
 
 
-def _pooled(view: SplitView, rows: Array, grid: tuple[int, int]) -> Iterator[Array]:
-    for start in range(0, len(rows), CHUNK):
-        tokens = view[rows[start : start + CHUNK]]
-        yield tokens if grid == view.grid else pool_grid(torch.from_numpy(tokens), view.grid, grid).numpy()
-
-
-def _class_tokens(view: SplitView, rows: Array) -> Array | None:
-    return view.class_tokens(rows) if view.n_prefix else None
+def _chosen(view: SplitView, per_class: int | None, choice: TokenChoice) -> SplitView:
+    some = view.first_classes(choice.classes)
+    return some.subset(choose_images(some.files, some.labels, classes=None, per_class=per_class, seed=choice.seed))

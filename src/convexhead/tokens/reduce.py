@@ -45,11 +45,20 @@ def pool_grid(tokens: torch.Tensor, grid: tuple[int, int], target: tuple[int, in
     Raises:
         InputError: ``target`` is larger than the grid or not positive.
     """
-    if not all(1 <= t <= g for t, g in zip(target, grid, strict=True)):
-        raise InputError(f"token_pool={target} must be between (1, 1) and the token grid {grid}")
+    check_pool(grid, target)
     b, _, d = tokens.shape
     image = tokens.transpose(1, 2).reshape(b, d, *grid)
     return functional.adaptive_avg_pool2d(image, target).flatten(2).transpose(1, 2)
+
+
+def check_pool(grid: tuple[int, int], target: tuple[int, int]) -> None:
+    """Refuse a grid that tokens on ``grid`` cannot be averaged down to.
+
+    Raises:
+        InputError: ``target`` is larger than the grid or not positive.
+    """
+    if not all(1 <= t <= g for t, g in zip(target, grid, strict=True)):
+        raise InputError(f"token_pool={target} must be between (1, 1) and the token grid {grid}")
 
 
 @dataclass(frozen=True)

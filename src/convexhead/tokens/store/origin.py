@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.reduce import Reduction
+from convexhead.tokens.reduce import Reduction, check_pool
 from convexhead.tokens.store.manifest import Manifest
 
 MAY_DIFFER = ("source", "shard_size", "dtype", "classes")
@@ -46,6 +46,8 @@ class TokenOrigin:
         The images of the split that the head was fitted on; None: all.
     reduction : Reduction or None
         What the stored tokens were read through.
+    token_pool : (int, int) or None
+        The grid that they were averaged down to before that, where it is not theirs.
     """
 
     config: dict[str, Any]
@@ -58,6 +60,7 @@ class TokenOrigin:
     images: int
     rows: NDArray[np.int64] | None
     reduction: Reduction | None
+    token_pool: tuple[int, int] | None = None
 
     def without_class_names(self) -> TokenOrigin:
         """The same for a head whose labels are not the store's."""
@@ -143,6 +146,7 @@ class TokenOrigin:
             "class_names": self.class_names,
             "split": self.split,
             "images": self.images,
+            **({} if self.token_pool is None else {"token_pool": list(self.token_pool)}),
         }
 
     @classmethod
@@ -158,13 +162,16 @@ class TokenOrigin:
         """
         try:
             (s, d), (h, w) = values["shape"], values["grid"]
-            names = values["class_names"]
+            names, pool = values["class_names"], values.get("token_pool")
+            if pool is not None:
+                pool = (int(pool[0]), int(pool[1]))
+                check_pool((int(h), int(w)), pool)
             return cls(
                 dict(values["config"]), str(values["backbone"]), (int(s), int(d)), (int(h), int(w)),
                 bool(values["class_token"]), None if names is None else [str(name) for name in names],
-                str(values["split"]), int(values["images"]), rows, reduction,
+                str(values["split"]), int(values["images"]), rows, reduction, pool,
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FileFormatError(
                 f"the model does not say properly where its tokens came from ({error}): fit again"
             ) from error

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.reduce import Reduction
+from convexhead.tokens.reduce import Reduction, check_pool, pool_grid
 from convexhead.tokens.store.gather import ShardedRows
 from convexhead.tokens.store.manifest import Manifest, digest_json
 from convexhead.tokens.store.origin import TokenOrigin
@@ -20,7 +21,10 @@ from convexhead.tokens.store.origin import TokenOrigin
 FloatArray = NDArray[np.float32]
 
 READ_NUMBERS = 1_000_000
-"""Numbers of stored tokens that are read at a time where the caller does not say how many images."""
+"""Numbers of tokens in a chunk where the caller does not say how many images."""
+REDUCED_NUMBERS = 8_000_000
+"""Numbers of stored tokens that are pooled and reduced at a time, 32 MB in float32. However many rows are asked for, no
+more of them are in memory beside the result."""
 
 
 class SplitView:
@@ -30,9 +34,9 @@ class SplitView:
     the way. ``np.asarray(view)`` reads everything.
 
     Attributes:
-        grid: ``(h, w)`` with ``h * w = s``.
         class_names: what the labels mean.
-        reduction: what is applied on the way, or None.
+        token_pool: the grid that stored tokens are averaged down to on the way, or None.
+        reduction: what is applied on the way, after that, or None.
         broken: names of the images that could not be read and were left out.
         rows: the images of the split that this view shows, or None for all.
     """
@@ -42,11 +46,11 @@ class SplitView:
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, reduction: Reduction | None) -> None:
         self.split = split
-        self.grid = manifest.grid
         self.class_names = list(manifest.class_names)
         self.broken = manifest.splits[split].broken
         self._folder = folder
         self._manifest = manifest
+        self.token_pool: tuple[int, int] | None = None
         self.reduction = reduction
         self._rows = ShardedRows(folder, manifest.splits[split].shards)
         self._with_class_token = False
@@ -58,9 +62,15 @@ class SplitView:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(n, s, d)`` after reduction."""
-        s, d = self._manifest.shape
-        return len(self), s + self._with_class_token, self.reduction.channels if self.reduction else d
+        """``(n, s, d)`` after pooling and reduction."""
+        (h, w), d = self.grid, self._manifest.shape[1]
+        return len(self), h * w, self.reduction.channels if self.reduction else d
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(h, w)`` with ``h * w = s``; with a class token ``(s, 1)``, since they then lie on none."""
+        h, w = self.token_pool or self._manifest.grid
+        return (1 + h * w, 1) if self._with_class_token else (h, w)
 
     def __len__(self) -> int:
         return len(self._rows if self.rows is None else self.rows)
@@ -79,6 +89,8 @@ class SplitView:
             "reduction": self.reduction.identity if self.reduction else "",
             "class_token": self._with_class_token,
         }
+        if self.token_pool is not None:
+            facts["token_pool"] = list(self.token_pool)
         if self.rows is not None:
             facts["rows"] = self.rows.tolist()
         return digest_json(facts)
@@ -123,6 +135,13 @@ class SplitView:
         kept = np.arange(len(self))[rows] if self.rows is None else self.rows[rows]
         return self._changed(rows=np.asarray(kept, np.int64))
 
+    def first_classes(self, count: int | None) -> SplitView:
+        """Return a view of the images of the first ``count`` classes, which are then all there are; None: all."""
+        if count is None or count >= len(self.class_names):
+            return self
+        some = self.subset(np.flatnonzero(self.labels < count))
+        return some._changed(class_names=self.class_names[:count])
+
     # -- the view and a head ------------------------------------------------------------------------------------------
     def origin(self) -> TokenOrigin:
         """Return where these tokens come from, which a head fitted on them keeps."""
@@ -138,12 +157,14 @@ class SplitView:
             images=len(self._rows),
             rows=self.rows,
             reduction=self.reduction,
+            token_pool=self.token_pool,
         )
 
     def read_as(self, origin: TokenOrigin) -> SplitView:
         """Return the view as a head of that ``origin`` reads it, whatever store this is.
 
-        The stored tokens pass through the head's own reduction, and labels are numbered as the head's classes.
+        The stored tokens pass through the head's own pooling and reduction, and labels are numbered as the head's
+        classes.
 
         Raises:
             InputError: tokens that are made otherwise than the head's.
@@ -151,7 +172,9 @@ class SplitView:
         origin.check(self._manifest, self._with_class_token, repr(str(self._folder)))
         numbers = origin.numbers(self._manifest.class_names)
         names = self.class_names if numbers is None or origin.class_names is None else list(origin.class_names)
-        return self._changed(reduction=origin.reduction, _numbers=numbers, class_names=names)
+        return self._changed(
+            token_pool=origin.token_pool, reduction=origin.reduction, _numbers=numbers, class_names=names
+        )
 
     def read_to_audit(self, origin: TokenOrigin) -> SplitView:
         """Return the images that a head of that ``origin`` was fitted on, as it reads them.
@@ -180,11 +203,24 @@ class SplitView:
             InputError: the backbone has no class token.
         """
         self._check_prefix()
-        return self._changed(_with_class_token=True, grid=(1 + self._manifest.shape[0], 1))
+        return self._changed(_with_class_token=True)
 
     def unreduced(self) -> SplitView:
         """Return a view of the tokens as they are stored, as float32."""
-        return self._changed(reduction=None)
+        return self._changed(token_pool=None, reduction=None)
+
+    def pooled(self, grid: tuple[int, int]) -> SplitView:
+        """Return a view whose tokens are averaged over their grid down to ``grid``, before they are reduced.
+
+        Raises:
+            InputError: ``grid`` is larger than that of the stored tokens, or not positive.
+        """
+        check_pool(self._manifest.grid, grid)
+        return self._changed(token_pool=None if grid == self._manifest.grid else grid)
+
+    def reduced(self, reduction: Reduction) -> SplitView:
+        """Return a view whose tokens pass through ``reduction``."""
+        return self._changed(reduction=reduction)
 
     def _changed(self, **changes: Any) -> SplitView:
         view = copy.copy(self)
@@ -206,7 +242,32 @@ class SplitView:
 
     def __getitem__(self, rows: Any) -> FloatArray:
         """Return reduced tokens: ``(k, s, d)`` of a slice, mask or index array, ``(s, d)`` of an integer."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step == 1:
+                return self._in_pieces(max(0, stop - start), lambda i, j: slice(start + i, start + j))
+        index = np.arange(len(self))[rows]
+        if index.ndim == 0:
+            return self._reduced(index[None])[0]
+        return self._in_pieces(len(index), lambda i, j: index[i:j])
+
+    def _in_pieces(self, count: int, rows: Callable[[int, int], Any]) -> FloatArray:
+        """Return ``count`` rows, of which ``rows(i, j)`` are those from ``i`` to ``j``."""
+        step = max(1, REDUCED_NUMBERS // int(np.prod(self._manifest.shape)))
+        if count <= step:
+            return self._reduced(rows(0, count))
+        out = np.empty((count, *self.shape[1:]), np.float32)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            out[start:stop] = self._reduced(rows(start, stop))
+        return out
+
+    def _reduced(self, rows: Any) -> FloatArray:
+        """Return the tokens ``(k, s, d)`` of not too many ``rows``."""
         tokens = self._take("tokens", rows)
+        if self.token_pool is not None:
+            stored = torch.from_numpy(tokens.astype(np.float32, copy=False))
+            tokens = pool_grid(stored, self._manifest.grid, self.token_pool).numpy()
         if self._with_class_token:
             first = self._take("prefix", rows)[..., :1, :]
             tokens = np.concatenate([first, tokens], axis=-2)
