@@ -35,7 +35,8 @@ from convexhead.solvers.select import AUTO, check_name, make_solver
 FAILURE_PROBABILITY = 1e-6
 """Probability that a solve's lower bound fails, over the random starts of all its certificates together."""
 MAX_ATTEMPTS = 20
-"""Certificates asked for before a solve gives up; each asks the solver for half the gap of the one before."""
+"""Largest number of certificates of a solve. Each attempt asks the solver for half the gap of the one before. Chosen
+by hand."""
 FIRST_TARGET = 0.8
 """The first gap asked of a solver, in units of the tolerance: its own estimate may be a little too good."""
 DECEIVED = 0.9

@@ -32,7 +32,7 @@ OPTIMIZERS = {
     "decoupled": "AdamW, decoupled weight decay (a different objective)",
 }
 EVALUATIONS = 40
-"""Full-data objectives that a minibatch run records at most."""
+"""Largest number of full-data objectives that a run with minibatches records. Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainingRow:
     objective: float
 
     def to_dict(self) -> dict[str, float]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""How far from the optimum a model is, at most.
+"""A certificate bounds how far a model is from the optimum.
 
 certificate      what it says, and what its fields must agree on
 certify          the objective, the dual point and the bound of one model

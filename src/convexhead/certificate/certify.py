@@ -41,7 +41,7 @@ from convexhead.program.problem import Problem
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model in float64.
+    """A model evaluated in float64.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ def certify_atoms(
     oracle: NormOracle | None = None,
     found: Callable[[Tensor], None] | None = None,
 ) -> Certificate:
-    """Certificate of ``atoms`` for the convex program of ``problem`` at weight ``beta``.
+    """Certify ``atoms`` for the convex program of ``problem`` at weight ``beta``.
 
     Parameters
     ----------

@@ -50,12 +50,12 @@ UNIT = torch.finfo(torch.float64).eps / 2
 
 
 def summing(n: int) -> float:
-    """Additions, at most, that a term of a sum of ``n`` passes through in torch's cascades of four levels."""
+    """Bound the additions that a term of a sum of ``n`` passes through in torch's cascades of four levels."""
     return 8 * n**0.25 + 16
 
 
 def chain(problem: Problem) -> float:
-    """``K``: operations that a term passes through on its way into an entry of ``𝒜*(R)`` or of the outputs.
+    """Return ``K``, the operations that a term passes through into an entry of ``𝒜*(R)`` or of the outputs.
 
     A pass sums the rows of a batch in any order, then the batches. A transform over the grid takes fewer operations
     than a sum over the tokens.
@@ -160,12 +160,12 @@ class DualPoint:
         return value if math.isfinite(value) else -math.inf
 
     def bound(self, sigma: float) -> float:
-        """What ``max_j ‖𝒜_j*(R)‖₂`` surely is at most if it was computed as ``sigma``; ``∞`` if that is no number."""
+        """Bound ``max_j ‖𝒜_j*(R)‖₂`` if it was computed as ``sigma``; ``∞`` if that is no number."""
         raised = sigma * (1 + DECOMPOSED) + self.raised
         return raised if math.isfinite(raised) else math.inf
 
     def largest(self, sigma: float) -> float:
-        """The largest ``τ ≤ 1`` with ``τ σ ≤ β`` in the domain."""
+        """Return the largest ``τ ≤ 1`` with ``τ σ ≤ β`` in the domain."""
         return min(1.0, self.domain, self.beta / self.bound(sigma))
 
     def spectral(self, sigma: float) -> float:
@@ -204,7 +204,7 @@ class DualPoint:
 
 
 def error_of_objective(problem: Problem, f: Float[Tensor, "n r c"], weights: float, atoms: int, terms: float) -> float:
-    """How far the computed objective may be from the true one, at most.
+    """Bound how far the computed objective may be from the true one.
 
     Outputs are computed to within ``δ_i = K u (a_i Σ_k ‖U_k‖‖V_k‖ + max |f_i|)``, and the losses have curvature at
     most 1: ``ℓ(f_i + δ) ≤ ℓ(f_i) + ⟨∇ℓ(f_i), δ⟩ + ½ ‖δ‖²``. Of a loss of the user's own that is an assumption.

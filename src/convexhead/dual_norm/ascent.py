@@ -22,7 +22,7 @@ from convexhead.program.operator import Operator
 
 @dataclass(frozen=True)
 class LocalMaxima:
-    """Where ascents ended, highest first.
+    """The points at which ascents ended, highest first.
 
     Attributes
     ----------
@@ -41,17 +41,17 @@ class LocalMaxima:
     block: Int[Tensor, " k"]
 
     def select(self, index: Tensor) -> LocalMaxima:
-        """Those that ``index`` picks."""
+        """Return the maxima that ``index`` picks."""
         return LocalMaxima(self.values[index], self.U[index], self.G[index], self.block[index])
 
     def merge(self, other: LocalMaxima) -> LocalMaxima:
-        """These and ``other``'s, highest first."""
+        """Return these maxima and ``other``'s, highest first."""
         pairs = ((self.values, other.values), (self.U, other.U), (self.G, other.G), (self.block, other.block))
         merged = LocalMaxima(*(torch.cat(pair) for pair in pairs))
         return merged.select(merged.values.argsort(descending=True))
 
     def distinct(self, *, cosine: float = 0.999, seen: Float[Tensor, "k w"] | None = None) -> LocalMaxima:
-        """Of those in one block whose directions, and those ``seen`` by the data, agree to ``cosine`` the highest."""
+        """Keep the highest of a block's maxima whose directions (or as ``seen`` by the data) agree to ``cosine``."""
         flat = self.U.flatten(1)
         same = (flat @ flat.T > cosine) & (self.block.unsqueeze(1) == self.block)
         if seen is not None:

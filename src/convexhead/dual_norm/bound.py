@@ -55,7 +55,7 @@ def largest_norm(
     enough: float = 0.0,
     work: float = 6e7,
 ) -> tuple[float, float, Float[Tensor, " w"]]:
-    """Bounds on ``max_{‖u‖ ≤ 1} ‖g(u)‖``.
+    """Return bounds on ``max_{‖u‖ ≤ 1} ‖g(u)‖``.
 
     Parameters
     ----------

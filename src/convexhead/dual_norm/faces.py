@@ -95,7 +95,7 @@ def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
 
 
 def doubt_of(form: Form, arrangement: list[FacesOfDimension]) -> float:
-    """How far the maximum may lie above that over these faces."""
+    """Bound how far the maximum may lie above the maximum over these faces."""
     return form.size * max((group.doubt for group in arrangement), default=0.0)
 
 

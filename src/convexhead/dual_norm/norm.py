@@ -1,4 +1,4 @@
-"""What is known of the dual norm of a ReLU head,
+"""The dual norm of a ReLU head is
 
     h(R) = max_{‖u‖ ≤ 1} ‖Σ_i (P mix(X_i, u))ᵀ R_i‖_F
 
@@ -83,7 +83,7 @@ class DualNorm:
 
     @property
     def lower(self) -> float:
-        """The largest value found."""
+        """Return the largest value found."""
         return float(self.maxima.values[0]) if len(self.maxima.values) else 0.0
 
 
@@ -129,7 +129,7 @@ class NormOracle:
 
     @property
     def tight(self) -> bool:
-        """Whether tight bounds are to be expected, at a price that a solver can pay."""
+        """Whether a solver can afford tight bounds."""
         if self.method == "branch and bound":
             return all(s.dimension <= 3 or len(s.planes) <= FEW_PLANES for s in self.scores or [])
         return self.method in ("faces", "patterns")
@@ -171,7 +171,7 @@ class NormOracle:
         rtol: float = 1e-7,
         ascents: int | None = None,
     ) -> LocalMaxima:
-        """The best that ascents find, from ``n_starts`` random starts for each channel group and from ``warm``'s.
+        """Ascend from ``n_starts`` random starts for each channel group and from ``warm``; return the maxima.
 
         With ``ascents`` only so many of either are made, from the starts that are highest.
         """
@@ -184,7 +184,7 @@ class NormOracle:
     def bound(
         self, R: Float[Tensor, "n r c"], maxima: LocalMaxima, *, rtol: float = 1e-6, enough: float = 0.0
     ) -> DualNorm:
-        """A proven bound beside the ``maxima`` of a search, to which it adds what it has found itself.
+        """Prove a bound beside the ``maxima`` of a search, and add to them what the proof has found.
 
         Parameters
         ----------

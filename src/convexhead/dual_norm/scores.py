@@ -69,7 +69,7 @@ class Scores:
         return len(self.basis)
 
     def weights(self, operator: Operator, R: Float[Tensor, "n r c"]) -> Form:
-        """The function of ``u`` whose largest norm on the sphere is the dual norm of ``R``."""
+        """Return the function of ``u`` whose largest norm on the sphere is the dual norm of ``R``."""
         C = score_weights(operator, R, self.group)
         scaled = C * self.scale.abs().unsqueeze(1)
         towards = (self.scale > 0).unsqueeze(1)
@@ -107,7 +107,7 @@ class Form:
 
 
 def scores_of(operator: Operator) -> list[Scores]:
-    """The scores of every channel group, in float64."""
+    """Return the scores of every channel group, in float64."""
     found = []
     for group in range(operator.head.n_groups):
         rows = preactivation_rows(operator.head, operator.tokens().double(), group)
@@ -134,7 +134,7 @@ def _written_as_planes(K: Float[Tensor, "N p"]) -> tuple[Tensor, Tensor, Tensor,
 
 
 def score_weights(operator: Operator, R: Float[Tensor, "n r c"], group: int) -> Float[Tensor, "N q"]:
-    """``C (N, e·c)``: what a unit of each activated score adds to ``Σ_i (P mix(X_i, u))ᵀ R_i``."""
+    """Return ``C (N, e·c)``: what a unit of each activated score adds to ``Σ_i (P mix(X_i, u))ᵀ R_i``."""
     head, e, c = operator.head, operator.head.value_rows, R.shape[-1]
     basis = torch.eye(e * c, dtype=torch.float64, device=operator.device).view(-1, e, c)
     block = torch.full((e * c,), group, device=operator.device)

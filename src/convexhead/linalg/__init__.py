@@ -1,1 +1,1 @@
-"""What solvers and certificates share: Krylov spaces, gradient matrices, quasi-Newton pairs."""
+"""Solvers and certificates share these: Krylov spaces, gradient matrices, quasi-Newton pairs."""

@@ -90,13 +90,13 @@ class Deflated:
         return eta, torch.linalg.eigvalsh(weighted)[..., -1].clamp_min(0)
 
     def gram(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j m b"]:
-        """Gram operator of ``Q`` on the smaller side."""
+        """Apply the Gram operator of ``Q`` on the smaller side."""
         y = self.half(x, blocks)
         x = self.G.transpose_times(y, blocks) if self.G.on_values else self.G.times(y, blocks)
         return project_out(x, (self.B if self.G.on_values else self.A)[blocks])
 
     def half(self, x: Float[Tensor, "j m b"], blocks: Int[Tensor, " j"]) -> Float[Tensor, "j other b"]:
-        """``Q`` itself, from the smaller side to the other."""
+        """Apply ``Q`` itself, from the smaller side to the other."""
         if self.G.on_values:
             return project_out(self.G.times(project_out(x, self.B[blocks]), blocks), self.A[blocks])
         return project_out(self.G.transpose_times(project_out(x, self.A[blocks]), blocks), self.B[blocks])
@@ -115,13 +115,13 @@ def _etas(like: Tensor) -> Float[Tensor, " t"]:
 
 
 def split_off_nothing(G: GradientMatrices) -> Deflated:
-    """``G_j`` as it is."""
+    """Return ``G_j`` with nothing split off."""
     j = G.operator.n_blocks
     return Deflated(G, G.R.new_zeros(j, G.p, 0), G.R.new_zeros(j, G.q, 0))
 
 
 def split_off_model(G: GradientMatrices, atoms: Atoms) -> Deflated:
-    """``G_j`` without the directions of a model's atoms: what the model lacks."""
+    """Split off the directions of a model's atoms: ``G_j`` is then what the model lacks."""
     j = G.operator.n_blocks
     widest = int(torch.bincount(atoms.block, minlength=j).max()) if len(atoms) else 0
     A, B = G.R.new_zeros(j, G.p, widest), G.R.new_zeros(j, G.q, widest)
@@ -195,7 +195,7 @@ def split_off_leading(
     generator: torch.Generator,
     rtol: float,
 ) -> Deflated:
-    """``G_j`` without its `leading` singular directions in the blocks that have atoms.
+    """Split the `leading` singular directions off ``G_j`` in the blocks that have atoms.
 
     They are looked for in ``fast``, the same matrices in a precision that may be lower: whatever is split off, the
     bound of `Deflated` holds.
@@ -219,7 +219,7 @@ def split_off_leading(
 
 
 def split_off_more(deflated: Deflated, krylov: BlockKrylov) -> Deflated:
-    """``deflated`` without what a Krylov space of its rest has found, in the blocks of that space."""
+    """Split off what a Krylov space of the remainder of ``deflated`` has found, in the blocks of that space."""
     G, blocks = deflated.G, krylov.blocks
     count, _ = _best_split(krylov, 4 * krylov.starts, rtol=0.0)
     x = krylov.vectors(int(count.max()))
@@ -267,7 +267,7 @@ def top_singular(
 def spectral_norm(
     operator: Operator, R: Float[Tensor, "n r c"], generator: torch.Generator, fast: Operator | None = None
 ) -> float:
-    """``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small.
+    """Return ``max_j ‖𝒜_j*(R)‖₂`` to about six digits; from an SVD where the matrices are small.
 
     ``fast`` is the same operator in a lower precision, in which most of the search is done.
     """

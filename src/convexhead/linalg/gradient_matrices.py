@@ -58,7 +58,7 @@ class GradientMatrices:
 
     @cached_property
     def formed(self) -> Float[Tensor, "j p q"] | None:
-        """The matrices themselves where they are formed for less than a Krylov space takes, and there is room."""
+        """Form the matrices where that costs less than a Krylov space, and there is room."""
         operator = self.operator
         size = operator.n_blocks * self.p * self.q * operator.dtype.itemsize
         if not self._form or operator.product_dtype != operator.dtype or not _cheap_to_form(self):
@@ -93,7 +93,7 @@ class GradientMatrices:
         return self.times(self.transpose_times(x, blocks), blocks)
 
     def random_start(self, blocks: Tensor, b: int, generator: torch.Generator) -> Float[Tensor, "j m b"]:
-        """Independent Gaussian vectors on the smaller side, in the subspace that the blocks write."""
+        """Draw independent Gaussian vectors on the smaller side, in the subspace that the blocks write."""
         m = self.q if self.on_values else self.p
         x = torch.randn(len(blocks) * b, m, generator=generator, dtype=torch.float64)
         x = x.to(self.R.device, self.R.dtype)
@@ -116,7 +116,7 @@ def _cheap_to_form(G: GradientMatrices) -> bool:
 
 
 def formed_norm(G: GradientMatrices) -> float:
-    """``max_j ‖G_j‖₂`` from eigenvalues of Gram matrices, some blocks at a time to save memory."""
+    """Return ``max_j ‖G_j‖₂`` from eigenvalues of Gram matrices, some blocks at a time to save memory."""
     blocks = torch.arange(G.operator.n_blocks, device=G.R.device).split(max(1, FORMED // (G.p * G.q)))
     return max(_largest(G.operator.gradient_matrices(G.R, some)) for some in blocks)
 

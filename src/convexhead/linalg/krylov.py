@@ -74,14 +74,14 @@ class BlockKrylov:
         return self._basis.shape[2] + self.starts <= self.order
 
     def keep(self, mask: Bool[Tensor, " j"]) -> None:
-        """Go on with some of the blocks only."""
+        """Keep some of the blocks only."""
         self.blocks, self._next, self._basis = self.blocks[mask], self._next[mask], self._basis[mask]
         self._projected, self.values, self._rotation = (
             self._projected[mask], self.values[mask], self._rotation[mask],
         )  # fmt: skip
 
     def leading(self, count: int) -> tuple[Float[Tensor, "j k"], Float[Tensor, "j k"]]:
-        """The largest singular values found, at most ``count`` and falling, and how far each is from being one.
+        """Return the largest singular values found, at most ``count`` and falling, with the error of each.
 
         That is ``‖Gᵀa − σ b‖`` for the vectors ``a, b`` on the two sides, known without another product.
         """
@@ -91,7 +91,7 @@ class BlockKrylov:
         return sigma, residual.norm(dim=1) / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
 
     def vectors(self, count: int) -> Float[Tensor, "j big k"]:
-        """Ritz vectors of the ``count`` largest values, largest first."""
+        """Return Ritz vectors of the ``count`` largest values, largest first."""
         return self._basis @ self._rotation[:, :, -count:].flip(2)
 
 

@@ -69,7 +69,7 @@ class Pairs:
 
 
 class LBFGS:
-    """State of a minimisation.
+    """The state of a minimisation.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class LBFGS:
         self.pairs = Pairs(memory)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but ``x``, in tensors of its own."""
+        """Return everything but ``x``, in tensors of its own."""
         pairs = self.pairs
         filled = len(pairs)
         return {
@@ -112,7 +112,7 @@ class LBFGS:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on as the minimisation did whose `state` and ``x`` these are."""
+        """Resume the minimisation of which these are `state` and ``x``."""
         self.value, self.gradient = float(state["value"]), state["gradient"]
         pairs, filled = self.pairs, len(state["order"])
         pairs.clear()

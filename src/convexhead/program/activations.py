@@ -1,4 +1,4 @@
-"""Activations: what turns a head's pre-activation into mixed tokens.
+"""An activation turns a head's pre-activation into mixed tokens.
 
 ``LinearActivation``  σ(A) = A: pooling moves inside and each head takes its cheap path.
 ``GatedReLU``         σ(A) = D_j ⊙ A with masks ``D_j = 1[pre(X, g_j) ≥ 0]`` decided by fixed gates ``g_j``.
@@ -40,7 +40,7 @@ class Activation(Protocol):
     """Whether mixing is linear in ``U``; only then is there a program over ``Z_j = Σ_k vec(U_k) vec(V_k)ᵀ``."""
 
     def prepare(self, X: Float[Tensor, "b s d"], *, reuse: bool, masks: UInt8[Tensor, "b j m"] | None = None) -> Data:
-        """Per-sample tensors that `mix` and `mix_adjoint` want at hand.
+        """Return the tensors of the samples that `mix` and `mix_adjoint` need.
 
         With ``reuse`` they serve many passes, and work that only then pays is done (Gram matrices; gated tokens, if
         the samples' packed ``masks`` are given).
@@ -64,7 +64,7 @@ class Activation(Protocol):
         """`mix` at ``U`` and `mix_adjoint` there, which share work."""
 
     def gradient_cost(self, c: int) -> GradientCost | None:
-        """What `gradient` takes for ``c`` outputs; None where there is none."""
+        """Return what `gradient` costs for ``c`` outputs; None where it has no formula."""
 
     def gradient(
         self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"]]], block: Int[Tensor, " j"]
@@ -72,7 +72,7 @@ class Activation(Protocol):
         """``𝒜_j*(R)`` of rising blocks, from batches of samples and their ``R``."""
 
     def workspace(self, k: int) -> int:
-        """Numbers held per sample while ``k`` atoms are mixed: sets the batch size of a pass."""
+        """Count the numbers held for each sample while ``k`` atoms are mixed; it sets the batch size of a pass."""
 
 
 class LinearActivation:

@@ -63,7 +63,7 @@ class Atoms:
         return cls(state["U"], state["V"], state["block"], state["intercept"])
 
     def append(self, other: Atoms) -> Atoms:
-        """These atoms and then ``other``'s, with this intercept."""
+        """Return these atoms, then ``other``'s, with this intercept."""
         return replace(
             self,
             U=torch.cat([self.U, other.U]),

@@ -1,4 +1,4 @@
-"""The coordinates in which a problem is solved: its tokens and targets moved and scaled where that changes nothing.
+"""A problem is solved in coordinates: its tokens and targets are moved and scaled where that changes nothing.
 
 With ``X' = 2⁻ᵏ (X − 1 μᵀ)`` and ``Y' = Y − ν`` the program keeps its optimum, value for value:
 

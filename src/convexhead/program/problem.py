@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
     value: float
     """``F + β Ω``."""
     gradient: Atoms
-    """Its gradients in ``U``, ``V`` and ``b``, each in the place of what it is the gradient in."""
+    """The gradients in ``U``, ``V`` and ``b``, each in the field of its variable."""
     outputs: Float[Tensor, "n r c"]
     """``f``, which the gradients were made from."""
 
@@ -115,7 +115,7 @@ class Problem:
         return self._on(self.operator, self.Y.movedim(2, 0).contiguous().movedim(0, 2))
 
     def take(self, index: Int[Tensor, " b"]) -> Problem:
-        """Some samples of one process, with what was prepared of them: for steps over batches."""
+        """Take some samples of one process, with what was prepared of them: for steps over batches."""
         part = self._on(self.operator.take(index), self.Y[index])
         part.targets = part.Y
         return part
@@ -128,11 +128,11 @@ class Problem:
         return other
 
     def enter(self, atoms: Atoms) -> Atoms:
-        """The user's weights in this problem's coordinates."""
+        """Bring the user's weights into this problem's coordinates."""
         return self.coordinates.enter(atoms, self.activation)
 
     def leave(self, atoms: Atoms) -> Atoms:
-        """Weights of this problem as the user's."""
+        """Bring weights of this problem into the user's coordinates."""
         return self.coordinates.leave(atoms, self.activation)
 
     def rounding(self, atoms: Atoms, f: Float[Tensor, "n r c"]) -> float:
@@ -164,7 +164,7 @@ class Problem:
 
     @property
     def activation(self) -> Activation:
-        """What becomes of scores."""
+        """The activation of scores."""
         return self.operator.activation
 
     @property
@@ -179,12 +179,12 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where everything is computed."""
+        """The device that everything is computed on."""
         return self.operator.device
 
     @property
     def n(self) -> int:
-        """Samples of all processes together."""
+        """The number of samples of all processes together."""
         return self.operator.n
 
     @property
@@ -198,7 +198,7 @@ class Problem:
 
     # -- sums over the samples ----------------------------------------------------------------------------------------
     def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all samples, of what was summed over this process's."""
+        """Sum over all samples what was summed over this process's."""
         return self.ranks.sum(*parts)
 
     def mean(self, values: Float[Tensor, " n"]) -> float:
@@ -264,7 +264,7 @@ class Problem:
         return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts) / 2
 
     def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
-        """Factored objective and its gradients; one pass."""
+        """Return the factored objective and its gradients, in one pass."""
         V, f = atoms.V.flatten(0, 1), torch.empty_like(self.Y)
         gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         total = torch.zeros((), dtype=torch.float64, device=self.device)

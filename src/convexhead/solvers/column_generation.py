@@ -51,13 +51,13 @@ class ColumnGeneration(Solver):
     name = "column-generation"
     keeps_state = True
     batch = 8
-    """Atoms that the first pricing may add."""
+    """Largest number of atoms that the first pricing adds. Measured by benchmarks/ablation.py."""
     steps = 25
-    """L-BFGS iterations of a round."""
+    """L-BFGS iterations of a round. Measured by benchmarks/ablation.py."""
     near = 0.1
-    """Relative gap under which Newton steps begin."""
+    """Relative gap below which Newton steps begin. Measured by benchmarks/ablation.py."""
     late = 1e-2
-    """Relative gap under which restricted solves also take the last round's directions: more work, faster rounds."""
+    """Relative gap below which restricted solves also take the last round's directions. Chosen by hand."""
     small = 1e-2
     """Size of an atom, relative to the largest, under which it is dropped when the gradient along it is below β."""
     most_steps = 2000
@@ -66,7 +66,7 @@ class ColumnGeneration(Solver):
     noise: ClassVar = {torch.float32: 5e-7, torch.float64: 1e-15}
     """Relative decrease of the objective in a round that means nothing in a precision."""
     memory = 0.85
-    """Weight of the past in the running average of outputs."""
+    """Weight of the past in the running average of outputs. Chosen by hand."""
 
     def __init__(
         self,

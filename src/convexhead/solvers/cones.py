@@ -27,9 +27,9 @@ from convexhead.solvers.factored import Passes, pack, unpack
 
 ITERATIONS = 200
 WORK = 3e7
-"""Of one iteration: constraints times the square of the variables."""
+"""Largest work of one iteration: constraints times the square of the number of variables. Chosen by hand."""
 ACCURACY = 1e-15
-"""Decrease of the objective, in units of its curvature, that ends a descent."""
+"""Decrease of the objective, in units of its curvature, below which a descent ends. Chosen by hand: near rounding."""
 
 
 class OutOfTimeError(Exception):

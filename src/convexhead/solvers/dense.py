@@ -1,4 +1,4 @@
-"""A small problem as dense matrices: every pass is a product with one feature matrix.
+"""A small problem has dense matrices: every pass is a product with one feature matrix.
 
     f = Σ_j Φ_j vec(Z_j) + b        Z_j (w, e·c) for each block j
 
@@ -143,6 +143,6 @@ def _visible(gram: Float[Tensor, "p p"]) -> Float[Tensor, "p w"]:
 
 
 def singular_values(Z: Float[Tensor, "j w q"]) -> Float[Tensor, "j m"]:
-    """Through the Gram matrices of the smaller side, rising: for estimates, not for certificates."""
+    """Return rising singular values through Gram matrices of the smaller side: for estimates, not certificates."""
     gram = Z.mT @ Z if Z.shape[1] >= Z.shape[2] else Z @ Z.mT
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()

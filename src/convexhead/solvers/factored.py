@@ -38,14 +38,14 @@ class FactoredDescent:
         self.lbfgs = LBFGS(self._objective, pack(start))
 
     def state(self) -> dict[str, Tensor]:
-        """What `restored` goes on from."""
+        """Return what `restored` resumes from."""
         return {**self.atoms.state(), "x": self.lbfgs.x, **self.lbfgs.state()}
 
     @classmethod
     def restored(
         cls, passes: Passes, state: dict[str, Tensor], beta: float, coordinates: Whitening | None = None
     ) -> FactoredDescent:
-        """A descent that takes the steps that the one with this `state` would have taken."""
+        """Return a descent that takes the steps which the one with this `state` would have taken."""
         descent = cls(passes, Atoms.restored(state), beta, coordinates)
         descent.lbfgs.x = state.get("x", descent.lbfgs.x)
         descent.lbfgs.restore(state)
@@ -65,7 +65,7 @@ class FactoredDescent:
         return self.lbfgs.outputs
 
     def step(self) -> bool:
-        """One iteration; False where no further decrease is possible in this precision."""
+        """Take one iteration; False if no further decrease is possible in this precision."""
         return self.lbfgs.step()
 
 

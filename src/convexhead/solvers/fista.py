@@ -53,9 +53,10 @@ class Fista(Solver):
     """Proximal steps between two looks at the gap."""
     most_steps = 20_000
     polish_below = 0.05
-    """Relative gap under which factors may take over."""
+    """Relative gap below which factors may take over. Chosen by hand."""
     slow = 300
-    """Iterations after which they may above it too: features of unequal scales hardly move proximal steps."""
+    """Iterations after which they may above it too: with features of unequal scales proximal steps hardly move.
+    Chosen by hand."""
     slack: ClassVar = {torch.float64: 1e-14, torch.float32: 1e-9}
     """Relative decrease of the objective that means nothing in a precision of the features."""
     lengthening: ClassVar = {torch.float64: 1.05, torch.float32: 1.02}

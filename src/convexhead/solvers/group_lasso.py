@@ -51,7 +51,7 @@ class GroupNewton(Solver):
 
     name = "group-newton"
     fewest = 4
-    """Blocks that may enter in a round, or half as many as the model has."""
+    """Number of blocks that may enter in a round, or half as many as the model has if that is more. Chosen by hand."""
     ready = 0.5
     """They enter where the gradient along the model's blocks is at most this part of how far theirs is above β."""
     accuracy = 0.1

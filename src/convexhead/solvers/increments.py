@@ -22,7 +22,7 @@ from convexhead.program.heads.base import Data
 from convexhead.program.problem import Evaluation, Problem
 
 MIXED_BYTES = {"cpu": 2e9, "cuda": math.inf}
-"""Mixed tokens of the anchor may take no more, whatever the budget."""
+"""Largest number of bytes that the mixed tokens of the anchor may take, whatever the budget. Chosen by hand."""
 
 
 class Increments:

@@ -17,7 +17,7 @@ from convexhead.runtime.ranks import Ranks
 
 State = dict[str, Tensor]
 Resumable = Callable[[], tuple[State, State]]
-"""Makes the tensors that a solver goes on from: those that all processes share, and those of this one's samples."""
+"""Makes the tensors from which a solver resumes: those that all processes share, and those of this one's samples."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Progress:
     heads: int
 
     def to_dict(self) -> dict[str, float]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 
@@ -67,10 +67,10 @@ class Monitor:
     dual: float = -math.inf
     began: float = field(default_factory=now)
     before: float = 0.0
-    """Seconds that the solve had taken when it was resumed; `max_time` begins anew."""
+    """Seconds that the solve had taken before it was resumed; `max_time` begins anew."""
     interrupted: bool = False
     save: Callable[[Resumable], None] | None = None
-    """What to do with a moment that can be gone on from."""
+    """Called with each state from which the solve can be resumed."""
 
     def seconds(self) -> float:
         """Seconds that the solve has taken, before it was resumed too."""

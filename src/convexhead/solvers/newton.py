@@ -19,7 +19,8 @@ from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.factored import pack, unpack
 
 MOST_PRODUCTS = 2e7
-"""Products that one Hessian may take: what some tens of evaluations of a tiny problem cost, calls and all."""
+"""Largest number of products for one Hessian. Chosen by hand: the cost of some tens of evaluations of a tiny
+problem."""
 
 
 class FactoredNewton:
@@ -47,7 +48,7 @@ class FactoredNewton:
         return unpack(self._x, self._like)
 
     def step(self) -> bool:
-        """One iteration; False where no further decrease is possible in this precision."""
+        """Take one iteration; False if no further decrease is possible in this precision."""
         H = self._hessian()
         scale = H.diagonal().max()
         for _ in range(self.max_trials):

@@ -21,7 +21,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
 
 FORMED_STEPS = 12
-"""Krylov steps where the matrices are formed: a step costs next to nothing."""
+"""Number of Krylov steps on formed matrices, where a step costs next to nothing. Chosen by hand."""
 
 
 class Directions(NamedTuple):
@@ -35,7 +35,7 @@ class Directions(NamedTuple):
 def lacking_directions(
     model: Deflated, warm: Float[Tensor, "j big w"] | None, first: int, generator: torch.Generator
 ) -> tuple[Directions, Float[Tensor, "j big v"]]:
-    """Of the matrices without the model's own directions, and what to begin the next search with.
+    """Find the directions of the matrices without the model's own, and what to begin the next search with.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def leading_directions(
     extra: int,
     generator: torch.Generator,
 ) -> tuple[Directions, Float[Tensor, "j big v"]]:
-    """Of every block, as many as the widest has atoms and ``extra`` more, and what to begin the next search with.
+    """Find the directions of every block, ``extra`` more than the widest has atoms, and the next search's start.
 
     They are looked for in the products of ``model``'s operator, which may be rough; their sizes are then taken from
     ``exact`` ones.

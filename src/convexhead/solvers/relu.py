@@ -47,17 +47,17 @@ class ReLUColumnGeneration(Solver):
 
     resumable = False
     batch = 16
-    """Atoms that one pricing may add, at least."""
+    """Least number of atoms that one pricing may add. Chosen by hand."""
     search: ClassVar[dict[str, Any]]
     """How hard a pricing looks: random starts, iterations of an ascent, and the relative gain that ends it."""
     descent_steps = 200
-    """L-BFGS iterations between two pricings."""
+    """Largest number of L-BFGS iterations between two pricings. Chosen by hand."""
     least_decrease = 1e-2
     """Relative decrease of the objective in ten iterations, over the square of a gap, that ends a descent: the dual
     lags behind the objective as a gradient does."""
     most_steps = 200
     patience = 8
-    """Rounds without a better gap after which the run has stalled."""
+    """Number of rounds without a better gap after which the run has stalled. Chosen by hand."""
 
     def __init__(
         self,
@@ -264,9 +264,9 @@ class SearchedRounds(ReLUColumnGeneration):
     """Value rows of the atoms that a model begins with, where one pricing after another would find them one by one. A
     fourth of them may be added later on at a time."""
     far = 0.1
-    """A gap estimated larger than this says no more than that."""
+    """Relative gap above which an estimate counts as this value. Chosen by hand."""
     renewal = 50
-    """Iterations after which the coordinates of a descent are whitened anew."""
+    """Number of iterations after which the coordinates of a descent are whitened anew. Chosen by hand."""
 
     def __init__(self, problem: Problem, *args: Any, **others: Any) -> None:
         super().__init__(problem, *args, **others)

@@ -26,16 +26,16 @@ from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.pricing import Directions
 
 MOST_VALUES = 128
-"""Entries of a value up to which gradient matrices are formed."""
+"""Largest number of entries of a value for which gradient matrices are formed. Chosen by hand."""
 MOST_FORMED = 5e7
-"""Numbers that they may take."""
+"""Numbers that these gradient matrices may take. Chosen by hand."""
 MOST_FEATURES = 2e7
-"""Numbers that the features of the chosen directions may take."""
+"""Numbers that the features of the chosen directions may take. Chosen by hand."""
 FIRST = 400
 """Directions of all blocks together that a model without atoms is solved over; later twice those of its widest block.
 Far from the optimum most directions seem to matter and few will."""
 MARGIN = 0.3
-"""Left directions are in where ``σ > (1 − MARGIN) β``."""
+"""Relative margin: left singular directions with ``σ > (1 − MARGIN) β`` are taken. Chosen by hand."""
 MOST_ITERATIONS = 3000
 SINGLE = 1e-3
 """Relative gap down to which a restricted problem is solved with its features in single precision: further down line

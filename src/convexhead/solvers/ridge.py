@@ -32,7 +32,7 @@ class RidgeDescent(Solver):
     check_every = 5
     most_steps = 100_000
     slow = (50, 300)
-    """Iterations at which curvature is looked at and the coordinates change."""
+    """Numbers of iterations at which curvature is measured and the coordinates change. Chosen by hand."""
 
     def __init__(
         self,

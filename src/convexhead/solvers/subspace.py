@@ -32,9 +32,9 @@ from convexhead.solvers.pricing import Directions
 from convexhead.solvers.whitening import probes
 
 DRAWS = 10
-"""Draws for the Hessian, as a multiple of the number of coefficients."""
+"""Random draws for the Hessian, as a multiple of the number of coefficients. Chosen by hand."""
 MOST_COEFFICIENTS = {"cpu": 3000, "cuda": 10_000}
-"""The Hessian's order: what it takes grows with the third power, and becomes several rounds of descent."""
+"""Largest order of the Hessian. Chosen by hand: its cost grows with the third power."""
 MOST_STEPS = 6
 MIXED_BYTES = {"cpu": 1e9, "cuda": math.inf}
 """Mixed tokens of the directions are kept where they take no more and the budget has room, and made anew in each pass
@@ -116,7 +116,7 @@ class Subspace:
         return torch.bmm(rows.view(*self.left.shape[::2], -1), self.right)
 
     def hessian(self, f: Float[Tensor, "n r c"], generator: torch.Generator) -> Float[Tensor, "jmm jmm"]:
-        """Of ``F`` in ``M``, estimated, in float64."""
+        """Estimate the Hessian of ``F`` in ``M``, in float64."""
         size = self.left.shape[0] * self.left.shape[2] ** 2
         H = torch.zeros(size, size, dtype=self.problem.dtype, device=self.problem.device)
         times = -(-DRAWS * size // self.problem.n)
@@ -151,7 +151,7 @@ class Subspace:
         return M
 
     def atoms(self, M: Float[Tensor, "j m m"]) -> Atoms:
-        """``M`` as balanced atoms."""
+        """Return ``M`` as balanced atoms."""
         left, sigma, right = torch.linalg.svd(M)
         kept = sigma > 1e-6 * sigma.max()
         root = sigma.sqrt().unsqueeze(1)

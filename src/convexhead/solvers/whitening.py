@@ -29,7 +29,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
 
 GROUP = 2048
-"""Rows of the largest matrix that is factored: atoms of a block share one as far as that goes."""
+"""Largest number of rows of a matrix that is factored; atoms of a block share one within this limit. Chosen by hand."""
 
 
 class Whitening:
@@ -69,7 +69,7 @@ class Whitening:
         self.stretch = gamma.clamp_min(1.0).sqrt() - 1
 
     def whiten(self, atoms: Atoms) -> Atoms:
-        """From weights to coordinates."""
+        """Map weights to coordinates."""
         V = self._by_group(atoms.V, lambda L, V: L.T @ V)
         V = self._stretched(V, self.stretch)
         return replace(atoms, U=self.root_beta * atoms.U, V=V, intercept=self.root_h * atoms.intercept)
