@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import require
 from convexhead.report import drawing, figures
-from convexhead.report.tables import NOTHING, Results, Row, _plain, accuracy, gap, number, relative, seconds
+from convexhead.report.tables import NOTHING, Results, Row, accuracy, gap, number, plain_text, relative, seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def cells(row: Row) -> list[str]:
 def markdown(results: Results) -> str:
     """The table in GitHub's markdown."""
     lines = [COLUMNS, ["---" if i < 3 else "---:" for i in range(len(COLUMNS))], *map(cells, results["methods"])]
-    return "".join("| " + " | ".join(map(_plain, line)) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(plain_text, line)) + " |\n" for line in lines)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -156,11 +156,11 @@ def markdown_table(results: Results) -> str:
         return "| " + " | ".join(texts) + " |"
 
     rule = ["---" if i < 2 else "---:" for i in range(len(COLUMNS))]
-    rows = [[_plain(text) for text in row] for row in _all_cells(results)]
+    rows = [[plain_text(text) for text in row] for row in _all_cells(results)]
     return "\n".join([line(COLUMNS), line(rule), *map(line, rows)]) + "\n"
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text that markdown takes for nothing but text."""
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " ")):
         text = text.replace(mark, entity)

@@ -59,64 +59,47 @@ def extract(
 ) -> TokenStore:
     """Run a frozen backbone over all images of a source and keep the tokens in the folder ``out``.
 
-    Given the same arguments again, a run that was stopped at any moment continues at the shard it was in, and
-    a finished store is returned as it is. If only the fitted part differs (``standardize``, ``constant``, and
-    ``channels`` with ``reduce="pca"``), the reduction alone is fitted again.
-
-    Under torchrun every process calls this with the same arguments and extracts its share of the shards; the
-    store is the same as that of one process.
+    Given the same arguments again, a run that was stopped continues at the shard it was in, and a finished store is
+    returned as it is. If only the fitted part differs (``standardize``, ``constant``, and ``channels`` with
+    ``reduce="pca"``), the reduction alone is fitted again. Under torchrun every process calls this with the same
+    arguments and extracts its share of the shards; the store is the same as that of one process.
 
     Parameters
     ----------
     source
         See `open_source`.
-    backbone
-        See `open_backbone`, as for ``layer``, ``image_size`` and ``crop_pct``; None with ``like``.
+    backbone, layer, image_size, crop_pct
+        See `open_backbone`; ``backbone`` is None with ``like``.
     out
-        Folder of the store; made if it does not exist.
+        Folder of the store.
     like
-        A store, or a run that was fitted on one: backbone, layer, preprocessing, pooling, type, the fitted
-        reduction with its values and the order of the classes are taken from there, and options that say
-        something else are refused. The tokens can then be compared with those.
+        A store, or a run that was fitted on one: all settings, the fitted reduction and the order of the classes are
+        taken from there, and options that say something else are refused.
     channels
         Channels to keep; None keeps all.
     reduce
-        How to reduce channels. ``"avgpool"`` (None) averages neighbours before they are written; ``"pca"``
-        writes all and keeps the leading principal components of the train tokens when they are read.
+        How to reduce channels. ``"avgpool"`` (None) averages neighbours before they are written; ``"pca"`` writes all
+        and keeps the leading principal components of the train tokens when they are read.
     token_pool
         Token grid to average down to, ``(h, w)`` or one number for a square.
-    standardize
-        Give every channel mean 0 and variance 1 over the train tokens when they are read, before
-        principal components are taken; None does.
-    constant
-        Append a channel of ones when they are read; None does not.
+    standardize, constant
+        When tokens are read, give every channel mean 0 and variance 1 over the train tokens, before principal
+        components are taken (None does), and append a channel of ones (None does not).
     dtype
         Type in which tokens are written; None is float16.
-    batch_size
-        Images a forward pass; None is 8 on a CPU (one batch a core, small enough for its
-        cache), else 256.
-    shard_size
-        Images a file, and the most that a crash can lose.
+    batch_size, shard_size
+        Images a forward pass (None: 8 on a CPU, else 256), and images a file, the most that a crash can lose.
     skip_broken
         Leave out images that cannot be decoded (the manifest names them) instead of stopping.
-    device
-        A torch device, or ``"auto"`` for a GPU if there is one (under torchrun one GPU a process).
-    progress
-        Called after every batch.
+    device, progress
+        A torch device, or ``"auto"`` for a GPU if there is one; called after each batch.
 
     Raises
     ------
-    InputError
-        An argument or an image that cannot be used.
-    FileFormatError
-        ``out`` holds something else, or the store of another source, backbone or setting.
-    StoreWriteError
-        The disk is full, ``out`` cannot be written, or another run is writing it; finished
-        shards are kept.
-    HubError, MissingExtraError
-        See `open_backbone` and `open_source`.
+    ConvexHeadError
+        An argument or an image cannot be used; ``out`` holds something else; or ``out`` cannot be written, where
+        finished shards are kept. See also `open_backbone` and `open_source`.
     """
-
     asked = {
         "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
         "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant, "dtype": dtype,
@@ -125,11 +108,7 @@ def extract(
 
     def plan() -> Plan:
         origin = None if like is None else origin_of(like)
-        options = _options(asked, origin)
-        extractor = _extractor(source, options, origin, _device(device), skip_broken)
-        size = batch_size or BATCH["cpu" if extractor.device.type == "cpu" else "gpu"]
-        job = ExtractionJob(extractor, Path(out).expanduser(), size, shard_size, origin)
-        return Plan(job, job.config(), _wanted_reduction(options, origin))
+        return _plan(asked, source, Path(out).expanduser(), origin, batch_size, shard_size, device, skip_broken)
 
     ranks = join_ranks(PATIENCE)
     with ranks.all_or_none():
@@ -144,6 +123,23 @@ class Plan(NamedTuple):
     job: ExtractionJob
     config: dict[str, Any]
     fit: Fit | Reduction
+
+
+def _plan(
+    asked: dict[str, Any],
+    source: str | Path | ImageSource,
+    out: Path,
+    origin: TokenOrigin | None,
+    batch_size: int | None,
+    shard_size: int,
+    device: str,
+    skip_broken: bool,
+) -> Plan:
+    options = _options(asked, origin)
+    extractor = _extractor(source, options, origin, _device(device), skip_broken)
+    size = batch_size or BATCH["cpu" if extractor.device.type == "cpu" else "gpu"]
+    job = ExtractionJob(extractor, out, size, shard_size, origin)
+    return Plan(job, job.config(), _wanted_reduction(options, origin))
 
 
 def _check(reduce: str | None, dtype: str | None, counts: dict[str, int | None]) -> None:

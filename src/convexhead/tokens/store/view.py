@@ -132,15 +132,17 @@ class SplitView:
         Raises:
             IndexError: rows that are not there.
         """
-        kept = np.arange(len(self))[rows] if self.rows is None else self.rows[rows]
-        return self._changed(rows=np.asarray(kept, np.int64))
+        return self._changed(rows=self._kept(rows))
 
     def first_classes(self, count: int | None) -> SplitView:
         """Return a view of the images of the first ``count`` classes, which are then all there are; None: all."""
         if count is None or count >= len(self.class_names):
             return self
-        some = self.subset(np.flatnonzero(self.labels < count))
-        return some._changed(class_names=self.class_names[:count])
+        return self._changed(rows=self._kept(np.flatnonzero(self.labels < count)), class_names=self.class_names[:count])
+
+    def _kept(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which images of the split the view's ``rows`` are."""
+        return np.asarray(np.arange(len(self))[rows] if self.rows is None else self.rows[rows], np.int64)
 
     # -- the view and a head ------------------------------------------------------------------------------------------
     def origin(self) -> TokenOrigin:
