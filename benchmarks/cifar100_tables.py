@@ -6,7 +6,7 @@
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
 the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced; a
-table whose twins come in several widths gets a figure, docs/images/cifar100-NAME.svg.
+table in which Adam's runs have several widths gets a figure, docs/images/cifar100-NAME.svg.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def _typed(row: Row) -> dict[str, Any]:
 
 
 def widths(name: str) -> bool:
-    """The figure of twins against their number of heads, beside the convex head; False where they have one number."""
+    """Draw Adam's runs against their number of heads, beside the convex head; False where they have one number."""
     rows = [_typed(row) for row in read_csv(f"cifar100_{name}") if row["method"].startswith(("convex", "Adam,"))]
-    twins = [row for row in rows if row["method"] != "convex" and row["head"] != "linear"]
-    if len(twins) == len({_cell(row) for row in twins}):
+    adam_rows = [row for row in rows if row["method"] != "convex" and row["head"] != "linear"]
+    if len(adam_rows) == len({_cell(row) for row in adam_rows}):
         return False
-    heads = list(dict.fromkeys(row["head"] for row in twins))
+    heads = list(dict.fromkeys(row["head"] for row in adam_rows))
     styles = {head: {"color": drawing.head_color(head.split()[0]), "linestyle": _dash(head)} for head in heads}
     with drawing.grid(2 * len(ORDER), columns=len(ORDER)) as (figure, axes):
         for column, activation in enumerate(ORDER):

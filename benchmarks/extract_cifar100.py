@@ -10,7 +10,7 @@ batch a core, as extraction does, and once as one batch over all cores. Extracti
 process, which speeds these up as well; so ``plain`` is the better of the two ways in a fresh process without,
 what a loop over the backbone would reach. Every finished store writes a row of results/extract_cifar100.csv.
 
-``--memory`` extracts 1x, 4x and 16x the images, streams through each store, and writes the peaks of both to
+``--memory`` extracts 1x, 4x and 16x the images, streams through each store, and writes the largest memory of both to
 results/extract_memory.csv.
 """
 
@@ -275,7 +275,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="train images, for a trial; a fifth as many of test")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--csv", type=Path, help="file for the rows, default benchmarks/results/...")
-    parser.add_argument("--memory", action="store_true", help="measure peaks at 1x, 4x and 16x the images instead")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure the largest memory at 1x, 4x and 16x the images instead"
+    )
     parser.add_argument("--memory-base", type=int, default=500, help="train images at 1x")
     parser.add_argument("--store-one", help=argparse.SUPPRESS)
     parser.add_argument("--bare-one", help=argparse.SUPPRESS)

@@ -237,7 +237,7 @@ def check_lengths(X: Tokens, targets: int) -> None:
 
 
 def check_informative(X: Tokens) -> None:
-    """Raise if all samples are the same: nothing can be learned then, whatever the head."""
+    """Raise if all samples are the same: no head can tell them apart."""
     first, step = X[:1], chunk_rows(X, CHUNK_BYTES["cpu"])
     # Reads until two samples differ, hence one chunk as a rule.
     if len(X) > 1 and all(bool((X[i : i + step] == first).all()) for i in range(0, len(X), step)):

@@ -29,7 +29,7 @@ from convexhead.runtime.stored_tokens import StoredTokens, Tokens, token_bytes
 
 QUERIES = 16
 OPTIONS = tuple((lr, decay) for lr in (0.001, 0.003, 0.01, 0.03) for decay in (0.01, 0.3))
-"""Learning rates and weight decays that are tried."""
+"""Pairs of learning rate and weight decay to try."""
 
 
 class AttentiveProbe(nn.Module):

@@ -288,7 +288,7 @@ def _in_cone(m: Float[Tensor, " w"], K: Float[Tensor, "h w"]) -> float:
         target = -sign * m.numpy(force=True)
         try:
             lam = np.maximum(nnls(A, target)[0], 0.0)
-        except RuntimeError:  # it did not settle
+        except RuntimeError:  # it did not converge
             lam = np.zeros(A.shape[1])
         rounding = EPSILON * sum(A.shape) * lam.sum()
         bounds.append(float(np.linalg.norm(A @ lam - target) + rounding))

@@ -35,7 +35,7 @@ from convexhead.tokens.store.view import SplitView
 
 Array = NDArray[Any]
 SCORED = 500
-"""Images that a network scores at a time."""
+"""Number of images that a network scores at a time. Chosen by hand."""
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from convexhead.tokens import TokenStore, extract, open_source
 from convexhead.tokens.progress import told_to
 
 BACKBONE = "timm:gmlp_s16_224.ra3_in1k"
-"""The published one."""
+"""Backbone of the publication."""
 PRIORITY = ("self-attention", "mlp", "linear", "fno", "mlp-mixer", "block-fno")
-"""Order in which heads are trained: a long run that is stopped has the most telling ones."""
+"""Order in which heads are trained: a long run that is stopped early has the most informative ones."""
 SIZES = (2, 8, 32, 128, 500)
-"""Train images of a class, those held out among them, along which the main heads are compared."""
+"""Numbers of train images of a class (held-out ones included) at which the main heads are compared."""
 MAIN = (Cell("self-attention", "linear"), Cell("mlp", "linear"), Cell("linear", "linear"))
 
 

@@ -148,7 +148,7 @@ def leading(
     active : Tensor (j,)
         The blocks that have atoms, the only ones treated.
     count : Tensor (j,)
-        How many Ritz vectors of each it pays to split off: the last have not settled, and what couples them to the
+        How many Ritz vectors of each it pays to split off: the last have not converged, and what couples them to the
         rest would spoil the bound.
     """
     model = split_off_model(G, atoms)

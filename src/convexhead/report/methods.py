@@ -1,4 +1,4 @@
-"""Everything that was trained, one row a method: convex heads, their twins of every kind and number of heads, probes.
+"""Everything that was trained, one row a method: convex heads, Adam's runs of every kind and number of heads, probes.
 
 ``results["methods"]`` holds flat rows (`convexhead.experiments.rows` makes them); here they become a table and
 three figures: accuracy against what tuning cost, distance from the optimum at every learning rate, and accuracy against

@@ -28,7 +28,7 @@ def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, A
     Parameters
     ----------
     folder : Path
-        Of `convexhead fit`, `path` or `twin`, or of a saved classifier.
+        Of `convexhead fit`, `path` or `adam`, or of a saved classifier.
     store : TokenStore or None
         Score the model on this store anew, whatever the folder holds.
 

@@ -77,7 +77,7 @@ def probability(value: float) -> str:
 
 # -- Adam's runs --------------------------------------------------------------------------------------------
 def _of_runs(row: Row, key: str) -> list[float]:
-    """Finite values of ``key`` over the runs of the row's twin."""
+    """Finite values of ``key`` over Adam's runs of the row's head."""
     runs = (row.get("twin") or {}).get("runs") or []
     return [x for run in runs if (x := number(run.get(key))) is not None]
 

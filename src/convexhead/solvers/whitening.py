@@ -13,7 +13,7 @@ What that misses is how an output's curvature goes with the features: a class is
 it. With ``w_io``, the loss's second derivative in output ``o``, the block of ``Ṽ_o`` is ``L⁻¹ A_o L⁻ᵀ`` with
 ``A_o = (1/n) Σ_i w_io M_iᵀ M_i + β I``; it is far above the identity along ``u_o ∝ L⁻¹ Σ_i w_io M_iᵀ``, the features of
 the samples in doubt. One number an output, ``γ_o = u_oᵀ L⁻¹ A_o L⁻ᵀ u_o``, mends that: coordinates are stretched along
-``u_o`` by ``√γ_o``. L-BFGS learns the rest.
+``u_o`` by ``√γ_o``. L-BFGS finds the rest.
 """
 
 from __future__ import annotations

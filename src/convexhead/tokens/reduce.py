@@ -31,8 +31,10 @@ Array = TypeVar("Array", NDArray[Any], torch.Tensor)
 def pool_channels(tokens: torch.Tensor, channels: int) -> torch.Tensor:
     """Average neighbouring channels, ``(b, s, d)`` to ``(b, s, channels)``: adaptive average pooling.
 
-    Raises:
-        InputError: ``channels`` is not in ``1 .. d``.
+    Raises
+    ------
+    InputError
+        ``channels`` is not in ``1 .. d``.
     """
     if not 1 <= channels <= tokens.shape[-1]:
         raise InputError(f"channels={channels} must be between 1 and the {tokens.shape[-1]} channels of the tokens")
@@ -42,8 +44,10 @@ def pool_channels(tokens: torch.Tensor, channels: int) -> torch.Tensor:
 def pool_grid(tokens: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
     """Average neighbouring tokens: ``(b, h * w, d)`` on ``grid = (h, w)`` to the grid ``target``.
 
-    Raises:
-        InputError: ``target`` is larger than the grid or not positive.
+    Raises
+    ------
+    InputError
+        ``target`` is larger than the grid or not positive.
     """
     check_pool(grid, target)
     b, _, d = tokens.shape
@@ -54,8 +58,10 @@ def pool_grid(tokens: torch.Tensor, grid: tuple[int, int], target: tuple[int, in
 def check_pool(grid: tuple[int, int], target: tuple[int, int]) -> None:
     """Refuse a grid that tokens on ``grid`` cannot be averaged down to.
 
-    Raises:
-        InputError: ``target`` is larger than the grid or not positive.
+    Raises
+    ------
+    InputError
+        ``target`` is larger than the grid or not positive.
     """
     if not all(1 <= t <= g for t, g in zip(target, grid, strict=True)):
         raise InputError(f"token_pool={target} must be between (1, 1) and the token grid {grid}")
@@ -65,12 +71,18 @@ def check_pool(grid: tuple[int, int], target: tuple[int, int]) -> None:
 class Reduction:
     """The affine map ``((x - mean) * scale) @ basis``, then a channel of ones if ``constant``.
 
-    Attributes:
-        mean: float32 ``(d,)``.
-        scale: float32 ``(d,)``.
-        basis: float32 ``(d, k)`` with orthonormal columns, or None for the identity.
-        constant: whether a channel with value 1 is appended.
-        options: what was asked of `fit_reduction`.
+    Attributes
+    ----------
+    mean
+        float32 ``(d,)``.
+    scale
+        float32 ``(d,)``.
+    basis
+        float32 ``(d, k)`` with orthonormal columns, or None for the identity.
+    constant
+        Whether a channel with value 1 is appended.
+    options
+        What was asked of `fit_reduction`.
     """
 
     mean: NDArray[np.float32]
@@ -92,8 +104,10 @@ class Reduction:
     def apply(self, tokens: Array) -> Array:
         """Map tokens ``(..., d)`` of any float type to float32 ``(..., channels)``; numpy in, numpy out.
 
-        Raises:
-            InputError: the tokens do not have ``d`` channels.
+        Raises
+        ------
+        InputError
+            The tokens do not have ``d`` channels.
         """
         if tokens.shape[-1] != len(self.mean):
             raise InputError(f"tokens have {tokens.shape[-1]} channels, the reduction was fitted on {len(self.mean)}")
@@ -129,8 +143,10 @@ class Reduction:
     def load(cls, path: Path) -> Reduction:
         """Read what `to_bytes` wrote.
 
-        Raises:
-            FileFormatError: missing, truncated, foreign or newer file.
+        Raises
+        ------
+        FileFormatError
+            Missing, truncated, foreign or newer file.
         """
         try:
             with safe_open(path, framework="np") as file:

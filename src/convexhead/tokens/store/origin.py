@@ -195,7 +195,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 NAMES = {"channels": "channel pooling", "token_pool": "token pooling"}
-"""Settings in the words of the command line."""
+"""Settings, and the words of the command line for them."""
 
 
 def _short(weights: Any) -> str:

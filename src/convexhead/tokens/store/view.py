@@ -33,12 +33,18 @@ class SplitView:
     Slices, index arrays and boolean masks read only the rows they name; the store's `Reduction` is applied on
     the way. ``np.asarray(view)`` reads everything.
 
-    Attributes:
-        class_names: what the labels mean.
-        token_pool: the grid that stored tokens are averaged down to on the way, or None.
-        reduction: what is applied on the way, after that, or None.
-        broken: names of the images that could not be read and were left out.
-        rows: the images of the split that this view shows, or None for all.
+    Attributes
+    ----------
+    class_names
+        What the labels mean.
+    token_pool
+        The grid that stored tokens are averaged down to on the way, or None.
+    reduction
+        What is applied on the way, after that, or None.
+    broken
+        Names of the images that could not be read and were left out.
+    rows
+        The images of the split that this view shows, or None for all.
     """
 
     ndim = 3
@@ -99,9 +105,12 @@ class SplitView:
     def labels(self) -> NDArray[np.int64]:
         """int64 ``(n,)``, indices into ``class_names``.
 
-        Raises:
-            InputError: a view made by `read_as` holds images of a class that the head does not know.
-            FileFormatError: a label that is no class.
+        Raises
+        ------
+        InputError
+            A view made by `read_as` holds images of a class that the head does not know.
+        FileFormatError
+            A label that is no class.
         """
         labels: NDArray[np.int64] = self._take("labels", slice(None))
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self._manifest.class_names):
@@ -129,8 +138,10 @@ class SplitView:
     def subset(self, rows: NDArray[np.int64]) -> SplitView:
         """Return a view of some of the images.
 
-        Raises:
-            IndexError: rows that are not there.
+        Raises
+        ------
+        IndexError
+            Rows that are not there.
         """
         return self._changed(rows=self._kept(rows))
 
@@ -168,8 +179,10 @@ class SplitView:
         The stored tokens pass through the head's own pooling and reduction, and labels are numbered as the head's
         classes.
 
-        Raises:
-            InputError: tokens that are made otherwise than the head's.
+        Raises
+        ------
+        InputError
+            Tokens that are made otherwise than the head's.
         """
         origin.check(self._manifest, self._with_class_token, repr(str(self._folder)))
         numbers = origin.numbers(self._manifest.class_names)
@@ -181,8 +194,10 @@ class SplitView:
     def read_to_audit(self, origin: TokenOrigin) -> SplitView:
         """Return the images that a head of that ``origin`` was fitted on, as it reads them.
 
-        Raises:
-            InputError: this split does not hold them.
+        Raises
+        ------
+        InputError
+            This split does not hold them.
         """
         view = self.read_as(origin)
         images = len(self._rows)
@@ -201,8 +216,10 @@ class SplitView:
         It is reduced as the other tokens are (with what was fitted on those). The tokens then lie on no grid
         any more: ``grid`` is ``(1 + s, 1)``.
 
-        Raises:
-            InputError: the backbone has no class token.
+        Raises
+        ------
+        InputError
+            The backbone has no class token.
         """
         self._check_prefix()
         return self._changed(_with_class_token=True)
@@ -214,8 +231,10 @@ class SplitView:
     def pooled(self, grid: tuple[int, int]) -> SplitView:
         """Return a view whose tokens are averaged over their grid down to ``grid``, before they are reduced.
 
-        Raises:
-            InputError: ``grid`` is larger than that of the stored tokens, or not positive.
+        Raises
+        ------
+        InputError
+            ``grid`` is larger than that of the stored tokens, or not positive.
         """
         check_pool(self._manifest.grid, grid)
         return self._changed(token_pool=None if grid == self._manifest.grid else grid)
@@ -236,8 +255,10 @@ class SplitView:
     def class_tokens(self, rows: Any) -> FloatArray:
         """Return the class tokens ``(k, d)`` of ``rows``, not reduced.
 
-        Raises:
-            InputError: the backbone has no class token.
+        Raises
+        ------
+        InputError
+            The backbone has no class token.
         """
         self._check_prefix()
         return self._take("prefix", rows)[..., 0, :].astype(np.float32, copy=False)
