@@ -233,7 +233,8 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Another store may number its classes otherwise. Compare these labels with ``labels_of(X)``, which numbers them
         as in training too, and not with the store's own ``X.labels``; `score` does so.
         """
-        return self.classes_[self._outputs(X)[:, 0].argmax(1)]
+        largest = self._outputs(X)[:, 0].argmax(1)
+        return self.classes_[largest]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy; ``y`` may be left out for a split of a store, whose classes are matched by name."""
