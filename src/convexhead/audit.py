@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
 
 from convexhead import inputs
-from convexhead.certificate.certify import Certificate, certify_atoms
+from convexhead.certificate.certificate import Certificate
+from convexhead.certificate.certify import certify_atoms
 from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator
 from convexhead.model import Model

@@ -55,7 +55,7 @@ def _count(*others: str | None) -> Check:
 
     def check(name: str, value: Any) -> int | str | None:
         if any(value is other or (isinstance(value, str) and value == other) for other in others):
-            return value  # type: ignore[no-any-return]
+            return value
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
             allowed = "".join(f" or {other!r}" for other in others)
             raise InputError(f"{name} must be a positive integer{allowed}, got {value!r}")

@@ -94,11 +94,11 @@ def extract(
             image_size=image_size,
             crop_pct=crop_pct,
             channels=channels,
-            reduce=None if reduce is None else reduce.value,  # type: ignore[arg-type]
+            reduce=None if reduce is None else reduce.value,
             token_pool=token_pool,
             standardize=standardize,
             constant=constant,
-            dtype=None if dtype is None else dtype.value,  # type: ignore[arg-type]
+            dtype=None if dtype is None else dtype.value,
             batch_size=batch_size,
             shard_size=shard_size,
             skip_broken=skip_broken,

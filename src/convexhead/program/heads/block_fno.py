@@ -41,7 +41,7 @@ class BlockFNO(Head):
         self.width = n_channels // n_blocks
         self.mixing_shape = (self.s, self.width)
         self.value_rows = 1
-        self._fno = FNO(n_tokens, self.width, **options)  # type: ignore[arg-type]
+        self._fno = FNO(n_tokens, self.width, **options)
 
     def mix_bound(self, norms: Tensor) -> Tensor:
         return self._fno.mix_bound(norms)
