@@ -222,10 +222,16 @@ class Model:
         Raises
         ------
         InputError
-            ``raw_tokens`` for a head that was not fitted on a store with a reduction.
+            ``raw_tokens`` for a head that was not fitted on a store with a reduction, or that reads pooled tokens.
         """
         if raw_tokens and self.reduction is None:
             raise InputError("this head was fitted on plain tokens, there is no reduction to put in front of it")
+        if raw_tokens and self.origin is not None and self.origin.token_pool is not None:
+            h, w = self.origin.token_pool
+            raise InputError(
+                f"this head reads tokens that are averaged down to a grid of {h} x {w}, which a module does not do: "
+                "leave raw_tokens out, and give the module pooled and reduced tokens"
+            )
         module = HeadModule.from_atoms(
             self.head,
             self.spec.activation,

@@ -99,7 +99,7 @@ def collect(
     sample = choose_sample(arrays)
     lift = head_lift(model, view, torch.from_numpy(labels))
     arrays |= {"lift": lift.numpy(), "sample": sample, "tokens": view[sample]}
-    info = store.info()
+    info, files = store.info(), view.files
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -107,7 +107,7 @@ def collect(
         "environment": _environment(),
         "split": split,
         "classes": [view.class_names[int(label)] for label in model.classes_],
-        "files": [view.files[i] for i in sample],
+        "files": [files[i] for i in sample],
         "tokens": info | {"path": str(store.path.resolve()), "source": _absolute(info["source"])},
         "path": None if path is None else [_path_row(row) for row in path],
         "at_edge": at_edge,

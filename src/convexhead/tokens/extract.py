@@ -175,17 +175,19 @@ def _extractor(
     if device.type == "cpu":
         reuse_freed_memory()
     images, pool = open_source(source), options["token_pool"]
+    channels = None if options["reduce"] == "pca" else options["channels"]
     if origin is None:
         sizes = {name: options[name] for name in ("layer", "image_size", "crop_pct")}
         network = open_backbone(options["backbone"], **sizes)
     else:
         images = number_like(images, origin.class_names)
         network = open_backbone_like(origin, options)
+        channels = origin.config["channels"]  # an experiment may reduce channels that were pooled before
     return BatchExtractor(
         source=images,
         backbone=network.to(device),
         device=device,
-        channels=None if options["reduce"] == "pca" else options["channels"],
+        channels=channels,
         token_pool=(pool, pool) if isinstance(pool, int) else pool,
         dtype=options["dtype"],
         skip_broken=skip_broken,

@@ -56,6 +56,35 @@ def test_attributes(finished: Path) -> None:
     store.verify()
 
 
+def test_pooled_tokens_are_a_view(finished: Path) -> None:
+    """Pooling and a reduction are applied on the way, whichever rows are read; the view says so of itself."""
+    whole = TokenStore.open(finished)["train"]
+    pooled = whole.pooled((2, 2))
+    assert pooled.shape == (1257, 4, 13)
+    assert pooled.grid == (2, 2)
+    # The reduction is affine: it may come before or after the mean.
+    expected = whole.read().reshape(-1, 2, 2, 2, 2, 13).mean((2, 4)).reshape(-1, 4, 13)
+    np.testing.assert_allclose(pooled.read(), expected, atol=1e-5)
+    for rows in (5, -1, slice(7, 90), slice(None, None, -100), [3, 1, -2], np.arange(1257) % 7 == 0):
+        np.testing.assert_array_equal(pooled[rows], pooled.read()[rows])
+    np.testing.assert_array_equal(pooled.subset(np.arange(40, 60))[:], pooled[40:60])
+    assert len({whole.identity, pooled.identity, whole.pooled((1, 4)).identity}) == 3
+    assert whole.pooled((4, 4)).identity == whole.identity
+    assert pooled.unreduced().shape == (1257, 16, 12)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(pooled))[:9], pooled[:9])
+    with pytest.raises(InputError, match="token_pool"):
+        whole.pooled((5, 2))
+
+
+def test_the_first_classes_are_all_that_a_view_knows(finished: Path) -> None:
+    whole = TokenStore.open(finished)["train"]
+    three = whole.first_classes(3)
+    np.testing.assert_array_equal(three.labels, whole.labels[whole.labels < 3])
+    np.testing.assert_array_equal(three[:], whole.read()[whole.labels < 3])
+    assert three.class_names == ["0", "1", "2"]
+    assert whole.first_classes(10) is whole.first_classes(None) is whole
+
+
 @pytest.mark.parametrize(
     "rows",
     [
