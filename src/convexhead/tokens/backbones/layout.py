@@ -8,7 +8,8 @@ Let ``F(x)`` be the features of an image ``x`` of noise, and ``x_a`` the same im
   image. The others must fill a grid, ``s - front - back = h * w``.
 * **That the patches lie row by row.** Token ``t`` answers to band ``a`` with ``r_ta = |F(x_a)_t - F(x)_t|^2``. Its
   centroid ``sum_a a r_ta / sum_a r_ta`` must grow with the row in which the layout puts the token, and likewise
-  for columns. A transposed grid, or tokens in the order of windows, fails this. Only a map ``(b, d, h, w)`` need not
+  for columns, and no shift may fit better. A transposed grid, tokens in the order of windows, or one token too many in
+  front fail this. Only a map ``(b, d, h, w)`` need not
   pass: its order is that of its axes, and in a deep convolutional network without training every cell may answer to
   all pixels alike.
 """
@@ -234,13 +235,18 @@ def _answers(layout: Layout, features: Tensor) -> Tensor:
 
 
 def _locality(layout: Layout, answers: Tensor) -> float:
-    """Return the correlation of the tokens' rows, and columns, with where they answer: the lesser of both."""
+    """Return the correlation of the tokens' rows, and columns, with where they answer: the lesser of both.
+
+    -1 where rows or columns that are rolled around fit better: on a wide grid a shift by one changes little.
+    """
     h, w = layout.grid
     place = torch.arange(h * w, device=answers.device)
+    bands = torch.arange(BANDS, device=answers.device, dtype=torch.float64)
     scores = [1.0]
     for side, positions, answer in ((h, place // w, answers[:BANDS]), (w, place % w, answers[BANDS:])):
         if side > 1:
-            bands = torch.arange(BANDS, device=answers.device, dtype=torch.float64)
-            centroid = bands @ answer / answer.sum(0)
-            scores.append(float(torch.corrcoef(torch.stack([positions.double(), centroid]))[0, 1].nan_to_num(-1.0)))
+            rolled = (positions + torch.arange(side, device=answers.device).unsqueeze(1)) % side
+            centroid = (bands @ answer / answer.sum(0)).unsqueeze(0)
+            fits = torch.corrcoef(torch.cat([rolled.double(), centroid]))[-1, :-1].nan_to_num(-1.0)
+            scores.append(float(fits[0]) if int(fits.argmax()) == 0 else -1.0)
     return min(scores)
