@@ -12,6 +12,7 @@ from convexhead.errors import InputError
 from convexhead.program.activations import GatedReLU, make_activation, sample_gates
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
+from convexhead.program.identity import differences
 from convexhead.program.losses import Squared
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
@@ -80,8 +81,9 @@ def test_some_samples_have_their_own_outputs(name, activation, reuse):
     block = torch.arange(k) % whole.n_blocks
     U = normal(k, *whole.head.mixing_shape) if whole.head.learns_mixing else torch.ones(k).double()
     atoms = replace(whole.empty(), U=U, V=normal(k, *whole.value_shape), block=block)
-    index = torch.tensor([5, 1, 40])
+    index, identity = torch.tensor([5, 1, 40]), whole.identity
     part = whole.take(index)
+    assert differences(identity, part.identity)  # a bound on the whole is none on a part
     assert (part.n, len(part.operator)) == (3, 3)
     torch.testing.assert_close(part.outputs(atoms), whole.outputs(atoms)[index], rtol=1e-12, atol=1e-12)
     expected = whole.loss.value(whole.outputs(atoms)[index], whole.Y[index]).mean() + 0.1 * whole.penalty(atoms)

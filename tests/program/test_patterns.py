@@ -15,6 +15,7 @@ from convexhead.errors import InputError
 from convexhead.program.activations import GatedReLU
 from convexhead.program.heads import make_head
 from convexhead.program.patterns import (
+    UnreliableError,
     all_gates,
     cells,
     hyperplanes,
@@ -55,6 +56,23 @@ def test_general_position_has_covers_count(n, rank):
     rho = min(n, rank)
     if n > rho:
         assert len(found) <= 2 * rho * (math.e * (n - 1) / rho) ** rho
+
+
+@pytest.mark.parametrize("exponent", range(1, 17))
+def test_nearly_dependent_hyperplanes_have_all_cells_or_are_refused(exponent):
+    """Few enough of them to be independent, and one that lies near the span of the others."""
+    K = torch.randn(5, 6, generator=torch.Generator().manual_seed(exponent), dtype=torch.float64)
+    K[4] = K[:4].sum(0) + 10.0**-exponent * K[4]
+    own = hyperplanes(K)
+    try:
+        points = cells(K)
+    except UnreliableError:
+        assert exponent > 8
+        return
+    signs = {tuple(row) for row in (points @ own.T > 0).tolist()}
+    assert len(signs) == len(points)
+    # Float64 sees 5 independent rows or, in the end, the fewer cells of 5 rows of rank 4.
+    assert len(points) == 32 or (exponent > 12 and len(points) == most_cells(5, 4))
 
 
 @pytest.mark.parametrize("seed", range(12))

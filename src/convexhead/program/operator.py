@@ -124,7 +124,7 @@ class Operator:
 
     def take(self, index: Int[Tensor, " b"]) -> Operator:
         """Some samples of one process, with what was prepared of them."""
-        return self._with(self.samples.take(index), n=len(index))
+        return self._with(self.samples.take(index), n=len(index), stored=None)
 
     # -- what it holds ------------------------------------------------------------------------------------------------
     def __len__(self) -> int:

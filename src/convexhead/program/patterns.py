@@ -246,6 +246,8 @@ def _cells(K: Float[Tensor, "N r"], error: Float[Tensor, " N"]) -> tuple[Float[T
     if rank == N:  # independent: every sign occurs, and one point has it on all hyperplanes at one distance
         signs = 1.0 - 2.0 * (torch.arange(2**N).unsqueeze(1) >> torch.arange(N) & 1)
         points = torch.linalg.solve(K, signs.to(K).T).T
+        if not torch.equal((points @ K.T).sign(), signs.to(K)):  # rounding put two of them into one cell
+            raise _unreliable()
         return points / points.norm(dim=1, keepdim=True), 0.0
     points, doubt = K[:1] * K.new_tensor([[1.0], [-1.0]]), 0.0
     for i in range(1, N):

@@ -115,9 +115,13 @@ class Problem:
         return self._on(self.operator, self.Y.movedim(2, 0).contiguous().movedim(0, 2))
 
     def take(self, index: Int[Tensor, " b"]) -> Problem:
-        """Take some samples of one process, with what was prepared of them: for steps over batches."""
+        """Take some samples of one process, with what was prepared of them: for steps over batches.
+
+        It is another problem, with an identity of its own: a bound on the whole says nothing about it.
+        """
         part = self._on(self.operator.take(index), self.Y[index])
-        part.targets = part.Y
+        part.targets, part.stated = part.Y, None
+        vars(part).pop("identity", None)
         return part
 
     def _on(self, operator: Operator, Y: Float[Tensor, "n r c"]) -> Problem:
