@@ -45,7 +45,7 @@ class Solver(ABC):
     max_heads : int or None
         Atoms that the model may have.
     generator : torch.Generator or None
-        Source of random starts and draws, of the solvers that take any.
+        Source of random starts and draws; a new one where None.
     oracle : NormOracle or None
         Of a problem with a ReLU; its certificate uses it too.
 
@@ -86,9 +86,14 @@ class Solver(ABC):
         oracle: NormOracle | None = None,
     ) -> None:
         self.problem, self.beta, self.monitor = problem, beta, monitor
-        self.max_heads, self.generator, self.oracle = max_heads, generator, oracle
+        self.max_heads, self.generator, self.oracle = max_heads, generator or torch.Generator(), oracle
         self.target = 0.0
         self._restored = False
+        self._set_up(start)
+
+    @abstractmethod
+    def _set_up(self, start: Atoms) -> None:
+        """Make what the steps need, and begin at ``start``."""
 
     @classmethod
     @abstractmethod

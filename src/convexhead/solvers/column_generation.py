@@ -26,7 +26,7 @@ from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop, scaled_dual
 from convexhead.solvers.factored import FactoredDescent, Passes
 from convexhead.solvers.increments import Increments
-from convexhead.solvers.monitor import Monitor, State
+from convexhead.solvers.monitor import State
 from convexhead.solvers.pricing import FORMED_STEPS, Directions, lacking_directions, leading_directions, with_best_step
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
 from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
@@ -68,24 +68,12 @@ class ColumnGeneration(Solver):
     memory = 0.85
     """Weight of the past in the running average of outputs. Chosen by hand."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        beta: float,
-        start: Atoms,
-        monitor: Monitor,
-        *,
-        generator: torch.Generator,
-        max_heads: int | None = None,
-        oracle: NormOracle | None = None,
-    ) -> None:
-        super().__init__(problem, beta, start, monitor, max_heads=max_heads, oracle=oracle)
-        self.generator: torch.Generator = generator
+    def _set_up(self, start: Atoms) -> None:
         self._warm: Tensor | None = None
         self._past: Tensor | None = None  # left directions of the last restriction
         self._average: Tensor | None = None
         self._atoms = start
-        self._take(problem)
+        self._take(self.problem)
 
     @classmethod
     def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:

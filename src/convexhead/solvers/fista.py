@@ -10,7 +10,7 @@ Qᵀ``, an eigendecomposition of a small symmetric matrix instead of an SVD.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop, scaled_dual
 from convexhead.solvers.dense import DensePasses, singular_values
 from convexhead.solvers.factored import FactoredDescent
-from convexhead.solvers.monitor import Monitor, State
+from convexhead.solvers.monitor import State
 from convexhead.solvers.newton import FactoredNewton
 
 
@@ -64,20 +64,13 @@ class Fista(Solver):
     trials = 60
     """Lengths of a step that are tried; where none is short enough, rounding hides the decrease."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        beta: float,
-        start: Atoms,
-        monitor: Monitor,
-        *,
-        max_heads: int | None = None,
-        generator: torch.Generator | None = None,
-        oracle: NormOracle | None = None,
-        dense: DensePasses | None = None,
-    ) -> None:
-        super().__init__(problem, beta, start, monitor, max_heads=max_heads, generator=generator, oracle=oracle)
-        self.dense = dense or DensePasses(problem)
+    def __init__(self, *args: Any, dense: DensePasses | None = None, **others: Any) -> None:
+        self._given = dense
+        super().__init__(*args, **others)
+
+    def _set_up(self, start: Atoms) -> None:
+        problem = self.problem
+        self.dense = self._given or DensePasses(problem)
         self.problem = self.dense.problem
         start = self.dense.enter(start)
         self.Z = self.dense.matrices(start)

@@ -22,7 +22,7 @@ from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop, scaled_dual
-from convexhead.solvers.monitor import Monitor, State
+from convexhead.solvers.monitor import State
 from convexhead.solvers.pricing import with_best_step
 from convexhead.solvers.whitening import curvatures, mean_curvature
 
@@ -62,20 +62,9 @@ class GroupNewton(Solver):
     patience = 20
     """Rounds without a better gap or a lower objective after which a precision has given what it can."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        beta: float,
-        start: Atoms,
-        monitor: Monitor,
-        *,
-        max_heads: int | None = None,
-        generator: torch.Generator | None = None,
-        oracle: NormOracle | None = None,
-    ) -> None:
-        super().__init__(problem, beta, start, monitor, max_heads=max_heads, generator=generator, oracle=oracle)
+    def _set_up(self, start: Atoms) -> None:
         blocks, which = torch.unique(start.block, return_inverse=True)
-        W = start.U.new_zeros(len(blocks), problem.head.mixing_size)
+        W = start.U.new_zeros(len(blocks), self.problem.head.mixing_size)
         self._set(W.index_add_(0, which, _columns(start)), blocks, start.intercept)
         self.damping = 0.0
         self._grams: dict[int, Tensor] = {}

@@ -27,7 +27,6 @@ from convexhead.program.problem import Evaluation, Problem
 from convexhead.solvers.base import Solver, Stop, scaled_dual
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.factored import FactoredDescent, Passes
-from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.pricing import with_best_step
 from convexhead.solvers.whitening import Whitening
 
@@ -59,20 +58,9 @@ class ReLUColumnGeneration(Solver):
     patience = 8
     """Number of rounds without a better gap after which the run has stalled. Chosen by hand."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        beta: float,
-        start: Atoms,
-        monitor: Monitor,
-        *,
-        generator: torch.Generator,
-        oracle: NormOracle,
-        max_heads: int | None = None,
-    ) -> None:
-        super().__init__(problem, beta, start, monitor, max_heads=max_heads)
-        self.generator: torch.Generator = generator
-        self.oracle: NormOracle = oracle
+    oracle: NormOracle
+
+    def _set_up(self, start: Atoms) -> None:
         self.model = start
         self._lowest = math.inf, start
 
@@ -268,10 +256,11 @@ class SearchedRounds(ReLUColumnGeneration):
     renewal = 50
     """Number of iterations after which the coordinates of a descent are whitened anew. Chosen by hand."""
 
-    def __init__(self, problem: Problem, *args: Any, **others: Any) -> None:
-        super().__init__(problem, *args, **others)
-        self.batch = max(self.batch, self.wide // 4 // problem.head.value_rows)
-        self.widest = max(self.batch, self.wide // problem.head.value_rows)
+    def _set_up(self, start: Atoms) -> None:
+        super()._set_up(start)
+        rows = self.problem.head.value_rows
+        self.batch = max(self.batch, self.wide // 4 // rows)
+        self.widest = max(self.batch, self.wide // rows)
         self._dual_point: Tensor | None = None
 
     @classmethod

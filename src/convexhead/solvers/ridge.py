@@ -12,7 +12,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop
 from convexhead.solvers.factored import FactoredDescent
-from convexhead.solvers.monitor import Monitor, State
+from convexhead.solvers.monitor import State
 from convexhead.solvers.whitening import Whitening
 
 
@@ -34,19 +34,8 @@ class RidgeDescent(Solver):
     slow = (50, 300)
     """Numbers of iterations at which curvature is measured and the coordinates change. Chosen by hand."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        beta: float,
-        start: Atoms,
-        monitor: Monitor,
-        *,
-        max_heads: int | None = None,
-        generator: torch.Generator | None = None,
-        oracle: NormOracle | None = None,
-    ) -> None:
-        super().__init__(problem, beta, start, monitor, max_heads=max_heads, generator=generator, oracle=oracle)
-        self._descent = FactoredDescent(problem, start, beta)
+    def _set_up(self, start: Atoms) -> None:
+        self._descent = FactoredDescent(self.problem, start, self.beta)
         self._whitened_at: Atoms | None = None
 
     @classmethod
