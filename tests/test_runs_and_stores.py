@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,12 @@ from safetensors.numpy import load_file
 from sklearn.metrics import accuracy_score
 
 import convexhead as ch
-from convexhead import cli
 from convexhead.interpret import token_contributions
 
 pytest.importorskip("PIL")
 from PIL import Image
+
+from command import call
 
 COLORS = {"ant": (1, 1, 0), "blue": (0, 0, 1), "green": (0, 1, 0), "red": (1, 0, 0)}
 TOLD = "not made as those that this head was fitted on"
@@ -35,16 +35,6 @@ def draw(folder: Path, names: tuple[str, ...], count: int, *, seed: int, faded: 
             pixels = rng.integers(0, 160, (8, 8, 3)) + 14 * np.array(COLORS[name])
             pixels = (1 - faded) * pixels + faded * 255 * np.array([0.9, 0.5, 0.7])
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:03}.png")
-
-
-def call(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    sys.argv = ["convexhead", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def printed(capsys, *arguments: object) -> dict:

@@ -20,7 +20,8 @@ pytest.importorskip("PIL")
 from PIL import Image
 from rich.console import Console
 
-from convexhead import cli, runs
+from command import call
+from convexhead import runs
 from convexhead.cli import adam, fit, progress
 from convexhead.cli.entry import name_options, options_of
 
@@ -60,16 +61,6 @@ def work(photos, tmp_path_factory):
         "--constant",
     )
     return folder
-
-
-def call(*arguments):
-    """Run the command line in this process; its exit code."""
-    sys.argv = ["convexhead", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def call_json(capsys, *arguments):

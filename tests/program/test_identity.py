@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import Parameter
 
 import convexhead as ch
-from convexhead import cli
+from command import call
 from convexhead.certificate.certify import Certificate
 from convexhead.drive import solve
 from convexhead.modules import HeadModule
@@ -505,15 +504,6 @@ def test_a_certificate_checks_itself(fields):
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
-def call(*arguments):
-    sys.argv = ["convexhead", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_the_command_line_names_what_differs(tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     rng = np.random.default_rng(0)

@@ -6,7 +6,6 @@ import base64
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 import convexhead as ch
-from convexhead import cli
 from convexhead.errors import FileFormatError, InputError
 from convexhead.interpret import head_contributions, head_lift, spectra
 from convexhead.report import evidence as evidences
@@ -26,6 +24,7 @@ pytest.importorskip("jinja2")
 import torch
 from PIL import Image
 
+from command import call
 from convexhead.report import drawing, run_figures, run_page
 from convexhead.report.gallery import gallery
 from convexhead.report.pictures import as_seen
@@ -34,16 +33,6 @@ from convexhead.report.run_page import render_runs
 pytestmark = pytest.mark.slow
 CLASSES = ("blue", "green", "red", "yellow")
 COLORS = ((0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0))
-
-
-def call(*arguments: Any) -> int:
-    """Run the command line in this process; its exit code."""
-    sys.argv = ["convexhead", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,26 @@ def write_images() -> WriteImages:
 
 
 @pytest.fixture
+def no_retries() -> Callable[..., None]:
+    """What to put in place of a client that retries an unreachable host for most of a minute: it may not be called."""
+
+    def called(*_: object, **__: object) -> None:
+        pytest.fail("the client was called although the host had not answered")
+
+    return called
+
+
+@pytest.fixture
+def lost_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_retries: Callable[..., None]) -> None:
+    """A hub that cannot be reached, and an empty cache."""
+    hub = pytest.importorskip("huggingface_hub")
+    # A documentation address (RFC 5737): packets to it are lost, which is the slow way to be unreachable.
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://192.0.2.1")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "hf_hub_download", no_retries)
+
+
+@pytest.fixture
 def photos(tmp_path: Path, write_images: WriteImages) -> Path:
     """A folder with train/ and test/, two classes, 22 + 6 images of 12 x 12 pixels."""
     root = tmp_path / "photos"
