@@ -27,7 +27,7 @@ from convexhead.program.heads import Head
 from convexhead.program.losses import Loss, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.reading import labels_of, targets_of
+from convexhead.reading import labels_of, split_for, targets_of
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.runtime.surroundings import undisturbed
@@ -99,10 +99,11 @@ def certify(
         n_blocks=n_blocks, outputs=outputs, tol=tol, device=device,
     )  # fmt: skip
     _check_reference(beta, lower_bound)
-    X = inputs.plain(inputs.resolve_store(X), "X")
     model = as_model(weights)
     if model is not None:
-        X, y = _images_of_training(model, X, y)
+        X, y = _images_of_training(model, inputs.plain(inputs.resolve_store(X), "X"), y)
+    else:
+        X = inputs.plain(split_for(X, *_head_and_pool(weights, spec)), "X")
     tokens = inputs.open_tokens(X)
     audited = _understood(weights if model is None else model, spec, tokens.shape[1:], gates, intercept)
     problem = audited.problem(tokens, X, y, make_loss(loss or audited.loss), inputs.pick_device(device))
@@ -143,6 +144,10 @@ def as_model(weights: Any) -> Model | None:
             raise NotFittedError("this estimator is not fitted yet: call fit before certify")
         return weights.model_
     return weights if isinstance(weights, Model) else None
+
+
+def _head_and_pool(weights: Any, spec: Spec) -> tuple[str, str | None]:
+    return (weights.head.name, weights.head.pool) if isinstance(weights, HeadModule) else (spec.head, spec.pool)
 
 
 def _images_of_training(model: Model, X: Any, y: Any) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from convexhead import inputs
 from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator, View
 from convexhead.program.losses import Loss
-from convexhead.reading import Data, labels_of, read_labelled, read_measured
+from convexhead.reading import Data, labels_of, read_labelled, read_measured, split_for
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
 
@@ -43,7 +43,8 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     beta_ratio : float
         ``β/β_max``; at 1 the optimum is the zero model.
     pool : {"mean", "cls"}
-        Which tokens are read: their mean, or token 0.
+        Which mixed tokens are read: their mean, or the first. Of a token store that is the backbone's class token,
+        which is then token 0, in front of the patches.
     grid : (int, int) or None
         ``(h, w)`` of the tokens; None: square if ``s`` is a square, else ``(s, 1)``.
     n_gates : int or "all"
@@ -214,7 +215,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
 
     def read(self, X: Any, y: Any) -> Data:
         """The data of a fit, checked."""
-        X = inputs.resolve_store(X)
+        X = split_for(X, self.head, self.pool)
         y = labels_of(X, y)
         return self._named(read_labelled(self._checked(X, reset=True), y))
 
@@ -333,7 +334,7 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         """The data of a fit, checked."""
         if y is None:
             raise InputError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
-        tokens = self._checked(inputs.resolve_store(X), reset=True)
+        tokens = self._checked(split_for(X, self.head, self.pool), reset=True)
         return self._named(read_measured(tokens, y, every_token=self.pool in (None, "none")))
 
     def predict(self, X: Any) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convexhead import inputs
 from convexhead.errors import InputError
+from convexhead.program.heads import HEADS
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.tokens.reduce import Reduction
@@ -106,6 +107,24 @@ def _read_tokens(X: Any) -> tuple[Tokens, TokenOrigin | None, dict[str, Any]]:
     inputs.check_informative(tokens)
     about = {"grid": X.grid if stored else None, "reduction": getattr(X, "reduction", None) if stored else None}
     return tokens, X.origin() if hasattr(X, "origin") else None, about
+
+
+def split_for(X: Any, head: str, pool: str | None) -> Any:
+    """``X``; of a token store the split that is meant, with the class token in front where ``pool="cls"`` reads it.
+
+    Raises
+    ------
+    InputError
+        The class token of a store that has none, or for a head that reads the grid, on which that token does not lie.
+    """
+    X = inputs.resolve_store(X)
+    if pool != "cls" or not hasattr(X, "with_class_token"):
+        return X
+    if not X.n_prefix:
+        raise InputError(f"pool='cls' reads the class token, and {X!r} has none: use pool='mean'")
+    if getattr(HEADS.get(head), "reads_grid", False):
+        raise InputError(f"the class token lies on no grid, which {head!r} reads: use pool='mean' or another head")
+    return X.with_class_token()
 
 
 def labels_of(X: Any, y: Any) -> NDArray[Any]:

@@ -35,7 +35,7 @@ BetaRatio = Annotated[
     ),
 ]
 Beta = Annotated[float | None, Option(help="Weight β itself, instead of --beta-ratio.")]
-Pool = Annotated[str, Option(help="Which tokens are read: mean (their mean) or cls (the first token).")]
+Pool = Annotated[str, Option(help="Which tokens are read: mean (their mean) or cls (the class token).")]
 Tol = Annotated[float, Option(help="Relative gap to reach: how far above the global optimum the head may be.")]
 Solver = Annotated[
     str,

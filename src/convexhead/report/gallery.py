@@ -43,7 +43,7 @@ def gallery(model: Any, evidence: Evidence, *, size: int, budget: int) -> dict[s
     ``shown``             ``(g, m)``        int16, the classes that are kept of each image, most likely first
     ``logits``            ``(g, c)``        float32
     ``sums``, ``scales``  ``(g, m, K+1)``   float32, of each map its sum and its largest contribution
-    ``maps``              ``(g, m, K+1, s)``  int8
+    ``maps``              ``(g, m, K+1, s)``  int8, of the patches alone
     ====================  ================  =====================================================================
     """
     sample, tokens = evidence.arrays["sample"][:size], evidence.arrays["tokens"][:size]
@@ -61,8 +61,9 @@ def gallery(model: Any, evidence: Evidence, *, size: int, budget: int) -> dict[s
     maps = np.concatenate(parts).astype(np.float64)  # (g, m, K+1, s)
     scales = np.abs(maps).max(-1)
     small = np.rint(maps / np.maximum(scales, 1e-300)[..., None] * 127)
+    (h, w) = grid = patch_grid(model)
     return {
-        "grid": list(model.grid_),
+        "grid": list(grid),
         "classes": about["classes"],
         "heads": len(strongest),
         "images": [
@@ -81,8 +82,15 @@ def gallery(model: Any, evidence: Evidence, *, size: int, budget: int) -> dict[s
         "logits": _pack(logits, "<f4"),
         "sums": _pack(maps.sum(-1), "<f4"),
         "scales": _pack(scales, "<f4"),
-        "maps": _pack(small, "i1"),
+        "maps": _pack(small[..., -h * w :], "i1"),
     }
+
+
+def patch_grid(model: Any) -> tuple[int, int]:
+    """The grid of the patches, which are the last ``h * w`` tokens: before them is the class token, if it is read."""
+    origin = model.origin_
+    grid: tuple[int, int] = model.grid_
+    return (origin.token_pool or origin.grid) if origin is not None and origin.class_token else grid
 
 
 def strongest_heads(model: Any) -> Array:
@@ -113,7 +121,8 @@ def clusters(model: Any, evidence: Evidence, *, size: int) -> dict[str, Any]:
         {"tokens": name, "dimensions": cloud.shape[2], **asdict(cluster_figures(cloud, numbers[name]))}
         for name, cloud in clouds.items()
     ]
-    seen, raw = (cluster_tokens(clouds[name], numbers[name])[:size] for name in list(clouds)[:2])
+    h, w = patch_grid(model)
+    seen, raw = (cluster_tokens(clouds[name], numbers[name])[:size, -h * w :] for name in list(clouds)[:2])
     n = [numbers[name] for name in list(clouds)[:2]]
     return {"figures": figures, "head": _pack(seen, "u1"), "raw": _pack(raw, "u1"), "n": n}
 

@@ -166,7 +166,8 @@ def mixing(run: Run) -> Figure:
     W = np.asarray(run["mixing_matrix"])
     with new_figure((6.4, 3.0)) as figure:
         left, right = figure.subplots(1, 2)
-        sent = np.sqrt(np.square(W).sum(0)).reshape(run["grid"])
+        h, w = run["grid"]
+        sent = np.sqrt(np.square(W).sum(0))[-h * w :].reshape(h, w)  # without a class token in front
         for ax, shown in ((left, W), (right, sent)):
             image = ax.imshow(shown, cmap="Blues", vmin=0, interpolation="none")
             ax.grid(False)

@@ -14,7 +14,7 @@ from convexhead.interpret import effective_rank, fourier_filters, mixing_matrix,
 from convexhead.path import EDGES
 from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
-from convexhead.report.gallery import strongest_heads
+from convexhead.report.gallery import patch_grid, strongest_heads
 from convexhead.report.tables import probability
 from convexhead.tokens.store.store import TokenStore
 
@@ -78,7 +78,7 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "seconds": model.history_[-1]["seconds"] if model.history_ else 0.0,
         "history": model.history_,
         "tokens": [model.n_tokens_, model.n_features_in_],
-        "grid": list(model.grid_),
+        "grid": list(patch_grid(model)),
         "classes": [str(label) for label in model.classes_],
         "parameters": {key: "–" if value is None else str(value) for key, value in params.items()},
         "atoms": _atoms(model),

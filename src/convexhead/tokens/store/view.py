@@ -176,19 +176,24 @@ class SplitView:
     def read_as(self, origin: TokenOrigin) -> SplitView:
         """Return the view as a head of that ``origin`` reads it, whatever store this is.
 
-        The stored tokens pass through the head's own pooling and reduction, and labels are numbered as the head's
-        classes.
+        The stored tokens pass through the head's own pooling and reduction, with the class token in front if the
+        head's had it there, and labels are numbered as the head's classes.
 
         Raises
         ------
         InputError
             Tokens that are made otherwise than the head's.
         """
-        origin.check(self._manifest, self._with_class_token, repr(str(self._folder)))
+        class_token = self._with_class_token or (origin.class_token and self.n_prefix > 0)
+        origin.check(self._manifest, class_token, repr(str(self._folder)))
         numbers = origin.numbers(self._manifest.class_names)
         names = self.class_names if numbers is None or origin.class_names is None else list(origin.class_names)
         return self._changed(
-            token_pool=origin.token_pool, reduction=origin.reduction, _numbers=numbers, class_names=names
+            token_pool=origin.token_pool,
+            reduction=origin.reduction,
+            class_names=names,
+            _numbers=numbers,
+            _with_class_token=class_token,
         )
 
     def read_to_audit(self, origin: TokenOrigin) -> SplitView:
