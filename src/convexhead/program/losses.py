@@ -120,13 +120,13 @@ class CrossEntropy(Loss):
 
     name = "cross-entropy"
 
-    # log Σ exp f − ⟨y, f⟩ = log1p(Σ_{k ≠ top} exp(f_k − f_top)) + Σ_k y_k (f_top − f_k): however small, nothing cancels
+    # With t = f − max f:  log Σ exp f − ⟨y, f⟩ = log1p(Σ_k (exp t_k − y_k)) − ⟨y, t⟩. However small, nothing cancels: the
+    # class whose exponential is 1 is the one whose y is 1, or the loss is at least log 2.
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         f, y, dim = _classes_along(f, y)
-        top, at = f.max(dim, keepdim=True)
-        below = top - f
-        others = below.neg().exp().scatter(dim, at, 0.0).sum(dim)
-        return (others.log1p() + (y * below).sum(dim)).sum(-1)
+        below = f - f.amax(dim, keepdim=True)
+        others = (below.exp() - y).sum(dim)
+        return (others.log1p() - (y * below).sum(dim)).sum(-1)
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         # Of a class whose probability is nearly 1 the difference has lost what the others still know.
@@ -142,17 +142,13 @@ class CrossEntropy(Loss):
         return (torch.diag(p.sum(0)) - p.T @ p) / len(f)
 
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
-        g, y, dim = _classes_along(g, y)
         p = y + g
         tiny = 64 * torch.finfo(p.dtype).eps  # g / (1 + tiny) may be in the domain where g is not
-        outside = (p < -tiny * y).any(dim) | ((p.sum(dim) - 1).abs() > tiny * p.shape[dim])
-        p = p.clamp_min_(0)
-        # Where p is nearly 1, log p is known from 1 − p = (1 − y) − g, of which the first difference is exact.
-        top, at = p.max(dim, keepdim=True)
-        near = top * torch.log1p((y.gather(dim, at) - 1) + g.gather(dim, at))
-        terms = torch.xlogy(p, p)
-        terms.scatter_(dim, at, torch.where(top > 0.5, near, terms.gather(dim, at)))
-        return torch.where(outside, torch.inf, terms.sum(dim)).sum(-1)
+        outside = (torch.add(p, y, alpha=tiny).amin(-1) < 0) | ((p.sum(-1) - 1).abs() > tiny * p.shape[-1])
+        # Where p is nearly 1, what y + g was rounded by is much of −p log p. It is known exactly, and d(p log p) ≈ dp.
+        rounded = (y - p).add_(g)
+        terms = rounded.sub_(torch.special.entr(p.clamp_min_(0)))
+        return torch.where(outside, torch.inf, terms.sum(-1)).sum(-1)
 
     def scale_limit(self, g: Tensor, y: Tensor) -> float:
         # p = y + τ g ≥ 0 wherever g < 0
