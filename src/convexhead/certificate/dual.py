@@ -36,6 +36,12 @@ from convexhead.runtime.samples import BATCH_BYTES
 CLOSE = 1e-4
 """Relative step below the largest scaling τ. If ``D`` rises over this step, the largest τ is taken. Chosen by hand: any
 τ gives a bound."""
+PROBE = 0.01
+"""Distance from ``τ = 1`` at which the curvature of ``D`` is measured first. Chosen by hand: any τ gives a bound."""
+FOUND = 1e-6
+"""Distance between two guesses of the best τ at which both are good enough. Chosen by hand."""
+GUESSES = 8
+"""Largest number of guesses near ``τ = 1``; then the whole interval is searched. Chosen by hand."""
 DECOMPOSED = 1e-9
 """Relative amount by which σ is raised to cover rounding in decompositions. Derived: ``u`` times the order of a
 matrix."""
@@ -93,11 +99,10 @@ class DualPoint:
         self.problem, self.beta, self.assumed = problem, beta, ""
         loss, Y = problem.loss, problem.Y
         g = loss.residual(f, Y)
-        self._left = g.new_zeros(problem.c)
-        self._targets = problem.sum(pairwise_sum(Y.flatten(0, 1)))[0]
-        self._box = 0.0
+        self._left, self._box = g.new_zeros(problem.c), 0.0
         limit = min(loss.scaled_domain(f[rows], Y[rows]) for rows in problem.rows)
         if problem.fit_intercept:
+            self._targets = self._sum(Y)
             projected = self._without_sum(g)
             within = min(loss.scale_limit(projected[rows], Y[rows]) for rows in problem.rows)
             within = -problem.ranks.largest(-within)[0]
@@ -119,6 +124,9 @@ class DualPoint:
         self.raised = chain(problem) * (UNIT * self.size + tiny) + most * left
         self._pairing = pairing / problem.n
         self._reach = far + problem.largest_target + 2 * largest
+        # D'(1) is −Σ ⟨∇ℓ*(n R_i), R_i⟩, and f_i a gradient of ℓ* at ∇ℓ(f_i): only where to search depends on it.
+        self._slope = -float(problem.sum((f * self.R).sum())[0])
+        self._values: dict[float, float] = {}
 
     def _sum(self, g: Tensor) -> Float[Tensor, " c"]:
         return self.problem.sum(pairwise_sum(g.flatten(0, 1)))[0]
@@ -152,9 +160,15 @@ class DualPoint:
 
     def value(self, tau: float) -> float:
         """``D(τ)`` less all charges but that for the gradient matrix; ``−∞`` where it is not a number."""
-        problem = self.problem
+        if tau not in self._values:
+            self._values[tau] = self._value(tau)
+        return self._values[tau]
+
+    def _value(self, tau: float) -> float:
+        problem, cost = self.problem, 0.0
         mean = problem.mean_of(lambda R, Y: problem.loss.conjugate(tau * problem.n * R, Y), self.R, problem.Y)
-        cost = problem.loss.cost_of_sum(tau * self._left, self._targets, abs(mean), self._reach, problem.n)
+        if problem.fit_intercept:
+            cost = problem.loss.cost_of_sum(tau * self._left, self._targets, abs(mean), self._reach, problem.n)
         rounding = UNIT * (64 + 2 * summing(problem.n) + problem.head.r * problem.c)
         value = -mean - cost - tau * self._box - rounding * (abs(mean) + tau * self._pairing)
         return value if math.isfinite(value) else -math.inf
@@ -170,7 +184,7 @@ class DualPoint:
 
     def spectral(self, sigma: float) -> float:
         """``max_τ D(τ)`` over ``τ σ ≤ β``."""
-        return self._best(self.largest(sigma), min(self.domain, self.beta / self.bound(sigma)), lambda tau: 0.0)
+        return self._best(min(self.domain, self.beta / self.bound(sigma)))
 
     def ridge(self) -> float:
         """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``."""
@@ -179,28 +193,56 @@ class DualPoint:
             block = torch.zeros(1, dtype=torch.int64, device=self.R.device)
             one = torch.ones(1, dtype=self.R.dtype, device=self.R.device)
             norm = float(self.problem.operator.adjoint_times_mixing(self.R, one, block).norm())
-        norm = self.bound(norm)
-        start = min(1.0, self.domain)
-        return self._best(start, self.domain, lambda tau: (tau * norm) * (tau * norm) / (2 * self.beta))
+        return self._best(self.domain, self.bound(norm))
 
-    def _best(self, start: float, limit: float, penalty: Callable[[float], float]) -> float:
-        """The best value at 0, ``start`` or any τ up to ``limit``: each is a valid bound, the search only a choice."""
+    def _best(self, limit: float, norm: float = 0.0) -> float:
+        """The best ``φ(τ) = D(τ) − τ² norm² / (2β)`` at any τ up to ``limit`` and 2: each is a valid bound, the search
+        only a choice. ``φ`` is concave, as a rule."""
 
         def value(tau: float) -> float:
-            result = self.value(tau) - penalty(tau)
+            result = self.value(tau) - (tau * norm) * (tau * norm) / (2 * self.beta)
             return result if math.isfinite(result) else -math.inf
 
-        top = min(limit, 2 * start)
+        top, slope = min(limit, 2.0), self._slope - norm * norm / self.beta
         if not top > 0:
             return value(0.0)
+        if top <= 1 and slope >= 0 and value(top) > -math.inf:
+            return value(top)  # it rises all the way
+        near = _near_one(value, slope, top) if top > 1 or (top == 1 and slope < 0) else None
+        if near is not None:
+            return near
         end = value(top)
-        best = end if start == top else max(value(start), end)
         if end > value((1 - CLOSE) * top):
-            return best  # concave in τ and rising at the end, as a rule: what lies between is hardly better
+            return end  # rising at the end: what lies between is hardly better
         found = minimize_scalar(
             lambda tau: min(-value(tau), 1e300), bounds=(0.0, top), method="bounded", options={"maxiter": 20}
         )
-        return max(best, -float(found.fun), value(0.0))
+        return max(end, value(min(1.0, top)), -float(found.fun), value(0.0))
+
+
+def _near_one(value: Callable[[float], float], slope: float, top: float) -> float | None:
+    """Return the largest ``φ(τ)`` for ``0 ≤ τ ≤ top`` if it is found near 1, where ``φ' = slope``.
+
+    The next guess is the maximum of ``φ(1) + slope h + a h² + b h³``, ``h = τ − 1``, through the last two guesses.
+    """
+    one = value(1.0)
+    tau = min(1 + math.copysign(PROBE, slope), top)
+    h, rest, b = 0.0, 0.0, 0.0
+    for _ in range(GUESSES):
+        last_h, last_rest = h, rest
+        h = tau - 1
+        rest = (value(tau) - one - slope * h) / (h * h)  # a + b h
+        if last_h:
+            b = (rest - last_rest) / (h - last_h)
+        a = rest - b * h
+        under = a * a - 3 * b * slope
+        if not (a < 0 and 0 <= under < math.inf):  # far from a concave cubic, or outside the domain
+            return None
+        guess = min(max(1 + slope / (math.sqrt(under) - a), 0.0), top)
+        if min(abs(guess - tau), abs(guess - 1)) <= FOUND:
+            return max(one, value(tau))
+        tau = guess
+    return None
 
 
 def error_of_objective(problem: Problem, f: Float[Tensor, "n r c"], weights: float, atoms: int, terms: float) -> float:
