@@ -120,13 +120,13 @@ class CrossEntropy(Loss):
 
     name = "cross-entropy"
 
-    # With t = f − max f:  log Σ exp f − ⟨y, f⟩ = log1p(Σ_k (exp t_k − y_k)) − ⟨y, t⟩. However small, nothing cancels: the
-    # class whose exponential is 1 is the one whose y is 1, or the loss is at least log 2.
+    # log Σ exp f − ⟨y, f⟩ = log1p(Σ_{k ≠ top} exp(f_k − f_top)) + Σ_k y_k (f_top − f_k): however small, nothing cancels
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         f, y, dim = _classes_along(f, y)
-        below = f - f.amax(dim, keepdim=True)
-        others = (below.exp() - y).sum(dim)
-        return (others.log1p() - (y * below).sum(dim)).sum(-1)
+        top, at = f.max(dim, keepdim=True)
+        below = top - f
+        others = below.neg().exp().scatter(dim, at, 0.0).sum(dim)
+        return (others.log1p() + (y * below).sum(dim)).sum(-1)
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         # Of a class whose probability is nearly 1 the difference has lost what the others still know.
