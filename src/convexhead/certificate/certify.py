@@ -45,7 +45,8 @@ class Evaluated:
 
     Attributes
     ----------
-    outputs : Tensor (n, r, c)
+    outputs, gradients : Tensor (n, r, c)
+        ``f_i`` and ``∇ℓ(f_i, y_i)``.
     directions : Atoms
         The model, balanced.
     primal : float
@@ -55,6 +56,7 @@ class Evaluated:
     """
 
     outputs: Float[Tensor, "n r c"]
+    gradients: Float[Tensor, "n r c"]
     directions: Atoms
     primal: float
     error: float
@@ -74,14 +76,15 @@ class Evaluated:
         data_term = exact.data_term(f)
         primal = data_term + beta * penalty
         weights = float((atoms.U.unsqueeze(-1).flatten(1).norm(dim=1) * atoms.V.flatten(1).norm(dim=1)).sum())
-        error = error_of_objective(exact, f, weights, len(atoms), abs(data_term) + beta * penalty)
+        g = exact.loss.residual(f, exact.Y)
+        error = error_of_objective(exact, f, g, weights, len(atoms), abs(data_term) + beta * penalty)
         error += exact.rounding(atoms, f)
         if not math.isfinite(primal + error):
             raise InputError(
                 f"the objective of this model is {primal}: its weights or the tokens are too large to compute with in "
                 "float64; scale the tokens"
             )
-        return cls(f, directions, primal, error)
+        return cls(f, g, directions, primal, error)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def certify_atoms(
     f = model.outputs if dual_point is None else dual_point.to(exact.device, torch.float64)
     if problem.fit_intercept:
         f = f + solve_intercept(exact, f)
-    dual = DualPoint(exact, f, beta)
+    dual = DualPoint(exact, f, beta, model.gradients if f is model.outputs else None)
     if problem.head.learns_mixing and problem.activation.convex and dual.computable:
         own = _spectral(problem, model, dual, tol, failure_probability, max_steps, generator, found)
     else:

@@ -84,6 +84,8 @@ class DualPoint:
     f : Tensor (n, r, c)
         Outputs, with an intercept that nearly makes ``Σ_i R_i = 0`` where the problem has one. Any will do.
     beta : float
+    g : Tensor (n, r, c) or None
+        ``∇ℓ(f_i, y_i)``, where it is known.
 
     Attributes
     ----------
@@ -95,10 +97,12 @@ class DualPoint:
         What the bound assumes beyond arithmetic; empty as a rule.
     """
 
-    def __init__(self, problem: Problem, f: Float[Tensor, "n r c"], beta: float) -> None:
+    def __init__(
+        self, problem: Problem, f: Float[Tensor, "n r c"], beta: float, g: Float[Tensor, "n r c"] | None = None
+    ) -> None:
         self.problem, self.beta, self.assumed = problem, beta, ""
         loss, Y = problem.loss, problem.Y
-        g = loss.residual(f, Y)
+        g = loss.residual(f, Y) if g is None else g
         self._left, self._box = g.new_zeros(problem.c), 0.0
         limit = min(loss.scaled_domain(f[rows], Y[rows]) for rows in problem.rows)
         if problem.fit_intercept:
@@ -245,7 +249,14 @@ def _near_one(value: Callable[[float], float], slope: float, top: float) -> floa
     return None
 
 
-def error_of_objective(problem: Problem, f: Float[Tensor, "n r c"], weights: float, atoms: int, terms: float) -> float:
+def error_of_objective(
+    problem: Problem,
+    f: Float[Tensor, "n r c"],
+    g: Float[Tensor, "n r c"],
+    weights: float,
+    atoms: int,
+    terms: float,
+) -> float:
     """Bound how far the computed objective may be from the true one.
 
     Outputs are computed to within ``δ_i = K u (a_i Σ_k ‖U_k‖‖V_k‖ + max |f_i|)``, and the losses have curvature at
@@ -253,8 +264,8 @@ def error_of_objective(problem: Problem, f: Float[Tensor, "n r c"], weights: flo
 
     Parameters
     ----------
-    f : Tensor (n, r, c)
-        The model's outputs.
+    f, g : Tensor (n, r, c)
+        The model's outputs and ``∇ℓ(f_i, y_i)``.
     weights : float
         ``Σ_k ‖U_k‖‖V_k‖``.
     atoms : int
@@ -266,7 +277,7 @@ def error_of_objective(problem: Problem, f: Float[Tensor, "n r c"], weights: flo
     operations = 8 * (head.s + head.d) + atoms * head.value_rows + 64
     mixed = problem.operator.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
     delta = operations * UNIT * (mixed + f.abs().flatten(1).amax(1))
-    slope = problem.loss.residual(f, problem.Y).abs().flatten(1).sum(1)
+    slope = g.abs().flatten(1).sum(1)
     propagated = problem.mean(delta * slope + head.r * problem.c / 2 * delta.square())
     own = UNIT * (64 + 2 * summing(problem.n) + head.r * problem.c + 8 * atoms)
     return propagated + own * terms

@@ -80,8 +80,10 @@ class Coordinates:
         """Those in which this problem is best solved."""
         each = math.prod(X.shape[1:])
         looked_at = min(len(X), max(FEWEST_SAMPLES, int(LOOKED_AT // each)))
-        rows = torch.linspace(0, len(X) - 1, looked_at, dtype=torch.float64).long().unique()
-        tokens = (X if len(rows) == len(X) and isinstance(X, Tensor) else X[rows]).double()
+        if looked_at == len(X) and isinstance(X, Tensor):
+            tokens = X.double()
+        else:
+            tokens = X[torch.linspace(0, len(X) - 1, looked_at, dtype=torch.float64).long().unique()].double()
         origin = _origin(tokens.flatten(0, 1)) if fit_intercept and moves_into_intercept(head, activation) else None
         size = float((tokens if origin is None else tokens - origin).abs().max())
         exponent = 2 * round(math.log2(size) / 2) if 0 < size < math.inf else 0

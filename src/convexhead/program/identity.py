@@ -135,9 +135,8 @@ def _digest(block: Tensor) -> Tensor:
     if block.dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32):
         values = block.float() + 0.0  # −0 becomes 0
     else:
-        values = block.double() + 0.0
-        single = values.float()
-        values = single if torch.equal(single.double(), values) else values
+        single = block.float()
+        values = (single if torch.equal(single.double(), block.double()) else block.double()) + 0.0
     digest = hashlib.sha256(str(values.dtype).encode())
     digest.update(values.contiguous().numpy().data)
     return torch.from_numpy(np.frombuffer(digest.digest(), np.int64).copy())

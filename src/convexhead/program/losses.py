@@ -68,6 +68,10 @@ class Loss(ABC):
         """Both at once, for losses that can share work between them."""
         return self.value(f, y), self.residual(f, y)
 
+    def rough_value(self, f: Batch, y: Batch) -> Float[Tensor, " n"]:
+        """``ℓ(f_i, y_i)`` as `value_and_residual` rounds it, to compare with that; override where it is cheaper."""
+        return self.value_and_residual(f, y)[0]
+
     def scaled_domain(self, f: Batch, y: Batch) -> float:
         """The largest known ``τ ≥ 1`` with ``τ ∇ℓ(f_i, y_i)`` in the domain of ``ℓ*`` for every ``i``."""
         return max(1.0, self.scale_limit(self.residual(f, y), y))
@@ -132,6 +136,9 @@ class CrossEntropy(Loss):
         # Of a class whose probability is nearly 1 the difference has lost what the others still know.
         g = _over_classes(torch.softmax, f) - y
         return g - y * g.sum(-1, keepdim=True)
+
+    def rough_value(self, f: Tensor, y: Tensor) -> Tensor:
+        return -(y * _over_classes(torch.log_softmax, f)).sum((-2, -1))
 
     def value_and_residual(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         log_p = _over_classes(torch.log_softmax, f)

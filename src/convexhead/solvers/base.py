@@ -157,21 +157,25 @@ class Solver(ABC):
 
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
-    """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate.
+    """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate."""
+    R = problem.loss.residual(f.double(), problem.Y.double()) / problem.n
+    return dual_value(problem, R, sigma, beta, intercept)
+
+
+def dual_value(problem: Problem, R: Float[Tensor, "n r c"], sigma: float, beta: float, intercept: Tensor) -> float:
+    """Dual value of a residual in float64 that is scaled to ``τ σ ≤ β``: an estimate.
 
     What an intercept leaves of ``Σ_i R_i`` is charged at the scale of the targets and of the ``intercept`` that has
     been reached, or a solver would stop too early.
     """
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
-    loss = problem.loss
 
-    def conjugate(f: Tensor, Y: Tensor) -> Tensor:
-        f, Y = f.double(), Y.double()
-        return loss.conjugate(tau * loss.residual(f, Y), Y)
+    def conjugate(R: Tensor, Y: Tensor) -> Tensor:
+        return problem.loss.conjugate(tau * problem.n * R, Y.double())
 
-    dual = -problem.mean_of(conjugate, f, problem.Y)
+    dual = -problem.mean_of(conjugate, R, problem.Y)
     if problem.fit_intercept:
-        left = problem.sum(tau * loss.residual(f.double(), problem.Y.double()).sum((0, 1)))[0] / problem.n
+        (left,) = problem.sum(tau * R.sum((0, 1)))
         scale = 1 + problem.largest_target + float(intercept.abs().max())
         dual -= scale * float(left.abs().sum())
     return dual

@@ -111,7 +111,7 @@ class DensePasses:
             gU[mine] += atoms.V[mine].flatten(1) @ G[j].T
             gV[mine] += (atoms.U[mine] @ G[j]).view_as(atoms.V[mine])
         gb = self.problem.sum(R.sum((0, 1)))[0] if self.problem.fit_intercept else torch.zeros_like(atoms.intercept)
-        self.last = f, G  # a gap check right after needs both again
+        self.last = f, R, G  # a gap check right after needs them again
         value = self.problem.mean(loss) + beta * self.problem.penalty(atoms)
         return Evaluation(value, Atoms(gU, gV, atoms.block, gb), f)
 

@@ -60,6 +60,11 @@ class FactoredDescent:
         return self.lbfgs.value
 
     @property
+    def gradient(self) -> Atoms | None:
+        """The gradient at the current iterate; None where it is known in other coordinates alone."""
+        return None if self._objective.coordinates is not None else unpack(self.lbfgs.gradient, self._objective.like)
+
+    @property
     def outputs(self) -> Float[Tensor, "n r c"]:
         """``f`` at the current iterate."""
         return self.lbfgs.outputs

@@ -19,7 +19,7 @@ from torch import Tensor
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
-from convexhead.solvers.base import Solver, Stop, scaled_dual
+from convexhead.solvers.base import Solver, Stop, dual_value
 from convexhead.solvers.dense import DensePasses, singular_values
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.monitor import State
@@ -123,8 +123,8 @@ class Fista(Solver):
     @torch.inference_mode()
     def step(self) -> Stop | None:
         """Look at the gap, descend over factors if it is time, and take proximal steps."""
-        FY, G, gb = self._gradient()
-        gap, rank = self._gap(self._f, self._fY, G)
+        FY, R, G, gb = self._gradient()
+        gap, rank = self._gap(self._f, R, G)
         if gap <= self.target:
             return Stop.CONVERGED
         self.ranks = [*self.ranks[-1:], rank]
@@ -139,19 +139,20 @@ class Fista(Solver):
             self._wait -= 1
         for k in range(first, self.check_every):
             if k:
-                FY, G, gb = self._gradient()
+                FY, R, G, gb = self._gradient()
             if not self._proximal_step(FY, G, gb):
                 return Stop.STALLED
         self._iteration += self.check_every
         return None
 
-    def _gradient(self) -> tuple[float, Float[Tensor, "j w q"], Float[Tensor, " c"] | None]:
-        """``F`` at the extrapolated point, and its gradients in ``Z`` and ``b``; None where no intercept is fitted."""
+    def _gradient(self) -> tuple[float, Tensor, Float[Tensor, "j w q"], Float[Tensor, " c"] | None]:
+        """``F`` and ``R`` at the extrapolated point, and the gradients in ``Z`` and ``b``; None where no intercept is
+        fitted."""
         problem = self.problem
         loss, R = problem.loss.value_and_residual(self._fY, problem.Y)
         value, R = problem.mean(loss), R / problem.n
         gb = self.omega * problem.sum(R.sum((0, 1)))[0] if problem.fit_intercept else None
-        return value, self.dense.gradient(R), gb
+        return value, R, self.dense.gradient(R), gb
 
     def _proximal_step(self, FY: float, G: Float[Tensor, "j w q"], gb: Float[Tensor, " c"] | None) -> bool:
         """Take a step from the extrapolated point and extrapolate anew; False where no step is short enough."""
@@ -165,7 +166,8 @@ class Fista(Solver):
             square, along = float(moved @ moved), float(G.flatten() @ moved)
             if gb is not None:
                 square, along = square + float((b - yb).square().sum()), along + float(gb @ (b - yb))
-            decrease = self.problem.data_term(f) - FY - along
+            rough = self.problem.loss.rough_value(f, self.problem.Y)  # and not an accurate value: FY is none
+            decrease = self.problem.mean(rough) - FY - along
             if decrease <= self.L / 2 * square + self.slack[precision] * abs(FY):
                 break
             self.L *= 1.5
@@ -187,11 +189,11 @@ class Fista(Solver):
     def _outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
         return self.dense.outputs(Z, self.omega * b)
 
-    def _gap(self, f: Tensor, fY: Tensor, G: Tensor) -> tuple[float, int]:
+    def _gap(self, f: Tensor, R: Tensor, G: Tensor) -> tuple[float, int]:
         """Estimated relative gap of the iterate against the dual point at the extrapolated one, recorded; the rank."""
         sigma = singular_values(self.Z)
         objective = self.problem.data_term(f) + self.beta * float(sigma.sum())
-        dual = scaled_dual(self.problem, fY, float(singular_values(G).max()), self.beta, self.omega * self.b)
+        dual = dual_value(self.problem, R, float(singular_values(G).max()), self.beta, self.omega * self.b)
         rank = int((sigma > 1e-7 * sigma.max()).sum())
         return self.monitor.record(objective, dual, rank), rank
 
@@ -211,8 +213,8 @@ class Fista(Solver):
         for iteration in range(1, iterations + 1):
             moved = descent.step()
             if newton or iteration % 8 == 0 or not moved:
-                f, G = self.dense.last
-                dual = scaled_dual(self.problem, f, float(singular_values(G).max()), self.beta, descent.atoms.intercept)
+                _, R, G = self.dense.last
+                dual = dual_value(self.problem, R, float(singular_values(G).max()), self.beta, descent.atoms.intercept)
                 gap = self.monitor.record(descent.value, dual, len(descent.atoms))
                 if gap <= self.target or not moved or self.monitor.out_of_time():
                     break

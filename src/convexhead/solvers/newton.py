@@ -78,7 +78,7 @@ class FactoredNewton:
     def _hessian(self) -> Float[Tensor, "m m"]:
         """From single precision: a step need only be about right, its gradient is exact."""
         problem, atoms = self.dense.problem, self.atoms
-        (f, G), block = self._at, atoms.block
+        (f, _, G), block = self._at, atoms.block
         k, e, c = atoms.V.shape
         w = atoms.U.shape[1]
         f, Y, U, V = (part.float() for part in (f, problem.Y, atoms.U, atoms.V))

@@ -82,6 +82,8 @@ class RidgeDescent(Solver):
 
     def _gap(self) -> float:
         """``P − D`` is ``‖∇‖²/(2β)`` exactly where no intercept is fitted: the gradient is all that duality lacks."""
-        gradient = self.problem.value_and_gradient(self.atoms(), self.beta).gradient
+        gradient = self._descent.gradient
+        if gradient is None:
+            gradient = self.problem.value_and_gradient(self.atoms(), self.beta).gradient
         missing = float(gradient.V.double().square().sum()) / (2 * self.beta)
         return self.monitor.record(self._descent.value, self._descent.value - missing, 1)
