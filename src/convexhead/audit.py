@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
 
 from convexhead import inputs
-from convexhead.certificate.certificate import Certificate
+from convexhead.audited import understood
+from convexhead.certificate.certificate import Certificate, relative_to
 from convexhead.certificate.certify import certify_atoms
+from convexhead.drive import solve
 from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator
+from convexhead.fitting import precision
+from convexhead.foreign.estimators import own_features
+from convexhead.foreign.read import read_linear_head
 from convexhead.model import Model
 from convexhead.modules import HeadModule
-from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
-from convexhead.program.blocks import atoms_from_blocks
-from convexhead.program.coordinates import Coordinates
-from convexhead.program.heads import Head
 from convexhead.program.losses import Loss, make_loss
-from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.reading import labels_of, split_for, targets_of
-from convexhead.runtime.samples import default_memory
-from convexhead.runtime.stored_tokens import Tokens
+from convexhead.reading import split_for
 from convexhead.runtime.surroundings import undisturbed
 from convexhead.spec import Spec
 
@@ -39,11 +36,11 @@ OF_REFERENCE = "that of the reference"
 
 @undisturbed()
 def certify(
-    weights: HeadModule | HeadEstimator | Model | tuple[Sequence[Any], Sequence[Any]],
+    weights: Any,
     X: Any,
     y: Any = None,
     *,
-    beta: float,
+    beta: float | None = None,
     head: str = "self-attention",
     activation: str = "linear",
     pool: str | None = "mean",
@@ -61,28 +58,37 @@ def certify(
     """Certificate of a trained head for the convex program at weight ``beta`` on the data it was trained on.
 
     The gap is rigorous but rests on the dual point that the weights themselves give, which is poor for weights far
-    from optimal. With a ``lower_bound`` from a fit of the same problem it is the true distance, up to that fit's gap.
+    from optimal. With a ``lower_bound`` from a fit of the same problem it is the true distance, up to that fit's gap;
+    `audit` finds both.
 
     What the problem is is never guessed from the weights' values: a module has an intercept if it has that parameter,
     an estimator if it was fitted with one, factors if ``intercept`` is given, be it zero or not.
 
     Parameters
     ----------
-    weights : HeadModule, fitted estimator, Model, or (mixing, values)
+    weights : HeadModule, fitted estimator, Model, path, or (mixing, values)
         Factors are lists with one entry a block, ``(k, *mixing_shape)`` and ``(k, e, c)`` as in ``mixing_`` and
         ``values_``, or for a head of one block the two arrays themselves. The linear head: ``(None, coef)``. They
         need not be balanced: the certificate is for the products, whose penalty is never more than the factors'.
+
+        Linear heads of others: a fitted ``LogisticRegression``, ``LogisticRegressionCV``, ``SGDClassifier`` with
+        log loss, ``RidgeClassifier`` or ``RidgeClassifierCV`` of scikit-learn, or what has their names and attributes;
+        a pipeline that ends in one, which is audited on the features that its last step sees; a `torch.nn.Linear`; a
+        state dict with one linear layer; or the path of an ``.npz``, ``.safetensors`` or ``.pth`` file with such
+        weights. A path of a folder is a saved model. `convexhead.foreign` says which program each of them is.
     X, y
         The training data, as for `ConvexHeadClassifier.fit` (labels) or `ConvexHeadRegressor.fit` (float targets with
         ``loss`` other than cross-entropy). Labels are matched by name with an estimator's ``classes_``; the outputs of
         modules and factors are those of the sorted labels.
-    beta : float
+    beta : float or None
         ``β`` of the objective. For weights trained with weight decay ``λ`` in the loss ``(λ/2)‖θ‖²``, ``β = λ``.
+        None: that of the model, or what follows from an estimator's ``C`` or ``alpha``. With one output for two
+        classes, β is that of ``mean loss + (β/2)‖w‖²``, and twice that in the certificate, which is for two outputs.
     head, activation, pool, grid, gates, n_blocks, outputs, intercept
         What the factors are of; a module or an estimator knows. ``intercept (c,)``: the bias that was trained with
-        them, None where there was none.
+        them, None where there was none. ``pool`` says which tokens a linear head of others reads.
     loss : str, Loss or None
-        None: cross-entropy, or the regressor's own.
+        None: cross-entropy, or the regressor's or estimator's own.
     tol : float
         Relative gap for ``converged``.
     lower_bound : Certificate or None
@@ -94,36 +100,164 @@ def certify(
     InputError
         Shapes, labels or options that do not fit together; a lower bound of another problem, with what differs.
     """
+    _check_reference(lower_bound)
     spec = Spec(
         head=head, activation=activation, loss=loss or "cross-entropy", beta=beta, pool=pool, grid=grid,
         n_blocks=n_blocks, outputs=outputs, tol=tol, device=device,
     )  # fmt: skip
-    _check_reference(beta, lower_bound)
+    posed = _pose(weights, X, y, spec, loss, gates, intercept, random_state)
+    return posed.certificate(lower_bound)
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Two statements about a trained head, which are not to be confused.
+
+    Attributes
+    ----------
+    proven : Certificate or None
+        From the weights alone. Its gap bounds the distance from the optimum, and may be many times as large. None
+        where a reference was given for a head that mixes tokens: one bound is then enough.
+    reference : Certificate or None
+        Of a certified optimum of the same problem, given or found here.
+    certificate : Certificate
+        The sharpest there is, with the larger of the two lower bounds.
+    beta : float
+        ``β`` of the certificate.
+    told : str or None
+        Of a linear head of others: the program in words.
+    """
+
+    proven: Certificate | None
+    reference: Certificate | None
+    certificate: Certificate
+    beta: float
+    told: str | None = None
+
+    @property
+    def distance(self) -> tuple[float, float] | None:
+        """How far the objective lies above the optimum at least and at most, relative to the objective; None where
+        there is no reference."""
+        if self.reference is None:
+            return None
+        least = max(self.certificate.primal - self.reference.primal, 0.0)
+        return relative_to(least, self.certificate.primal), self.certificate.relative_gap
+
+
+@undisturbed()
+def audit(
+    weights: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    beta: float | None = None,
+    pool: str | None = "mean",
+    loss: str | Loss | None = None,
+    tol: float = 1e-3,
+    reference: Certificate | None = None,
+    find_optimum: bool = True,
+    device: str = "auto",
+    random_state: int | None = None,
+) -> Audit:
+    """What is proven of a trained head from its weights alone, and its distance from a certified optimum.
+
+    Parameters
+    ----------
+    weights, X, y, beta, pool, loss, tol, device, random_state
+        As of `certify`.
+    reference : Certificate or None
+        As ``lower_bound`` of `certify`.
+    find_optimum : bool
+        Find the certified optimum where there is no reference and the gap is above ``tol``, if the head is linear:
+        it is cheap there.
+    """
+    _check_reference(reference)
+    spec = Spec(loss=loss or "cross-entropy", beta=beta, pool=pool, tol=tol, device=device)
+    posed = _pose(weights, X, y, spec, loss, None, None, random_state)
+    linear = not posed.problem.head.learns_mixing
+    proven = posed.certificate(None) if linear or reference is None else None
+    if reference is None and linear and find_optimum and proven is not None and not proven.converged:
+        reference = posed.optimum()
+    sharpest = proven if reference is None else posed.certificate(reference)
+    assert sharpest is not None
+    return Audit(proven, reference, sharpest, posed.beta, posed.told)
+
+
+@dataclass(frozen=True, eq=False)
+class _Posed:
+    """Weights and the problem that they are audited for; ``beta`` is the user's."""
+
+    problem: Problem
+    atoms: Atoms
+    beta: float
+    tol: float
+    told: str | None
+    seed: int | None
+
+    def certificate(self, reference: Certificate | None) -> Certificate:
+        """The certificate of the weights, with the reference's bound where that is better."""
+        if reference is not None:
+            reference.check_is_of(self.problem.identity, self.beta)
+        return certify_atoms(
+            self.problem,
+            self.problem.enter(self.atoms.to(self.problem.device, torch.float64)),
+            self.problem.coordinates.beta(self.beta),
+            tol=self.tol,
+            known_dual=-math.inf if reference is None else reference.dual,
+            known_failure=0.0 if reference is None else reference.failure_probability,
+            known_from="" if reference is None else f"{OF_REFERENCE}: {reference.bound}",
+            generator=None if self.seed is None else torch.Generator().manual_seed(self.seed),
+        )
+
+    def optimum(self) -> Certificate:
+        """The certificate of the optimum that a solver finds."""
+        problem = self.problem.astype(precision(self.problem.operator.X.shape, self.tol))
+        generator = torch.Generator().manual_seed(self.seed or 0)
+        return solve(problem, problem.coordinates.beta(self.beta), tol=self.tol, generator=generator).certificate
+
+
+def _pose(
+    weights: Any,
+    X: Any,
+    y: Any,
+    spec: Spec,
+    loss: str | Loss | None,
+    gates: Any,
+    intercept: Any,
+    seed: int | None,
+) -> _Posed:
+    """Weights of any form and the problem that they are audited for."""
+    weights, X = own_features(weights, inputs.resolve_store(X))
+    told, beta, classes = None, spec.beta, None
+    if isinstance(weights, (str, Path)) and Path(weights).is_dir():
+        weights = Model.load(weights)
     model = as_model(weights)
     if model is not None:
-        X, y = _images_of_training(model, inputs.plain(inputs.resolve_store(X), "X"), y)
+        X, y = _images_of_training(model, inputs.plain(X, "X"), y)
+        beta = model.beta if beta is None else beta
+    elif isinstance(weights, HeadModule):
+        X = inputs.plain(split_for(X, weights.head.name, weights.head.pool), "X")
+    elif (found := read_linear_head(weights, X)) is not None:
+        if gates is not None or intercept is not None:
+            raise InputError(f"gates and intercept go with factors: {found.name} has its own")
+        spec = replace(spec, head="linear", activation="linear")
+        X = inputs.plain(split_for(X, spec.head, spec.pool), "X")
+        program = found.program(X, y, beta=beta, loss=loss)
+        weights, intercept, y = (None, program.coef), program.intercept, program.y
+        classes, loss, beta, told = program.classes, program.loss, program.beta, program.told
     else:
-        X = inputs.plain(split_for(X, *_head_and_pool(weights, spec)), "X")
-    tokens = inputs.open_tokens(X)
-    audited = _understood(weights if model is None else model, spec, tokens.shape[1:], gates, intercept)
-    problem = audited.problem(tokens, X, y, make_loss(loss or audited.loss), inputs.pick_device(device))
-    if lower_bound is not None:
-        lower_bound.check_is_of(problem.identity, float(beta))
-    return certify_atoms(
-        problem,
-        problem.enter(audited.atoms.to(problem.device, torch.float64)),
-        problem.coordinates.beta(float(beta)),
-        tol=spec.tol,
-        known_dual=-math.inf if lower_bound is None else lower_bound.dual,
-        known_failure=0.0 if lower_bound is None else lower_bound.failure_probability,
-        known_from="" if lower_bound is None else f"{OF_REFERENCE}: {lower_bound.bound}",
-        generator=None if random_state is None else torch.Generator().manual_seed(random_state),
-    )
-
-
-def _check_reference(beta: Any, lower_bound: Any) -> None:
+        X = inputs.plain(split_for(X, spec.head, spec.pool), "X")
     if beta is None:
         raise InputError("beta must be a positive number, got None: an audit is at the weight of the training")
+    tokens = inputs.open_tokens(X)
+    audited = understood(weights if model is None else model, spec, tokens.shape[1:], gates, intercept)
+    if classes is not None:
+        audited = replace(audited, classes=classes)
+    problem = audited.problem(tokens, X, y, make_loss(loss or audited.loss), inputs.pick_device(spec.device))
+    return _Posed(problem, audited.atoms, float(beta), spec.tol, told, seed)
+
+
+def _check_reference(lower_bound: Any) -> None:
     if lower_bound is not None and not isinstance(lower_bound, Certificate):
         raise InputError(
             f"lower_bound must be a Certificate, got {type(lower_bound).__name__}: a number does not say which problem "
@@ -146,155 +280,9 @@ def as_model(weights: Any) -> Model | None:
     return weights if isinstance(weights, Model) else None
 
 
-def _head_and_pool(weights: Any, spec: Spec) -> tuple[str, str | None]:
-    return (weights.head.name, weights.head.pool) if isinstance(weights, HeadModule) else (spec.head, spec.pool)
-
-
 def _images_of_training(model: Model, X: Any, y: Any) -> tuple[Any, Any]:
     """The images that the model was trained on, and their targets."""
     whole, X = X, model.as_trained_on(X)
     if y is not None and len(X) < len(whole) == len(y):  # trained on some of the split
         y = np.asarray(y)[X.rows]
     return X, y
-
-
-@dataclass(frozen=True, eq=False)
-class _Audited:
-    """Weights and what they are of; ``classes`` are the labels of the outputs, None: the sorted labels."""
-
-    head: Head
-    activation: str
-    gates: torch.Tensor | None
-    atoms: Atoms
-    fit_intercept: bool
-    loss: str | Loss = "cross-entropy"
-    classes: NDArray[Any] | None = None
-
-    def problem(self, tokens: Tokens, X: Any, y: Any, loss: Loss, device: torch.device) -> Problem:
-        """The problem that they were trained for, in the coordinates that serve its certificate best."""
-        if tokens.shape[1:] != (self.head.s, self.head.d):
-            raise InputError(
-                f"tokens are {tuple(tokens.shape[1:])} a sample, but these weights are for {(self.head.s, self.head.d)}"
-            )
-        if not all(bool(torch.isfinite(part).all()) for part in (self.atoms.U, self.atoms.V, self.atoms.intercept)):
-            raise InputError("the weights contain NaN or infinity: the training they come from diverged")
-        targets = _targets(loss, X, y, self.head, self.atoms.V.shape[2], self.classes)
-        inputs.check_lengths(tokens, len(targets))
-        activation = make_activation(self.activation, self.head, self.gates)
-        memory = default_memory(device)
-        operator = Operator(tokens, self.head, activation, reuse=False, device=device, memory=memory)
-        problem = Problem(operator, targets, loss, fit_intercept=self.fit_intercept)
-        return problem.in_coordinates(Coordinates.of(tokens, targets, self.head, activation, loss, self.fit_intercept))
-
-
-def _understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, intercept: Any) -> _Audited:
-    """The weights, in whichever form they come; ``shape`` is that of the tokens of a sample."""
-    if not isinstance(weights, (Model, HeadModule)):
-        return _of_factors(weights, spec.make_head(*shape), spec.activation, gates, intercept)
-    if gates is not None or intercept is not None:
-        raise InputError("gates and intercept go with factors: a module or an estimator has its own")
-    if isinstance(weights, Model):
-        of = weights.spec
-        return _Audited(
-            weights.head, of.activation, weights.gates, weights.atoms, of.fit_intercept, of.loss, weights.classes
-        )
-    if weights.reduction is not None:
-        raise InputError(
-            "this module takes raw tokens: audit one without the reduction (to_module() without raw_tokens) on the "
-            "reduced tokens that it was trained on"
-        )
-    has_intercept = weights.intercept is not None
-    return _Audited(weights.head, weights.activation_name, weights.gates, weights.to_atoms(), has_intercept)
-
-
-def _numbers(values: Any, what: str) -> torch.Tensor:
-    """Weights that a user passes, as float64 on the CPU."""
-    if isinstance(values, torch.Tensor) and not values.is_complex():
-        return values.detach().cpu().double()
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{what} cannot be read as an array of numbers: {error}") from error
-    if array.dtype.kind not in "buif":
-        raise InputError(f"{what} must be real numbers, got an array of {array.dtype}")
-    return torch.as_tensor(array.astype(np.float64))
-
-
-def _intercept(values: Any, n_outputs: int) -> torch.Tensor:
-    """``b (c,)``; zeros where none was trained."""
-    if values is None:
-        return torch.zeros(n_outputs, dtype=torch.float64)
-    b = _numbers(values, "the intercept")
-    if b.shape != (n_outputs,):
-        raise InputError(f"the intercept has shape {tuple(b.shape)}, {n_outputs} outputs need ({n_outputs},)")
-    return b
-
-
-def _of_factors(factors: Any, head: Head, activation: str, gates: Any, intercept: Any) -> _Audited:
-    if not isinstance(factors, (tuple, list)) or len(factors) != 2:
-        raise InputError("weights must be a HeadModule, a fitted estimator, or a pair (mixing, values)")
-    if activation == "gated-relu" and gates is None:
-        raise InputError("activation='gated-relu' needs the gates that the weights were trained with: pass gates=")
-    if activation != "gated-relu" and gates is not None:
-        raise InputError(f"gates go with activation='gated-relu', and not with {activation!r}")
-    if gates is not None:
-        gates = _numbers(gates, "gates")
-        make_activation(activation, head, gates)  # checks their shape
-    mixing, values = factors
-    if head.learns_mixing:
-        atoms = _mixing_atoms(head, mixing, values, 1 if gates is None else len(gates), intercept)
-    else:
-        atoms = _linear_atoms(head, mixing, values, intercept)
-    return _Audited(head, activation, gates, atoms, intercept is not None)
-
-
-def _linear_atoms(head: Head, mixing: Any, values: Any, intercept: Any) -> Atoms:
-    if mixing is not None:
-        raise InputError("the linear head has no mixing weights: pass (None, coef)")
-    coef = _numbers(values, "coef")
-    if coef.shape[:1] != (head.d,) or coef.ndim != 2:
-        raise InputError(f"the linear head's coef must be (d, c) = ({head.d}, c), got {tuple(coef.shape)}")
-    b = _intercept(intercept, coef.shape[1])
-    return Atoms(torch.ones(1).double(), coef[None], torch.zeros(1, dtype=torch.int64), b)
-
-
-def _mixing_atoms(head: Head, mixing: Any, values: Any, n_gates: int, intercept: Any) -> Atoms:
-    count = head.n_groups * n_gates
-    if count == 1 and not isinstance(mixing, (list, tuple)):
-        mixing, values = [mixing], [values]
-    if not all(isinstance(part, (list, tuple)) for part in (mixing, values)):
-        raise InputError(f"this head has {count} blocks: pass a list of mixing and a list of values weights")
-    mixing, values = ([_numbers(w, "weights").numpy() for w in part] for part in (mixing, values))
-    if len(mixing) != count or len(values) != count:
-        raise InputError(
-            f"this head has {count} blocks, got {len(mixing)} of mixing and {len(values)} of values weights"
-        )
-    columns = {v.shape[2] for v in values if v.ndim == 3}
-    shape = ", ".join(map(str, head.mixing_shape))
-    for u, v in zip(mixing, values, strict=True):
-        if u.shape[1:] != head.mixing_shape or v.ndim != 3 or v.shape[1] != head.value_rows or len(u) != len(v):
-            raise InputError(
-                f"a block has mixing {u.shape} and values {v.shape}, needed are (k, {shape}) "
-                f"and (k, {head.value_rows}, c)"
-            )
-    if len(columns) != 1:
-        raise InputError(f"blocks disagree on the number of outputs: {sorted(columns)}")
-    n_outputs = columns.pop() * (head.n_groups if getattr(head, "outputs", "shared") == "grouped" else 1)
-    return atoms_from_blocks(head, mixing, values, n_outputs, _intercept(intercept, n_outputs))
-
-
-def _targets(loss: Loss, X: Any, y: Any, head: Head, n_outputs: int, classes: NDArray[Any] | None) -> torch.Tensor:
-    """``(n, r, c)``: one-hot rows of labels in the order of ``classes`` (None: sorted), or float targets as given."""
-    if loss.name != "cross-entropy":
-        if y is None:
-            raise InputError("targets y are needed with this loss")
-        targets = inputs.as_targets(y, n_tokens=head.s, every_token=head.pool == "none")
-        if targets.shape[1:] != (head.r, n_outputs):
-            raise InputError(
-                f"targets {tuple(np.shape(y))} do not fit outputs (n, {head.r}, {n_outputs}) of these weights"
-            )
-        return targets
-    if head.r != 1:
-        raise InputError("labels are one a sample, but these weights have an output for every token (pool=None)")
-    labels = labels_of(X, y)
-    return targets_of(np.unique(labels) if classes is None else classes, labels, n_outputs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -270,7 +270,7 @@ def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Ta
         X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
         head,
         activation,
-        dtype=torch.float64 if math.prod(X.shape) <= SMALL_TOKENS or spec.tol < TIGHT else torch.float32,
+        dtype=precision(X.shape, spec.tol),
         reuse=not coordinates,
         device=device,
         memory=default_memory(device) if spec.max_memory is None else spec.max_memory,
@@ -278,6 +278,11 @@ def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Ta
     )
     problem = Problem(operator, Y[rows], loss, fit_intercept=spec.fit_intercept)
     return Task(spec, data, problem.in_coordinates(coordinates), generator)
+
+
+def precision(shape: Sequence[int], tol: float) -> torch.dtype:
+    """What a solver computes in, for tokens of this shape."""
+    return torch.float64 if math.prod(shape) <= SMALL_TOKENS or tol < TIGHT else torch.float32
 
 
 def _make_gates(spec: Spec, head: Head, X: Tokens, generator: torch.Generator) -> torch.Tensor | None:

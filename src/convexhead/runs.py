@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from convexhead.audit import certify
+from convexhead.audit import Audit
+from convexhead.audit import audit as find_audit
 from convexhead.baselines.adam import TrainingResult
 from convexhead.baselines.trained_head import fit_by_adam
-from convexhead.certificate.certificate import Certificate
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.interrupts import Answer, interrupts
@@ -259,45 +259,43 @@ def evaluate(run: str | Path, store: str | Path, *, split: str = "test") -> dict
     return {"run": str(run), "split": split, "images": len(truth), "top1": top1, "top5": top5}
 
 
-@dataclass
-class Audit:
-    """What `audit` found: a certificate at the weight ``beta``, and the certificate of the reference, if one was given.
-
-    The larger of two lower bounds is the certificate's ``dual``.
-    """
-
-    certificate: Certificate
-    beta: float
-    reference: Certificate | None
-
-
 def audit(
     run: str | Path,
     store: str | Path,
     *,
     beta: float | None = None,
     reference: str | Path | None = None,
+    find_optimum: bool = True,
+    pool: str = "mean",
     tol: float = 1e-3,
 ) -> Audit:
-    """Bound how far a run is from the global optimum on the training split of a store.
+    """Bound how far a trained head is from the global optimum on the training split of a store.
 
     Parameters
     ----------
     run : path
-        Folder of a trained head, by whatever training.
+        Folder of a trained head, by whatever training, or a file with the weights of a linear head: ``.npz``,
+        ``.safetensors``, ``.pth`` (see `convexhead.audit.certify`). Such a file's classes are matched by name if it
+        tells them, else its outputs are those of the store's classes in order.
     store : path
         The store that it was trained on.
     beta : float or None
-        ``β``; None: the one that the head was trained at.
+        ``β``; None: the one that the head was trained at. A file rarely tells it.
     reference : path or None
         A certified run of the same problem, whose lower bound is used too.
+    find_optimum : bool
+        Find the certified optimum of a linear head where there is no reference and its own proof is above ``tol``.
+    pool : str
+        Which tokens the head in a file reads.
     tol : float
         Relative gap for ``converged``.
     """
-    clf = load(run)
-    beta = clf.beta_ if beta is None else beta
+    run, train = Path(run), open_split(store, "train")
     known = None if reference is None else load(reference).certificate_
-    return Audit(certify(clf, open_split(store, "train"), beta=beta, tol=tol, lower_bound=known), beta, known)
+    if reference is not None and known is None:
+        raise InputError(f"{reference} has no certificate: give a run of `convexhead fit`")
+    weights: Any = run if run.is_file() else load(run)
+    return find_audit(weights, train, beta=beta, pool=pool, tol=tol, reference=known, find_optimum=find_optimum)
 
 
 def _save(

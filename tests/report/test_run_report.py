@@ -29,6 +29,7 @@ from convexhead.report import drawing, run_figures, run_page
 from convexhead.report.gallery import gallery
 from convexhead.report.pictures import as_seen
 from convexhead.report.run_page import render_runs
+from convexhead.report.runs import distances_in_words
 
 pytestmark = pytest.mark.slow
 CLASSES = ("blue", "green", "red", "yellow")
@@ -512,3 +513,24 @@ def test_several_runs_side_by_side(visit, work):
     assert mixer.locator("[data-rows=heads] tr").last.inner_text().startswith("intercept")
     assert page.locator("#run-1 .chosen").is_hidden()
     assert mixer.get_by_text("What it does to positions").count() == 1
+
+
+def test_a_head_by_adam_is_told_its_distance_from_the_optimum_of_its_problem():
+    def run(name, problem, primal, dual, *, is_twin):
+        return {
+            "name": name,
+            "problem": problem,
+            "is_twin": is_twin,
+            "certificate": {"primal": primal, "dual": dual},
+        }
+
+    runs = [
+        run("adam", 1, 1.02, 0.9, is_twin=True),
+        run("convex", 1, 1.0, 0.999, is_twin=False),
+        run("other adam", 2, 3.0, 1.0, is_twin=True),
+    ]
+    distances_in_words(runs)
+    assert runs[0]["distance"] == (
+        "Its objective lies 2.0% to 2.1% above the optimum, by the certified optimum of convex."
+    )
+    assert runs[1]["distance"] is runs[2]["distance"] is None

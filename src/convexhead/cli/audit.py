@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.markup import escape
-from typer import Option
+from typer import Argument, Option
 
 from convexhead.cli.entry import NOTHING, command
-from convexhead.cli.options import Json, Run, Store, Tol
-from convexhead.cli.output import certificate_line, emit
+from convexhead.cli.options import Json, Pool, Run, Store, Tol
+from convexhead.cli.output import audit_lines, emit
 from convexhead.cli.progress import shown_progress
 
 Split = Annotated[str, Option(help="Which images of the store: test, train or val.")]
 Beta = Annotated[float | None, Option(help="Weight β of the penalty; default: the one that the head was trained at.")]
+Weights = Annotated[
+    Path,
+    Argument(
+        metavar="RUN|FILE",
+        help="Folder of a trained head, or a linear head of others in a file: .npz with coef_ and intercept_, "
+        ".safetensors or .pth with weight and bias.",
+    ),
+]
 Reference = Annotated[
     Path | None,
-    Option(help="Run of `convexhead fit` on the same problem: its lower bound makes the audit sharper."),
+    Option(help="Run of `convexhead fit` on the same problem: the audit tells the distance from its optimum."),
+]
+NoReference = Annotated[
+    bool,
+    Option("--no-reference", help="Prove from the weights alone, and do not find the optimum of a linear head."),
 ]
 
 
@@ -35,10 +47,12 @@ def evaluate(run: Run, store: Store, split: Split = "test", as_json: Json = Fals
 
 @command(NOTHING)
 def audit(
-    run: Run,
+    run: Weights,
     store: Store,
     beta: Beta = None,
     reference: Reference = None,
+    no_reference: NoReference = False,
+    pool: Pool = "mean",
     tol: Tol = 1e-3,
     as_json: Json = False,
 ) -> None:
@@ -46,12 +60,23 @@ def audit(
     from convexhead import runs
 
     with shown_progress(as_json, "certifying"):
-        found = runs.audit(run, store, beta=beta, reference=reference, tol=tol)
-    result = {"run": str(run), "beta": found.beta, "certificate": found.certificate.to_dict()}
-    lines = [certificate_line(found.certificate)]
-    if found.reference is not None:
-        known = found.reference.dual
-        result["reference"] = {"run": str(reference), "dual": known}
-        used = "used here" if found.certificate.dual <= known else "below the one found here"
-        lines.append(f"the reference {escape(str(reference))} has the lower bound {known:.6g}, {used}")
-    emit(result, as_json, *lines)
+        found = runs.audit(
+            run, store, beta=beta, reference=reference, find_optimum=not no_reference, pool=pool, tol=tol
+        )
+    result: dict[str, Any] = {
+        "run": str(run),
+        "beta": found.beta,
+        "certificate": found.certificate.to_dict(),
+        "proven": None if found.proven is None else found.proven.to_dict(),
+        "distance": None,
+    }
+    if found.told is not None:
+        result["program"] = found.told
+    if found.reference is not None and found.distance is not None:
+        known = found.reference
+        result["reference"] = {
+            "run": None if reference is None else str(reference), "primal": known.primal, "dual": known.dual
+        }  # fmt: skip
+        result["distance"] = {"at_least": found.distance[0], "at_most": found.distance[1]}
+    whose = "found here" if reference is None else f"of {escape(str(reference))}"
+    emit(result, as_json, *audit_lines(found, whose))

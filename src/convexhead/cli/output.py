@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from convexhead.audit import Audit
     from convexhead.certificate.certificate import Certificate
     from convexhead.tokens import TokenStore
 
@@ -52,9 +53,45 @@ def gaps_are_shown() -> Iterator[None]:
 
 
 def certificate_line(certificate: Certificate) -> str:
-    """The certificate in words, and first of all whether it has the gap that was asked for."""
-    mark = "[green]certified[/]" if certificate.converged else "[yellow]not converged[/]"
+    """The certificate of a fit in words, and first of all whether it has the gap that was asked for."""
+    mark = "[green]certified[/]"
+    if certificate.scope == "estimated":
+        mark = "[yellow]estimated[/]"
+    elif not certificate.converged:
+        asked = "" if certificate.tol is None else f" above the {100 * certificate.tol:.2g}% that was asked for"
+        mark = f"[yellow]stopped early,{asked}[/]"
     return f"{mark}: {certificate}"
+
+
+def audit_lines(audit: Audit, whose: str) -> list[str]:
+    """What is proven from the weights alone, and the distance from a certified optimum, in words of their own.
+
+    Parameters
+    ----------
+    whose : str
+        Where the certified optimum comes from.
+    """
+    certificate, lines = audit.certificate, []
+    if audit.told is not None:
+        lines.append(f"audited: {escape(audit.told)}")
+    if audit.reference is not None and audit.distance is not None:
+        least, most = (f"{100 * share:.2g}%" for share in audit.distance)
+        far = f"at most {most}" if least == "0%" else most if least == most else f"{least} to {most}"
+        mark = "[green]at the optimum[/]" if certificate.converged else "[yellow]above the optimum[/]"
+        lines.append(
+            f"{mark}: objective {certificate.primal:.6g} lies {far} above it; the certified optimum {whose} is "
+            f"{audit.reference.primal:.6g}, the lower bound {certificate.dual:.6g}"
+        )
+    if audit.proven is not None:
+        proven = audit.proven
+        mark = "[green]certified[/]" if proven.converged else "proven from these weights alone"
+        lines.append(f"{mark}: {proven}")
+        if audit.reference is None and not proven.converged and proven.scope != "estimated":
+            lines.append(
+                "the true distance may be far smaller: this bound is loose for weights away from the optimum; "
+                "fit the same problem and give that run with --reference to know it"
+            )
+    return lines
 
 
 def show_store(store: TokenStore, as_json: bool, *lines: str) -> None:

@@ -13,7 +13,7 @@ from convexhead.report import drawing, run_figures
 from convexhead.report.gallery import BUDGET, clusters, gallery
 from convexhead.report.page import environment, inline_svg
 from convexhead.report.pictures import thumbnails
-from convexhead.report.runs import read_run
+from convexhead.report.runs import distances_in_words, read_run
 from convexhead.report.tables import gap as gap_in_words
 from convexhead.tokens.store.files import make_folder, write_atomic
 from convexhead.tokens.store.store import TokenStore
@@ -95,6 +95,7 @@ def render_runs(
         runs.append(run)
     _tell_apart(runs)
     _number_problems(runs)
+    distances_in_words(runs)
     for run in runs:
         run["figures"] = _figures(run, draw)
     return template.render(runs=runs, comparison=_comparison(runs, draw) if len(runs) > 1 else None)

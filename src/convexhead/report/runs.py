@@ -15,7 +15,7 @@ from convexhead.path import EDGES
 from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
 from convexhead.report.gallery import patch_grid, strongest_heads
-from convexhead.report.tables import probability
+from convexhead.report.tables import probability, relative
 from convexhead.tokens.store.store import TokenStore
 
 CONFUSED, SERVED = 12, 3
@@ -114,7 +114,6 @@ def certificate_in_words(model: Any) -> str:
     if c.scope == "estimated":
         return f"{str(c)[0].upper()}{str(c)[1:]}."
     gap = f"{100 * c.relative_gap:.2g}%"
-    whose = "Adam's weights are" if model.model_.optimizer is not None else "these weights are"
     more = "could bring the objective down by more"
     where = {
         "global": f"the global optimum: no weights whatever, with any number of heads, {more}",
@@ -122,8 +121,36 @@ def certificate_in_words(model: Any) -> str:
     }[c.scope]
     chance = probability(c.failure_probability)
     doubt = f" The bound may fail with a probability of {chance}." if c.failure_probability else ""
-    tolerance = "" if c.converged else f" The tolerance that was asked for ({model.tol:g}) was not reached."
-    return f"By the certified bound {whose} within {gap} of {where}.{doubt}{tolerance}"
+    if model.model_.optimizer is None:
+        asked = "" if c.converged else f" The tolerance that was asked for ({model.tol:g}) was not reached."
+        return f"By the certified bound these weights are within {gap} of {where}.{doubt}{asked}"
+    loose = "" if c.converged else (
+        " That is proven from these weights alone. The true distance may be far smaller: it is measured from a "
+        "certified optimum of the same problem."
+    )  # fmt: skip
+    return f"By the certified bound Adam's weights are within {gap} of {where}.{doubt}{loose}"
+
+
+def distances_in_words(runs: list[dict[str, Any]]) -> None:
+    """Give every run that Adam trained its ``distance`` from the best optimum that another run of its problem found.
+
+    ``distance`` is a sentence, or None where no run of the problem (by its number) was certified.
+    """
+    for run in runs:
+        run["distance"] = None
+        solved = [
+            other for other in runs
+            if run["is_twin"] and run["problem"] and other["problem"] == run["problem"] and not other["is_twin"]
+        ]  # fmt: skip
+        if solved:
+            own = run["certificate"]["primal"]
+            best = min(solved, key=lambda other: other["certificate"]["primal"])
+            dual = max(other["certificate"]["dual"] for other in (*solved, run))
+            least, scale = max(own - best["certificate"]["primal"], 0.0), abs(own) or 1.0
+            run["distance"] = (
+                f"Its objective lies {relative(least / scale)} to {relative((own - dual) / scale)} above the "
+                f"optimum, by the certified optimum of {best['name']}."
+            )
 
 
 def _atoms(model: Any) -> list[dict[str, Any]]:
