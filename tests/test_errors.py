@@ -28,6 +28,10 @@ def fit(X=X, y=Y, **parameters):
     return ch.ConvexHeadClassifier(random_state=0, **parameters).fit(X, y)
 
 
+def weighed(sample_weight):
+    return ch.ConvexHeadClassifier().fit(X, Y, sample_weight)
+
+
 def regress(y, **parameters):
     return ch.ConvexHeadRegressor(random_state=0, **parameters).fit(X, y)
 
@@ -52,7 +56,28 @@ CASES = {
     "no labels": (lambda: fit(X, None), "requires y to be passed"),
     "NaN label": (lambda: fit(X, np.where(Y == 0, np.nan, Y)), "NaN"),
     "continuous labels": (lambda: fit(X, RNG.normal(size=24)), "Unknown label type"),
-    "two columns of labels": (lambda: fit(X, np.stack([Y, Y], 1)), "1d array"),
+    "two columns of labels": (lambda: fit(X, np.stack([Y, Y], 1)), "labels of several columns"),
+    "rows that do not sum to 1": (lambda: fit(X, np.full((24, 3), 0.5)), "use loss='binary-cross-entropy'"),
+    "labels for several labels": (lambda: fit(loss="binary-cross-entropy"), "an indicator matrix"),
+    "indicators above 1": (lambda: fit(X, np.full((24, 3), 2), loss="binary-cross-entropy"), "0, 1 or between"),
+    "class weights of indicators": (
+        lambda: fit(X, np.eye(3)[Y], loss="binary-cross-entropy", class_weight="balanced"),
+        "use pos_weight",
+    ),
+    "positive weight of labels": (lambda: fit(pos_weight=2.0), "use class_weight"),
+    "positive weights of other classes": (
+        lambda: fit(X, np.eye(3)[Y], loss="binary-cross-entropy", pos_weight=[1.0, 2.0]),
+        "one for each of the 3 classes",
+    ),
+    "class weight of no class": (lambda: fit(class_weight={7: 2.0}), "class_weight names 7"),
+    "negative sample weight": (lambda: weighed(np.full(24, -1.0)), "at least 0"),
+    "sample weights of other samples": (lambda: weighed(np.ones(23)), r"sample_weight must be \(24,\)"),
+    "no sample weighs anything": (lambda: weighed(np.zeros(24)), "sample weights are zero"),
+    "weights of tokens that are pooled": (lambda: weighed(np.ones((24, 6))), r"sample_weight must be \(24,\)"),
+    "weights of single probabilities": (
+        lambda: ch.ConvexHeadClassifier(pool=None).fit(X, np.full((24, 6, 3), 1 / 3), np.ones((24, 6, 3))),
+        r"sample_weight must be \(24,\) or \(24, 6\)",
+    ),
     "infinite target": (lambda: regress(np.where(Y == 0, np.inf, Y)), "infinity"),
     "targets for every token missing": (lambda: regress(RNG.normal(size=24), pool=None), r"must be \(n, s, c\)"),
     "targets for tokens that are pooled": (lambda: regress(RNG.normal(size=(24, 6, 2))), r"must be \(n,\) or \(n, c\)"),
@@ -68,8 +93,9 @@ CASES = {
     "fractional gates": (lambda: fit(activation="gated-relu", n_gates=2.5), "n_gates must be a positive integer"),
     "unknown head": (lambda: fit(head="self-atention"), "did you mean 'self-attention'"),
     "unknown activation": (lambda: fit(activation="gatedrelu"), "did you mean 'gated-relu'"),
-    "unknown pool": (lambda: fit(pool="max"), "pool must be 'mean' or 'cls'"),
-    "pool none for classes": (lambda: fit(pool=None), "pool must be 'mean' or 'cls'"),
+    "unknown pool": (lambda: fit(pool="max"), "choose one of 'mean', 'cls', 'none'"),
+    "one label a sample for every token": (lambda: fit(pool=None), r"y must be labels \(n, 6\)"),
+    "labels of other tokens": (lambda: fit(X, np.zeros((24, 5), int), pool=None), "there are 6 tokens a sample"),
     "unknown loss": (lambda: regress(RNG.normal(size=24), loss="square"), "did you mean 'squared'"),
     "huber without width": (lambda: Huber(0.0), "delta must be positive"),
     "grid that does not fit": (lambda: fit(head="fno", grid=(2, 2)), "does not hold 6 tokens"),

@@ -15,7 +15,7 @@ import convexhead as ch
 from convexhead.cli import adam, fit
 from convexhead.estimator_base import HeadEstimator
 from convexhead.program.losses import Huber
-from convexhead.spec import Spec
+from convexhead.spec import OF_CLASSIFIERS, Spec
 
 DEFAULTS = {each.name: each.default for each in fields(Spec)}
 RNG = np.random.default_rng(0)
@@ -30,16 +30,17 @@ def defaults_of(function):
 
 def test_estimators_have_the_settings_as_parameters():
     classifier, regressor = defaults_of(ch.ConvexHeadClassifier), defaults_of(ch.ConvexHeadRegressor)
-    assert list(regressor) == list(DEFAULTS)
-    assert list(classifier) == [name for name in DEFAULTS if name != "loss"]
-    assert classifier == {name: value for name, value in DEFAULTS.items() if name != "loss"}
-    assert regressor == {**DEFAULTS, "loss": "squared"}
+    assert list(classifier) == list(DEFAULTS)
+    assert list(regressor) == [name for name in DEFAULTS if name not in OF_CLASSIFIERS]
+    assert classifier == DEFAULTS
+    of_both = {name: value for name, value in DEFAULTS.items() if name not in OF_CLASSIFIERS}
+    assert regressor == {**of_both, "loss": "squared"}
 
 
 def test_every_setting_is_documented_in_its_order():
     text = inspect.getdoc(ch.ConvexHeadClassifier)
     parameters = re.split(r"\n(?:Parameters|Attributes)\n-+\n", text)[1]
-    assert re.findall(r"^(\w+) : ", parameters, re.MULTILINE) == [name for name in DEFAULTS if name != "loss"]
+    assert re.findall(r"^(\w+) : ", parameters, re.MULTILINE) == list(DEFAULTS)
 
 
 def test_every_view_is_documented():
@@ -73,6 +74,10 @@ WRONG = {
     "n_blocks": 1.5,
     "outputs": "split",
     "fit_intercept": "yes",
+    "class_weight": {0: -1.0},
+    "label_smoothing": 1.0,
+    "pos_weight": [1.0, 0.0],
+    "ignore_index": 0.5,
     "solver": "adam",
     "tol": float("nan"),
     "max_heads": True,
@@ -92,7 +97,7 @@ def test_every_setting_is_tried():
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_setting_is_refused_by_name(name):
     settings = {"activation": "gated-relu", "head": "mlp", name: WRONG[name]}
-    reg = ch.ConvexHeadRegressor(**settings)
+    reg = (ch.ConvexHeadClassifier if name in OF_CLASSIFIERS else ch.ConvexHeadRegressor)(**settings)
     with pytest.raises(ch.InputError, match=name):
         reg.fit(X, Y.astype(float))
     assert not hasattr(reg, "model_")
@@ -121,5 +126,13 @@ def test_saved_models_hold_the_settings_by_name(tmp_path):
     clf = ch.ConvexHeadClassifier("mlp", beta_ratio=0.5, grid=(2, 2), tol=0.01, random_state=3).fit(X, Y)
     clf.save(tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "config.json").read_text())["parameters"]
-    assert saved.keys() == clf.get_params().keys() - {"gates"}
+    assert saved.keys() == clf.get_params().keys() - {"gates", "loss", *OF_CLASSIFIERS}  # these only if set
     assert clone(ch.load(tmp_path / "model")).get_params() == clf.get_params()
+    settings = {"loss": "binary-cross-entropy", "pos_weight": [1.0, 3.0]}
+    other = {"class_weight": {0: 1.0, 1: 2.5}, "label_smoothing": 0.1, "ignore_index": 9}
+    for more, labels in ((settings, np.eye(2)[Y]), (other, Y)):
+        clf = ch.ConvexHeadClassifier("mlp", beta_ratio=0.5, **more).fit(X, labels)
+        clf.save(tmp_path / "model")
+        read = ch.load(tmp_path / "model")
+        assert {name: getattr(read, name) for name in more} == more
+        assert np.array_equal(read.predict_proba(X), clf.predict_proba(X))

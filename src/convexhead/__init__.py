@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from convexhead.audit import certify
     from convexhead.certificate.certificate import Certificate
     from convexhead.errors import ConvexHeadError, FileFormatError, HubError, InputError, MissingExtraError
-    from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+    from convexhead.estimators import ConvexHeadClassifier
     from convexhead.path import beta_max, regularization_path
     from convexhead.persistence import load
+    from convexhead.regressor import ConvexHeadRegressor
     from convexhead.tokens import TokenStore
 
 __all__ = [
@@ -37,7 +38,7 @@ HOMES = {
     "Certificate": "certificate.certify",
     "ConvexHeadClassifier": "estimators",
     "ConvexHeadError": "errors",
-    "ConvexHeadRegressor": "estimators",
+    "ConvexHeadRegressor": "regressor",
     "FileFormatError": "errors",
     "HubError": "errors",
     "InputError": "errors",

@@ -23,10 +23,11 @@ from convexhead.foreign.estimators import own_features
 from convexhead.foreign.read import read_linear_head
 from convexhead.model import Model
 from convexhead.modules import HeadModule
+from convexhead.padding import Padded, as_padded
 from convexhead.program.atoms import Atoms
-from convexhead.program.losses import Loss, make_loss
+from convexhead.program.losses import Loss
 from convexhead.program.problem import Problem
-from convexhead.reading import split_for
+from convexhead.reading import split_for, tokens_of
 from convexhead.runtime.surroundings import undisturbed
 from convexhead.spec import Spec
 
@@ -39,6 +40,7 @@ def certify(
     weights: Any,
     X: Any,
     y: Any = None,
+    sample_weight: Any = None,
     *,
     beta: float | None = None,
     head: str = "self-attention",
@@ -76,7 +78,7 @@ def certify(
         a pipeline that ends in one, which is audited on the features that its last step sees; a `torch.nn.Linear`; a
         state dict with one linear layer; or the path of an ``.npz``, ``.safetensors`` or ``.pth`` file with such
         weights. A path of a folder is a saved model. `convexhead.foreign` says which program each of them is.
-    X, y
+    X, y, sample_weight
         The training data, as for `ConvexHeadClassifier.fit` (labels) or `ConvexHeadRegressor.fit` (float targets with
         ``loss`` other than cross-entropy). Labels are matched by name with an estimator's ``classes_``; the outputs of
         modules and factors are those of the sorted labels.
@@ -105,7 +107,7 @@ def certify(
         head=head, activation=activation, loss=loss or "cross-entropy", beta=beta, pool=pool, grid=grid,
         n_blocks=n_blocks, outputs=outputs, tol=tol, device=device,
     )  # fmt: skip
-    posed = _pose(weights, X, y, spec, loss, gates, intercept, random_state)
+    posed = _pose(weights, X, y, sample_weight, spec, loss, gates, intercept, random_state)
     return posed.certificate(lower_bound)
 
 
@@ -149,6 +151,7 @@ def audit(
     weights: Any,
     X: Any,
     y: Any = None,
+    sample_weight: Any = None,
     *,
     beta: float | None = None,
     pool: str | None = "mean",
@@ -163,7 +166,7 @@ def audit(
 
     Parameters
     ----------
-    weights, X, y, beta, pool, loss, tol, device, random_state
+    weights, X, y, sample_weight, beta, pool, loss, tol, device, random_state
         As of `certify`.
     reference : Certificate or None
         As ``lower_bound`` of `certify`.
@@ -173,7 +176,7 @@ def audit(
     """
     _check_reference(reference)
     spec = Spec(loss=loss or "cross-entropy", beta=beta, pool=pool, tol=tol, device=device)
-    posed = _pose(weights, X, y, spec, loss, None, None, random_state)
+    posed = _pose(weights, X, y, sample_weight, spec, loss, None, None, random_state)
     linear = not posed.problem.head.learns_mixing
     proven = posed.certificate(None) if linear or reference is None else None
     if reference is None and linear and find_optimum and proven is not None and not proven.converged:
@@ -220,6 +223,7 @@ def _pose(
     weights: Any,
     X: Any,
     y: Any,
+    sample_weight: Any,
     spec: Spec,
     loss: str | Loss | None,
     gates: Any,
@@ -227,34 +231,38 @@ def _pose(
     seed: int | None,
 ) -> _Posed:
     """Weights of any form and the problem that they are audited for."""
-    weights, X = own_features(weights, inputs.resolve_store(X))
+    weights, X = own_features(weights, as_padded(inputs.resolve_store(X)))
     told, beta, classes = None, spec.beta, None
     if isinstance(weights, (str, Path)) and Path(weights).is_dir():
         weights = Model.load(weights)
     model = as_model(weights)
     if model is not None:
-        X, y = _images_of_training(model, inputs.plain(X, "X"), y)
+        X, y, sample_weight = _images_of_training(model, X, y, sample_weight)
         beta = model.beta if beta is None else beta
     elif isinstance(weights, HeadModule):
-        X = inputs.plain(split_for(X, weights.head.name, weights.head.pool), "X")
+        X = _plain(split_for(X, weights.head.name, weights.head.pool))
     elif (found := read_linear_head(weights, X)) is not None:
         if gates is not None or intercept is not None:
             raise InputError(f"gates and intercept go with factors: {found.name} has its own")
         spec = replace(spec, head="linear", activation="linear")
-        X = inputs.plain(split_for(X, spec.head, spec.pool), "X")
+        X = _plain(split_for(X, spec.head, spec.pool))
         program = found.program(X, y, beta=beta, loss=loss)
         weights, intercept, y = (None, program.coef), program.intercept, program.y
         classes, loss, beta, told = program.classes, program.loss, program.beta, program.told
     else:
-        X = inputs.plain(split_for(X, spec.head, spec.pool), "X")
+        X = _plain(split_for(X, spec.head, spec.pool))
     if beta is None:
         raise InputError("beta must be a positive number, got None: an audit is at the weight of the training")
-    tokens = inputs.open_tokens(X)
-    audited = understood(weights if model is None else model, spec, tokens.shape[1:], gates, intercept)
+    shape = tokens_of(X)[0].shape[1:]
+    audited = understood(weights if model is None else model, spec, shape, gates, intercept)
     if classes is not None:
         audited = replace(audited, classes=classes)
-    problem = audited.problem(tokens, X, y, make_loss(loss or audited.loss), inputs.pick_device(spec.device))
+    problem = audited.problem(X, y, sample_weight, loss, inputs.pick_device(spec.device))
     return _Posed(problem, audited.atoms, float(beta), spec.tol, told, seed)
+
+
+def _plain(X: Any) -> Any:
+    return X if isinstance(X, Padded) else inputs.plain(X, "X")
 
 
 def _check_reference(lower_bound: Any) -> None:
@@ -280,9 +288,12 @@ def as_model(weights: Any) -> Model | None:
     return weights if isinstance(weights, Model) else None
 
 
-def _images_of_training(model: Model, X: Any, y: Any) -> tuple[Any, Any]:
-    """The images that the model was trained on, and their targets."""
-    whole, X = X, model.as_trained_on(X)
-    if y is not None and len(X) < len(whole) == len(y):  # trained on some of the split
-        y = np.asarray(y)[X.rows]
-    return X, y
+def _images_of_training(model: Model, X: Any, *parts: Any) -> tuple[Any, ...]:
+    """The images that the model was trained on, and their parts of what there is one of each image of the split."""
+    if isinstance(X, Padded):
+        return X, *parts
+    whole = inputs.plain(X, "X")
+    X = model.as_trained_on(whole)
+    if len(X) < len(whole):  # trained on some of the split
+        parts = tuple(np.asarray(part)[X.rows] if np.ndim(part) and len(part) == len(whole) else part for part in parts)
+    return X, *parts

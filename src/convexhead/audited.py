@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,47 +14,86 @@ from convexhead.errors import InputError
 from convexhead.foreign.linear_head import numbers
 from convexhead.model import Model
 from convexhead.modules import HeadModule
+from convexhead.padding import Padded, padded_like
 from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.blocks import atoms_from_blocks
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head
-from convexhead.program.losses import Loss
+from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy, Loss, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.reading import labels_of, targets_of
+from convexhead.reading import labels_of, tokens_of
 from convexhead.runtime.samples import default_memory
-from convexhead.runtime.stored_tokens import Tokens
+from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 from convexhead.spec import Spec
+from convexhead.targets import Targets, every_token, read_classes, read_numbers
+
+OF_CLASSES = (CrossEntropy.name, BinaryCrossEntropy.name)
+"""Losses of classes; the others are of measurements."""
 
 
 @dataclass(frozen=True, eq=False)
 class Audited:
-    """Weights and what they are of; ``classes`` are the labels of the outputs, None: the sorted labels."""
+    """Weights and what they are of; ``classes`` are the labels of the outputs, None: the sorted labels.
+
+    Of ``spec`` only the loss counts, and what else makes targets of labels.
+    """
 
     head: Head
     activation: str
     gates: torch.Tensor | None
     atoms: Atoms
     fit_intercept: bool
-    loss: str | Loss = "cross-entropy"
+    spec: Spec = field(default_factory=Spec)
     classes: NDArray[Any] | None = None
 
-    def problem(self, tokens: Tokens, X: Any, y: Any, loss: Loss, device: torch.device) -> Problem:
+    def problem(self, X: Any, y: Any, sample_weight: Any, loss: str | Loss | None, device: torch.device) -> Problem:
         """The problem that they were trained for, in the coordinates that serve its certificate best."""
+        tokens, mask = tokens_of(X)
         if tokens.shape[1:] != (self.head.s, self.head.d):
             raise InputError(
                 f"tokens are {tuple(tokens.shape[1:])} a sample, but these weights are for {(self.head.s, self.head.d)}"
             )
         if not all(bool(torch.isfinite(part).all()) for part in (self.atoms.U, self.atoms.V, self.atoms.intercept)):
             raise InputError("the weights contain NaN or infinity: the training they come from diverged")
-        targets = _targets(loss, X, y, self.head, self.atoms.V.shape[2], self.classes)
-        inputs.check_lengths(tokens, len(targets))
-        activation = make_activation(self.activation, self.head, self.gates)
-        memory = default_memory(device)
-        operator = Operator(tokens, self.head, activation, reuse=False, device=device, memory=memory)
-        problem = Problem(operator, targets, loss, fit_intercept=self.fit_intercept)
-        return problem.in_coordinates(Coordinates.of(tokens, targets, self.head, activation, loss, self.fit_intercept))
+        y = labels_of(X, y)
+        spec = replace(self.spec, loss=loss or self.spec.loss, pool=self.head.pool)
+        targets = self._targets(tokens, mask, y, spec, sample_weight)
+        if isinstance(X, Padded):
+            tokens = X.scaled(self.head)
+        if targets.kept is not None:
+            stored = isinstance(tokens, StoredTokens)
+            left = inputs.some_samples(X if stored else tokens, targets.kept)
+            tokens = inputs.open_tokens(left) if stored else left
+        judge, activation = make_loss(spec.loss), make_activation(self.activation, self.head, self.gates)
+        operator = Operator(tokens, self.head, activation, reuse=False, device=device, memory=default_memory(device))
+        Y, b = targets.Y, self.fit_intercept
+        problem = Problem(operator, Y, judge, weights=targets.weights, fit_intercept=b)
+        return problem.in_coordinates(Coordinates.of(tokens, Y, self.head, activation, judge, b))
+
+    def _targets(
+        self, tokens: Tokens, mask: NDArray[np.bool_] | None, y: Any, spec: Spec, sample_weight: Any
+    ) -> Targets:
+        """Those that they were trained on."""
+        n_outputs, classified = self.atoms.V.shape[2], make_loss(spec.loss).name in OF_CLASSES
+        if every_token(spec):
+            y = padded_like(mask, y, spec.ignore_index if classified else 0.0)
+        inputs.check_lengths(tokens, len(inputs.plain(y, "y")))
+        if classified:
+            targets = read_classes(y, spec, self.head.s, sample_weight, self.classes, mask)
+            present = targets.Y.shape[2]
+            if targets.Y.dtype == torch.bool and self.head.r == 1:  # the training saw all of them
+                present = int(targets.Y.flatten(0, 1).any(0).sum())
+            if present != n_outputs:
+                raise InputError(f"the labels have {present} classes, but the weights have {n_outputs} outputs")
+        else:
+            targets = read_numbers(y, self.head.s, sample_weight, every_token=every_token(spec), mask=mask)
+        if targets.Y.shape[1:] != (self.head.r, n_outputs):
+            raise InputError(
+                f"targets {tuple(np.shape(y))} do not fit outputs (n, {self.head.r}, {n_outputs}) of these weights"
+            )
+        return targets
 
 
 def understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, intercept: Any) -> Audited:
@@ -65,9 +104,8 @@ def understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, int
         raise InputError("gates and intercept go with factors: a module or an estimator has its own")
     if isinstance(weights, Model):
         of = weights.spec
-        return Audited(
-            weights.head, of.activation, weights.gates, weights.atoms, of.fit_intercept, of.loss, weights.classes
-        )
+        head = of.make_head(*shape) if weights.any_length else weights.head
+        return Audited(head, of.activation, weights.gates, weights.atoms, of.fit_intercept, of, weights.classes)
     if weights.reduction is not None:
         raise InputError(
             "this module takes raw tokens: audit one without the reduction (to_module() without raw_tokens) on the "
@@ -146,20 +184,3 @@ def _mixing_atoms(head: Head, mixing: Any, values: Any, n_gates: int, intercept:
         raise InputError(f"blocks disagree on the number of outputs: {sorted(columns)}")
     n_outputs = columns.pop() * (head.n_groups if getattr(head, "outputs", "shared") == "grouped" else 1)
     return atoms_from_blocks(head, mixing, values, n_outputs, _intercept(intercept, n_outputs))
-
-
-def _targets(loss: Loss, X: Any, y: Any, head: Head, n_outputs: int, classes: NDArray[Any] | None) -> torch.Tensor:
-    """``(n, r, c)``: one-hot rows of labels in the order of ``classes`` (None: sorted), or float targets as given."""
-    if loss.name != "cross-entropy":
-        if y is None:
-            raise InputError("targets y are needed with this loss")
-        targets = inputs.as_targets(y, n_tokens=head.s, every_token=head.pool == "none")
-        if targets.shape[1:] != (head.r, n_outputs):
-            raise InputError(
-                f"targets {tuple(np.shape(y))} do not fit outputs (n, {head.r}, {n_outputs}) of these weights"
-            )
-        return targets
-    if head.r != 1:
-        raise InputError("labels are one a sample, but these weights have an output for every token (pool=None)")
-    labels = labels_of(X, y)
-    return targets_of(np.unique(labels) if classes is None else classes, labels, n_outputs)

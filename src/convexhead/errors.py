@@ -9,6 +9,9 @@ import warnings
 from collections.abc import Iterable
 from types import ModuleType
 
+MANY_OPTIONS = 20
+"""Number of options above which a message names the nearest alone. Chosen by hand: one line on a screen."""
+
 
 class ConvexHeadError(Exception):
     """The base of every error that convexhead raises on purpose."""
@@ -44,6 +47,8 @@ def choose(what: str, name: object, options: Iterable[str]) -> str:
     if isinstance(name, str) and name in options:
         return name
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    if near and len(options) > MANY_OPTIONS:
+        raise InputError(f"unknown {what} {name!r}: did you mean {near[0]!r}?")
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(map(repr, options))}{hint}")
 

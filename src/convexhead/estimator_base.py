@@ -18,6 +18,7 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.fitting import fit
 from convexhead.model import Model, read_only
 from convexhead.modules import HeadModule
+from convexhead.padding import Padded, as_padded
 from convexhead.reading import Data
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
@@ -102,14 +103,14 @@ class HeadEstimator(BaseEstimator):
         """
         return Spec(**{name: getattr(self, name) for name in SETTINGS if hasattr(self, name)})
 
-    def read(self, X: Any, y: Any) -> Data:
+    def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
         """The data of a fit, checked."""
         raise NotImplementedError
 
     def _checked(self, X: Any, *, reset: bool) -> Any:
         """scikit-learn's checks of names and counts for 2-D input; other tokens are checked when they are opened."""
-        X = inputs.plain(X, "X")
-        if not inputs.is_table(X):
+        X = X if isinstance(X, Padded) else inputs.plain(X, "X")
+        if isinstance(X, Padded) or not inputs.is_table(X):
             if reset and hasattr(self, "feature_names_in_"):
                 del self.feature_names_in_
             return X
@@ -127,12 +128,14 @@ class HeadEstimator(BaseEstimator):
         self: E,
         X: Any,
         y: Any,
+        sample_weight: Any,
         callback: Callable[[Progress], None] | None,
         checkpoint: str | Path | None,
         minutes: float,
     ) -> E:
         """Fit, see `ConvexHeadClassifier.fit`."""
-        return _hold(self, fit(self, X, y, callback=callback, checkpoint=checkpoint, minutes=minutes))
+        model = fit(self, X, y, sample_weight, callback=callback, checkpoint=checkpoint, minutes=minutes)
+        return _hold(self, model)
 
     @classmethod
     def from_model(cls: type[E], model: Model) -> E:
@@ -177,10 +180,10 @@ class HeadEstimator(BaseEstimator):
         check_is_fitted(self)
         return self.model_
 
-    def _outputs(self, X: Any) -> NDArray[np.float64]:
+    def _outputs(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
         """``f (n, r, c)`` in float64."""
-        model = self._fitted()
-        return model.outputs(self._checked(inputs.resolve_store(X), reset=False), device=self.device)
+        model, X = self._fitted(), as_padded(inputs.resolve_store(X), mask)
+        return model.outputs(self._checked(X, reset=False), device=self.device)
 
     def as_fitted_on(self, X: Any) -> Any:
         """Tokens as this head takes them, see `Model.as_fitted_on`."""

@@ -12,22 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import ClassifierMixin, RegressorMixin
-from sklearn.metrics import r2_score
+from sklearn.base import ClassifierMixin
 
 from convexhead import inputs
-from convexhead.errors import InputError
+from convexhead.errors import InputError, choose
 from convexhead.estimator_base import HeadEstimator, View
-from convexhead.program.losses import Loss
-from convexhead.reading import Data, labels_of, read_labelled, read_measured, split_for
+from convexhead.padding import Padded, as_padded, padded_like
+from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy
+from convexhead.reading import Data, labels_of, read_labelled, split_for
+from convexhead.scores import accuracy
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
+from convexhead.targets import is_multilabel
 
 
 class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     """A token head trained with cross-entropy to a certified global optimum.
 
-    Minimises ``(1/n) Σ_i ℓ(f_i, y_i) + β Σ_j ‖Z_j‖_*`` with ``f_i = P Σ_k mix(X_i, U_k) V_k + b``, the convex program
+    Minimises ``(1/W) Σ_i w_i ℓ(f_i, y_i) + β Σ_j ‖Z_j‖_*``, ``f_i = P Σ_k mix(X_i, U_k) V_k + b``, the convex program
     equal to training ``Σ_k mix(X, U_k) V_k`` with weight decay ``(β/2)(‖U_k‖² + ‖V_k‖²)`` (Sahiner et al., ICML 2022).
 
     Parameters
@@ -38,13 +40,15 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         With ``"gated-relu"`` the program is convex for the given gates, and the certificate is for them. ``"relu"``
         trains the true ReLU network; it is certified where a problem is small enough for a proof, else its
         certificate is an estimate and says so.
+    loss : {"cross-entropy", "binary-cross-entropy"}
+        One class a sample, or any number of them: labels, or an indicator matrix.
     beta : float or None
         ``β > 0``; where None, ``beta_ratio · beta_max_``.
     beta_ratio : float
         ``β/β_max``; at 1 the optimum is the zero model.
-    pool : {"mean", "cls"}
+    pool : {"mean", "cls"} or None
         Which mixed tokens are read: their mean, or the first. Of a token store that is the backbone's class token,
-        which is then token 0, in front of the patches.
+        which is then token 0, in front of the patches. None: every token has an output and a label of its own.
     grid : (int, int) or None
         ``(h, w)`` of the tokens; None: square if ``s`` is a square, else ``(s, 1)``.
     n_gates : int or "all"
@@ -58,6 +62,14 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Whether every group of block-fno writes all outputs, or each its own share.
     fit_intercept : bool
         Add an unpenalised ``b``.
+    class_weight : dict, "balanced" or None
+        Weights of labels, times those of the samples: scikit-learn's.
+    label_smoothing : float
+        ``a``: the targets are ``(1 − a) y + a/c``.
+    pos_weight : float, list (c,) or None
+        ``ω`` of the ones in an indicator matrix, ``ω y log(1 + exp −f) + (1 − y) log(1 + exp f)``.
+    ignore_index : int
+        The label of tokens that do not count, with ``pool=None``.
     solver : {"auto", "fista", "group-newton", "column-generation", "ridge", "relu-exact", "relu-search"}
         The method; ``"auto"`` chooses by cost. All that can solve a problem end at the same optimum, and one that
         cannot is refused (see `convexhead.solvers.select`).
@@ -127,147 +139,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         head: str = "self-attention",
         *,
         activation: str = "linear",
-        beta: float | None = None,
-        beta_ratio: float = 0.05,
-        pool: str = "mean",
-        grid: tuple[int, int] | None = None,
-        n_gates: int | str = 50,
-        gates: Any = None,
-        n_blocks: int = 4,
-        outputs: str = "shared",
-        fit_intercept: bool = False,
-        solver: str = "auto",
-        tol: float = 1e-3,
-        max_heads: int | None = None,
-        max_time: float | None = None,
-        max_memory: float | None = None,
-        random_state: Any = None,
-        device: str = "auto",
-        distributed: bool = False,
-        verbose: int = 0,
-    ) -> None:
-        self.head = head
-        self.activation = activation
-        self.beta = beta
-        self.beta_ratio = beta_ratio
-        self.pool = pool
-        self.grid = grid
-        self.n_gates = n_gates
-        self.gates = gates
-        self.n_blocks = n_blocks
-        self.outputs = outputs
-        self.fit_intercept = fit_intercept
-        self.solver = solver
-        self.tol = tol
-        self.max_heads = max_heads
-        self.max_time = max_time
-        self.max_memory = max_memory
-        self.random_state = random_state
-        self.device = device
-        self.distributed = distributed
-        self.verbose = verbose
-
-    def fit(
-        self,
-        X: Any,
-        y: Any = None,
-        *,
-        callback: Callable[[Progress], None] | None = None,
-        checkpoint: str | Path | None = None,
-        checkpoint_minutes: float = 10.0,
-    ) -> ConvexHeadClassifier:
-        """Train to the certified optimum.
-
-        Parameters
-        ----------
-        X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d)
-            Tokens; 2-D input is one token a sample.
-        y : array (n,) or None
-            Class labels; None: the store's own.
-        callback : callable (Progress) or None
-            Called as the solver goes.
-        checkpoint : path or None
-            Folder that the state is written to; the same fit goes on from it exactly where it was written. It stays
-            when the fit is over.
-        checkpoint_minutes : float
-            Between two checkpoints.
-
-        Raises
-        ------
-        ValueError
-            Anything about the input that cannot be used; the message says what to do.
-
-        Warns
-        -----
-        ConvergenceWarning
-            The requested gap was not reached; `certificate_` says how far the model may be from the optimum.
-        """
-        return self._train(X, y, callback, checkpoint, checkpoint_minutes)
-
-    classes_ = View(lambda model: model.classes)
-    class_names_ = View(lambda model: model.class_names, optional=True)
-
-    def to_spec(self) -> Spec:
-        """The parameters, checked; a class is that of the pooled tokens."""
-        if self.pool not in ("mean", "cls"):
-            raise InputError(f"pool must be 'mean' or 'cls' for a classifier, got {self.pool!r}")
-        return super().to_spec()
-
-    def read(self, X: Any, y: Any) -> Data:
-        """The data of a fit, checked."""
-        X = split_for(X, self.head, self.pool)
-        y = labels_of(X, y)
-        return self._named(read_labelled(self._checked(X, reset=True), y))
-
-    def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Logits ``(n, c)``; for two classes their difference ``(n,)``, as scikit-learn has it."""
-        f = self._outputs(X)[:, 0]
-        return f[:, 1] - f[:, 0] if f.shape[1] == 2 else f
-
-    def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Class probabilities ``(n, c)``."""
-        return torch.softmax(torch.from_numpy(self._outputs(X)[:, 0]), -1).numpy()
-
-    def predict(self, X: Any) -> NDArray[Any]:
-        """Class labels ``(n,)``, numbered as in training whatever the store.
-
-        Another store may number its classes otherwise. Compare these labels with ``labels_of(X)``, which numbers them
-        as in training too, and not with the store's own ``X.labels``; `score` does so.
-        """
-        largest = self._outputs(X)[:, 0].argmax(1)
-        return self.classes_[largest]
-
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Accuracy; ``y`` may be left out for a split of a store, whose classes are matched by name."""
-        X, named = inputs.resolve_store(X), self._fitted().class_names is not None
-        if inputs.is_store(X) and (y is None or (named and np.array_equal(y, X.labels))):
-            y = self.labels_of(X)
-        return super().score(X, labels_of(X, y), sample_weight)
-
-    def labels_of(self, X: Any) -> NDArray[Any]:
-        """The labels of a split of a store as this head numbers them; see `Model.labels_of`."""
-        return self._fitted().labels_of(X)
-
-
-class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
-    """A token head trained with the squared or Huber loss to a certified global optimum.
-
-    The parameters and attributes are those of `ConvexHeadClassifier`, and
-
-    Parameters
-    ----------
-    loss : {"squared", "huber"} or Loss
-        ``½‖f − y‖²`` or its robust relative, or a `convexhead.program.losses.Loss` of your own.
-    pool : {"mean", "cls"} or None
-        None: an output for every token, targets ``(n, s, c)``.
-    """
-
-    def __init__(
-        self,
-        head: str = "self-attention",
-        *,
-        activation: str = "linear",
-        loss: str | Loss = "squared",
+        loss: str = "cross-entropy",
         beta: float | None = None,
         beta_ratio: float = 0.05,
         pool: str | None = "mean",
@@ -277,6 +149,10 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         n_blocks: int = 4,
         outputs: str = "shared",
         fit_intercept: bool = False,
+        class_weight: Any = None,
+        label_smoothing: float = 0.0,
+        pos_weight: Any = None,
+        ignore_index: int = -1,
         solver: str = "auto",
         tol: float = 1e-3,
         max_heads: int | None = None,
@@ -299,6 +175,10 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         self.n_blocks = n_blocks
         self.outputs = outputs
         self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+        self.label_smoothing = label_smoothing
+        self.pos_weight = pos_weight
+        self.ignore_index = ignore_index
         self.solver = solver
         self.tol = tol
         self.max_heads = max_heads
@@ -313,41 +193,105 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         self,
         X: Any,
         y: Any = None,
+        sample_weight: Any = None,
         *,
+        mask: Any = None,
         callback: Callable[[Progress], None] | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_minutes: float = 10.0,
-    ) -> ConvexHeadRegressor:
+    ) -> ConvexHeadClassifier:
         """Train to the certified optimum.
 
         Parameters
         ----------
-        X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d)
-        y : array (n,), (n, c), or (n, s, c) with ``pool=None``
-            Targets.
-        callback, checkpoint, checkpoint_minutes
-            As for `ConvexHeadClassifier.fit`, and so is what it raises and warns of.
+        X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d); list of arrays (s_i, d)
+            Tokens; 2-D input is one token a sample. Samples of a list may have different numbers of tokens.
+        y : array (n,), (n, c), with ``pool=None`` (n, s), (n, s, c), or None
+            Class labels; rows of probabilities; for binary cross-entropy indicators. None: the store's own labels.
+        sample_weight : array (n,), a number, or None
+            ``w``: 2 is the same as the sample twice, 0 as not there. With ``pool=None`` also ``(n, s)``, of tokens; for
+            binary cross-entropy also of every entry of ``y``. The data term is the mean over what has a weight.
+        mask : array (n, s) or None
+            Which tokens there are, where samples of an array are padded to the same number of tokens.
+        callback : callable (Progress) or None
+            Called as the solver goes.
+        checkpoint : path or None
+            Folder that the state is written to; the same fit goes on from it exactly where it was written. It stays
+            when the fit is over.
+        checkpoint_minutes : float
+            Between two checkpoints.
+
+        Raises
+        ------
+        ValueError
+            Anything about the input that cannot be used; the message says what to do.
+
+        Warns
+        -----
+        ConvergenceWarning
+            The requested gap was not reached; `certificate_` says how far the model may be from the optimum.
         """
-        return self._train(X, y, callback, checkpoint, checkpoint_minutes)
+        return self._train(as_padded(X, mask), y, sample_weight, callback, checkpoint, checkpoint_minutes)
 
-    def read(self, X: Any, y: Any) -> Data:
+    classes_ = View(lambda model: model.classes)
+    class_names_ = View(lambda model: model.class_names, optional=True)
+
+    def to_spec(self) -> Spec:
+        """The parameters, checked."""
+        choose("loss", self.loss, (CrossEntropy.name, BinaryCrossEntropy.name))
+        spec = super().to_spec()
+        if is_multilabel(spec) and (spec.label_smoothing or spec.class_weight is not None):
+            raise InputError("label_smoothing and class_weight go with loss='cross-entropy': use pos_weight instead")
+        if not is_multilabel(spec) and spec.pos_weight is not None:
+            raise InputError("pos_weight goes with loss='binary-cross-entropy': use class_weight instead")
+        return spec
+
+    def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
         """The data of a fit, checked."""
-        if y is None:
-            raise InputError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
-        tokens = self._checked(split_for(X, self.head, self.pool), reset=True)
-        return self._named(read_measured(tokens, y, every_token=self.pool in (None, "none")))
+        X = split_for(X, self.head, self.pool)
+        y = labels_of(X, y)
+        return self._named(read_labelled(self._checked(X, reset=True), y, self.to_spec(), sample_weight))
 
-    def predict(self, X: Any) -> NDArray[np.float64]:
-        """Outputs in the shape of the targets that the head was fitted on."""
-        f = self._outputs(X)
-        return f.reshape(len(f), *self._fitted().target_shape)
+    def decision_function(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
+        """Logits ``(n, c)``, with ``pool=None`` ``(n, s, c)``; of two classes of samples their difference ``(n,)``."""
+        f, spec = self._outputs(X, mask), self._fitted().spec
+        if spec.pool is None:
+            return f
+        f = f[:, 0]
+        return f[:, 1] - f[:, 0] if f.shape[1] == 2 and not is_multilabel(spec) else f
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """R², averaged over outputs (and tokens)."""
-        y = np.asarray(y)
-        return float(r2_score(y.reshape(len(y), -1), self.predict(X).reshape(len(y), -1), sample_weight=sample_weight))
+    def predict_proba(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
+        """Probabilities of classes ``(n, c)``, with ``pool=None`` ``(n, s, c)``; for several labels those of each."""
+        f, spec = torch.from_numpy(self._outputs(X, mask)), self._fitted().spec
+        p = (f.sigmoid() if is_multilabel(spec) else f.softmax(-1)).numpy()
+        return p if spec.pool is None else p[:, 0]
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
+    def predict(self, X: Any, mask: Any = None) -> NDArray[Any]:
+        """Class labels ``(n,)``, with ``pool=None`` ``(n, s)``, numbered as in training whatever the store.
+
+        For several labels an indicator matrix ``(n, c)`` of those with a probability above one half.
+
+        Another store may number its classes otherwise. Compare these labels with ``labels_of(X)``, which numbers them
+        as in training too, and not with the store's own ``X.labels``; `score` does so.
+        """
+        f, spec = self._outputs(X, mask), self._fitted().spec
+        f = f if spec.pool is None else f[:, 0]
+        return (f > 0).astype(np.int64) if is_multilabel(spec) else self.classes_[f.argmax(-1)]
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
+        """Accuracy: of samples, or of the tokens that count; for several labels the share with all of them right.
+
+        ``y`` may be left out for a split of a store, whose classes are matched by name.
+        """
+        X, model = inputs.resolve_store(X), self._fitted()
+        if inputs.is_store(X) and (y is None or (model.class_names is not None and np.array_equal(y, X.labels))):
+            y = self.labels_of(X)
+        X = as_padded(X, mask)
+        if model.spec.pool is None and isinstance(X, Padded):
+            y = padded_like(X.mask.numpy(), y, model.spec.ignore_index)
+            sample_weight = X.weights(sample_weight)
+        return accuracy(labels_of(X, y), self.predict(X), model.spec, self.classes_, sample_weight)
+
+    def labels_of(self, X: Any) -> NDArray[Any]:
+        """The labels of a split of a store as this head numbers them; see `Model.labels_of`."""
+        return self._fitted().labels_of(X)

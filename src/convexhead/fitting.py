@@ -39,8 +39,10 @@ from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.runtime.surroundings import undisturbed
+from convexhead.scores import column_r_squared, share_right
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
+from convexhead.targets import is_multilabel
 
 SMALL_TOKENS = 2e5
 """Numbers in all tokens up to which the solver works in float64 at any tolerance. Chosen by hand."""
@@ -56,7 +58,7 @@ class Trainable(Protocol):
     def to_spec(self) -> Spec:
         """Its parameters, checked."""
 
-    def read(self, X: Any, y: Any) -> Data:
+    def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
         """The data, checked: all that this process can do alone."""
 
 
@@ -179,32 +181,38 @@ class Task:
         """Accuracy or R² on the tokens of the training, by all processes together."""
         problem = self.problem
         f = problem.outputs(problem.enter(model.atoms).to(problem.device, problem.dtype))
+        counts, mine = self.data.counts, problem.ranks.share(problem.n)
         if model.classes is not None:
-            return problem.mean((f.argmax(-1) == problem.Y.argmax(-1)).double().mean(1))
-        from sklearn.metrics import r2_score
-
-        both = torch.zeros(2, problem.n, f[0].numel(), dtype=f.dtype, device=f.device)
-        both[:, problem.ranks.share(problem.n)] = torch.stack([problem.Y, f]).flatten(2)
+            right = share_right(f, problem.Y, is_multilabel(self.spec)).double()
+            if counts is None:
+                return problem.mean(right.mean(1))
+            w = counts[mine].to(right).expand_as(right)
+            hits, total = problem.sum(torch.stack([(w * right).sum(), w.sum()]))[0].tolist()
+            return float(hits / total)
+        both = torch.zeros(2, problem.n, *f.shape[1:], dtype=f.dtype, device=f.device)
+        both[:, mine] = torch.stack([problem.Y, f])
         Y, f = problem.sum(both)[0].cpu()
-        return float(r2_score(Y, f))
+        return column_r_squared(Y, f, self.data.weights)
 
 
 # -- from an estimator and data to a task ------------------------------------------------------------------------------
 @undisturbed()
-def pose(estimator: Trainable, X: Any, y: Any, *, to_solve: bool = False, **run: Any) -> Task:
+def pose(
+    estimator: Trainable, X: Any, y: Any, sample_weight: Any = None, *, to_solve: bool = False, **run: Any
+) -> Task:
     """The task of these data, the same in all processes.
 
     Parameters
     ----------
     estimator : Trainable
-    X, y
+    X, y, sample_weight
         As for its ``fit``.
     to_solve : bool
         In the coordinates that serve a solver best; else as it is stated.
     **run
         What else the processes must agree on, as JSON values.
     """
-    spec, data = _agreed(estimator, X, y, **run)
+    spec, data = _agreed(estimator, X, y, sample_weight, **run)
     ranks = ranks_of(estimator)
     return _task(spec, data, ranks, _draw_seed(spec, ranks), to_solve)
 
@@ -214,6 +222,7 @@ def fit(
     estimator: Trainable,
     X: Any,
     y: Any,
+    sample_weight: Any = None,
     *,
     callback: Callable[[Progress], None] | None = None,
     checkpoint: str | Path | None = None,
@@ -222,7 +231,8 @@ def fit(
     """Train to the certified optimum; parameters as of ``ConvexHeadClassifier.fit``."""
     ranks = ranks_of(estimator)
     with ranks.all_or_none():
-        spec, data = _agreed(estimator, X, y, run="fit", checkpoint=None if checkpoint is None else str(checkpoint))
+        folder = None if checkpoint is None else str(checkpoint)
+        spec, data = _agreed(estimator, X, y, sample_weight, run="fit", checkpoint=folder)
         if checkpoint is None:
             return _task(spec, data, ranks, _draw_seed(spec, ranks), True).solve(callback=callback)[0]
         if spec.activation == "relu":
@@ -235,14 +245,14 @@ def fit(
         return task.solve(callback=callback, checkpoint=saved)[0]
 
 
-def _agreed(estimator: Trainable, X: Any, y: Any, **run: Any) -> tuple[Spec, Data]:
+def _agreed(estimator: Trainable, X: Any, y: Any, sample_weight: Any, **run: Any) -> tuple[Spec, Data]:
     """Settings and data, once all processes have the same of both, and the same ``run``."""
 
     def facts(found: tuple[Spec, Data]) -> dict[str, Any]:
         spec, data = found
         return {**run, **SOFTWARE, "device": inputs.pick_device(spec.device).type, **spec.facts(), **data.fingerprint}
 
-    return ranks_of(estimator).agree(lambda: (estimator.to_spec(), estimator.read(X, y)), facts)
+    return ranks_of(estimator).agree(lambda: (estimator.to_spec(), estimator.read(X, y, sample_weight)), facts)
 
 
 def _draw_seed(spec: Spec, ranks: Ranks) -> int:
@@ -259,6 +269,7 @@ def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Ta
     X, Y, loss = data.tokens, data.targets, make_loss(spec.loss)
     generator, device = torch.Generator().manual_seed(seed), inputs.pick_device(spec.device)
     head = spec.make_head(X.shape[1], X.shape[2], grid=data.grid)
+    X = X if data.padded is None else data.padded.scaled(head)
     gates = _make_gates(spec, head, X, generator)
     if spec.activation == "relu" and ranks.size > 1:
         raise InputError("activation='relu' is solved in one process: start it without torchrun")
@@ -276,7 +287,8 @@ def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Ta
         memory=default_memory(device) if spec.max_memory is None else spec.max_memory,
         ranks=ranks,
     )
-    problem = Problem(operator, Y[rows], loss, fit_intercept=spec.fit_intercept)
+    weights = None if data.weights is None else data.weights[rows]
+    problem = Problem(operator, Y[rows], loss, weights=weights, fit_intercept=spec.fit_intercept)
     return Task(spec, data, problem.in_coordinates(coordinates), generator)
 
 

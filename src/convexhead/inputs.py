@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_array
 from convexhead.errors import InputError, InputTypeError
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.ranks import local_ranks
-from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, chunk_rows, read_ahead
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, SomeRows, StoredTokens, Tokens, chunk_rows, read_ahead
 
 DATES = ("m", "M")
 """Kinds of numpy's dtypes for durations and dates."""
@@ -171,7 +171,14 @@ def open_tokens(X: Any, **expected: int | None) -> Tokens:
         return as_tokens(chunk, **expected)
 
     X = resolve_store(X)
-    return StoredTokens(X, check) if is_store(X) or isinstance(X, np.memmap) else check(X)
+    return StoredTokens(X, check) if is_store(X) or isinstance(X, (np.memmap, SomeRows)) else check(X)
+
+
+def some_samples(X: Any, rows: NDArray[np.int64]) -> Any:
+    """Some samples of tokens ``(n, s, d)``, of a split of a store or of a memory map; these two stay on disk."""
+    if is_store(X):
+        return X.subset(rows)
+    return SomeRows(X, rows) if isinstance(X, np.memmap) else X[torch.from_numpy(rows)]
 
 
 def token_chunks(X: Any, **expected: int | None) -> Iterator[torch.Tensor]:

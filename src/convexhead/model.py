@@ -18,11 +18,13 @@ from convexhead.certificate.certificate import Certificate
 from convexhead.errors import FileFormatError, InputError, warn
 from convexhead.model_format import described, restored
 from convexhead.modules import HeadModule
+from convexhead.padding import Padded
 from convexhead.program.activations import Activation, make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.blocks import blocks_of
 from convexhead.program.heads import Head
 from convexhead.program.operator import Operator
+from convexhead.runtime.stored_tokens import CHUNK_BYTES
 from convexhead.runtime.surroundings import undisturbed
 from convexhead.spec import Spec
 from convexhead.tokens.reduce import Reduction
@@ -65,6 +67,8 @@ class Model:
         How the tokens of the store that it was trained on were made; None for arrays.
     reduction : Reduction or None
         What those tokens were read through.
+    any_length : bool
+        Whether it was trained on samples of different numbers of tokens, and takes such.
     """
 
     spec: Spec
@@ -82,6 +86,7 @@ class Model:
     feature_names: NDArray[Any] | None = None
     origin: TokenOrigin | None = None
     reduction: Reduction | None = None
+    any_length: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: copies make their views anew, and read-only."""
@@ -142,15 +147,34 @@ class Model:
 
         Parameters
         ----------
-        X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d)
+        X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d); `Padded`
         device : str or None
             Where to compute; None: where it was trained. What was trained on a GPU may be used where there is none.
         """
         where = inputs.pick_device((device or self.spec.device) if torch.cuda.is_available() else "cpu")
         atoms, parts = self.atoms.to(where, torch.float64), []
+        if self.any_length or isinstance(X, Padded):
+            return self._outputs_of_any_length(X, atoms, where)
         for chunk in inputs.token_chunks(self.as_fitted_on(X), n_channels=self.head.d, n_tokens=self.head.s):
             operator = Operator(chunk, self.head, self.activation, device=where, reuse=False)
             parts.append(operator.outputs(atoms).cpu().numpy())
+        return np.concatenate(parts)
+
+    def _outputs_of_any_length(self, X: Any, atoms: Atoms, where: torch.device) -> Float[Array, "n r c"]:
+        if not self.any_length:
+            raise InputError(
+                f"this head was fitted on samples of {self.head.s} tokens each: fit one on samples of different "
+                "numbers of tokens"
+            )
+        if not isinstance(X, Padded):
+            tokens = inputs.as_tokens(self.as_fitted_on(X), n_channels=self.head.d)
+            X = Padded(tokens, np.ones(tokens.shape[:2], bool))
+        head = self.spec.make_head(X.tokens.shape[1], self.head.d)
+        if X.tokens.shape[2] != self.head.d:
+            raise InputError(f"X has {X.tokens.shape[2]} features, but this head was fitted with {self.head.d}")
+        activation, parts = make_activation(self.spec.activation, head, self.gates), []
+        for chunk in X.scaled(head).split(max(1, int(CHUNK_BYTES["cpu"] // (8 * head.s * head.d)))):
+            parts.append(Operator(chunk, head, activation, device=where, reuse=False).outputs(atoms).cpu().numpy())
         return np.concatenate(parts)
 
     def as_fitted_on(self, X: Any) -> Any:
@@ -239,6 +263,7 @@ class Model:
             self.atoms,
             intercept=self.spec.fit_intercept,
             reduction=self.reduction if raw_tokens else None,
+            any_length=self.any_length,
             dtype=dtype,
         )
         module.classes = None if self.classes is None else self.classes.tolist()

@@ -16,7 +16,7 @@ from convexhead.model_folder import Config, Tensors
 from convexhead.program.atoms import Atoms
 from convexhead.program.blocks import atoms_from_blocks
 from convexhead.program.heads import Head
-from convexhead.spec import Spec
+from convexhead.spec import OF_CLASSIFIERS, Spec
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.store.origin import TokenOrigin
 
@@ -56,6 +56,8 @@ def described(model: Model) -> tuple[Config, Tensors]:
     }
     if model.optimizer is not None:
         config["optimizer"] = model.optimizer
+    if model.any_length:
+        config["any_length"] = True
     if model.classes is None:
         config["target_shape"] = list(model.target_shape)
     else:
@@ -75,8 +77,14 @@ def described(model: Model) -> tuple[Config, Tensors]:
 
 def _parameters(model: Model) -> dict[str, Any]:
     """The settings by name; gates lie beside the weights."""
-    left_out = {"gates"} if model.classes is None else {"gates", "loss"}
-    values = {each.name: getattr(model.spec, each.name) for each in fields(Spec) if each.name not in left_out}
+    values = {each.name: getattr(model.spec, each.name) for each in fields(Spec) if each.name != "gates"}
+    for each in fields(Spec):
+        if each.name in OF_CLASSIFIERS and (model.classes is None or values[each.name] == each.default):
+            del values[each.name]
+    if model.classes is not None and values["loss"] == "cross-entropy":
+        del values["loss"]
+    if isinstance(values.get("class_weight"), dict):  # JSON has no other keys than words
+        values["class_weight"] = [list(pair) for pair in values["class_weight"].items()]
     if values["random_state"] is not None and not isinstance(values["random_state"], (int, np.integer)):
         values["random_state"] = None  # a generator's state is not a setting
     return values
@@ -154,6 +162,7 @@ def restored(config: Config, tensors: Tensors) -> dict[str, Any]:
         "feature_names": None if names is None else np.array(names, dtype=object),
         "origin": origin,
         "reduction": reduction,
+        "any_length": config.get("any_length", False),
     }
 
 
@@ -168,6 +177,8 @@ def _spec(config: Config) -> Spec:
     parameters = dict(config["parameters"])
     if parameters.get("grid") is not None:
         parameters["grid"] = tuple(parameters["grid"])
+    if isinstance(parameters.get("class_weight"), list):
+        parameters["class_weight"] = dict(parameters["class_weight"])
     return Spec(**parameters)
 
 

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose
 from convexhead.program.activations import ACTIVATIONS, Activation, make_activation
 from convexhead.program.atoms import Atoms
-from convexhead.program.heads.base import Head
+from convexhead.program.heads import Head, make_head
 
 
 @runtime_checkable
@@ -82,6 +82,8 @@ class HeadModule(nn.Module):
         Whether ``b`` is added to the outputs.
     reduction : object with mean, scale, basis, constant; or None
         Applied to raw tokens first.
+    any_length : bool
+        Whether samples may have any number of tokens.
     seed : int or None
         Of `reset_parameters`; None leaves all weights zero, to be filled in.
 
@@ -114,11 +116,12 @@ class HeadModule(nn.Module):
         *,
         intercept: bool = False,
         reduction: Affine | None = None,
+        any_length: bool = False,
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
     ) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.any_length = head, any_length
         self.activation_name = choose("activation", activation, ACTIVATIONS)
         if (gates is None) != (activation != "gated-relu"):
             raise InputError("gates go with activation='gated-relu', and only with it")
@@ -152,6 +155,7 @@ class HeadModule(nn.Module):
         *,
         intercept: bool | None = None,
         reduction: Affine | None = None,
+        any_length: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> HeadModule:
         """The network of a solution.
@@ -177,6 +181,7 @@ class HeadModule(nn.Module):
             atoms.V.shape[-1],
             intercept=bool(atoms.intercept.any()) if intercept is None else intercept,
             reduction=reduction,
+            any_length=any_length,
             dtype=dtype,
             seed=None,
         ).to(atoms.V.device)
@@ -196,19 +201,39 @@ class HeadModule(nn.Module):
         return Atoms(self.mixing.detach().clone(), V, self.block.clone(), b)
 
     # -- the network ----------------------------------------------------------------------------------------
-    def forward(self, tokens: Float[Tensor, "b s d"]) -> Tensor:
-        """Outputs ``(b, c)``, or ``(b, s, c)`` with pool "none"; ``(b, d)`` is one token a sample."""
+    def forward(self, tokens: Float[Tensor, "b s d"], mask: Bool[Tensor, "b s"] | None = None) -> Tensor:
+        """Outputs ``(b, c)``, or ``(b, s, c)`` with pool "none"; ``(b, d)`` is one token a sample.
+
+        ``mask`` says which tokens there are, for a head of `any_length`.
+        """
         X = tokens.unsqueeze(1) if tokens.ndim == 2 and self.head.s == 1 else tokens
         if self.reduction is not None and X.ndim == 3:
             X = self.reduction(X)
+        if self.any_length and X.ndim == 3 and X.shape[2] == self.head.d:
+            return self._of_any_length(X, mask)
+        if mask is not None:
+            raise InputError("mask goes with a head that was fitted on samples of different numbers of tokens")
         if X.ndim != 3 or X.shape[1:] != (self.head.s, self.head.d):
             raise InputError(
                 f"tokens have shape {tuple(tokens.shape)}, but this head takes "
                 f"(b, {self.head.s}, {self._raw_channels()})"
             )
-        f = X.new_zeros(len(X), self.head.r, self.values.shape[-1], dtype=self.values.dtype)
+        f = self._outputs(X, self.head)
+        return f if self.head.pool == "none" else f.squeeze(1)
+
+    def _of_any_length(self, X: Float[Tensor, "b s d"], mask: Bool[Tensor, "b s"] | None) -> Tensor:
+        head = make_head(self.head.name, X.shape[1], X.shape[2], pool=self.head.pool)
+        if mask is not None:  # see `convexhead.padding`
+            alpha = (head.s / mask.sum(1).double()) ** (head.divisions / (3 if head.reads_tokens else 1))
+            X = X.masked_fill(~mask.unsqueeze(2), 0.0) * alpha.to(X.dtype)[:, None, None]
+        f = self._outputs(X, head)
+        return f if head.pool == "none" else f.squeeze(1)
+
+    def _outputs(self, X: Float[Tensor, "b s d"], head: Head) -> Float[Tensor, "b r c"]:
+        """``f`` of tokens that the head takes."""
+        f = X.new_zeros(len(X), head.r, self.values.shape[-1], dtype=self.values.dtype)
         if len(self.block):
-            activation, block = self._used()
+            activation, block = self._used(head)
             data = activation.prepare(X.to(self.values.dtype), reuse=False)
             with torch.no_grad():
                 masks = activation.pack_masks(X)
@@ -218,7 +243,7 @@ class HeadModule(nn.Module):
         if self.intercept is not None:
             self._check_intercept()
             f = f + self.intercept
-        return f if self.head.pool == "none" else f.squeeze(1)
+        return f
 
     def masked_values(self) -> Float[Tensor, "k e c"]:
         """``V`` with zeros in the outputs that its channel group does not write (grouped block-FNO)."""
@@ -277,16 +302,16 @@ class HeadModule(nn.Module):
         if b is not None and b.shape != (c,):
             raise InputError(f"the intercept has shape {tuple(b.shape)}, {c} outputs need {(c,)}")
 
-    def _activation(self, gates: Tensor | None) -> Activation:
-        return make_activation(self.activation_name, self.head, gates)
+    def _activation(self, gates: Tensor | None, head: Head | None = None) -> Activation:
+        return make_activation(self.activation_name, head or self.head, gates)
 
-    def _used(self) -> tuple[Activation, Int[Tensor, " k"]]:
+    def _used(self, head: Head) -> tuple[Activation, Int[Tensor, " k"]]:
         """The activation over the gates that some atom uses, and each atom's block among those."""
         if self.gates is None:
-            return self._activation(None), self.block
+            return self._activation(None, head), self.block
         groups = self.head.n_groups
         used, gate = torch.unique(self.block // groups, return_inverse=True)
-        return self._activation(self.gates[used]), gate * groups + self.block % groups
+        return self._activation(self.gates[used], head), gate * groups + self.block % groups
 
     def _raw_channels(self) -> int:
         return self.head.d if self.reduction is None else len(self.reduction.mean)

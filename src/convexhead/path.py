@@ -12,9 +12,10 @@ from sklearn.exceptions import ConvergenceWarning
 
 from convexhead import inputs
 from convexhead.errors import InputError, choose, warn
-from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.estimators import ConvexHeadClassifier
 from convexhead.fitting import Task, pose, ranks_of
 from convexhead.model import Model
+from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.surroundings import undisturbed
@@ -25,12 +26,12 @@ Row = dict[str, Any]
 
 
 @undisturbed()
-def beta_max(X: Any, y: Any = None, *, loss: str | None = None, **parameters: Any) -> float:
+def beta_max(X: Any, y: Any = None, sample_weight: Any = None, *, loss: str | None = None, **parameters: Any) -> float:
     """The smallest β at which the optimum is the zero model.
 
     Parameters
     ----------
-    X, y
+    X, y, sample_weight
         As for ``fit``. Labels, or float targets with ``loss="squared"`` or ``"huber"``.
     loss : str or None
         None: classification with cross-entropy.
@@ -39,13 +40,14 @@ def beta_max(X: Any, y: Any = None, *, loss: str | None = None, **parameters: An
     """
     template = _estimator(loss, parameters)
     with ranks_of(template).all_or_none():
-        return pose(template, X, y, to_solve=True, run="beta_max").beta_max
+        return pose(template, X, y, sample_weight, to_solve=True, run="beta_max").beta_max
 
 
 @undisturbed()
 def regularization_path(
     X: Any,
     y: Any = None,
+    sample_weight: Any = None,
     *,
     beta_ratios: Sequence[float] = DEFAULT_RATIOS,
     X_val: Any = None,
@@ -61,14 +63,14 @@ def regularization_path(
 
     Parameters
     ----------
-    X, y
+    X, y, sample_weight
         As for ``fit``.
     beta_ratios : sequence of float
         ``β/β_max``; visited from the largest down.
     X_val, y_val
         Held-out data that every fit is scored on.
     loss : str or None
-        None: classification with cross-entropy; else regression with that loss.
+        None: classification with cross-entropy. Another cross-entropy, or regression with that loss.
     patience : int or None
         Stop after this many fits in a row without a better validation score.
     search_tol : float or None
@@ -107,7 +109,7 @@ def regularization_path(
     with ranks_of(template).all_or_none():
         began = now()
         agreed = {"beta_ratios": ratios, "patience": patience, "search_tol": search_tol}
-        task = pose(template, X, y, to_solve=True, run="path", **agreed, validation=X_val is not None)
+        task = pose(template, X, y, sample_weight, to_solve=True, run="path", **agreed, validation=X_val is not None)
         if X_val is not None:
             _agree_on_held_out(task, X_val, y_val)
         path = _Path(task, type(template), X_val, y_val, progress, began)
@@ -253,8 +255,8 @@ def grid_edge(beta_ratios: Sequence[float], chosen: float) -> Literal["low", "hi
 
 
 def _estimator(loss: str | None, parameters: dict[str, Any]) -> ConvexHeadClassifier | ConvexHeadRegressor:
-    cls = ConvexHeadClassifier if loss is None else ConvexHeadRegressor
+    cls = ConvexHeadClassifier if loss in (None, "cross-entropy", "binary-cross-entropy") else ConvexHeadRegressor
     known = cls().get_params()
     for name in sorted(parameters):
         choose("parameter", name, known)
-    return cls(**parameters) if loss is None else ConvexHeadRegressor(loss=loss, **parameters)
+    return cls(**parameters) if loss is None else cls(loss=loss, **parameters)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.estimators import ConvexHeadClassifier
 from convexhead.model import Model
 from convexhead.model_folder import check_target
+from convexhead.regressor import ConvexHeadRegressor
 
 __all__ = ["check_target", "load", "save"]
 

@@ -7,19 +7,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Shaped
 from numpy.typing import NDArray
-from sklearn.utils import assert_all_finite
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
 from convexhead import inputs
 from convexhead.errors import InputError
+from convexhead.padding import Padded, padded_like
 from convexhead.program.heads import HEADS
 from convexhead.runtime.content import content_hash
-from convexhead.runtime.stored_tokens import Tokens
+from convexhead.runtime.stored_tokens import StoredTokens, Tokens
+from convexhead.spec import Spec
+from convexhead.targets import Targets, as_labels, every_token, read_classes, read_numbers
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.store.origin import TokenOrigin
 
@@ -34,6 +33,12 @@ class Data:
     targets : Tensor (n, r, c)
     y : array or Tensor
         What ``targets`` were made of.
+    weights : Tensor (n, r or 1, c or 1) or None
+        ``ω`` of the losses; None where all count alike.
+    counts : Tensor (n, r or 1) or None
+        What a row of outputs counts in a score; None where all count alike.
+    padded : Padded or None
+        ``tokens`` with the mask of samples of different length.
     grid : (int, int) or None
         That a store's tokens lie on.
     classes, target_shape, feature_names, origin, reduction
@@ -46,6 +51,9 @@ class Data:
     grid: tuple[int, int] | None
     origin: TokenOrigin | None
     reduction: Reduction | None
+    weights: Tensor | None = None
+    counts: Tensor | None = None
+    padded: Padded | None = None
     classes: NDArray[Any] | None = None
     target_shape: tuple[int, ...] = ()
     feature_names: NDArray[Any] | None = None
@@ -53,12 +61,16 @@ class Data:
     def meaning(self) -> dict[str, Any]:
         """What a `Model` keeps of the data, by the names of its fields."""
         names = ("classes", "target_shape", "feature_names", "origin", "reduction")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "any_length": self.padded is not None}
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What tells the data from others: in parts, so that a message can say which of them differs."""
+        weights = {} if self.weights is None else {"sample weights": f"sha256:{content_hash(self.weights)}"}
+        mask = {} if self.padded is None else {"mask": f"sha256:{content_hash(self.padded.mask)}"}
         return {
+            **weights,
+            **mask,
             "shape of the tokens": str(tuple(self.tokens.shape)),
             "type of the tokens": str(self.tokens.dtype).removeprefix("torch."),
             "data (tokens)": inputs.tokens_hash(self.tokens),
@@ -67,46 +79,68 @@ class Data:
         }
 
 
-def read_labelled(X: Any, y: NDArray[Any]) -> Data:
-    """Tokens and labels ``y (n,)`` from `labels_of`, as one-hot targets.
+def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None) -> Data:
+    """Tokens, and labels or probabilities of classes, as `read_classes` takes them.
 
     Raises
     ------
     InputError
-        Tokens that cannot be used, another number of labels, or a single class.
+        Tokens, labels or weights that cannot be used, or that do not fit together; a single class.
     """
-    tokens, origin, about = _read_tokens(X)
-    if origin is not None and not np.array_equal(y, X.labels):
-        origin = origin.without_class_names()
+    tokens, mask = tokens_of(X)
+    y = as_labels(padded_like(mask, y, spec.ignore_index) if every_token(spec) else y)
     inputs.check_lengths(tokens, len(y))
-    classes, indices = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise InputError(f"only one class is present ({classes[0]!r}): a classifier needs at least two classes")
-    return Data(tokens, inputs.one_hot(indices, len(classes)), y, origin=origin, classes=classes, **about)
+    targets = read_classes(y, spec, tokens.shape[1], sample_weight, mask=mask)
+    data = _data(X, tokens, targets, y if targets.kept is None else y[targets.kept])
+    if data.origin is not None and not np.array_equal(y, X.labels):
+        data.origin = data.origin.without_class_names()
+    return data
 
 
-def read_measured(X: Any, y: Any, *, every_token: bool) -> Data:
-    """Tokens and float targets, one a sample or one for ``every_token``.
+def read_measured(X: Any, y: Any, spec: Spec, sample_weight: Any = None) -> Data:
+    """Tokens and float targets, one a sample or one for every token.
 
     Raises
     ------
     InputError
-        Tokens or targets that cannot be used, or that do not fit together.
+        Tokens, targets or weights that cannot be used, or that do not fit together.
     """
-    tokens, origin, about = _read_tokens(X)
-    targets = inputs.as_targets(y, n_tokens=tokens.shape[1], every_token=every_token)
-    inputs.check_lengths(tokens, len(targets))
-    shape = tuple(np.shape(inputs.plain(y, "y"))[1:])
-    return Data(tokens, targets, targets, origin=origin, target_shape=shape, **about)
+    tokens, mask = tokens_of(X)
+    y = padded_like(mask, y, 0.0) if every_token(spec) else y
+    inputs.check_lengths(tokens, len(inputs.plain(y, "y")))
+    targets = read_numbers(y, tokens.shape[1], sample_weight, every_token=every_token(spec), mask=mask)
+    data = _data(X, tokens, targets, targets.Y)
+    data.target_shape = tuple(np.shape(inputs.plain(y, "y"))[1:])
+    return data
 
 
-def _read_tokens(X: Any) -> tuple[Tokens, TokenOrigin | None, dict[str, Any]]:
-    """Tokens, where they come from, and what a store tells besides."""
-    stored = inputs.is_store(X)
-    tokens = inputs.open_tokens(X)
+def tokens_of(X: Any) -> tuple[Tokens, NDArray[np.bool_] | None]:
+    """Tokens, and which of them there are; None where that is all."""
+    return (X.tokens, X.mask.numpy()) if isinstance(X, Padded) else (inputs.open_tokens(X), None)
+
+
+def _data(X: Any, tokens: Tokens, targets: Targets, y: NDArray[Any] | Tensor) -> Data:
+    """The samples that have a weight, where their tokens come from, and what a store tells besides."""
+    if isinstance(X, Padded):
+        X = X if targets.kept is None else X.rows(targets.kept)
+        tokens = X.tokens
+    elif targets.kept is not None:
+        X = inputs.some_samples(X if isinstance(tokens, StoredTokens) else tokens, targets.kept)
+        tokens = inputs.open_tokens(X) if isinstance(tokens, StoredTokens) else X
     inputs.check_informative(tokens)
-    about = {"grid": X.grid if stored else None, "reduction": getattr(X, "reduction", None) if stored else None}
-    return tokens, X.origin() if hasattr(X, "origin") else None, about
+    stored = inputs.is_store(X)
+    return Data(
+        tokens,
+        targets.Y,
+        y,
+        weights=targets.weights,
+        counts=targets.counts,
+        classes=targets.classes,
+        grid=X.grid if stored else None,
+        origin=X.origin() if hasattr(X, "origin") else None,
+        reduction=getattr(X, "reduction", None) if stored else None,
+        padded=X if isinstance(X, Padded) else None,
+    )
 
 
 def split_for(X: Any, head: str, pool: str | None) -> Any:
@@ -127,43 +161,16 @@ def split_for(X: Any, head: str, pool: str | None) -> Any:
     return X.with_class_token()
 
 
-def labels_of(X: Any, y: Any) -> NDArray[Any]:
-    """Labels ``(n,)`` of the tokens ``X``: ``y``, or a store's own where it is None.
+def labels_of(X: Any, y: Any) -> Any:
+    """Labels of the tokens ``X``: ``y``, or a store's own where it is None.
 
     Raises
     ------
     InputError
-        There are none, or they are no labels.
+        There are none.
     """
     if y is None:
         if not inputs.is_store(X):
             raise InputError("This estimator requires y to be passed, but the target y is None")
         return np.asarray(X.labels)
-    with inputs.told_plainly():
-        y = column_or_1d(inputs.plain(y, "y"), warn=True)
-        if y.dtype == object and len({type(label) for label in y.tolist()}) > 1:
-            raise InputError("y mixes labels of several types, or lacks some: give every sample a string, or a number")
-        assert_all_finite(y, input_name="y")
-        check_classification_targets(y)
     return y
-
-
-def targets_of(classes: NDArray[Any], labels: NDArray[Any], n_outputs: int) -> Shaped[torch.Tensor, "n 1 c"]:
-    """One-hot rows of ``labels`` in the order of a head's ``classes``, matched by value.
-
-    Raises
-    ------
-    InputError
-        A label that is none of the classes, or classes without samples.
-    """
-    present, names = np.unique(labels).tolist(), classes.tolist()
-    place = {name: i for i, name in enumerate(names)}
-    foreign = [label for label in present if label not in place]
-    if foreign:
-        raise InputError(
-            f"labels {', '.join(map(repr, foreign[:5]))} are not among the classes of this head "
-            f"({', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''})"
-        )
-    if len(present) != n_outputs:
-        raise InputError(f"the labels have {len(present)} classes, but the weights have {n_outputs} outputs")
-    return inputs.one_hot(np.array([place[label] for label in labels.tolist()]), n_outputs)

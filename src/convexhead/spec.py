@@ -27,7 +27,9 @@ from convexhead.solvers.select import NAMES
 
 Check = Callable[[str, Any], Any]
 """Takes a setting's name and value; returns the value in its plain type, or raises `InputError`."""
-LATER = ("loss", "solver")
+OF_CLASSIFIERS = ("class_weight", "label_smoothing", "pos_weight", "ignore_index")
+"""Settings that only classifiers have."""
+LATER = ("loss", "solver", *OF_CLASSIFIERS)
 """Settings that checkpoints do not mention where they have their default: they were added later."""
 
 
@@ -84,6 +86,39 @@ def _loss(name: str, value: Any) -> str | Loss:
     return value if isinstance(value, Loss) else choose(name, value, LOSSES)
 
 
+def _class_weight(name: str, value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value == "balanced"):
+        return value
+    weights = list(value.values()) if isinstance(value, dict) else []
+    if not weights or not all(isinstance(w, (int, float, np.number)) and 0 <= w < math.inf for w in weights):
+        raise InputError(
+            f"{name} must be None, 'balanced' or a dict of labels and weights of at least 0, got {value!r}"
+        )
+    return dict(value)
+
+
+def _share(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise InputError(f"{name} must be a number from 0 to below 1, got {value!r}")
+    return float(value)
+
+
+def _positive_weight(name: str, value: Any) -> Any:
+    if value is None or np.ndim(value) == 0:
+        return _positive(optional=True)(name, value)
+    with contextlib.suppress(TypeError, ValueError):
+        weights = [float(weight) for weight in value]
+        if weights and all(0 < weight < math.inf for weight in weights):
+            return weights
+    raise InputError(f"{name} must be a positive number, or one for each class, got {value!r}")
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise InputError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
 def _as_given(name: str, value: Any) -> Any:
     """Checked where it is used, against the data or the machine."""
     return value
@@ -117,6 +152,10 @@ class Spec:
     n_blocks: int = field(default=4, metadata=_rule(_count()))
     outputs: str = field(default="shared", metadata=_rule(_one_of(OUTPUTS)))
     fit_intercept: bool = field(default=False, metadata=_rule(_flag))
+    class_weight: Any = field(default=None, metadata=_rule(_class_weight))
+    label_smoothing: float = field(default=0.0, metadata=_rule(_share))
+    pos_weight: Any = field(default=None, metadata=_rule(_positive_weight))
+    ignore_index: int = field(default=-1, metadata=_rule(_whole))
     solver: str = field(default="auto", metadata=_rule(_one_of(NAMES)))
     tol: float = field(default=1e-3, metadata=_rule(_positive(optional=False)))
     max_heads: int | None = field(default=None, metadata=_rule(_count(None)))

@@ -254,6 +254,9 @@ def loss_case(loss: Loss, seed: int, size: float) -> tuple[torch.Tensor, torch.T
     if loss.name == "cross-entropy":
         y = rng.dirichlet(np.ones(shape[2]), size=shape[:2]) if seed % 2 else np.eye(shape[2])[f.argmax(-1) // 2]
         g = rng.dirichlet(np.full(shape[2], 0.5), size=shape[:2]) - y
+    elif loss.name == "binary-cross-entropy":
+        y = rng.random(shape) if seed % 2 else (f > 0).astype(float)
+        g = rng.random(shape) - y
     elif isinstance(loss, Huber):
         g = loss.delta * np.tanh(g)
     return torch.as_tensor(f), torch.as_tensor(y), torch.as_tensor(g)
@@ -303,7 +306,7 @@ def test_outside_its_domain_a_conjugate_is_infinite(loss, seed, log_far):
         assert loss.scaled_domain(y, y) == float("inf")
         return
     far = 10**log_far
-    g[-1, -1, -1] = -y[-1, -1, -1] - far if loss.name == "cross-entropy" else -loss.delta * (1 + far)
+    g[-1, -1, -1] = -loss.delta * (1 + far) if isinstance(loss, Huber) else -y[-1, -1, -1] - far
     assert loss.conjugate(g, y)[-1] == torch.inf
     assert torch.isfinite(loss.conjugate(0 * g, y)).all()
 
@@ -333,8 +336,10 @@ def test_residuals_and_hessians_are_derivatives(loss, seed):
         numerical[index] = ((loss.value(f + e, y) - loss.value(f - e, y)) / (2 * h))[index[0]]
     torch.testing.assert_close(loss.residual(f, y), numerical, rtol=1e-6, atol=1e-8)
     columns = [
-        (loss.residual(f + h * e, y) - loss.residual(f - h * e, y)).sum((0, 1)) / (2 * h * len(f))
+        (loss.residual(f + h * e, y) - loss.residual(f - h * e, y)).sum((0, 1)) / (2 * h)
         for e in torch.eye(f.shape[-1], dtype=f.dtype)
     ]
-    torch.testing.assert_close(loss.mean_hessian(f, y), torch.stack(columns), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(loss.mean_hessian(f, y), Loss.mean_hessian(loss, f, y), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(loss.summed_hessian(f, y, None), torch.stack(columns), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        loss.summed_hessian(f, y, None), Loss.summed_hessian(loss, f, y, None), rtol=1e-9, atol=1e-12
+    )

@@ -76,15 +76,15 @@ class Evaluated:
         data_term = exact.data_term(f)
         primal = data_term + beta * penalty
         weights = float((atoms.U.unsqueeze(-1).flatten(1).norm(dim=1) * atoms.V.flatten(1).norm(dim=1)).sum())
-        g = exact.loss.residual(f, exact.Y)
-        error = error_of_objective(exact, f, g, weights, len(atoms), abs(data_term) + beta * penalty)
+        q = exact.losses.dual_point(f)
+        error = error_of_objective(exact, f, q, weights, len(atoms), abs(data_term) + beta * penalty)
         error += exact.rounding(atoms, f)
         if not math.isfinite(primal + error):
             raise InputError(
                 f"the objective of this model is {primal}: its weights or the tokens are too large to compute with in "
                 "float64; scale the tokens"
             )
-        return cls(f, g, directions, primal, error)
+        return cls(f, q, directions, primal, error)
 
 
 @dataclass(frozen=True)

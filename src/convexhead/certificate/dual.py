@@ -1,18 +1,18 @@
 """A residual as a dual point: feasible in exact arithmetic, up to amounts that are charged.
 
-For any ``R (n, r, c)`` with ``n R_i`` in the domain of ``ℓ*``, ``Σ_i R_i = 0`` where there is an intercept, and
-``τ ‖𝒜_j*(R)‖₂ ≤ β`` for every block, ``P* ≥ D(τ) = −(1/n) Σ_i ℓ*(n τ R_i, y_i)``. A residual in float64 is such a point
-only up to rounding, and what is computed from it is rounded again. With the unit roundoff ``u = 2⁻⁵³`` and ``a_i`` such
-that ``‖P mix(X_i, U)‖_F ≤ a_i ‖U‖_F`` (`Head.mix_bound`):
+For any ``R_i = ω_i q_i / n``, ``q_i`` in the domain of ``ℓ*``, with ``Σ_i R_i = 0`` where there is an intercept and
+``τ ‖𝒜_j*(R)‖₂ ≤ β`` for every block, ``P* ≥ D(τ) = −(1/n) Σ_i ω_i ℓ*(τ q_i, y_i)``. A residual in float64 is such a
+point only up to rounding, and what is computed from it is rounded again. With the unit roundoff ``u = 2⁻⁵³`` and
+``a_i`` such that ``‖P mix(X_i, U)‖_F ≤ a_i ‖U‖_F`` (`Head.mix_bound`):
 
 * **The gradient matrix.** An entry is a sum of products in a chain of at most ``K`` operations, and the same chain of
   absolute values has a norm of at most ``S = Σ_i a_i ‖R_i‖_F``. So ``𝒜*(R)``, and its product with a unit vector, is
   computed to within ``K u S``, however much of it cancels: ``σ`` is raised by that. ``S ≥ σ`` is itself a bound, and
   the one that is used where squares of ``S`` would leave the range of float64. Krylov spaces, which are
   reorthogonalised, take such errors as a perturbation of the operator of this size.
-* **The intercept.** ``g = n R`` is replaced by ``Loss.without_sum(g)``, a point in the domain of ``ℓ*`` whose sum is 0
-  but for rounding: ``|Σ_i g_ik| ≤ left_k``. In exact arithmetic the same map takes it to a point whose sum *is* 0, at
-  a distance ``Σ_i ‖·‖ ≤ Σ_k left_k``. That point is the one that is certified: ``σ`` is raised by
+* **The intercept.** ``q`` is replaced by ``Loss.without_sum(q)``, a point in the domain of ``ℓ*`` whose sum is 0
+  but for rounding: ``|Σ_i ω_i q_ik| ≤ left_k``. In exact arithmetic the same map takes it to a point whose sum *is* 0,
+  at a distance ``Σ_i ‖·‖ ≤ Σ_k left_k``. That point is the one that is certified: ``σ`` is raised by
   ``max_i a_i Σ_k left_k / n`` and ``D`` lowered by `Loss.cost_of_sum`. The intercept itself needs no bound: it may be
   as far away as it likes.
 * **Sums over samples** are made in cascades, in which a term passes through few additions: `summing`.
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from convexhead.program.operator import GRADIENT_BYTES
 from convexhead.program.problem import Problem
+from convexhead.program.sample_losses import SampleLosses
 from convexhead.runtime.samples import BATCH_BYTES
 
 CLOSE = 1e-4
@@ -84,13 +85,13 @@ class DualPoint:
     f : Tensor (n, r, c)
         Outputs, with an intercept that nearly makes ``Σ_i R_i = 0`` where the problem has one. Any will do.
     beta : float
-    g : Tensor (n, r, c) or None
+    q : Tensor (n, r, c) or None
         ``∇ℓ(f_i, y_i)``, where it is known.
 
     Attributes
     ----------
     R : Tensor (n, r, c)
-        The point, over ``n``.
+        ``ω q / n``.
     size : float
         ``S = Σ_i a_i ‖R_i‖_F``, a bound on every ``‖𝒜_j*(R)‖_F``.
     assumed : str
@@ -98,28 +99,29 @@ class DualPoint:
     """
 
     def __init__(
-        self, problem: Problem, f: Float[Tensor, "n r c"], beta: float, g: Float[Tensor, "n r c"] | None = None
+        self, problem: Problem, f: Float[Tensor, "n r c"], beta: float, q: Float[Tensor, "n r c"] | None = None
     ) -> None:
         self.problem, self.beta, self.assumed = problem, beta, ""
-        loss, Y = problem.loss, problem.Y
-        g = loss.residual(f, Y) if g is None else g
-        self._left, self._box = g.new_zeros(problem.c), 0.0
-        limit = min(loss.scaled_domain(f[rows], Y[rows]) for rows in problem.rows)
+        losses = problem.losses
+        q = losses.dual_point(f) if q is None else q
+        self._left, self._box = q.new_zeros(problem.c), 0.0
+        limit = min(losses.at(rows).scaled_domain(f[rows]) for rows in problem.rows)
         if problem.fit_intercept:
-            self._targets = self._sum(Y)
-            projected = self._without_sum(g)
-            within = min(loss.scale_limit(projected[rows], Y[rows]) for rows in problem.rows)
+            self._targets, self._total = self._sum(losses.Y), self._sum(torch.ones_like(losses.Y))
+            projected = self._without_sum(q)
+            within = min(losses.at(rows).scale_limit(projected[rows]) for rows in problem.rows)
             within = -problem.ranks.largest(-within)[0]
             if self._in_domain(min(1.0, within) * INSIDE * projected):
-                g, self._left, limit = projected, self._left_of(projected), within
+                q, self._left, limit = projected, self._left_of(projected), within
             else:
                 box = INTERCEPT_BOX * (1 + problem.largest_target)
-                self._box = box * float(self._left_of(g).sum()) / problem.n
+                self._box = box * float(self._left_of(q).sum()) / problem.n
                 self.assumed = f"for intercepts of at most {box:.0e}"
         self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
+        self._q, g = q, losses.weigh(q)
         self.R = g / problem.n
         a = problem.operator.samples.mix_bounds
-        size, pairing, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), (g * Y).abs().sum(), g.abs().amax()
+        size, pairing, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), (g * losses.Y).abs().sum(), q.abs().amax()
         size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
         self.size = size * (1 + 1e-9)
         most, largest, far = problem.ranks.largest(float(a.max()), float(spread), float(f.abs().max()))
@@ -132,25 +134,25 @@ class DualPoint:
         self._slope = -float(problem.sum((f * self.R).sum())[0])
         self._values: dict[float, float] = {}
 
-    def _sum(self, g: Tensor) -> Float[Tensor, " c"]:
-        return self.problem.sum(pairwise_sum(g.flatten(0, 1)))[0]
+    def _sum(self, q: Tensor) -> Float[Tensor, " c"]:
+        """``Σ ω q``."""
+        return self.problem.sum(pairwise_sum(self.problem.losses.weigh(q).flatten(0, 1)))[0]
 
-    def _without_sum(self, g: Tensor) -> Tensor:
+    def _without_sum(self, q: Tensor) -> Tensor:
         problem = self.problem
         for _ in range(2):  # once more for what the first time was rounded
-            g = problem.loss.without_sum(g, problem.Y, self._sum(g), self._targets, problem.n * problem.head.r)
-        return g
+            q = problem.loss.without_sum(q, problem.Y, self._sum(q), self._targets, self._total)
+        return q
 
-    def _left_of(self, g: Tensor) -> Float[Tensor, " c"]:
-        """A bound on ``|Σ_i g_ik|`` in exact arithmetic, after rows have been made to sum to 0 where they must."""
-        problem, size = self.problem, self._sum(g.abs())
+    def _left_of(self, q: Tensor) -> Float[Tensor, " c"]:
+        """A bound on ``|Σ_i ω_i q_ik|`` in exact arithmetic, after rows have been made to sum to 0 where they must."""
+        problem, size = self.problem, self._sum(q.abs())
         levels = math.log2(problem.n * problem.head.r) + 4 + problem.ranks.size
         rows = (summing(problem.c) + 16) * size.sum() * (size > 0)
-        return self._sum(g).abs() + UNIT * (levels * size + rows)
+        return self._sum(q).abs() + UNIT * (levels * size + rows)
 
-    def _in_domain(self, g: Tensor) -> bool:
-        problem = self.problem
-        return math.isfinite(problem.mean_of(problem.loss.conjugate, g, problem.Y))
+    def _in_domain(self, q: Tensor) -> bool:
+        return math.isfinite(self.problem.mean_of(SampleLosses.conjugate, q))
 
     @cached_property
     def computable(self) -> bool:
@@ -170,9 +172,10 @@ class DualPoint:
 
     def _value(self, tau: float) -> float:
         problem, cost = self.problem, 0.0
-        mean = problem.mean_of(lambda R, Y: problem.loss.conjugate(tau * problem.n * R, Y), self.R, problem.Y)
+        mean = problem.mean_of(lambda losses, q: losses.conjugate(tau * q), self._q)
         if problem.fit_intercept:
-            cost = problem.loss.cost_of_sum(tau * self._left, self._targets, abs(mean), self._reach, problem.n)
+            left, reach = tau * self._left, self._reach
+            cost = problem.loss.cost_of_sum(left, self._targets, self._total, abs(mean), reach, problem.n)
         rounding = UNIT * (64 + 2 * summing(problem.n) + problem.head.r * problem.c)
         value = -mean - cost - tau * self._box - rounding * (abs(mean) + tau * self._pairing)
         return value if math.isfinite(value) else -math.inf
@@ -252,7 +255,7 @@ def _near_one(value: Callable[[float], float], slope: float, top: float) -> floa
 def error_of_objective(
     problem: Problem,
     f: Float[Tensor, "n r c"],
-    g: Float[Tensor, "n r c"],
+    q: Float[Tensor, "n r c"],
     weights: float,
     atoms: int,
     terms: float,
@@ -264,7 +267,7 @@ def error_of_objective(
 
     Parameters
     ----------
-    f, g : Tensor (n, r, c)
+    f, q : Tensor (n, r, c)
         The model's outputs and ``∇ℓ(f_i, y_i)``.
     weights : float
         ``Σ_k ‖U_k‖‖V_k‖``.
@@ -277,8 +280,8 @@ def error_of_objective(
     operations = 8 * (head.s + head.d) + atoms * head.value_rows + 64
     mixed = problem.operator.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
     delta = operations * UNIT * (mixed + f.abs().flatten(1).amax(1))
-    slope = g.abs().flatten(1).sum(1)
-    propagated = problem.mean(delta * slope + head.r * problem.c / 2 * delta.square())
+    slope = problem.losses.weigh(q).abs().flatten(1).sum(1)
+    propagated = problem.mean(delta * slope + problem.losses.largest * head.r * problem.c / 2 * delta.square())
     own = UNIT * (64 + 2 * summing(problem.n) + head.r * problem.c + 8 * atoms)
     return propagated + own * terms
 

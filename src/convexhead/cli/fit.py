@@ -15,6 +15,7 @@ from convexhead.cli.options import (
     BetaRatio,
     BetaRatios,
     Blocks,
+    ClassWeight,
     Device,
     FitIntercept,
     Gates,
@@ -24,6 +25,7 @@ from convexhead.cli.options import (
     Outputs,
     Pool,
     Seed,
+    Smoothing,
     Solver,
     Store,
     Tol,
@@ -63,6 +65,8 @@ def fit(
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
     fit_intercept: FitIntercept = False,
+    class_weight: ClassWeight = None,
+    label_smoothing: Smoothing = 0.0,
     solver: Solver = "auto",
     max_heads: MaxHeads = None,
     max_time: MaxTime = None,
@@ -78,7 +82,8 @@ def fit(
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
             store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol,
-            n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept, solver=solver,
+            n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
+            class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
             max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
             random_state=seed, device=device, checkpoint_minutes=checkpoint, notify=notify, command=typed_command(),
         )  # fmt: skip
@@ -122,6 +127,8 @@ def path(
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
     fit_intercept: FitIntercept = False,
+    class_weight: ClassWeight = None,
+    label_smoothing: Smoothing = 0.0,
     solver: Solver = "auto",
     seed: Seed = 0,
     device: Device = "auto",
@@ -137,6 +144,7 @@ def path(
         found = runs.path(
             store, out, beta_ratios=ratios(beta_ratios), validation=validation, head=head, activation=activation,
             pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
+            class_weight=class_weight, label_smoothing=label_smoothing,
             solver=solver, random_state=seed, device=device, notify=notify, command=typed_command(),
         )  # fmt: skip
     best = found.chosen["beta_ratio"]

@@ -50,6 +50,11 @@ Outputs = Annotated[
     str, Option(help="Whether each channel group of block-fno writes all outputs (shared) or its own (grouped).")
 ]
 FitIntercept = Annotated[bool, Option(help="Add an intercept, which is not penalised.")]
+ClassWeight = Annotated[
+    str | None,
+    Option(help="balanced: every class counts alike, however many images it has. Default: every image."),
+]
+Smoothing = Annotated[float, Option("--label-smoothing", help="Share of each target that is spread over all classes.")]
 Seed = Annotated[int, Option("--seed", help="Seed of gates and random starts.")]
 
 # -- images ------------------------------------------------------------------------------------------------------------

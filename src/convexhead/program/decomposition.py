@@ -107,6 +107,7 @@ def cone_decomposition(problem: Problem, atoms: Atoms) -> Decomposition:
         Operator(operator.X, head, ReLU(head), dtype=operator.dtype, reuse=operator.samples.kept > 0),
         problem.targets,
         problem.loss,
+        weights=problem.weights,
         fit_intercept=problem.fit_intercept,
     )
     joined = Atoms(

@@ -63,7 +63,7 @@ def identify(problem: Problem) -> dict[str, str]:
     return {
         "tokens": problem.operator.stored or digest_rows(problem.operator.X, ranks),
         "targets": digest_rows(problem.targets, ranks),
-        "weights": "none",
+        "weights": "none" if problem.weights is None else digest_rows(problem.weights, ranks),
         "gates": "none" if gates is None else digest_rows(gates),
         "head": head.name,
         "activation": problem.activation.name,

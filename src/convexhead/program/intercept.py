@@ -1,4 +1,4 @@
-"""The unpenalised intercept at fixed outputs: ``min_b (1/n) Σ_i ℓ(f_i + b, y_i)``, to high precision."""
+"""The unpenalised intercept at fixed outputs: ``min_b (1/n) Σ_i ω_i ℓ(f_i + b, y_i)``, to high precision."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
     """
     if type(problem.loss) in SEPARABLE:
         return _output_by_output(problem, f)
-    loss, Y = problem.loss, problem.Y
+    losses = problem.losses
 
     def shifted(b: np.ndarray) -> Tensor:
         return f + torch.as_tensor(b, dtype=f.dtype, device=f.device)
@@ -43,7 +43,7 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
         return problem.data_term(shifted(b)), mean_residual(b)
 
     def mean_residual(b: np.ndarray) -> np.ndarray:
-        total = loss.residual(shifted(b), Y).sum((0, 1))
+        total = losses.residual(shifted(b)).sum((0, 1))
         return problem.sum(total)[0].cpu().numpy() / problem.n
 
     c = f.shape[-1]
@@ -52,7 +52,7 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
     for _ in range(4):
         if np.abs(g).sum() <= 1e-15 * c:
             break
-        H = problem.sum(loss.mean_hessian(shifted(b), Y) * len(f))[0].cpu().numpy() / problem.n
+        H = problem.sum(losses.summed_hessian(shifted(b)))[0].cpu().numpy() / problem.n
         trial = b - np.linalg.lstsq(H, g, rcond=1e-10)[0]
         trial_g = mean_residual(trial)
         if np.abs(trial_g).sum() >= np.abs(g).sum():
@@ -63,15 +63,13 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
 
 def _output_by_output(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:
     """Roots of ``g_k(b_k) = Σ_i R_ik``, which rises: Newton steps, halvings of the bracket where they leave it."""
-    loss, t = problem.loss, (problem.Y - f).flatten(0, 1)
+    losses, t = problem.losses, (problem.Y - f).flatten(0, 1)
     ends = problem.ranks.largest(*(-t.amin(0)).tolist(), *t.amax(0).tolist())
     low, high = (t.new_tensor(end) for end in (-np.array(ends[: t.shape[1]]), ends[t.shape[1] :]))
     one, b = torch.ones_like(f), (low + high) / 2
     best, least = b, torch.full_like(b, torch.inf)
     for _ in range(200):
-        g, h = problem.sum(
-            loss.residual(f + b, problem.Y).sum((0, 1)), loss.hessian_times(f + b, problem.Y, one).sum((0, 1))
-        )
+        g, h = problem.sum(losses.residual(f + b).sum((0, 1)), losses.hessian_times(f + b, one).sum((0, 1)))
         better = g.abs() < least
         best, least = torch.where(better, b, best), torch.where(better, g.abs(), least)
         low, high = torch.where(g < 0, b, low), torch.where(g > 0, b, high)

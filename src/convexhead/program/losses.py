@@ -33,6 +33,8 @@ class Loss(ABC):
     """A convex loss of one sample's outputs; see the module's text for the contract."""
 
     name: ClassVar[str]
+    separates: ClassVar[str] = "samples"
+    """Of what ``ℓ`` is a sum, each with a weight of its own: "samples", "rows" of outputs, or "entries"."""
 
     @abstractmethod
     def value(self, f: Batch, y: Batch) -> Float[Tensor, " n"]:
@@ -46,11 +48,12 @@ class Loss(ABC):
     def conjugate(self, g: Batch, y: Batch) -> Float[Tensor, " n"]:
         """``ℓ*(g_i, y_i)``, ``+inf`` outside its domain."""
 
-    def mean_hessian(self, f: Batch, y: Batch) -> Float[Tensor, "c c"]:
-        """``(1/n) Σ_i ∇²ℓ`` summed over rows: the Hessian of the data term in an intercept. By `hessian_times`, one
-        output at a time; override where a formula is cheaper."""
+    def summed_hessian(self, f: Batch, y: Batch, weights: Tensor | None) -> Float[Tensor, "c c"]:
+        """``Σ_i ω_i ∇²ℓ`` summed over rows: the Hessian of the losses in an intercept. By `hessian_times`, one output
+        at a time; override where a formula is cheaper. ``weights``: ``ω``, broadcast to ``f``; None where all are 1."""
         units = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
-        return torch.stack([self.hessian_times(f, y, e.expand_as(f)).sum(1).mean(0) for e in units])
+        weights = torch.ones_like(f[:1, :1, :1]) if weights is None else weights
+        return torch.stack([(weights * self.hessian_times(f, y, e.expand_as(f))).sum((0, 1)) for e in units])
 
     def hessian_times(self, f: Batch, y: Batch, z: Batches) -> Batches:
         """``∇²ℓ(f_i, y_i) z_i`` for one ``z (n, r, c)`` or for many. By a forward derivative of `residual`, one ``z``
@@ -82,36 +85,40 @@ class Loss(ABC):
 
     # -- dual points of a problem with an intercept: see `convexhead.certificate.dual` ---------------------------------
     def without_sum(
-        self, g: Batch, y: Batch, excess: Float[Tensor, " c"], targets: Float[Tensor, " c"], rows: int
+        self, q: Batch, y: Batch, excess: Float[Tensor, " c"], targets: Float[Tensor, " c"], total: Float[Tensor, " c"]
     ) -> Batch:
-        """Points near ``g``, in the domain of ``ℓ*``, whose sum is less by ``excess``.
+        """Points near ``q``, in the domain of ``ℓ*``, whose weighted sum is less by ``excess``.
 
         Where the domain is not a whole space, subtracting the mean as here may lead out of it: override.
 
         Parameters
         ----------
-        g, y : Tensor (n, r, c)
+        q, y : Tensor (n, r, c)
             Points and targets of some of the samples.
-        excess, targets : Tensor (c,)
-            Sums of ``g`` and of ``y`` over all samples and rows.
-        rows : int
-            How many there are.
+        excess, targets, total : Tensor (c,)
+            ``Σ ω q``, ``Σ ω y`` and ``Σ ω`` over all samples and rows.
         """
-        return g - excess / rows
+        return q - excess / total
 
     def cost_of_sum(
-        self, left: Float[Tensor, " c"], targets: Float[Tensor, " c"], value: float, reach: float, n: int
+        self,
+        left: Float[Tensor, " c"],
+        targets: Float[Tensor, " c"],
+        total: Float[Tensor, " c"],
+        value: float,
+        reach: float,
+        n: int,
     ) -> float:
-        """How much ``(1/n) Σ_i ℓ*(g_i)`` rises, at most, as `without_sum` takes away a sum of ``|Σ_i g_ik| ≤ left_k``.
+        """How much ``(1/n) Σ_i ω_i ℓ*(q_i)`` rises, at most, as `without_sum` takes away a ``|Σ_i ω_i q_ik| ≤ left_k``.
 
         As ``ℓ*`` is convex, at most ``⟨f, Δ⟩`` for ``f ∈ ∂ℓ*`` at the point reached.
 
         Parameters
         ----------
         value : float
-            ``|(1/n) Σ_i ℓ*(g_i)|``.
+            ``|(1/n) Σ_i ω_i ℓ*(q_i)|``.
         reach : float
-            A bound on such ``f``: ``y + g`` of squared and Huber losses, the outputs of any at the residual itself.
+            A bound on such ``f``: ``y + q`` of squared and Huber losses, the outputs of any at the residual itself.
         """
         return reach * float(left.sum()) / n
 
@@ -123,6 +130,7 @@ class CrossEntropy(Loss):
     """
 
     name = "cross-entropy"
+    separates = "rows"
 
     # log Σ exp f − ⟨y, f⟩ = log1p(Σ_{k ≠ top} exp(f_k − f_top)) + Σ_k y_k (f_top − f_k): however small, nothing cancels
     def value(self, f: Tensor, y: Tensor) -> Tensor:
@@ -144,9 +152,10 @@ class CrossEntropy(Loss):
         log_p = _over_classes(torch.log_softmax, f)
         return -(y * log_p).sum((-2, -1)), log_p.exp() - y
 
-    def mean_hessian(self, f: Tensor, y: Tensor) -> Tensor:
-        p = _over_classes(torch.softmax, f).flatten(0, 1)
-        return (torch.diag(p.sum(0)) - p.T @ p) / len(f)
+    def summed_hessian(self, f: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+        p = _over_classes(torch.softmax, f)
+        weighed = (p if weights is None else weights * p).flatten(0, 1)
+        return torch.diag(weighed.sum(0)) - p.flatten(0, 1).T @ weighed
 
     def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
         p = y + g
@@ -161,16 +170,16 @@ class CrossEntropy(Loss):
         # p = y + τ g ≥ 0 wherever g < 0
         return float(torch.where(g < 0, y / -g, torch.inf).min())
 
-    def without_sum(self, g: Tensor, y: Tensor, excess: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def without_sum(self, q: Tensor, y: Tensor, excess: Tensor, targets: Tensor, total: Tensor) -> Tensor:
         # Of every class with too much probability each sample gives the same share, to the classes with too little.
         share = (excess.clamp_min(0) / (targets + excess)).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
         missing = excess.neg().clamp_min(0)
         if not missing.any():
-            return g
-        given = (y + g) * share
-        return g - given + given.sum(-1, keepdim=True) * (missing / missing.sum())
+            return q
+        given = (y + q) * share
+        return q - given + given.sum(-1, keepdim=True) * (missing / missing.sum())
 
-    def cost_of_sum(self, left: Tensor, targets: Tensor, value: float, reach: float, n: int) -> float:
+    def cost_of_sum(self, left: Tensor, targets: Tensor, total: Tensor, value: float, reach: float, n: int) -> float:
         # Entropy falls by at most the share that a class gives, and by δ where a probability rises by δ.
         share = float(torch.where(left > 0, 2 * left / targets, 0.0).max())
         return min(1.0, share) * value + float(left.sum()) / n
@@ -200,10 +209,81 @@ def _classes_along(f: Batch, y: Batch) -> tuple[Tensor, Tensor, int]:
     return f.movedim(-1, 0).contiguous(), y.movedim(-1, 0), 0
 
 
+class BinaryCrossEntropy(Loss):
+    """``ℓ(f, y) = Σ_k log(1 + exp f_k) − y_k f_k`` for ``y_k`` in [0, 1]: several labels at once, or none.
+
+    ``ℓ*(g) = Σ_k p_k log p_k + (1 − p_k) log(1 − p_k)`` with ``p = y + g``, finite where ``p`` is in [0, 1]. A positive
+    weight of the ones, ``ω y log(1 + exp −f) + (1 − y) log(1 + exp f)``, is a weight ``ω y + 1 − y`` of an entry whose
+    target is its share ``ω y / (ω y + 1 − y)``: see `with_positive_weights`.
+    """
+
+    name = "binary-cross-entropy"
+    separates = "entries"
+
+    # softplus(f) − y f = log(1 + exp −|f|) + (1 − y) f where f > 0, − y f where not: nothing cancels
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        tail = f.abs().neg().exp().log1p()
+        return (tail + torch.where(f > 0, (1 - y) * f, -y * f)).sum((-2, -1))
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        # p − y = (1 − y) − (1 − p), of which the smaller of p and 1 − p is known
+        small = torch.sigmoid(-f.abs())
+        return torch.where(f > 0, (1 - y) - small, small - y)
+
+    def value_and_residual(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.value(f, y), self.residual(f, y)
+
+    def conjugate(self, g: Tensor, y: Tensor) -> Tensor:
+        rest = 1 - y
+        p, other = y + g, (rest - g) + ((1 - rest) - y)  # 1 − y to twice the precision: it may cancel
+        tiny = 64 * torch.finfo(p.dtype).eps  # g / (1 + tiny) may be in the domain where g is not
+        outside = ((p < -tiny * y) | (other < -tiny * (1 - y))).flatten(1).any(1)
+        p, other = p.clamp(0, 1), other.clamp(0, 1)
+        # The larger of the two is known to within the last bit of 1, and its logarithm from the smaller one.
+        small = torch.minimum(p, other)
+        entropy = torch.xlogy(small, small) + (1 - small) * torch.log1p(-small)
+        return torch.where(outside, torch.inf, entropy.sum((-2, -1)))
+
+    def scale_limit(self, g: Tensor, y: Tensor) -> float:
+        # 0 ≤ y + τ g ≤ 1
+        return float(torch.where(g == 0, torch.inf, torch.where(g < 0, y, 1 - y) / g.abs()).min())
+
+    def without_sum(self, q: Tensor, y: Tensor, excess: Tensor, targets: Tensor, total: Tensor) -> Tensor:
+        # Every sample gives the same share of what is too much: of p, or of 1 − p where the sum of p is too small.
+        down = (excess.clamp_min(0) / (targets + excess)).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+        up = (excess.neg().clamp_min(0) / (total - targets - excess)).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+        return q - (y + q) * down + ((1 - y) - q) * up
+
+    def cost_of_sum(self, left: Tensor, targets: Tensor, total: Tensor, value: float, reach: float, n: int) -> float:
+        # h((1 − s) p) ≤ (1 − s) h(p) for h(p) = p log p + (1 − p) log(1 − p), since h(0) = 0; so for 1 − p
+        room = torch.minimum(targets, total - targets) - 64 * torch.finfo(total.dtype).eps * total
+        share = torch.where(room > 0, left / room, torch.inf)
+        return min(1.0, float(torch.where(left > 0, share, 0.0).max())) * value
+
+    def hessian_times(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return _variance(f) * z
+
+    def hessian_root(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return _variance(f).sqrt() * z
+
+
+def _variance(f: Tensor) -> Tensor:
+    """``p (1 − p)`` for ``p`` the sigmoid of ``f``."""
+    small = torch.sigmoid(-f.abs())
+    return small * (1 - small)
+
+
+def with_positive_weights(Y: Batch, positive: Float[Tensor, " c"]) -> tuple[Batch, Float[Tensor, "n r c"]]:
+    """Targets and weights of entries for which `BinaryCrossEntropy` is the one with a weight of the ones."""
+    weights = positive * Y + (1 - Y)
+    return torch.where(weights > 0, positive * Y / weights, Y), weights
+
+
 class Squared(Loss):
     """``ℓ(f, y) = ½‖f − y‖²``, ``ℓ*(g) = ½‖g‖² + ⟨g, y⟩``."""
 
     name = "squared"
+    separates = "entries"
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         return (f - y).square().sum((-2, -1)) / 2
@@ -235,6 +315,7 @@ class Huber(Loss):
     """
 
     name = "huber"
+    separates = "entries"
 
     def __init__(self, delta: float = 1.0) -> None:
         if not delta > 0:
@@ -263,7 +344,7 @@ class Huber(Loss):
         return self.delta / largest if largest > 0 else float("inf")
 
 
-LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, Squared, Huber)}
+LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, Squared, Huber)}
 
 
 def make_loss(loss: Any) -> Loss:

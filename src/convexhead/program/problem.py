@@ -1,12 +1,12 @@
 """The training problem of a head: objective, factored gradients, identity.
 
-    min  F + β Ω,   F = (1/n) Σ_i ℓ(f_i, y_i),   f_i = Σ_k P mix(X_i, U_k) V_k + b
+    min  F + β Ω,   F = (1/n) Σ_i ω_i ℓ(f_i, y_i),   f_i = Σ_k P mix(X_i, U_k) V_k + b
 
 with ``Ω = Σ_j ‖Z_j‖_*`` over blocks ``j``, ``Z_j = Σ_{k in j} vec(U_k) vec(V_k)ᵀ``, and its factored form
 ``½ Σ_k (‖U_k‖² + ‖V_k‖²) ≥ Ω`` (equal once balanced). The linear head has ``Ω = ½‖V‖²`` instead.
 
-The map from weights to outputs is the problem's `Operator`. With ``R_i = ∇ℓ(f_i, y_i)/n`` the gradient of ``F`` in
-``Z_j`` is the matrix ``𝒜_j*(R)`` of its adjoint.
+The map from weights to outputs is the problem's `Operator`. With ``R_i = ω_i ∇ℓ(f_i, y_i)/n`` the gradient of ``F`` in
+``Z_j`` is the matrix ``𝒜_j*(R)`` of its adjoint. Samples count alike, ``ω_i = 1``, unless the problem says otherwise.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from convexhead.program.heads.base import Data, Head
 from convexhead.program.identity import identify
 from convexhead.program.losses import Loss
 from convexhead.program.operator import Operator
+from convexhead.program.sample_losses import SampleLosses, Weights
 from convexhead.runtime.ranks import Ranks
 from convexhead.runtime.samples import BATCH_BYTES
 
@@ -54,13 +55,15 @@ class Problem:
         Of this process's samples; one-hot rows for class labels, of any type.
     loss : Loss
         How outputs are judged.
+    weights : Tensor (n, r or 1, c or 1) or None
+        ``ω`` of samples, rows of outputs or entries, at least 0. None: all are 1.
     fit_intercept : bool
         Whether an unpenalised ``b`` is added to the outputs.
 
     Attributes
     ----------
-    Y : Tensor (n, r, c)
-        The targets in the operator's precision on its device.
+    losses : SampleLosses
+        Loss, targets and weights in the operator's precision on its device.
     coordinates : Coordinates
         Those that tokens, targets, weights and β are in.
     stated : Problem or None
@@ -68,16 +71,22 @@ class Problem:
     """
 
     def __init__(
-        self, operator: Operator, targets: Shaped[Tensor, "n r c"], loss: Loss, *, fit_intercept: bool = False
+        self,
+        operator: Operator,
+        targets: Shaped[Tensor, "n r c"],
+        loss: Loss,
+        *,
+        weights: Weights | None = None,
+        fit_intercept: bool = False,
     ) -> None:
         if targets.shape[:2] != (len(operator), operator.head.r):
             raise InputError(
                 f"targets are {tuple(targets.shape)}, but outputs are ({len(operator)}, {operator.head.r}, c): "
                 "give each row of outputs its targets"
             )
-        self.operator, self.targets, self.loss, self.fit_intercept = operator, targets, loss, fit_intercept
-        self.Y = targets.to(operator.device, operator.dtype)
-        self.c = targets.shape[-1]
+        self.operator, self.targets, self.weights, self.fit_intercept = operator, targets, weights, fit_intercept
+        self.loss, self.c = loss, targets.shape[-1]
+        self.losses = self._losses(operator)
         self.coordinates = Coordinates()
         self.stated: Problem | None = None
         self.head.output_mask(self.c)  # refuses outputs that cannot be written in groups
@@ -96,37 +105,50 @@ class Problem:
             memory=self.operator.budget.left,
             ranks=self.ranks,
         )
-        inner = Problem(moved, coordinates.targets(self.targets), self.loss, fit_intercept=self.fit_intercept)
+        inner = Problem(
+            moved,
+            coordinates.targets(self.targets),
+            self.loss,
+            weights=self.weights,
+            fit_intercept=self.fit_intercept,
+        )
         inner.coordinates, inner.stated = coordinates, self
         return inner
 
     def astype(self, dtype: torch.dtype, *, reuse: bool = False) -> Problem:
         """The same problem in another precision: see `Operator.astype`."""
         operator = self.operator.astype(dtype, reuse=reuse)
-        return self if operator is self.operator else self._on(operator, self.targets.to(self.device, dtype))
+        return self if operator is self.operator else self._on(operator, self._losses(operator))
 
     def with_half_products(self) -> Problem | None:
         """The same problem with its large products in bfloat16, or None: see `Operator.with_half_products`."""
         half = self.operator.with_half_products()
-        return None if half is None else self._on(half, self.Y)
+        return None if half is None else self._on(half, self.losses)
 
     def class_by_class(self) -> Problem:
         """The same problem with targets that lie in memory as dense passes make outputs: a column for every class."""
-        return self._on(self.operator, self.Y.movedim(2, 0).contiguous().movedim(0, 2))
+        Y = self.Y.movedim(2, 0).contiguous().movedim(0, 2)
+        return self._on(self.operator, SampleLosses(self.loss, Y, self.losses.weights))
 
     def take(self, index: Int[Tensor, " b"]) -> Problem:
         """Take some samples of one process, with what was prepared of them: for steps over batches.
 
         It is another problem, with an identity of its own: a bound on the whole says nothing about it.
         """
-        part = self._on(self.operator.take(index), self.Y[index])
-        part.targets, part.stated = part.Y, None
+        part = self._on(self.operator.take(index), self.losses.at(index))
+        part.targets, part.weights, part.stated = part.Y, part.losses.weights, None
         vars(part).pop("identity", None)
         return part
 
-    def _on(self, operator: Operator, Y: Float[Tensor, "n r c"]) -> Problem:
+    def _losses(self, operator: Operator) -> SampleLosses:
+        targets, weights = self.targets.to(operator.device, operator.dtype), self.weights
+        return SampleLosses(
+            self.loss, targets, None if weights is None else weights.to(operator.device, operator.dtype)
+        )
+
+    def _on(self, operator: Operator, losses: SampleLosses) -> Problem:
         other = copy(self)
-        other.operator, other.Y, other.stated = operator, Y, self.stated or self
+        other.operator, other.losses, other.stated = operator, losses, self.stated or self
         for cached in ("rows", "largest_target"):
             vars(other).pop(cached, None)
         return other
@@ -142,14 +164,16 @@ class Problem:
     def rounding(self, atoms: Atoms, f: Float[Tensor, "n r c"]) -> float:
         """What the objective may grow by when these weights, with outputs ``f``, become the user's: see `Coordinates`.
 
-        With ``δ`` what their outputs may differ by, ``F(b + δ) ≤ F(b) + ⟨Σ_i R_i, δ⟩ + r‖δ‖²/2`` for a loss that curves
-        no more than ``½‖f‖²`` does, as all of the library do.
+        With ``δ`` what their outputs may differ by, ``F(b + δ) ≤ F(b) + ⟨Σ_i R_i, δ⟩ + ω r‖δ‖²/2`` for a loss that
+        curves no more than ``½‖f‖²`` does, as all of the library do, ``ω`` the mean of the samples' largest weights.
         """
         if not self.coordinates:
             return 0.0
         lost = self.coordinates.rounding(atoms, self.activation)
         left = self.sum(self.residual(f).sum((0, 1)))[0].abs()
-        return float(lost @ left + self.head.r * lost.square().sum() / 2)
+        largest = self.losses.largest
+        weight = self.mean(largest) if isinstance(largest, Tensor) else largest
+        return float(lost @ left + weight * self.head.r * lost.square().sum() / 2)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -160,7 +184,12 @@ class Problem:
         """
         return identify(self) if self.stated is None else self.stated.identity
 
-    # -- what its operator holds --------------------------------------------------------------------------------------
+    # -- what its parts hold ------------------------------------------------------------------------------------------
+    @property
+    def Y(self) -> Float[Tensor, "n r c"]:
+        """The targets in the operator's precision on its device."""
+        return self.losses.Y
+
     @property
     def head(self) -> Head:
         """How tokens are mixed."""
@@ -209,11 +238,13 @@ class Problem:
         """``(1/n) Σ_i`` over all samples, in float64."""
         return float(self.sum(values.double().sum())[0]) / self.n
 
-    def mean_of(self, function: Callable[..., Float[Tensor, " b"]], *parts: Float[Tensor, "n r c"]) -> float:
-        """``(1/n) Σ_i`` of what ``function`` makes of rows of ``parts``, some rows at a time to save memory."""
+    def mean_of(
+        self, function: Callable[[SampleLosses, Tensor], Float[Tensor, " b"]], x: Float[Tensor, "n r c"]
+    ) -> float:
+        """``(1/n) Σ_i`` of what ``function`` makes of losses and ``x``, some samples at a time to save memory."""
         if len(self.rows) == 1:
-            return self.mean(function(*parts))
-        return self.mean(torch.stack([function(*(part[rows] for part in parts)).double().sum() for rows in self.rows]))
+            return self.mean(function(self.losses, x))
+        return self.mean(torch.stack([function(self.losses.at(rows), x[rows]).double().sum() for rows in self.rows]))
 
     @cached_property
     def rows(self) -> list[slice]:
@@ -248,12 +279,12 @@ class Problem:
 
     # -- the objective ------------------------------------------------------------------------------------------------
     def data_term(self, f: Float[Tensor, "n r c"]) -> float:
-        """``F = (1/n) Σ_i ℓ(f_i, y_i)``, summed in float64."""
-        return self.mean_of(self.loss.value, f, self.Y)
+        """``F = (1/n) Σ_i ω_i ℓ(f_i, y_i)``, summed in float64."""
+        return self.mean_of(SampleLosses.value, f)
 
     def residual(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
-        """``R_i = ∇ℓ(f_i, y_i) / n``."""
-        return self.loss.residual(f, self.Y) / self.n
+        """``R_i = ω_i ∇ℓ(f_i, y_i) / n``."""
+        return self.losses.residual(f) / self.n
 
     def balance(self, atoms: Atoms) -> tuple[Atoms, list[Tensor]]:
         """The same function with balanced atoms and the least penalty known for it, and ``‖U_k‖‖V_k‖`` by block.
@@ -278,7 +309,7 @@ class Problem:
             flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
             here = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
             f[rows] = here
-            loss, R = self.loss.value_and_residual(here, self.Y[rows])
+            loss, R = self.losses.at(rows).value_and_residual(here)
             R = R.flatten(0, 1) / self.n
             at_V = (flat.T @ R).view(gV.shape)
             at_U = pull_back((R @ V.T).view(M.shape)) if self.head.learns_mixing else torch.zeros_like(gU)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 32e6, "cuda": 256e6}
@@ -94,6 +95,21 @@ class StoredTokens:
             out.flush()
             forget_pages(out)
         return StoredTokens(out, self._check)
+
+
+class SomeRows:
+    """Some rows of a memory map, read as they are asked for."""
+
+    def __init__(self, source: Any, rows: NDArray[np.int64]) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        read = self.source[self.rows[index]]
+        forget_pages(self.source)
+        return read
 
 
 Tokens = Tensor | StoredTokens

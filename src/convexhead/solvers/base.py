@@ -16,6 +16,7 @@ from torch import Tensor
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
+from convexhead.program.sample_losses import SampleLosses
 from convexhead.solvers.monitor import Monitor, State
 
 
@@ -158,7 +159,7 @@ class Solver(ABC):
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
     """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate."""
-    R = problem.loss.residual(f.double(), problem.Y.double()) / problem.n
+    R = problem.losses.to(torch.float64).residual(f.double()) / problem.n
     return dual_value(problem, R, sigma, beta, intercept)
 
 
@@ -170,10 +171,11 @@ def dual_value(problem: Problem, R: Float[Tensor, "n r c"], sigma: float, beta: 
     """
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
 
-    def conjugate(R: Tensor, Y: Tensor) -> Tensor:
-        return problem.loss.conjugate(tau * problem.n * R, Y.double())
+    def conjugate(losses: SampleLosses, R: Tensor) -> Tensor:
+        losses = losses.to(torch.float64)
+        return losses.conjugate(losses.unweigh(tau * problem.n * R))
 
-    dual = -problem.mean_of(conjugate, R, problem.Y)
+    dual = -problem.mean_of(conjugate, R)
     if problem.fit_intercept:
         (left,) = problem.sum(tau * R.sum((0, 1)))
         scale = 1 + problem.largest_target + float(intercept.abs().max())

@@ -205,8 +205,8 @@ class ColumnGeneration(Solver):
             return True
         if gap > self.near or not len(self._atoms):
             return False
-        one = self.problem.Y[:1]
-        if self.problem.loss.hessian_root(one, one, one) is None:
+        one = self.problem.losses.at(slice(0, 1))
+        if one.hessian_root(one.Y, one.Y) is None:
             return False
         return self._beside(self._widest()) >= self._extra()
 

@@ -103,7 +103,7 @@ class DensePasses:
     def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """As `Problem.value_and_gradient`, for atoms with rotated mixing weights."""
         f = self.outputs(self.matrices(atoms), atoms.intercept)
-        loss, R = self.problem.loss.value_and_residual(f, self.problem.Y)
+        loss, R = self.problem.losses.value_and_residual(f)
         R = R / self.problem.n
         G = self.gradient(R)
         gU, gV = beta * atoms.U, beta * atoms.V

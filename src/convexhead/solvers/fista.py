@@ -149,7 +149,7 @@ class Fista(Solver):
         """``F`` and ``R`` at the extrapolated point, and the gradients in ``Z`` and ``b``; None where no intercept is
         fitted."""
         problem = self.problem
-        loss, R = problem.loss.value_and_residual(self._fY, problem.Y)
+        loss, R = problem.losses.value_and_residual(self._fY)
         value, R = problem.mean(loss), R / problem.n
         gb = self.omega * problem.sum(R.sum((0, 1)))[0] if problem.fit_intercept else None
         return value, R, self.dense.gradient(R), gb
@@ -166,7 +166,7 @@ class Fista(Solver):
             square, along = float(moved @ moved), float(G.flatten() @ moved)
             if gb is not None:
                 square, along = square + float((b - yb).square().sum()), along + float(gb @ (b - yb))
-            rough = self.problem.loss.rough_value(f, self.problem.Y)  # and not an accurate value: FY is none
+            rough = self.problem.losses.rough_value(f)  # and not an accurate value: FY is none
             decrease = self.problem.mean(rough) - FY - along
             if decrease <= self.L / 2 * square + self.slack[precision] * abs(FY):
                 break

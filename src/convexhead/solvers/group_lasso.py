@@ -190,7 +190,7 @@ class GroupNewton(Solver):
         first = square = _inner(r, p, rb, pb)
         for _ in range(self.most_products):
             change = problem.outputs(self._atoms(p, self.block, pb))
-            bent = problem.loss.hessian_times(f, problem.Y, change) / problem.n
+            bent = problem.losses.hessian_times(f, change) / problem.n
             q = self._pull(bent, self.block) + bend * (p - unit * (unit * p).sum(1, keepdim=True))
             qb = self._sum(bent)
             if self.damping:

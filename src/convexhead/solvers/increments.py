@@ -73,7 +73,7 @@ class Increments:
             df = (M0 @ dV).float() + flat @ V + (atoms.intercept - anchor.intercept)
             f = self.outputs[rows] + df.view(-1, problem.head.r, problem.c)
             outputs[rows] = f
-            loss, R = problem.loss.value_and_residual(f, problem.Y[rows])
+            loss, R = problem.losses.at(rows).value_and_residual(f)
             R = R / problem.n
             dR = R - self.residual[rows]
             at_b = dR.sum((0, 1))

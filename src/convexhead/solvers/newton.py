@@ -32,6 +32,7 @@ class FactoredNewton:
         self.dense, self.beta, self._like = dense, beta, atoms
         blocks = dense.features.view(dense.shape[0], dense.shape[1], dense.problem.value_shape[0], -1)
         self._features = blocks.index_select(0, atoms.block).float()  # (k, w, e, n·r)
+        self._losses = dense.problem.losses.to(torch.float32)
         self._x = pack(atoms)
         self.value, self._gradient = self._evaluate(self._x)
         self._at = dense.last
@@ -81,7 +82,7 @@ class FactoredNewton:
         (f, _, G), block = self._at, atoms.block
         k, e, c = atoms.V.shape
         w = atoms.U.shape[1]
-        f, Y, U, V = (part.float() for part in (f, problem.Y, atoms.U, atoms.V))
+        f, U, V = (part.float() for part in (f, atoms.U, atoms.V))
         features = self._features
         each = torch.eye(c, device=f.device).unsqueeze(2)  # (c, c, 1)
         of_U = V.mT.unsqueeze(1) @ features  # (k, w, c, n·r)
@@ -90,7 +91,7 @@ class FactoredNewton:
             of_V *= mask.to(block.device)[block % problem.head.n_groups][:, None, :, None, None]
         of_b = (each if problem.fit_intercept else torch.zeros_like(each)).expand(-1, -1, features.shape[3])
         J = torch.cat([of_U.flatten(0, 1), of_V.flatten(0, 2), of_b])  # of every f_i: (m, c, n·r)
-        curved = problem.loss.hessian_times(f, Y, J.unflatten(2, f.shape[:2]).movedim(1, 3)).movedim(3, 1)
+        curved = self._losses.hessian_times(f, J.unflatten(2, f.shape[:2]).movedim(1, 3)).movedim(3, 1)
         H = problem.sum((J.flatten(1) @ curved.flatten(1).T).double())[0] / problem.n
         weights = k * (w + e * c)
         H.diagonal()[:weights] += self.beta

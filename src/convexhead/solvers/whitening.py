@@ -120,7 +120,7 @@ def probes(problem: Problem, f: Float[Tensor, "n r c"], generator: torch.Generat
     seed = int(torch.randint(2**31, (1,), generator=generator)) + problem.ranks.rank
     own = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, f.shape, generator=own, dtype=torch.int8).to(f.device, f.dtype) * 2 - 1
-    return problem.loss.hessian_root(f, problem.Y, signs)
+    return problem.losses.hessian_root(f, signs)
 
 
 def _root(C: Float[Tensor, "m m"], beta: float) -> Float[Tensor, "m m"]:

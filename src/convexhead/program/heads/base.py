@@ -73,6 +73,8 @@ class Head(ABC):
     """Whether `read` takes the tokens again; else ``pre`` is linear in them."""
     reads_grid: ClassVar[bool] = False
     """Whether the head uses the grid of the tokens; else the grid is only kept for pictures."""
+    any_length: ClassVar[bool] = False
+    """Whether samples may have different numbers of tokens: no weight belongs to a position."""
     least_batch: ClassVar[int] = 8
     """Least number of samples in a batch of a pass, so that the fixed cost of a batch is repaid. Chosen by hand."""
     value_rows: int
@@ -87,6 +89,11 @@ class Head(ABC):
         self.rows = slice(0, 1) if pool == "cls" else slice(None)
         self.p = 1 if pool == "cls" else n_tokens
         self.r = n_tokens if pool == "none" else 1
+
+    @property
+    def divisions(self) -> int:
+        """How often outputs are divided by the number of tokens."""
+        return int(self.pool == "mean")
 
     @property
     def mixing_size(self) -> int:

@@ -17,6 +17,7 @@ class Linear(Head):
     """``mixing_shape ()``, ``V = W (d, c)``."""
 
     name = "linear"
+    any_length = True
     learns_mixing = False
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:

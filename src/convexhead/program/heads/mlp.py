@@ -20,6 +20,7 @@ class MLP(Head):
     """``u (d,)``, ``v (1, c)``; scores ``q = 1``."""
 
     name = "mlp"
+    any_length = True
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
         super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]

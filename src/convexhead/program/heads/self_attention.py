@@ -22,6 +22,7 @@ class SelfAttention(Head):
 
     name = "self-attention"
     reads_tokens = True
+    any_length = True
     kept_gates = 8  # each takes the memory of the tokens
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
@@ -31,6 +32,10 @@ class SelfAttention(Head):
 
     def mix_bound(self, norms: Tensor) -> Tensor:
         return super().mix_bound(norms / self.s * norms * norms)
+
+    @property
+    def divisions(self) -> int:
+        return super().divisions + 1
 
     @property
     def score_width(self) -> int:

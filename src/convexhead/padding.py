@@ -1,0 +1,144 @@
+"""Samples of different numbers of tokens, as a program of equal ones.
+
+A sample of ``s_i`` tokens is padded with zeros to ``S``. Zero tokens add nothing: a linear head, an MLP and
+self-attention sum over tokens, and ``σ(0) = 0``. What is left is the divisor ``1/S``, which should be ``1/s_i``.
+Outputs are homogeneous of degree ``g`` in the tokens (3 for self-attention, else 1), with activations as well, so
+tokens times
+
+    α_i = (S / s_i)^{m / g},    m: how often the head divides by the number of tokens
+
+give exactly the outputs of the sample's own tokens. So program and certificate are those of ordinary tokens. The factor
+is made in float64: the program that is solved is that of tokens rounded to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convexhead import inputs
+from convexhead.errors import InputError
+from convexhead.program.heads.base import Head
+
+
+class Padded:
+    """Tokens ``(n, S, d)`` of which some count.
+
+    Parameters
+    ----------
+    tokens : array or tensor (n, S, d)
+        Anything may stand where ``mask`` is False.
+    mask : array (n, S), bool
+        Which tokens there are; at least one a sample.
+
+    Raises
+    ------
+    InputError
+        Another shape, a sample without tokens, or tokens that cannot be used.
+    """
+
+    def __init__(self, tokens: Any, mask: Any) -> None:
+        with inputs.told_plainly():
+            array, there = np.asarray(inputs.plain(tokens, "X")), np.asarray(inputs.plain(mask, "mask"))
+        if array.ndim != 3 or there.shape != array.shape[:2]:
+            raise InputError(f"X must be (n, s, d) and mask (n, s), got {array.shape} and {there.shape}")
+        if there.dtype != bool and not np.isin(there, (0, 1)).all():
+            raise InputError("mask must be True where a token is there and False where it is padding")
+        there = there.astype(bool)
+        if empty := np.flatnonzero(~there.any(1)).tolist():
+            raise InputError(f"sample {empty[0]} has no tokens: leave it out")
+        self.mask: Bool[Tensor, "n s"] = torch.from_numpy(there)
+        self.tokens: Float[Tensor, "n s d"] = inputs.as_tokens(
+            np.where(there[..., None], array, np.zeros((), array.dtype))
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def of_list(cls, samples: Sequence[Any]) -> Padded:
+        """Tokens of arrays ``(s_i, d)``, those that there are first."""
+        arrays = [np.asarray(inputs.plain(sample, "X")) for sample in samples]
+        channels = {array.shape[1] for array in arrays if array.ndim == 2}
+        if len(channels) != 1 or not all(array.ndim == 2 for array in arrays):
+            raise InputError("a list of samples must hold arrays (s_i, d) of the same number of channels d")
+        lengths = [len(array) for array in arrays]
+        tokens = np.zeros((len(arrays), max(lengths), channels.pop()), np.result_type(*arrays))
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        tokens[mask] = np.concatenate(arrays)
+        return cls(tokens, mask)
+
+    def scaled(self, head: Head) -> Float[Tensor, "n s d"]:
+        """``α_i X_i`` for a head over ``S`` tokens, in float64.
+
+        Raises
+        ------
+        InputError
+            The head mixes by position, or reads a token that some sample does not have.
+        """
+        if not head.any_length:
+            raise InputError(
+                f"head={head.name!r} mixes tokens by their position, so all samples need the same number of tokens: "
+                "use 'self-attention', 'mlp' or 'linear'"
+            )
+        if head.pool == "cls" and not bool(self.mask[:, 0].all()):
+            raise InputError("pool='cls' reads token 0, which the mask leaves out of some sample")
+        divisions, degree = head.divisions, 3 if head.reads_tokens else 1
+        alpha = (head.s / self.mask.sum(1).double()) ** (divisions / degree)
+        return self.tokens.double() * alpha[:, None, None]
+
+    def weights(self, given: Any = None) -> Any:
+        """Weights of tokens ``(n, s)``, or as fine as those given, 0 where there is none."""
+        there = self.mask.numpy().astype(float)
+        if given is None:
+            return there
+        w = np.asarray(given, float)
+        return w.reshape(*w.shape, *[1] * max(0, 2 - w.ndim)) * (there if w.ndim < 3 else there[..., None])
+
+    def rows(self, kept: NDArray[np.int64]) -> Padded:
+        """Some of the samples."""
+        return Padded(self.tokens[kept], self.mask[kept])
+
+
+def is_ragged(X: Any) -> bool:
+    """Whether ``X`` is a list of arrays ``(s_i, d)`` of different lengths."""
+    if not isinstance(X, (list, tuple)) or not all(getattr(sample, "ndim", 0) == 2 for sample in X):
+        return False
+    return len({len(sample) for sample in X}) > 1
+
+
+def as_padded(X: Any, mask: Any = None) -> Any:
+    """`Padded` where samples have different numbers of tokens; anything else unchanged."""
+    if isinstance(X, Padded):
+        return X
+    if mask is None:
+        return Padded.of_list(X) if is_ragged(X) else X
+    if inputs.is_store(inputs.resolve_store(X)) or is_ragged(X):
+        raise InputError("mask goes with an array X (n, s, d); a list of samples says itself how long they are")
+    return Padded(X, mask)
+
+
+def padded_like(mask: NDArray[np.bool_] | None, y: Any, value: Any) -> Any:
+    """Labels or numbers of tokens ``(n, S, …)`` of a list of ``(s_i, …)``, filled up with ``value``.
+
+    Raises
+    ------
+    InputError
+        Not one for each token.
+    """
+    if mask is None or not isinstance(y, (list, tuple)):
+        return y
+    arrays = [np.asarray(inputs.plain(each, "y")) for each in y]
+    lengths = mask.sum(1).tolist()
+    if [len(each) for each in arrays] != lengths or len({each.shape[1:] for each in arrays}) != 1:
+        raise InputError(f"y must hold one target for each token: samples have {lengths[:5]}… tokens")
+    joined = np.concatenate(arrays)
+    filled = np.full((*mask.shape, *joined.shape[1:]), value, joined.dtype if joined.dtype.kind != "u" else np.int64)
+    filled[mask] = joined
+    return filled
