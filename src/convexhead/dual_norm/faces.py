@@ -23,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexhead.dual_norm.scores import Form
-from convexhead.program.patterns import EPSILON, cells_and_doubt, most_cells
+from convexhead.program.patterns import EPSILON, cells_and_doubt, most_arrangements, most_cells
 
-LIMITS = (100_000, 2_500)
-"""Largest numbers of faces to enumerate, and of intersections of hyperplanes. Chosen by hand."""
+LIMITS = (100_000, 2_500, 6_000)
+"""Largest numbers of faces to enumerate, of intersections of hyperplanes, and of arrangements gone through on the way.
+Chosen by hand: some seconds."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,22 @@ class FacesOfDimension:
     doubt: float
 
 
-def count_faces(n_planes: int, dimension: int) -> tuple[int, int]:
-    """The most ``(faces, flats)`` that so many hyperplanes can have: ``Σ_k C(N, k) · cells(N − k, ρ − k)``."""
+def count_faces(n_planes: int, dimension: int) -> tuple[int, int, int]:
+    """The most ``(faces, flats, arrangements)`` of so many hyperplanes: ``Σ_k C(N, k) · cells(N − k, ρ − k)`` faces.
+
+    An arrangement is one whose cells are listed: those of the flats, and those of `most_arrangements` on the way.
+    """
     flats = [math.comb(n_planes, k) for k in range(dimension)]
-    return sum(m * max(2, most_cells(n_planes - k, dimension - k)) for k, m in enumerate(flats)), sum(flats)
+    within = [(n_planes - k, dimension - k) for k in range(dimension)]
+    return (
+        sum(m * max(2, most_cells(*of)) for m, of in zip(flats, within, strict=True)),
+        sum(flats),
+        sum(m * most_arrangements(*of) for m, of in zip(flats, within, strict=True)),
+    )
 
 
 def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
-    """All faces of the arrangement of the distinct unit rows ``K`` that span the space, grouped by dimension.
+    """All faces of the arrangement of the distinct unit rows ``K``, grouped by dimension; none where there is none.
 
     Raises
     ------
@@ -66,7 +75,7 @@ def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
     found: dict[int, tuple[list[Tensor], list[Tensor]]] = {m: ([], []) for m in range(1, w + 1)}
     doubts = dict.fromkeys(found, 0.0)
     seen: set[bytes] = set()
-    todo = [(torch.eye(w, dtype=K.dtype, device=K.device), -1, 0.0)]
+    todo = [(torch.eye(w, dtype=K.dtype, device=K.device), -1, 0.0)] if w else []
     while todo:
         span, last, error = todo.pop()
         seen_by = K @ span.T  # each row within the flat
@@ -116,7 +125,9 @@ def largest_norm_on_faces(
         top = (inner.mT @ vectors[..., -1:]).squeeze(-1).norm(dim=1)
         u = torch.einsum("fm,fmw->fw", vectors[..., -1], group.span)
         along = (u @ form.K.T) * group.signs
-        outside = torch.minimum(along.amin(1).neg(), along.amax(1)).clamp_min(0)
+        outside = torch.zeros_like(top)
+        if h:
+            outside = torch.minimum(along.amin(1).neg(), along.amax(1)).clamp_min(0)
         off = form.size * (group.doubt + EPSILON * (h + w))  # of the matrix, and so of its leading vector
         turned = torch.zeros_like(top)
         if values.shape[1] > 1:

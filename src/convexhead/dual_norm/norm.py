@@ -220,8 +220,9 @@ class NormOracle:
             U = torch.cat(best).to(maxima.U).view(-1, *self.operator.head.mixing_shape)
             block = torch.cat([torch.full((len(u),), group, device=U.device) for group, u in enumerate(best)])
             found = U.flatten(1).norm(dim=1) > 0
-            more = ascend(self.operator, R.to(self.operator.dtype), U[found], block[found], iterations=30)
-            maxima = maxima.merge(self._in_double(R, more))
+            if bool(found.any()):
+                more = ascend(self.operator, R.to(self.operator.dtype), U[found], block[found], iterations=30)
+                maxima = maxima.merge(self._in_double(R, more))
         known = DualNorm(upper, self.method, maxima, ascents)
         if known.loose and upper > enough:  # as much work would leave the next bound as loose
             self._work = max(self._work / 4, WORK / 64)
@@ -282,6 +283,8 @@ def _over_patterns(form: Form, gates: Float[Tensor, "J w"]) -> float:
 
 def _in_cone(m: Float[Tensor, " w"], K: Float[Tensor, "h w"]) -> float:
     """``max |mᵀu|`` over ``K u ≥ 0``, ``‖u‖ ≤ 1``."""
+    if not len(K):
+        return float(m.norm())
     A = K.T.numpy(force=True)
     bounds = []
     for sign in (1.0, -1.0):

@@ -21,6 +21,7 @@ own scale: directions are sought among *unit* rows, so that one large row hides 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ from convexhead.program.operator import Operator
 from convexhead.program.patterns import EPSILON, hyperplanes_of, preactivation_rows
 
 TINY = torch.finfo(torch.float64).tiny
+UNDERFLOW = 2 * math.sqrt(TINY)
+"""Error of a norm by entries whose squares underflow, for each root of their number. Derived."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ def scores_of(operator: Operator) -> list[Scores]:
 
 def _written_as_planes(K: Float[Tensor, "N p"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(basis, spread, planes, plane, scale, lost)`` as of `Scores`."""
+    largest = math.frexp(float(K.abs().max()) if K.numel() else 0.0)[1] - 1
+    K = torch.ldexp(K, torch.tensor(-largest))  # exact: squares must not leave float64
     size = K.norm(dim=1)
     _, sigma, span = torch.linalg.svd(K / size.clamp_min(TINY).unsqueeze(1), full_matrices=False)
     seen = sigma > EPSILON * max(K.shape) * sigma[:1]
@@ -130,7 +135,10 @@ def _written_as_planes(K: Float[Tensor, "N p"]) -> tuple[Tensor, Tensor, Tensor,
     planes, plane, scale = hyperplanes_of(K @ basis.T)
     kept = scale.unsqueeze(1) * planes[plane] @ basis if len(planes) else torch.zeros_like(K)
     gamma = EPSILON * (len(K) / 2 + 2 * K.shape[1] + 16)
-    return basis, sigma[seen], planes, plane, scale, (K - kept).norm(dim=1) + gamma * size
+    underflow = UNDERFLOW * math.sqrt(K.shape[1]) * (K != 0).any(1).to(K)
+    lost = (K - kept).norm(dim=1) + gamma * size + underflow
+    scale, lost = (torch.ldexp(part, torch.tensor(largest)) for part in (scale, lost))
+    return basis, sigma[seen], planes, plane, scale, lost
 
 
 def score_weights(operator: Operator, R: Float[Tensor, "n r c"], group: int) -> Float[Tensor, "N q"]:

@@ -32,6 +32,9 @@ PARALLEL = 1e-14
 RELIABLE = 1e-9
 """Largest error of a hyperplane within a flat, as an angle in radians, at which its cells are listed. Chosen by
 hand."""
+FEW, FAR = 256, 1e-6
+"""Number of rows up to which all pairs are compared first, and the amount by which the cosines of rows that are no
+plane twice stay below 1. Derived: rounding of a cosine is far less, and angles of 1e-3 are far above `RELIABLE`."""
 MAX_PATTERNS = 20_000
 """Largest number of patterns to enumerate. Chosen by hand."""
 EPSILON = torch.finfo(torch.float64).eps
@@ -129,6 +132,11 @@ def most_cells(n_rows: int, rank: int) -> int:
     return 2 * sum(math.comb(n_rows - 1, k) for k in range(rank)) if n_rows > 0 else 1
 
 
+def most_arrangements(n_rows: int, rank: int) -> int:
+    """``Σ_{k ≤ ρ−2} C(N − 1, k)``: the arrangements that deletion and restriction go through to list those cells."""
+    return 1 if n_rows <= rank or rank <= 2 else most_cells(n_rows, rank - 1) // 2
+
+
 def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Tensor, "J u"]:
     """A unit vector inside each open cell of the arrangement of the hyperplanes ``{g : K_i g = 0}``.
 
@@ -205,6 +213,9 @@ def hyperplanes_of(
     if not len(rows):
         return K[:0], of, scale
     unit = torch.nn.functional.normalize(K[rows] / norm[rows].unsqueeze(1))
+    if len(rows) <= FEW and float((unit @ unit.T).abs().fill_diagonal_(0).max()) < 1 - FAR:
+        of[rows], scale[rows] = torch.arange(len(rows), device=K.device), norm[rows]
+        return unit, of, scale
     # Rows are parallel only if they agree, up to sign, along a few random directions: sorting finds those.
     directions = torch.randn(K.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     along = unit @ (directions / directions.norm(dim=0)).to(unit)
