@@ -38,6 +38,8 @@ class BatchExtractor:
     token_pool: tuple[int, int] | None
     dtype: str
     skip_broken: bool
+    unequal: str = "give image_size"
+    """What to do about images of unequal size."""
 
     def __post_init__(self) -> None:
         # Threads would only make a GPU hold several batches at a time.
@@ -93,7 +95,7 @@ class BatchExtractor:
         same_size = len({image.shape for image in images}) == 1
         batch = self._forward(images) if same_size else None
         if batch is None or batch.grid != grid:
-            raise InputError(f"the images before {last!r} differ in size: give image_size")
+            raise InputError(f"the images before {last!r} differ in size: {self.unequal}")
         return Extracted(rows, self._stored(batch.tokens, last), self._stored(batch.prefix, last))
 
     def _prepare(self, split: str, index: int) -> Tensor | None:

@@ -67,6 +67,25 @@ def check_pool(grid: tuple[int, int], target: tuple[int, int]) -> None:
         raise InputError(f"token_pool={target} must be between (1, 1) and the token grid {grid}")
 
 
+def as_read(
+    tokens: NDArray[Any],
+    class_token: NDArray[Any] | None,
+    grid: tuple[int, int],
+    token_pool: tuple[int, int] | None,
+    reduction: Reduction | None,
+) -> NDArray[np.float32]:
+    """Stored tokens ``(b, s, d)`` as a head reads them.
+
+    They are averaged from ``grid`` down to ``token_pool``; a class token ``(b, 1, d)`` goes in front; then all pass
+    through the reduction.
+    """
+    if token_pool is not None:
+        tokens = pool_grid(torch.from_numpy(tokens.astype(np.float32, copy=False)), grid, token_pool).numpy()
+    if class_token is not None:
+        tokens = np.concatenate([class_token, tokens], axis=-2)
+    return reduction.apply(tokens) if reduction else tokens.astype(np.float32, copy=False)
+
+
 @dataclass(frozen=True)
 class Reduction:
     """The affine map ``((x - mean) * scale) @ basis``, then a channel of ones if ``constant``.

@@ -49,6 +49,9 @@ class ImageFolder:
         folders that look like splits where classes are expected.
     """
 
+    splits_inside = False
+    """Whether a folder deep inside may be called as a split is."""
+
     def __init__(self, root: str | Path) -> None:
         self.spec = str(root)
         self.root = Path(root).expanduser()
@@ -194,7 +197,7 @@ class ImageFolder:
                 yield entry.name
             elif not _is_folder(entry):
                 self.left_out[f"not an image ({extension or 'no extension'})"].append(f"{within}/{entry.name}")
-            elif entry.name.lower() in SPLIT_LIKE and self._has_folders(Path(entry.path)):
+            elif self._looks_like_split(entry):
                 raise InputError(
                     f"'{within}/{entry.name}' of {self.spec!r} looks like a split inside a class: give the folder "
                     "that holds it, or rename it"
@@ -202,6 +205,9 @@ class ImageFolder:
             else:
                 for image in self._images(Path(entry.path), (*above, place)):
                     yield f"{entry.name}/{image}"
+
+    def _looks_like_split(self, entry: os.DirEntry[str]) -> bool:
+        return not self.splits_inside and entry.name.lower() in SPLIT_LIKE and self._has_folders(Path(entry.path))
 
     def _folders(self, folder: Path) -> list[str]:
         return natural_sort(e.name for e in _entries(folder) if _is_folder(e) and not e.name.startswith("."))
@@ -215,6 +221,32 @@ class ImageFolder:
             if not _is_folder(entry) or entry.name.startswith("."):
                 reason = "hidden" if entry.name.startswith(".") else "beside the folders of classes"
                 self.left_out[reason].append((folder / entry.name).relative_to(self.root).as_posix())
+
+
+class LooseImages(ImageFolder):
+    """All images in a folder, however deep and whatever its folders mean, or one image file: they have no labels.
+
+    Raises
+    ------
+    InputError
+        There are none.
+    """
+
+    splits_inside = True
+
+    def __init__(self, root: str | Path) -> None:
+        place = Path(root).expanduser()
+        self.spec, self.root = str(root), place if place.is_dir() else place.parent
+        self.left_out = defaultdict(list)
+        self._stamps = {}
+        files = natural_sort(self._images(place, ())) if place.is_dir() else [place.name]
+        if not files or (place.is_file() and place.suffix.lower() not in EXTENSIONS):
+            raise InputError(f"{str(root)!r} holds no images ({', '.join(sorted(EXTENSIONS))})")
+        self.left_out = defaultdict(list, {
+            reason: [name.removeprefix("./") for name in names] for reason, names in self.left_out.items()
+        })  # fmt: skip
+        self.splits, self.class_names = ("images",), [""]
+        self._files, self._labels = {"images": files}, {"images": np.zeros(len(files), np.int64)}
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

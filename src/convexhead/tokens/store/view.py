@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.reduce import Reduction, check_pool, pool_grid
+from convexhead.tokens.reduce import Reduction, as_read, check_pool
 from convexhead.tokens.store.gather import ShardedRows
 from convexhead.tokens.store.manifest import Manifest, digest_json
 from convexhead.tokens.store.origin import TokenOrigin
@@ -292,14 +291,8 @@ class SplitView:
 
     def _reduced(self, rows: Any) -> FloatArray:
         """Return the tokens ``(k, s, d)`` of not too many ``rows``."""
-        tokens = self._take("tokens", rows)
-        if self.token_pool is not None:
-            stored = torch.from_numpy(tokens.astype(np.float32, copy=False))
-            tokens = pool_grid(stored, self._manifest.grid, self.token_pool).numpy()
-        if self._with_class_token:
-            first = self._take("prefix", rows)[..., :1, :]
-            tokens = np.concatenate([first, tokens], axis=-2)
-        return self.reduction.apply(tokens) if self.reduction else tokens.astype(np.float32, copy=False)
+        first = self._take("prefix", rows)[..., :1, :] if self._with_class_token else None
+        return as_read(self._take("tokens", rows), first, self._manifest.grid, self.token_pool, self.reduction)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:

@@ -1,0 +1,78 @@
+"""``convexhead predict``: what a trained head says of images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.markup import escape
+from typer import Argument, Option
+
+from convexhead.cli.entry import NOTHING, command
+from convexhead.cli.extract import BatchSize, SkipBroken
+from convexhead.cli.options import Device, Json, Run
+from convexhead.cli.output import emit, errors
+from convexhead.cli.progress import shown_progress
+from convexhead.interrupts import Answer, interrupts
+
+Images = Annotated[
+    str,
+    Argument(
+        metavar="IMAGES|STORE",
+        help="Folder with images, however deep; an image; a token store; or npz:FILE, webdataset:PATTERN, hf:NAME, …",
+    ),
+]
+OutFile = Annotated[
+    Path | None, Option("--out", help="File to write, .csv or .parquet; default: CSV on standard output.")
+]
+Top = Annotated[int | None, Option(help="Classes to tell of each image; default: the probabilities of all.")]
+Split = Annotated[str | None, Option(help="Which images of a store, or of a source with splits; default: all.")]
+Backbone = Annotated[str | None, Option(help="The backbone of the run, where its weights lie elsewhere now.")]
+
+
+@command(NOTHING)
+def predict(
+    run: Run,
+    images: Images,
+    out: OutFile = None,
+    top: Top = None,
+    split: Split = None,
+    backbone: Backbone = None,
+    batch_size: BatchSize = None,
+    skip_broken: SkipBroken = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Predict images: names, classes and probabilities, or the outputs of a regression, through the run's backbone."""
+    from convexhead import predict as predicting
+
+    if out is not None:
+        predicting.check_file(out)
+    with shown_progress(as_json) as notify, interrupts.answer(Answer.RAISE):
+        found = predicting.predict(
+            run, images, top=top, split=split, backbone=backbone, batch_size=batch_size, skip_broken=skip_broken,
+            device=device, notify=notify,
+        )  # fmt: skip
+        result: dict[str, Any] = {"run": str(run), "columns": found.columns}
+        if out is not None:
+            result |= {"images": predicting.write(found, out), "out": str(out)}
+        elif as_json:
+            result["rows"] = list(found)
+            result["images"] = len(result["rows"])
+        else:
+            predicting.write_csv(found, sys.stdout)
+    result |= {"broken": found.broken, "left_out": found.left_out}
+    if as_json:
+        emit(result, as_json)
+        return
+    if out is not None:
+        emit(result, as_json, f"{result['images']} images, written to [bold]{escape(str(out))}[/]")
+    for what, names in {"broken images left out": found.broken, **_reasons(found.left_out)}.items():
+        if names:
+            some = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
+            errors.print(escape(f"{len(names)} {what}: {some}"), soft_wrap=True)
+
+
+def _reasons(left_out: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {f"not read, {reason}": names for reason, names in left_out.items()}

@@ -1,0 +1,147 @@
+"""Tokens of images as a head reads them, a batch at a time: what `extract` with ``like`` stores, without a store."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from convexhead.errors import InputError, require
+from convexhead.tokens.backbones.base import Backbone
+from convexhead.tokens.batches import BatchExtractor, Extracted
+from convexhead.tokens.extract import BATCH
+from convexhead.tokens.like import open_backbone_like, options_like
+from convexhead.tokens.memory import reuse_freed_memory
+from convexhead.tokens.parallel import map_on_cores
+from convexhead.tokens.reduce import as_read
+from convexhead.tokens.sources.base import ImageSource, check_split
+from convexhead.tokens.sources.open import open_source
+from convexhead.tokens.store.origin import TokenOrigin
+
+
+class Batch(NamedTuple):
+    """Some images of a split, in order."""
+
+    split: str
+    names: list[str]
+    tokens: Float[NDArray[np.float32], "b s d"]
+
+
+class ImageTokens:
+    """The tokens of images, as a head of that ``origin`` reads them. Few batches are in memory at any time.
+
+    Parameters
+    ----------
+    images : path, str or ImageSource
+        A folder with images, however deep; an image file; or what `open_source` opens by a scheme.
+    origin : TokenOrigin
+        Where the tokens of the head came from: backbone, layer, preprocessing, reduction and precision.
+    split : str or None
+        Of a source with splits; None: all of them.
+    backbone : str, Backbone or None
+        The same backbone at another place.
+    batch_size : int or None
+        Images in a forward pass; None: as `extract` has it.
+    skip_broken : bool
+        Leave out images that cannot be read.
+
+    Attributes
+    ----------
+    source : ImageSource
+    splits : tuple of str
+        Those that are read.
+    broken : list of str
+        Images that were left out, of the batches so far.
+
+    Raises
+    ------
+    InputError
+        No images, or a backbone that does something else.
+    """
+
+    def __init__(
+        self,
+        images: str | Path | ImageSource,
+        origin: TokenOrigin,
+        *,
+        split: str | None = None,
+        backbone: str | Backbone | None = None,
+        batch_size: int | None = None,
+        skip_broken: bool = False,
+        device: torch.device,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        self.source = _open(images, split)
+        self.splits = self.source.splits if split is None else (check_split(split, self.source.splits),)
+        self.broken: list[str] = []
+        self._origin = origin
+        self._batch_size = batch_size or BATCH["cpu" if device.type == "cpu" else "gpu"]
+        if device.type == "cpu":
+            reuse_freed_memory()
+        options = options_like(origin, {"backbone": backbone, "image_size": None, "crop_pct": None})
+        self._extractor = BatchExtractor(
+            source=self.source,
+            backbone=open_backbone_like(origin, options).to(device),
+            device=device,
+            channels=origin.config["channels"],
+            token_pool=options["token_pool"],
+            dtype=options["dtype"],
+            skip_broken=skip_broken,
+            unequal="bring them to the size of the images that the head was trained on",
+        )
+
+    def __len__(self) -> int:
+        return sum(len(self.source.files(split)) for split in self.splits)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the images in order.
+
+        Raises
+        ------
+        BrokenImageError
+            An image that cannot be read, unless those are skipped.
+        InputError
+            Images whose tokens are not those of the head: of another size, for a backbone that takes any.
+        """
+        origin, batches = self._origin, list(self._batches())
+
+        def extract(batch: tuple[str, range]) -> Extracted:
+            return self._extractor.extract(*batch, origin.grid)
+
+        with contextlib.closing(map_on_cores(extract, batches)) as done:
+            for (split, items), found in zip(batches, done, strict=True):
+                files = self.source.files(split)
+                self.broken += [files[index] for index in sorted(set(items) - set(found.rows))]
+                if not found.rows:
+                    continue
+                if (shape := tuple(found.tokens.shape[1:])) != origin.shape:
+                    raise InputError(f"these would not be the same tokens: {shape} an image, the head's {origin.shape}")
+                tokens, first = found.tokens.float().numpy(), found.prefix[:, :1].float().numpy()
+                tokens = as_read(
+                    tokens, first if origin.class_token else None, origin.grid, origin.token_pool, origin.reduction
+                )
+                yield Batch(split, [files[index] for index in found.rows], tokens)
+
+    def _batches(self) -> Iterator[tuple[str, range]]:
+        for split in self.splits:
+            n = len(self.source.files(split))
+            for start in range(0, n, self._batch_size):
+                yield split, range(n)[start : start + self._batch_size]
+
+
+def _open(images: str | Path | ImageSource, split: str | None) -> ImageSource:
+    if isinstance(images, ImageSource) or not Path(images).expanduser().exists():
+        return open_source(images)
+    require("PIL", "images")
+    from convexhead.tokens.sources.image_folder import LooseImages
+
+    if split is not None:
+        raise InputError(f"split={split!r} is for stores: of a folder of images give {str(Path(images) / split)!r}")
+    return LooseImages(images)
