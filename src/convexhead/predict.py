@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from convexhead import inputs
 from convexhead.errors import InputError, require
-from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.estimators import ConvexHeadClassifier
 from convexhead.persistence import load
+from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.progress import Notify, silent
 from convexhead.tokens import TokenStore
 from convexhead.tokens.backbones.base import Backbone
