@@ -15,7 +15,8 @@ from convexhead._renamed import RENAMED
 
 NAMES = {
     "convexhead": {
-        "Certificate", "ConvexHeadClassifier", "ConvexHeadError", "ConvexHeadRegressor", "FileFormatError", "HubError",
+        "Certificate", "ConvexHeadClassifier", "ConvexHeadClassifierCV", "ConvexHeadError", "ConvexHeadRegressor",
+        "ConvexHeadRegressorCV", "FileFormatError", "HubError",
         "InputError", "MissingExtraError", "TokenStore", "__version__", "beta_max", "certify", "load",
         "regularization_path",
     },

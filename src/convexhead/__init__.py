@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from convexhead.certificate.certificate import Certificate
     from convexhead.errors import ConvexHeadError, FileFormatError, HubError, InputError, MissingExtraError
     from convexhead.estimators import ConvexHeadClassifier
+    from convexhead.estimators_cv import ConvexHeadClassifierCV, ConvexHeadRegressorCV
     from convexhead.path import beta_max, regularization_path
     from convexhead.persistence import load
     from convexhead.regressor import ConvexHeadRegressor
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Certificate",
     "ConvexHeadClassifier",
+    "ConvexHeadClassifierCV",
     "ConvexHeadError",
     "ConvexHeadRegressor",
+    "ConvexHeadRegressorCV",
     "FileFormatError",
     "HubError",
     "InputError",
@@ -37,8 +40,10 @@ __all__ = [
 HOMES = {
     "Certificate": "certificate.certify",
     "ConvexHeadClassifier": "estimators",
+    "ConvexHeadClassifierCV": "estimators_cv",
     "ConvexHeadError": "errors",
     "ConvexHeadRegressor": "regressor",
+    "ConvexHeadRegressorCV": "estimators_cv",
     "FileFormatError": "errors",
     "HubError": "errors",
     "InputError": "errors",

@@ -103,8 +103,8 @@ class HeadEstimator(BaseEstimator):
         """
         return Spec(**{name: getattr(self, name) for name in SETTINGS if hasattr(self, name)})
 
-    def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
-        """The data of a fit, checked."""
+    def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
+        """The data of a fit, checked; ``classes`` are those of a classifier, None: the ones that ``y`` names."""
         raise NotImplementedError
 
     def _checked(self, X: Any, *, reset: bool) -> Any:
@@ -135,7 +135,7 @@ class HeadEstimator(BaseEstimator):
     ) -> E:
         """Fit, see `ConvexHeadClassifier.fit`."""
         model = fit(self, X, y, sample_weight, callback=callback, checkpoint=checkpoint, minutes=minutes)
-        return _hold(self, model)
+        return hold(self, model)
 
     @classmethod
     def from_model(cls: type[E], model: Model) -> E:
@@ -149,7 +149,7 @@ class HeadEstimator(BaseEstimator):
         if hasattr(cls, "classes_") != (model.classes is not None):
             raise InputError(f"{cls.__name__} is not the estimator of this model, which has classes {model.classes!r}")
         settings = {name: getattr(model.spec, name) for name in cls._get_param_names() if name in SETTINGS}
-        return _hold(cls(**settings), model)
+        return hold(cls(**settings), model)
 
     def __dir__(self) -> list[str]:
         """The names that are there: views of what this model has."""
@@ -202,7 +202,7 @@ class HeadEstimator(BaseEstimator):
         self._fitted().save(path)
 
 
-def _hold(estimator: E, model: Model) -> E:
+def hold(estimator: E, model: Model) -> E:
     """The estimator, fitted with ``model``."""
     estimator.model_ = model
     estimator.n_features_in_ = model.head.d  # these two are scikit-learn's to write

@@ -246,11 +246,11 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
             raise InputError("pos_weight goes with loss='binary-cross-entropy': use class_weight instead")
         return spec
 
-    def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
-        """The data of a fit, checked."""
+    def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
+        """The data of a fit, checked; ``classes``: None for those that ``y`` names."""
         X = split_for(X, self.head, self.pool)
         y = labels_of(X, y)
-        return self._named(read_labelled(self._checked(X, reset=True), y, self.to_spec(), sample_weight))
+        return self._named(read_labelled(self._checked(X, reset=True), y, self.to_spec(), sample_weight, classes))
 
     def decision_function(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
         """Logits ``(n, c)``, with ``pool=None`` ``(n, s, c)``; of two classes of samples their difference ``(n,)``."""

@@ -214,7 +214,7 @@ def pose(
     """
     spec, data = _agreed(estimator, X, y, sample_weight, **run)
     ranks = ranks_of(estimator)
-    return _task(spec, data, ranks, _draw_seed(spec, ranks), to_solve)
+    return _task(spec, data, ranks, draw_seed(spec, ranks), to_solve)
 
 
 @undisturbed()
@@ -234,11 +234,11 @@ def fit(
         folder = None if checkpoint is None else str(checkpoint)
         spec, data = _agreed(estimator, X, y, sample_weight, run="fit", checkpoint=folder)
         if checkpoint is None:
-            return _task(spec, data, ranks, _draw_seed(spec, ranks), True).solve(callback=callback)[0]
+            return _task(spec, data, ranks, draw_seed(spec, ranks), True).solve(callback=callback)[0]
         if spec.activation == "relu":
             raise InputError("activation='relu' has no checkpoints: leave checkpoint out")
         saved = Checkpoint(checkpoint, {**spec.facts(), **data.fingerprint}, minutes=minutes, ranks=ranks)
-        task = _task(spec, data, ranks, saved.notes.setdefault("seed", _draw_seed(spec, ranks)), True)
+        task = _task(spec, data, ranks, saved.notes.setdefault("seed", draw_seed(spec, ranks)), True)
         if "beta_max" in saved.notes:
             task.beta_max = saved.notes["beta_max"]
         saved.notes["beta_max"] = task.beta_max
@@ -255,7 +255,7 @@ def _agreed(estimator: Trainable, X: Any, y: Any, sample_weight: Any, **run: Any
     return ranks_of(estimator).agree(lambda: (estimator.to_spec(), estimator.read(X, y, sample_weight)), facts)
 
 
-def _draw_seed(spec: Spec, ranks: Ranks) -> int:
+def draw_seed(spec: Spec, ranks: Ranks) -> int:
     """The seed of gates and random starts, the same in all processes."""
     try:
         return ranks.first_does(lambda: int(check_random_state(spec.random_state).randint(2**31 - 1)))

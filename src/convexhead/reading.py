@@ -79,7 +79,7 @@ class Data:
         }
 
 
-def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None) -> Data:
+def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None, classes: NDArray[Any] | None = None) -> Data:
     """Tokens, and labels or probabilities of classes, as `read_classes` takes them.
 
     Raises
@@ -90,7 +90,7 @@ def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None) -> Data
     tokens, mask = tokens_of(X)
     y = as_labels(padded_like(mask, y, spec.ignore_index) if every_token(spec) else y)
     inputs.check_lengths(tokens, len(y))
-    targets = read_classes(y, spec, tokens.shape[1], sample_weight, mask=mask)
+    targets = read_classes(y, spec, tokens.shape[1], sample_weight, classes, mask)
     data = _data(X, tokens, targets, y if targets.kept is None else y[targets.kept])
     if data.origin is not None and not np.array_equal(y, X.labels):
         data.origin = data.origin.without_class_names()

@@ -105,7 +105,7 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         """
         return self._train(as_padded(X, mask), y, sample_weight, callback, checkpoint, checkpoint_minutes)
 
-    def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
+    def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
         """The data of a fit, checked."""
         if y is None:
             raise InputError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")

@@ -102,6 +102,7 @@ class SomeRows:
 
     def __init__(self, source: Any, rows: NDArray[np.int64]) -> None:
         self.source, self.rows = source, rows
+        self.shape, self.ndim, self.dtype = (len(rows), *source.shape[1:]), source.ndim, source.dtype
 
     def __len__(self) -> int:
         return len(self.rows)

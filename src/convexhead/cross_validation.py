@@ -1,0 +1,308 @@
+"""β chosen by cross-validation, as a share of each fold's own β_max.
+
+On every fold one head is trained along falling β, each fit from the one before, and scored on the samples that the fold
+leaves out. The β with the best mean score is chosen; among equals it is the largest, the simplest model. Where the best
+lies at the edge of the grid, the grid goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import check_scoring, log_loss, make_scorer
+from sklearn.model_selection import check_cv
+from sklearn.utils import _safe_indexing
+
+from convexhead import inputs
+from convexhead.errors import InputError, warn
+from convexhead.estimator_base import HeadEstimator
+from convexhead.fitting import pose, ranks_of
+from convexhead.path import EDGES, grid_edge
+from convexhead.program.atoms import Atoms
+from convexhead.reading import Data
+from convexhead.solvers.monitor import Progress
+from convexhead.spec import Spec
+
+LARGEST_RATIO, SMALLEST_RATIO, N_RATIOS = 0.5, 0.002, 12
+"""Ends of the default grid of ``β/β_max``, and the number of values on it. Chosen by hand: from almost no head to more
+heads than most tasks use."""
+MOST_EXTENSIONS = 3
+"""How often the grid goes on. Chosen by hand: each time to a quarter, so to a 64th of the smallest value in all."""
+FOLD_TOL = 5.0
+"""Relative gap of a fold's fits by the solver's own estimate, in units of ``tol``. Chosen by hand: the folds differ by
+more."""
+TIE = 1e-12
+"""Difference of mean scores, relative to the larger of their size and 1, that is rounding. Derived: some thousands of
+units in the last place of float64, for sums over folds."""
+
+Scorer = Callable[..., Any]
+Rows = NDArray[np.int64]
+
+
+@dataclass
+class Choice:
+    """What cross-validation found.
+
+    Attributes
+    ----------
+    ratios : list of float
+        The grid of ``β/β_max``, falling.
+    scores : ndarray (folds, grid)
+    chosen : float
+        The ratio with the best mean score over the folds.
+    """
+
+    ratios: list[float]
+    scores: NDArray[np.float64]
+    chosen: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        mean = self.scores.mean(0)
+        best = mean.max()
+        self.chosen = self.ratios[int(np.argmax(mean >= best - TIE * max(1.0, abs(best))))]
+
+
+def choose_beta(
+    estimator: HeadEstimator,
+    X: Any,
+    y: Any,
+    sample_weight: Any = None,
+    *,
+    beta_ratios: Any = None,
+    cv: Any = 5,
+    scoring: Any = None,
+    groups: Any = None,
+    callback: Callable[[Progress], None] | None = None,
+) -> Choice:
+    """Score an estimator along a grid of ``β/β_max`` on the folds of ``cv``.
+
+    Parameters
+    ----------
+    estimator : ConvexHeadClassifier or ConvexHeadRegressor
+        Its gates are drawn once, on all tokens, and are the same in all folds.
+    X, y, sample_weight
+        As for its ``fit``; ``y`` is not None.
+    beta_ratios, cv, scoring, groups
+        As of `ConvexHeadClassifierCV`.
+    callback : callable (Progress) or None
+        Called as the solver goes.
+
+    Raises
+    ------
+    InputError
+        Anything that cannot be used; the message names the fold where it is one's.
+    """
+    ratios, scorer = grid_of(beta_ratios), _scorer(estimator, scoring)
+    ranks = ranks_of(estimator)
+    task = pose(estimator, X, y, sample_weight, to_solve=True, run="cross-validation", beta_ratios=ratios)
+    classes, gates = task.data.classes, getattr(task.problem.activation, "gates", None)
+    del task  # with its tokens
+    part = _Part(type(estimator)(**estimator.get_params(deep=False)), classes)
+    if gates is not None:
+        part.estimator.set_params(gates=gates.cpu().numpy())
+    splits = ranks.first_does(lambda: splits_of(cv, X, y, groups, classifier=classes is not None))
+    folds = [
+        _Fold(part, X, y, sample_weight, train, test, scorer, f"fold {i + 1} of {len(splits)}", callback)
+        for i, (train, test) in enumerate(splits)
+    ]
+    found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]))
+    for _ in range(MOST_EXTENSIONS):
+        if not (more := _beyond(found.ratios, found.chosen)):
+            break
+        scores = np.array([fold.scores(more) for fold in folds])
+        order = np.argsort([*found.ratios, *more])[::-1]
+        grid = np.array([*found.ratios, *more])[order]
+        found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order])
+    if _beyond(found.ratios, found.chosen):
+        edge = grid_edge(found.ratios, found.chosen)
+        assert edge is not None
+        warn(
+            f"the best β/β_max, {found.chosen:.3g}, {EDGES[edge]}: the grid went on {MOST_EXTENSIONS} times and "
+            "stopped there; pass beta_ratios that reach further"
+        )
+    return found
+
+
+# -- the grid ----------------------------------------------------------------------------------------------------------
+def grid_of(beta_ratios: Any) -> list[float]:
+    """The ratios to begin with, falling.
+
+    Raises
+    ------
+    InputError
+        No positive numbers, and no number of them.
+    """
+    if beta_ratios is None:
+        beta_ratios = N_RATIOS
+    if isinstance(beta_ratios, numbers.Integral) and not isinstance(beta_ratios, bool):
+        if beta_ratios < 2:
+            raise InputError(f"beta_ratios must be at least 2 values, got {beta_ratios!r}: to fix one pass [value]")
+        return np.geomspace(LARGEST_RATIO, SMALLEST_RATIO, int(beta_ratios)).tolist()
+    values: list[float] = []
+    if isinstance(beta_ratios, (Iterable, np.ndarray)) and not isinstance(beta_ratios, (str, bytes, dict)):
+        with inputs.told_plainly():
+            values = np.unique(np.asarray(list(beta_ratios), dtype=np.float64)).tolist()
+    if not values or not all(0 < value < math.inf for value in values):
+        raise InputError(f"beta_ratios must be None, how many, or positive numbers, got {beta_ratios!r}")
+    return values[::-1]
+
+
+def _beyond(ratios: list[float], chosen: float) -> list[float]:
+    """Where the grid goes on, falling; nothing where ``chosen`` lies inside. Nothing lies above 1, the zero model."""
+    edge = grid_edge(ratios, chosen)
+    if edge == "low":
+        return [chosen / 2, chosen / 4]
+    if edge == "high" and chosen < 1:
+        return sorted({min(2 * chosen, 1.0), min(4 * chosen, 1.0)}, reverse=True)
+    return []
+
+
+# -- the folds ---------------------------------------------------------------------------------------------------------
+def splits_of(cv: Any, X: Any, y: Any, groups: Any, *, classifier: bool) -> list[tuple[Rows, Rows]]:
+    """The samples to train on and those to score on, of each fold; rising, so that stores are read in their order.
+
+    Raises
+    ------
+    InputError
+        No splits, or samples that are none, or that are in both parts.
+    """
+    with inputs.told_plainly():
+        splits = list(check_cv(cv, y, classifier=classifier).split(X, y, groups))
+    if not splits:
+        raise InputError("cv gives no split: pass a number of folds, a splitter, or pairs (train, test) of indices")
+    found = []
+    for i, split in enumerate(splits):
+        try:
+            train, test = split
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                "cv must give pairs (train, test) of indices; pass one split as [(train, test)]"
+            ) from error
+        rows = _rows(train, len(y), f"train part of split {i + 1}"), _rows(test, len(y), f"test part of split {i + 1}")
+        if both := np.intersect1d(*rows).tolist():
+            raise InputError(
+                f"split {i + 1} of cv has samples in both parts, such as {both[0]}: scores would be of them"
+            )
+        found.append(rows)
+    return found
+
+
+def _rows(index: Any, n: int, what: str) -> Rows:
+    with inputs.told_plainly():
+        rows = np.asarray(index)
+    if rows.dtype == bool and rows.shape == (n,):
+        rows = np.flatnonzero(rows)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or not len(rows) or rows.min() < 0 or rows.max() >= n:
+        raise InputError(f"the {what} of cv must be indices of samples below {n}, at least one")
+    return np.sort(rows).astype(np.int64)
+
+
+def some(X: Any, rows: Rows) -> Any:
+    """Some samples of what ``fit`` takes as X; those of a store or a memory map stay on disk."""
+    if inputs.is_store(X) or hasattr(X, "detach") or (isinstance(X, np.memmap) and X.ndim == 3):
+        return inputs.some_samples(X, rows)
+    return _safe_indexing(X if hasattr(X, "shape") else np.asarray(inputs.plain(X, "X")), rows)
+
+
+@dataclass
+class _Part:
+    """An estimator that reads a part of the samples, whose classes are those of all. It is posed as any other."""
+
+    estimator: HeadEstimator
+    classes: NDArray[Any] | None
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        self.distributed = self.estimator.distributed
+
+    def to_spec(self) -> Spec:
+        return self.estimator.to_spec()
+
+    def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
+        return self.estimator.read(X, y, sample_weight, classes=self.classes)
+
+
+@dataclass
+class _Fold:
+    """One fold: fits on ``train``, scores on ``test``.
+
+    Attributes
+    ----------
+    end : Atoms or None
+        Of the smallest β so far, where a grid that goes on begins.
+    smallest : float
+        Its ratio.
+    """
+
+    part: _Part
+    X: Any
+    y: NDArray[Any]
+    sample_weight: Any
+    train: Rows
+    test: Rows
+    scorer: Scorer
+    name: str
+    callback: Callable[[Progress], None] | None
+    end: Atoms | None = None
+    smallest: float = math.inf
+
+    def scores(self, ratios: list[float]) -> list[float]:
+        """The score at each of the falling ``ratios``."""
+        try:
+            return self._scores(ratios)
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from error
+
+    def _scores(self, ratios: list[float]) -> list[float]:
+        X, y, w = self._samples(self.train)
+        task = pose(self.part, X, y, w, to_solve=True, run="cross-validation", fold=self.name, beta_ratios=ratios)
+        X, y, w = self._samples(self.test)
+        start, found = self.end if ratios[0] < self.smallest else None, []
+        for ratio in ratios:
+            model = task.at(ratio).approach(FOLD_TOL * task.spec.tol, start=start, callback=self.callback)
+            start = model.atoms
+            # One process scores for all, so that they choose alike.
+            score = partial(self._score, type(self.part.estimator).from_model(model), X, y, w)
+            found.append(task.problem.ranks.first_does(score))
+            if ratio < self.smallest:
+                self.end, self.smallest = start, ratio
+        return found
+
+    def _samples(self, rows: Rows) -> tuple[Any, Any, Any]:
+        w = self.sample_weight
+        return some(self.X, rows), self.y[rows], w if w is None or np.ndim(w) == 0 else np.asarray(w)[rows]
+
+    def _score(self, fitted: HeadEstimator, X: Any, y: Any, w: Any) -> float:
+        with inputs.told_plainly():
+            try:
+                score = float(self.scorer(fitted, X, y, **({} if w is None else {"sample_weight": w})))
+            except AttributeError as error:  # the score needs what this estimator does not have
+                raise InputError(f"this scoring is not for {type(fitted).__name__}: {error}") from error
+        if not math.isfinite(score):
+            raise InputError(
+                f"the score of its {len(y)} held-out samples is {score}: use another scoring, or larger folds"
+            )
+        return score
+
+
+def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:
+    """The scorer that scikit-learn has for ``scoring``; None: the estimator's own score."""
+    if isinstance(scoring, (list, tuple, set, dict)):
+        raise InputError("scoring must be one score, by which β is chosen")
+    if isinstance(scoring, str) and scoring == "neg_log_loss":  # a fold may hold out no sample of some class
+        return _log_loss
+    with inputs.told_plainly():
+        return check_scoring(estimator, scoring)
+
+
+def _log_loss(fitted: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+    labels = {"labels": fitted.classes_} if np.ndim(y) == 1 else {}
+    score = make_scorer(log_loss, greater_is_better=False, response_method="predict_proba", **labels)
+    return float(score(fitted, X, y, sample_weight=sample_weight))

@@ -1,0 +1,308 @@
+"""Estimators that choose β by cross-validation, after scikit-learn's ``LogisticRegressionCV``."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import check_scoring
+
+from convexhead import inputs
+from convexhead.cross_validation import choose_beta, grid_of
+from convexhead.errors import InputError
+from convexhead.estimator_base import SETTINGS, HeadEstimator, hold
+from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.fitting import draw_seed, fit, ranks_of
+from convexhead.model import Model
+from convexhead.program.losses import Loss
+from convexhead.reading import labels_of
+from convexhead.solvers.monitor import Progress
+from convexhead.targets import as_labels
+
+E = TypeVar("E", bound="_ChoosesBeta")
+
+
+class _ChoosesBeta(HeadEstimator):
+    """What both share; see `ConvexHeadClassifierCV`."""
+
+    beta_ratios: Any
+    cv: Any
+    scoring: Any
+    refit: bool
+    random_state: Any
+
+    def _choose(
+        self: E,
+        plain: HeadEstimator,
+        X: Any,
+        y: NDArray[Any],
+        sample_weight: Any,
+        groups: Any,
+        callback: Callable[[Progress], None] | None,
+    ) -> E:
+        """Choose β for the estimator ``plain`` of this one's settings, and train it on everything."""
+        if not isinstance(self.refit, (bool, np.bool_)):
+            raise InputError(f"refit must be True or False, got {self.refit!r}")
+        plain.set_params(**{name: value for name, value in self.get_params(deep=False).items() if name in SETTINGS})
+        ranks = ranks_of(plain)
+        with ranks.all_or_none():
+            grid_of(self.beta_ratios)
+            if not isinstance(self.random_state, numbers.Integral):
+                plain.set_params(random_state=draw_seed(plain.to_spec(), ranks))  # the same gates for all fits
+            found = choose_beta(
+                plain, X, y, sample_weight, beta_ratios=self.beta_ratios, cv=self.cv, scoring=self.scoring,
+                groups=groups, callback=callback,
+            )  # fmt: skip
+            model = None
+            if self.refit:
+                model = fit(plain.set_params(beta_ratio=found.chosen), X, y, sample_weight, callback=callback)
+        for name in ("model_", "feature_names_in_"):
+            self.__dict__.pop(name, None)  # of an earlier fit
+        self.n_features_in_ = np.shape(X)[-1]
+        self.beta_ratio_, self.beta_ratios_, self.scores_ = found.chosen, np.array(found.ratios), found.scores
+        return self if model is None else hold(self, model)
+
+    def _fitted(self) -> Model:
+        if "model_" not in vars(self) and hasattr(self, "beta_ratio_"):
+            raise NotFittedError(f"{type(self).__name__} was fitted with refit=False: it chose beta_ratio_, no head")
+        return super()._fitted()
+
+    def _scored(self, X: Any, y: Any, sample_weight: Any) -> float:
+        """The score that ``scoring`` names."""
+        self._fitted()
+        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+        with inputs.told_plainly():
+            return float(check_scoring(self, self.scoring)(self, X, y, **weights))
+
+
+class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
+    """A `ConvexHeadClassifier` that chooses β by cross-validation, as ``LogisticRegressionCV`` chooses its weight.
+
+    On every fold the head is trained along falling β, each fit from the one before, and scored on what the fold leaves
+    out. The β with the best mean score is chosen; among equals it is the largest, the simplest model. Then the head is
+    trained on everything, and that one is certified. A fold's β are shares of the fold's own β_max; the head is trained
+    at the same share of the β_max of all samples. Fits on folds end at a relative gap of ``5 tol`` by the solver's own
+    estimate, nothing is proven of them.
+
+    Where the best β lies at the edge of the grid, the grid goes on with half and a quarter of its smallest value, or
+    with twice and four times its largest, to 1 at most, at which a head is the zero model. It does so three times at
+    most. A grid of one value stays as it is.
+
+    The other parameters and attributes are those of `ConvexHeadClassifier`; ``max_time`` is of each fit. Gates are
+    drawn once, on all tokens, and are the same in all fits.
+
+    Parameters
+    ----------
+    beta_ratios : int, list of float, or None
+        The grid of ``β/β_max``, or how many values from 0.5 to 0.002, at equal ratios; None: 12.
+    cv : int, splitter, or iterable of (train, test)
+        The folds, as in all of scikit-learn: an int is that many, stratified by the labels and not shuffled. One split
+        that is given is enough.
+    scoring : str, callable or None
+        Any scorer of scikit-learn; None: accuracy. Where probabilities matter take ``"neg_log_loss"``.
+    refit : bool
+        False: choose only, there is no head then.
+
+    Attributes
+    ----------
+    beta_ratio_ : float
+        The chosen ``β/β_max``; ``beta_`` is the weight itself.
+    beta_ratios_ : ndarray (grid,)
+        Falling, with what the grid went on by.
+    scores_ : ndarray (folds, grid)
+
+    Examples
+    --------
+    >>> import numpy as np, convexhead as ch
+    >>> rng = np.random.default_rng(0)
+    >>> X, y = rng.normal(size=(60, 9, 4)), np.arange(60) % 3
+    >>> X[:, :, 0] += y[:, None]
+    >>> clf = ch.ConvexHeadClassifierCV("mlp", beta_ratios=[0.3, 0.1, 0.03], cv=3, random_state=0).fit(X, y)
+    >>> clf.certificate_.converged, clf.scores_.shape[0]
+    (True, 3)
+    """
+
+    def __init__(
+        self,
+        head: str = "self-attention",
+        *,
+        activation: str = "linear",
+        loss: str = "cross-entropy",
+        beta_ratios: Any = None,
+        cv: Any = 5,
+        scoring: Any = None,
+        refit: bool = True,
+        pool: str | None = "mean",
+        grid: tuple[int, int] | None = None,
+        n_gates: int | str = 50,
+        gates: Any = None,
+        n_blocks: int = 4,
+        outputs: str = "shared",
+        fit_intercept: bool = False,
+        class_weight: Any = None,
+        label_smoothing: float = 0.0,
+        pos_weight: Any = None,
+        ignore_index: int = -1,
+        solver: str = "auto",
+        tol: float = 1e-3,
+        max_heads: int | None = None,
+        max_time: float | None = None,
+        max_memory: float | None = None,
+        random_state: Any = None,
+        device: str = "auto",
+        distributed: bool = False,
+        verbose: int = 0,
+    ) -> None:
+        self.head = head
+        self.activation = activation
+        self.loss = loss
+        self.beta_ratios = beta_ratios
+        self.cv = cv
+        self.scoring = scoring
+        self.refit = refit
+        self.pool = pool
+        self.grid = grid
+        self.n_gates = n_gates
+        self.gates = gates
+        self.n_blocks = n_blocks
+        self.outputs = outputs
+        self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+        self.label_smoothing = label_smoothing
+        self.pos_weight = pos_weight
+        self.ignore_index = ignore_index
+        self.solver = solver
+        self.tol = tol
+        self.max_heads = max_heads
+        self.max_time = max_time
+        self.max_memory = max_memory
+        self.random_state = random_state
+        self.device = device
+        self.distributed = distributed
+        self.verbose = verbose
+
+    def fit(  # type: ignore[override]
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        groups: Any = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> ConvexHeadClassifierCV:
+        """Choose β, then train to the certified optimum.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As for `ConvexHeadClassifier.fit`; weights count in fits and in scores.
+        groups : array (n,) or None
+            For splitters that keep groups together.
+        callback : callable (Progress) or None
+            Called as the solver goes, in every fit.
+
+        Raises
+        ------
+        InputError
+            Anything about the input that cannot be used; the message says what to do.
+
+        Warns
+        -----
+        UserWarning
+            The best β is still at the edge of the grid.
+        ConvergenceWarning
+            As for `ConvexHeadClassifier.fit`.
+        """
+        X = inputs.resolve_store(X)
+        return self._choose(ConvexHeadClassifier(), X, as_labels(labels_of(X, y)), sample_weight, groups, callback)
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """The score that ``scoring`` names, accuracy where it is None; for a split of a store ``y`` may be left out."""
+        if self.scoring is None:
+            return super().score(X, y, sample_weight)
+        X = inputs.resolve_store(X)
+        return self._scored(
+            X, self.labels_of(X) if y is None and inputs.is_store(X) else labels_of(X, y), sample_weight
+        )
+
+
+class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
+    """A `ConvexHeadRegressor` that chooses β by cross-validation: see `ConvexHeadClassifierCV`.
+
+    Its folds are those of ``KFold``, and ``scoring=None`` is R². Scores of a fold with one sample need another scoring.
+    """
+
+    def __init__(
+        self,
+        head: str = "self-attention",
+        *,
+        activation: str = "linear",
+        loss: str | Loss = "squared",
+        beta_ratios: Any = None,
+        cv: Any = 5,
+        scoring: Any = None,
+        refit: bool = True,
+        pool: str | None = "mean",
+        grid: tuple[int, int] | None = None,
+        n_gates: int | str = 50,
+        gates: Any = None,
+        n_blocks: int = 4,
+        outputs: str = "shared",
+        fit_intercept: bool = False,
+        solver: str = "auto",
+        tol: float = 1e-3,
+        max_heads: int | None = None,
+        max_time: float | None = None,
+        max_memory: float | None = None,
+        random_state: Any = None,
+        device: str = "auto",
+        distributed: bool = False,
+        verbose: int = 0,
+    ) -> None:
+        self.head = head
+        self.activation = activation
+        self.loss = loss
+        self.beta_ratios = beta_ratios
+        self.cv = cv
+        self.scoring = scoring
+        self.refit = refit
+        self.pool = pool
+        self.grid = grid
+        self.n_gates = n_gates
+        self.gates = gates
+        self.n_blocks = n_blocks
+        self.outputs = outputs
+        self.fit_intercept = fit_intercept
+        self.solver = solver
+        self.tol = tol
+        self.max_heads = max_heads
+        self.max_time = max_time
+        self.max_memory = max_memory
+        self.random_state = random_state
+        self.device = device
+        self.distributed = distributed
+        self.verbose = verbose
+
+    def fit(  # type: ignore[override]
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        groups: Any = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> ConvexHeadRegressorCV:
+        """Choose β, then train to the certified optimum; see `ConvexHeadClassifierCV.fit`."""
+        if y is None:
+            raise InputError("This ConvexHeadRegressorCV estimator requires y to be passed, but the target y is None")
+        with inputs.told_plainly():
+            y = np.asarray(inputs.plain(y, "y"))
+        return self._choose(ConvexHeadRegressor(), inputs.resolve_store(X), y, sample_weight, groups, callback)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The score that ``scoring`` names; R² where it is None."""
+        return super().score(X, y, sample_weight) if self.scoring is None else self._scored(X, y, sample_weight)
