@@ -42,11 +42,16 @@ SETTINGS = {
 }  # fmt: skip
 OF_CLASSIFIERS = {"class_weight", "label_smoothing", "pos_weight", "ignore_index"}
 RUN = {"self", "X", "y", "sample_weight", "mask", "callback", "checkpoint", "checkpoint_minutes"}
+CHOOSING = (SETTINGS - {"beta", "beta_ratio"}) | {
+    "beta_ratios", "cv", "scoring", "refit", "beta_ratio_", "beta_ratios_", "scores_",
+}  # fmt: skip
 PARAMETERS = {
     ch.ConvexHeadClassifier: SETTINGS | OF_CLASSIFIERS,
     ch.ConvexHeadRegressor: SETTINGS,
     ch.ConvexHeadClassifier.fit: RUN,
     ch.ConvexHeadRegressor.fit: RUN,
+    ch.ConvexHeadClassifierCV.fit: {"self", "X", "y", "sample_weight", "mask", "groups", "callback"},
+    ch.ConvexHeadRegressorCV.fit: {"self", "X", "y", "sample_weight", "mask", "groups", "callback"},
     ch.ConvexHeadClassifier.to_module: {"self", "dtype", "raw_tokens"},
     ch.beta_max: {"X", "y", "sample_weight", "loss", "parameters"},
     ch.certify: {
@@ -105,6 +110,8 @@ def test_parameters(function):
     [
         (ch.ConvexHeadClassifier("mlp"), SETTINGS | OF_CLASSIFIERS | CLASSIFIER),
         (ch.ConvexHeadRegressor("mlp"), SETTINGS),
+        (ch.ConvexHeadClassifierCV("mlp", cv=2), CHOOSING | OF_CLASSIFIERS | CLASSIFIER),
+        (ch.ConvexHeadRegressorCV("mlp", cv=2), CHOOSING),
     ],
 )
 def test_attributes_of_a_fitted_estimator(estimator, own):

@@ -28,6 +28,18 @@ def test_check_estimator(estimator, check):
     check(estimator)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the best β", "ignore:The least populated class")
+@parametrize_with_checks(
+    [
+        cls("linear", beta_ratios=[0.1, 0.03], cv=3, fit_intercept=True, tol=1e-10)
+        for cls in (ch.ConvexHeadClassifierCV, ch.ConvexHeadRegressorCV)
+    ]
+)
+def test_check_estimator_that_chooses_beta(estimator, check):
+    check(estimator)
+
+
 def test_grid_search_over_a_pipeline():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(90, 6)), np.repeat(["a", "b", "c"], 30)

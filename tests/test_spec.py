@@ -37,6 +37,17 @@ def test_estimators_have_the_settings_as_parameters():
     assert regressor == {**of_both, "loss": "squared"}
 
 
+def test_estimators_that_choose_beta_have_all_settings_but_beta():
+    own = {"beta_ratios": None, "cv": 5, "scoring": None, "refit": True}
+    pairs = [
+        (ch.ConvexHeadClassifierCV, ch.ConvexHeadClassifier),
+        (ch.ConvexHeadRegressorCV, ch.ConvexHeadRegressor),
+    ]
+    for choosing, plain in pairs:
+        fixed = {name: value for name, value in defaults_of(plain).items() if name not in ("beta", "beta_ratio")}
+        assert defaults_of(choosing) == fixed | own
+
+
 def test_every_setting_is_documented_in_its_order():
     text = inspect.getdoc(ch.ConvexHeadClassifier)
     parameters = re.split(r"\n(?:Parameters|Attributes)\n-+\n", text)[1]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import check_scoring, log_loss, make_scorer
+from sklearn.metrics import check_scoring, get_scorer_names, log_loss, make_scorer
 from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing
 
@@ -55,12 +55,15 @@ class Choice:
     ratios : list of float
         The grid of ``β/β_max``, falling.
     scores : ndarray (folds, grid)
+    n_channels : int
+        ``d`` of the tokens.
     chosen : float
         The ratio with the best mean score over the folds.
     """
 
     ratios: list[float]
     scores: NDArray[np.float64]
+    n_channels: int
     chosen: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,24 +105,27 @@ def choose_beta(
     ratios, scorer = grid_of(beta_ratios), _scorer(estimator, scoring)
     ranks = ranks_of(estimator)
     task = pose(estimator, X, y, sample_weight, to_solve=True, run="cross-validation", beta_ratios=ratios)
-    classes, gates = task.data.classes, getattr(task.problem.activation, "gates", None)
+    classes, gates, d = task.data.classes, getattr(task.problem.activation, "gates", None), task.problem.head.d
     del task  # with its tokens
     part = _Part(type(estimator)(**estimator.get_params(deep=False)), classes)
     if gates is not None:
         part.estimator.set_params(gates=gates.cpu().numpy())
+    if sample_weight is not None:
+        given = np.full(len(y), sample_weight) if np.isscalar(sample_weight) else sample_weight
+        sample_weight = np.asarray(inputs.plain(given, "sample_weight"))
     splits = ranks.first_does(lambda: splits_of(cv, X, y, groups, classifier=classes is not None))
     folds = [
         _Fold(part, X, y, sample_weight, train, test, scorer, f"fold {i + 1} of {len(splits)}", callback)
         for i, (train, test) in enumerate(splits)
     ]
-    found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]))
+    found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]), d)
     for _ in range(MOST_EXTENSIONS):
         if not (more := _beyond(found.ratios, found.chosen)):
             break
         scores = np.array([fold.scores(more) for fold in folds])
         order = np.argsort([*found.ratios, *more])[::-1]
         grid = np.array([*found.ratios, *more])[order]
-        found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order])
+        found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order], d)
     if _beyond(found.ratios, found.chosen):
         edge = grid_edge(found.ratios, found.chosen)
         assert edge is not None
@@ -174,7 +180,8 @@ def splits_of(cv: Any, X: Any, y: Any, groups: Any, *, classifier: bool) -> list
         No splits, or samples that are none, or that are in both parts.
     """
     with inputs.told_plainly():
-        splits = list(check_cv(cv, y, classifier=classifier).split(X, y, groups))
+        listed = isinstance(cv, Iterable) and not isinstance(cv, str) and not hasattr(cv, "split")
+        splits = list(cv) if listed else list(check_cv(cv, y, classifier=classifier).split(X, y, groups))
     if not splits:
         raise InputError("cv gives no split: pass a number of folds, a splitter, or pairs (train, test) of indices")
     found = []
@@ -244,7 +251,7 @@ class _Fold:
     part: _Part
     X: Any
     y: NDArray[Any]
-    sample_weight: Any
+    sample_weight: NDArray[Any] | None
     train: Rows
     test: Rows
     scorer: Scorer
@@ -277,7 +284,7 @@ class _Fold:
 
     def _samples(self, rows: Rows) -> tuple[Any, Any, Any]:
         w = self.sample_weight
-        return some(self.X, rows), self.y[rows], w if w is None or np.ndim(w) == 0 else np.asarray(w)[rows]
+        return some(self.X, rows), self.y[rows], None if w is None else w[rows]
 
     def _score(self, fitted: HeadEstimator, X: Any, y: Any, w: Any) -> float:
         with inputs.told_plainly():
@@ -296,6 +303,8 @@ def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:
     """The scorer that scikit-learn has for ``scoring``; None: the estimator's own score."""
     if isinstance(scoring, (list, tuple, set, dict)):
         raise InputError("scoring must be one score, by which β is chosen")
+    if isinstance(scoring, str) and scoring not in get_scorer_names():
+        raise InputError(f"unknown scoring {scoring!r}: sklearn.metrics.get_scorer_names() lists those that there are")
     if isinstance(scoring, str) and scoring == "neg_log_loss":  # a fold may hold out no sample of some class
         return _log_loss
     with inputs.told_plainly():

@@ -62,7 +62,7 @@ class _ChoosesBeta(HeadEstimator):
                 model = fit(plain.set_params(beta_ratio=found.chosen), X, y, sample_weight, callback=callback)
         for name in ("model_", "feature_names_in_"):
             self.__dict__.pop(name, None)  # of an earlier fit
-        self.n_features_in_ = np.shape(X)[-1]
+        self.n_features_in_ = found.n_channels
         self.beta_ratio_, self.beta_ratios_, self.scores_ = found.chosen, np.array(found.ratios), found.scores
         return self if model is None else hold(self, model)
 
