@@ -11,12 +11,13 @@ reads, and with what a report shows of it (`convexhead.report.evidence`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.base import clone
 from sklearn.model_selection import train_test_split
 
 from convexhead.audit import Audit
@@ -25,6 +26,7 @@ from convexhead.baselines.adam import TrainingResult
 from convexhead.baselines.trained_head import fit_by_adam
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier
+from convexhead.estimators_cv import ConvexHeadClassifierCV
 from convexhead.interrupts import Answer, interrupts
 from convexhead.path import DEFAULT_RATIOS, Row, best, grid_edge, regularization_path
 from convexhead.persistence import check_target, load
@@ -32,6 +34,8 @@ from convexhead.report import evidence
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
 from convexhead.runtime.ranks import join_ranks
+from convexhead.solvers.base import Stop
+from convexhead.spec import Spec
 from convexhead.tokens import TokenStore
 
 
@@ -53,6 +57,7 @@ def fit(
     store: str | Path,
     out: str | Path,
     *,
+    cv: int | None = None,
     checkpoint_minutes: float | None = None,
     notify: Notify = silent,
     command: Sequence[str] = (),
@@ -68,6 +73,9 @@ def fit(
         Folder of a token store.
     out : path
         Folder of the run; a run that is there is replaced.
+    cv : int or None
+        Choose β by cross-validation with that many folds, in place of ``beta`` and ``beta_ratio``, and train on all
+        images at that β.
     checkpoint_minutes : float or None
         Minutes between two checkpoints in ``OUT.checkpoint``. The same call goes on from the last one, which is deleted
         when the head is certified.
@@ -81,7 +89,8 @@ def fit(
     Returns
     -------
     ConvexHeadClassifier
-        The fitted head. After Ctrl-C it is the best one so far, with the gap that it has.
+        The fitted head, with ``cv`` a `ConvexHeadClassifierCV`. After Ctrl-C it is the best one so far, with the gap
+        that it has.
     """
     out = Path(out)
     check_target(out)
@@ -89,23 +98,31 @@ def fit(
     folder = out.with_name(f"{out.name}.checkpoint")
     notify("reading tokens")
     train = open_split(store, "train")
-    clf = ConvexHeadClassifier(distributed=ranks.size > 1, **parameters)
+    parameters |= {"distributed": ranks.size > 1}
+    saved: dict[str, Any] = {"checkpoint": folder, "checkpoint_minutes": checkpoint_minutes}
+    saved = {} if checkpoint_minutes is None else saved
+    clf = ConvexHeadClassifier(**parameters) if cv is None else _cross_validated(cv, parameters, saved)
+    selection = None if cv is None else {"folds": cv}
     # A first Ctrl-C ends the solver, and never the writing of what it found.
     with interrupts.answer(Answer.FINISH):
         with interrupts.answer(Answer.RAISE):
             notify("preparing")
-            clf.fit(
-                train,
-                callback=solver_callback(notify, "training"),
-                checkpoint=None if checkpoint_minutes is None else folder,
-                checkpoint_minutes=checkpoint_minutes or 0.0,
-            )
+            clf.fit(train, callback=solver_callback(notify, "training"), **saved)
         if ranks.rank == 0:
             notify("saving")
-            _save(clf, out, store, command)
+            _save(clf, out, store, command, selection=selection)
             if clf.certificate_.converged:
                 checkpoints.remove(folder)
     return clf
+
+
+def _cross_validated(cv: int, parameters: dict[str, Any], saved: dict[str, Any]) -> ConvexHeadClassifierCV:
+    """The estimator that chooses β, in place of the one with these parameters."""
+    if parameters.pop("beta", None) is not None or parameters.pop("beta_ratio", Spec.beta_ratio) != Spec.beta_ratio:
+        raise InputError("cross-validation chooses β: leave beta and beta_ratio out, or cv")
+    if saved:
+        raise InputError("cross-validation has no checkpoints: leave checkpoint out, or cv")
+    return ConvexHeadClassifierCV(cv=cv, **parameters)
 
 
 @dataclass
@@ -124,6 +141,10 @@ class PathRun:
         β in the grid; more than rows if Ctrl-C ended the path.
     n_train, n_held_out : int
         Training images that the heads were trained on, and those that chose β.
+    kept : ConvexHeadClassifier
+        The head that was saved: the chosen one, or with ``refit`` one of the same β/β_max and gates.
+    refitted : bool
+        Whether that one was trained on all of them. False where Ctrl-C ended the refit before it was certified.
     """
 
     rows: list[Row]
@@ -132,6 +153,8 @@ class PathRun:
     n_ratios: int
     n_train: int
     n_held_out: int
+    kept: ConvexHeadClassifier
+    refitted: bool
 
 
 def path(
@@ -140,6 +163,7 @@ def path(
     *,
     beta_ratios: Sequence[float] = DEFAULT_RATIOS,
     validation: float = 0.2,
+    refit: bool = False,
     random_state: int = 0,
     notify: Notify = silent,
     command: Sequence[str] = (),
@@ -157,6 +181,8 @@ def path(
         The grid over ``β/β_max``.
     validation : float
         Share of the training images that are held out to choose β by.
+    refit : bool
+        Train the head that is saved on all training images, the held-out ones too, at the chosen β/β_max.
     random_state : int
         Of the held-out images, gates and random starts.
     notify, command
@@ -193,10 +219,26 @@ def path(
             )  # fmt: skip
         chosen = best(rows)
         edge = grid_edge(ratios, chosen["beta_ratio"])
+        again = None
+        if refit and interrupts.received is None:
+            again = _refitted(chosen["model"], train, solver_callback(notify, "training on all images"))
+        model = again or chosen["model"]
         if out is not None:
             notify("saving", len(rows), len(ratios))
-            _save(chosen["model"], Path(out), store, command, rows, edge)
-    return PathRun(rows, chosen, edge, len(ratios), len(kept), len(held))
+            selection = {"held_out": len(held), "refit": again is not None}
+            _save(model, Path(out), store, command, path=rows, at_edge=edge, selection=selection)
+    return PathRun(rows, chosen, edge, len(ratios), len(kept), len(held), model, again is not None)
+
+
+def _refitted(chosen: ConvexHeadClassifier, train: Any, callback: Callable[[Any], None]) -> ConvexHeadClassifier | None:
+    """The same head trained on ``train``, with the same gates; None if Ctrl-C came before its certificate."""
+    again = clone(chosen).set_params(gates=chosen.gates_)
+    try:
+        with interrupts.answer(Answer.RAISE):
+            again.fit(train, callback=callback)
+    except KeyboardInterrupt:
+        return None
+    return None if again.stop_reason_ == Stop.INTERRUPTED.value else again
 
 
 def adam(
@@ -303,10 +345,8 @@ def _save(
     out: Path,
     store: str | Path,
     command: Sequence[str],
-    rows: list[Row] | None = None,
-    at_edge: str | None = None,
+    **choice: Any,
 ) -> None:
-    """The model, and beside it what a report shows of it."""
+    """The model, and beside it what a report shows of it; ``choice`` says how β was chosen."""
     model.save(out)
-    found = evidence.collect(model, TokenStore.open(store), command=command, path=rows, at_edge=at_edge)
-    evidence.write(found, out)
+    evidence.write(evidence.collect(model, TokenStore.open(store), command=command, **choice), out)

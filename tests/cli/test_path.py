@@ -11,8 +11,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 
 import convexhead as ch
-from convexhead import cli, solvers
+from command import call
+from convexhead import cli, runs, solvers
 from convexhead.path import grid_edge, regularization_path
+from convexhead.report.runs import read_run
 from convexhead.tokens import SplitView, extract
 from convexhead.tokens.fit_reduction import fit_reduction
 
@@ -66,6 +68,63 @@ def test_what_it_was_trained_on(store, saved, capsys):
     assert direct.primal == pytest.approx(row["objective"], rel=1e-6)
     evidence = json.loads((run / "evidence.json").read_text())
     assert evidence["at_edge"] == result["at_edge"]
+
+
+def test_a_refit_sees_all_images(store, tmp_path, capsys):
+    run, settings = tmp_path / "run", ("--head", "mlp", "--activation", "gated-relu", "--n-gates", "5")
+    path = call_json(capsys, "path", store.path, *settings, "--beta-ratios", "0.5,0.3", "--refit", "--out", run)
+    assert path["trained_on"] == {"split": "train", "images": 1257, "held_out": 0}
+    clf, train = ch.load(run), store["train"]
+    assert clf.origin_.rows is None
+    assert clf.certificate_.converged
+    assert path["refit"]["beta"] == clf.beta_ == path["best"] * clf.beta_max_
+    assert ch.certify(clf, train, beta=clf.beta_).primal == pytest.approx(path["refit"]["certificate"]["primal"])
+    by_hand = ch.ConvexHeadClassifier(
+        "mlp", activation="gated-relu", gates=clf.gates_, beta_ratio=path["best"]
+    ).fit(train)  # fmt: skip
+    assert by_hand.certificate_.primal == pytest.approx(clf.certificate_.primal, rel=2e-3)
+    evidence = json.loads((run / "evidence.json").read_text())
+    assert evidence["selection"] == {"held_out": 252, "refit": True}
+    assert len(evidence["path"]) == 2
+    seen = read_run(run)[0]["trained_on"]
+    assert seen.startswith("all 1257 images of the split 'train'; 252 of them had been held out to choose β")
+    assert read_run(run, store)[0]["trained_on"] == seen
+
+
+def test_the_terminal_says_what_the_kept_head_saw(store, capsys):
+    assert call("path", store.path, "--head", "linear", "--beta-ratios", "0.3,0.1", "--refit") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "252 of the 1257 training images chose β; the head that is kept was then trained on all 1257" in words
+    assert "certified" in words
+
+
+def test_a_refit_that_is_interrupted_leaves_the_certified_head(store, monkeypatch, tmp_path):
+    fit = ch.ConvexHeadClassifier.fit
+
+    def interrupted(self, X, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ch.ConvexHeadClassifier, "fit", interrupted)
+    found = runs.path(store.path, tmp_path / "run", beta_ratios=(0.3, 0.1), refit=True, head="linear")
+    monkeypatch.setattr(ch.ConvexHeadClassifier, "fit", fit)
+    assert not found.refitted
+    assert ch.load(tmp_path / "run").certificate_.converged
+    assert read_run(tmp_path / "run")[0]["trained_on"].startswith("1005 of the 1257 images")
+
+
+def test_fit_by_cross_validation(store, tmp_path, capsys):
+    run = tmp_path / "run"
+    result = call_json(capsys, "fit", store.path, "--out", run, "--head", "linear", "--cv", "3")
+    by_hand = ch.ConvexHeadClassifierCV("linear", cv=3, random_state=0).fit(store["train"])
+    np.testing.assert_allclose(result["scores"], by_hand.scores_)
+    assert result["beta_ratio"] == by_hand.beta_ratio_
+    assert result["beta"] == ch.load(run).beta_ == by_hand.beta_
+    assert result["certificate"]["converged"]
+    seen = "all 1257 images of the split 'train'; β was chosen on them by cross-validation with 3 folds"
+    assert read_run(run)[0]["trained_on"] == seen
+    for more in (["--beta", "0.1"], ["--beta-ratio", "0.3"], ["--checkpoint", "1"]):
+        assert call("fit", store.path, "--out", run, "--head", "linear", "--cv", "3", *more) == 1
+        assert f"leave {more[0].strip('-').split('-')[0]}" in capsys.readouterr().err.replace("-", "")
 
 
 def test_a_path_never_holds_the_split_in_memory(store, monkeypatch, tmp_path, capsys):

@@ -48,6 +48,11 @@ Checkpoint = Annotated[
     Option(help="Minutes between checkpoints, kept in OUT.checkpoint. The same command goes on from the last one."),
 ]
 BestOut = Annotated[Path | None, Option("--out", help="Folder to save the best head in; default: save nothing.")]
+Folds = Annotated[
+    int | None,
+    Option("--cv", help="Choose β by cross-validation with this many folds, 5 say, and then train on all images."),
+]
+Refit = Annotated[bool, Option(help="Train the head that is kept again on all training images, held-out ones too.")]
 Validation = Annotated[float, Option(help="Share of the training images that is held out to choose β by.")]
 
 
@@ -59,6 +64,7 @@ def fit(
     activation: Activation = "linear",
     beta_ratio: BetaRatio = 0.05,
     beta: Beta = None,
+    cv: Folds = None,
     pool: Pool = "mean",
     tol: Tol = 1e-3,
     n_gates: Gates = 50,
@@ -81,7 +87,7 @@ def fit(
 
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
-            store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, pool=pool, tol=tol,
+            store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, cv=cv, pool=pool, tol=tol,
             n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
             class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
             max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
@@ -103,7 +109,16 @@ def fit(
         f"{clf.n_heads_} heads, β = {clf.beta_:.4g} (β_max {clf.beta_max_:.4g}), {result['seconds']:.1f} s, "
         f"saved in [bold]{escape(str(out))}[/]"
     )
-    emit(result, as_json, certificate_line(certificate), summary)
+    chosen = []
+    if cv is not None:
+        result |= {"beta_ratio": clf.beta_ratio_, "beta_ratios": clf.beta_ratios_.tolist()}
+        result |= {"scores": clf.scores_.tolist()}
+        best = clf.scores_[:, clf.beta_ratios_.tolist().index(clf.beta_ratio_)].mean()
+        chosen = [
+            f"β/β_max {clf.beta_ratio_:.3g} was chosen by cross-validation: {100 * best:.1f}% on {cv} folds; "
+            f"the head was then trained on all {clf.origin_.images} training images"
+        ]
+    emit(result, as_json, *chosen, certificate_line(certificate), summary)
     if interrupts.received is not None:
         if certificate.converged:
             raise Stopped(f"the head was finished and is saved in {out}")
@@ -121,6 +136,7 @@ def path(
     activation: Activation = "linear",
     beta_ratios: BetaRatios = "0.5,0.25,0.12,0.06,0.03,0.015",
     validation: Validation = 0.2,
+    refit: Refit = False,
     pool: Pool = "mean",
     tol: Tol = 1e-3,
     n_gates: Gates = 50,
@@ -142,12 +158,13 @@ def path(
 
     with shown_progress(as_json) as notify, gaps_are_shown():
         found = runs.path(
-            store, out, beta_ratios=ratios(beta_ratios), validation=validation, head=head, activation=activation,
-            pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
-            class_weight=class_weight, label_smoothing=label_smoothing,
-            solver=solver, random_state=seed, device=device, notify=notify, command=typed_command(),
+            store, out, beta_ratios=ratios(beta_ratios), validation=validation, refit=refit, head=head,
+            activation=activation, pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
+            fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
+            random_state=seed, device=device, notify=notify, command=typed_command(),
         )  # fmt: skip
-    best = found.chosen["beta_ratio"]
+    best, held = found.chosen["beta_ratio"], found.n_held_out
+    n = found.n_train + held if found.refitted else found.n_train
     table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")
     for row in found.rows:
         mark = "[bold]" if row is found.chosen else ""
@@ -159,16 +176,19 @@ def path(
         "rows": [{key: value for key, value in row.items() if key != "model"} for row in found.rows],
         "best": best,
         "at_edge": found.at_edge,
-        "trained_on": {"split": "train", "images": found.n_train, "held_out": found.n_held_out},
+        "trained_on": {"split": "train", "images": n, "held_out": 0 if found.refitted else held},
     }
-    lines = [
-        f"trained on {found.n_train} of the {found.n_train + found.n_held_out} training images; "
-        f"the other {found.n_held_out} chose β"
-    ]
+    lines = [f"trained on {n} of the {n + held} training images; the other {held} chose β"]
+    if found.refitted:
+        kept = found.kept
+        result["refit"] = {"certificate": kept.certificate_.to_dict(), "beta": kept.beta_, "heads": kept.n_heads_}
+        lines = [f"{held} of the {n} training images chose β; the head that is kept was then trained on all {n}"]
+        lines.append(certificate_line(kept.certificate_))
     if found.at_edge is not None:
         lines.append(f"[yellow]β/β_max {best:g} {EDGES[found.at_edge]}: try more with --beta-ratios[/]")
     emit(result, as_json, table, *lines)
     if interrupts.received is not None:
         saved = "nothing was saved without --out" if out is None else f"the best head so far is saved in {out}"
+        saved += ", not trained on the held-out images" if refit and not found.refitted else ""
         solved = f"{len(found.rows)} of {found.n_ratios} β are done"
         raise Stopped(f"{solved}, {saved}; run the same command again for all")

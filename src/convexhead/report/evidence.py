@@ -66,6 +66,7 @@ def collect(
     command: Sequence[str] = (),
     path: Sequence[Mapping[str, Any]] | None = None,
     at_edge: str | None = None,
+    selection: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Score ``model`` on the test split of ``store`` (else val, else train) and keep what a report shows.
 
@@ -79,6 +80,9 @@ def collect(
         Rows of `regularization_path`, for the spectra along β.
     at_edge : {"low", "high"} or None
         The edge of its grid that the chosen β lies at, see `path.grid_edge`.
+    selection : dict or None
+        How β was chosen: ``folds`` of a cross-validation, or ``held_out`` images and whether the head was trained again
+        on all images (``refit``). None: by hand.
 
     Raises
     ------
@@ -111,6 +115,7 @@ def collect(
         "tokens": info | {"path": str(store.path.resolve()), "source": _absolute(info["source"])},
         "path": None if path is None else [_path_row(row) for row in path],
         "at_edge": at_edge,
+        "selection": None if selection is None else dict(selection),
     }
     return Evidence(about, arrays)
 

@@ -18,6 +18,8 @@ from convexhead.report.gallery import patch_grid, strongest_heads
 from convexhead.report.tables import probability, relative
 from convexhead.tokens.store.store import TokenStore
 
+KEPT = ("command", "environment", "path", "at_edge", "selection")
+"""What evidence says of the making of a run, whatever store it is scored on."""
 CONFUSED, SERVED = 12, 3
 """Numbers of pairs of classes, and of classes of a head, that are named."""
 
@@ -50,10 +52,11 @@ def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, A
         kept = evidences.read(folder) if (folder / "evidence.json").is_file() else None
         evidence = evidences.collect(model, store)
         if kept is not None:
-            evidence.about |= {key: kept.about.get(key) for key in ("command", "environment", "path", "at_edge")}
+            evidence.about |= {key: kept.about.get(key) for key in KEPT}
     run = describe(model, folder.resolve().name)
     if evidence is not None:
         run |= _scores(evidence)
+        run["trained_on"] = _trained_on(model, evidence.about)
         run["lift"] = evidence.arrays["lift"][strongest_heads(model)].tolist()
         for atom, row in zip(run["atoms"], run["lift"], strict=True):
             atom["serves"] = _serves(np.asarray(row), run["classes"])
@@ -84,7 +87,7 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "atoms": _atoms(model),
         "path": [],
         "at_edge": None,
-        "trained_on": _trained_on(model),
+        "trained_on": _trained_on(model, {}),
         "scores": None,
     }
     run["spectra"] = {key: values.tolist() for key, values in spectra(model).items()}
@@ -97,15 +100,21 @@ def describe(model: Any, name: str) -> dict[str, Any]:
     return run
 
 
-def _trained_on(model: Any) -> str | None:
-    """The images of the training, in words; None where nothing tells them."""
-    origin = model.origin_
+def _trained_on(model: Any, about: dict[str, Any]) -> str | None:
+    """The images of the training, in words, and those that chose β; None where nothing tells them."""
+    origin, selection = model.origin_, about.get("selection") or {}
     if origin is None:
         return None
-    if origin.rows is None:
-        return f"all {origin.images} images of the split {origin.split!r}"
-    n, held = len(origin.rows), origin.images - len(origin.rows)
-    return f"{n} of the {origin.images} images of the split {origin.split!r}; the other {held} chose β"
+    if origin.rows is not None:
+        n, others = len(origin.rows), origin.images - len(origin.rows)
+        chose = "chose β" if about.get("path") else "were left out"
+        return f"{n} of the {origin.images} images of the split {origin.split!r}; the other {others} {chose}"
+    every = f"all {origin.images} images of the split {origin.split!r}"
+    if selection.get("folds"):
+        return f"{every}; β was chosen on them by cross-validation with {selection['folds']} folds"
+    if selection.get("refit"):
+        return f"{every}; {selection['held_out']} of them had been held out to choose β, and were trained on after that"
+    return every
 
 
 def certificate_in_words(model: Any) -> str:
