@@ -256,6 +256,25 @@ def test_labels_of_several_kinds():
     assert clf.predict(X).shape == (N, 4)
 
 
+@pytest.mark.parametrize("pool", ["mean", None])
+def test_samples_of_different_length(pool):
+    lengths = RNG.integers(2, 5, N)
+    ragged = [each[:length] for each, length in zip(X, lengths, strict=True)]
+    mask = np.arange(4) < lengths[:, None]
+    labels = Y if pool else [np.full(length, label) for label, length in zip(Y, lengths, strict=True)]
+    padded = Y if pool else np.where(mask, Y[:, None], -1)
+    settings = {"pool": pool, "beta_ratios": [0.1, 0.05], "cv": KFold(3)}
+    clf = ch.ConvexHeadClassifierCV("mlp", **settings).fit(ragged, labels)
+    masked = ch.ConvexHeadClassifierCV("mlp", **settings).fit(X, padded, mask=mask)
+    np.testing.assert_array_equal(clf.scores_, masked.scores_)
+    assert clf.score(ragged, labels) == masked.score(X, padded, mask=mask)
+    train, test = [ids.tolist() for ids in next(KFold(3).split(X))]
+    plain = ch.ConvexHeadClassifier("mlp", pool=pool, beta_ratio=clf.beta_ratios_[0])
+    plain.fit([ragged[i] for i in train], [labels[i] for i in train])
+    expected = plain.score([ragged[i] for i in test], [labels[i] for i in test])
+    assert clf.scores_[0, 0] == pytest.approx(expected, abs=0.04)
+
+
 # -- an estimator of scikit-learn --------------------------------------------------------------------------------------
 def test_clones_and_pickles():
     clf = ch.ConvexHeadClassifierCV("fno", beta_ratios=3, cv=KFold(2), scoring="neg_log_loss", grid=(2, 2))

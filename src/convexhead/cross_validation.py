@@ -24,6 +24,7 @@ from convexhead import inputs
 from convexhead.errors import InputError, warn
 from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import pose, ranks_of
+from convexhead.padding import Padded
 from convexhead.path import EDGES, grid_edge
 from convexhead.program.atoms import Atoms
 from convexhead.reading import Data
@@ -181,7 +182,8 @@ def splits_of(cv: Any, X: Any, y: Any, groups: Any, *, classifier: bool) -> list
     """
     with inputs.told_plainly():
         listed = isinstance(cv, Iterable) and not isinstance(cv, str) and not hasattr(cv, "split")
-        splits = list(cv) if listed else list(check_cv(cv, y, classifier=classifier).split(X, y, groups))
+        tokens = X.tokens if isinstance(X, Padded) else X
+        splits = list(cv) if listed else list(check_cv(cv, y, classifier=classifier).split(tokens, y, groups))
     if not splits:
         raise InputError("cv gives no split: pass a number of folds, a splitter, or pairs (train, test) of indices")
     found = []
@@ -213,6 +215,8 @@ def _rows(index: Any, n: int, what: str) -> Rows:
 
 def some(X: Any, rows: Rows) -> Any:
     """Some samples of what ``fit`` takes as X; those of a store or a memory map stay on disk."""
+    if isinstance(X, Padded):
+        return X.rows(rows)
     if inputs.is_store(X) or hasattr(X, "detach") or (isinstance(X, np.memmap) and X.ndim == 3):
         return inputs.some_samples(X, rows)
     return _safe_indexing(X if hasattr(X, "shape") else np.asarray(inputs.plain(X, "X")), rows)

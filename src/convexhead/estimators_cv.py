@@ -15,11 +15,13 @@ from convexhead import inputs
 from convexhead.cross_validation import choose_beta, grid_of
 from convexhead.errors import InputError
 from convexhead.estimator_base import SETTINGS, HeadEstimator, hold
-from convexhead.estimators import ConvexHeadClassifier, ConvexHeadRegressor
+from convexhead.estimators import ConvexHeadClassifier
 from convexhead.fitting import draw_seed, fit, ranks_of
 from convexhead.model import Model
+from convexhead.padding import Padded, as_padded, padded_like
 from convexhead.program.losses import Loss
 from convexhead.reading import labels_of
+from convexhead.regressor import ConvexHeadRegressor
 from convexhead.solvers.monitor import Progress
 from convexhead.targets import as_labels
 
@@ -191,6 +193,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         y: Any = None,
         sample_weight: Any = None,
         *,
+        mask: Any = None,
         groups: Any = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> ConvexHeadClassifierCV:
@@ -198,7 +201,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
 
         Parameters
         ----------
-        X, y, sample_weight
+        X, y, sample_weight, mask
             As for `ConvexHeadClassifier.fit`; weights count in fits and in scores.
         groups : array (n,) or None
             For splitters that keep groups together.
@@ -217,17 +220,17 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         ConvergenceWarning
             As for `ConvexHeadClassifier.fit`.
         """
-        X = inputs.resolve_store(X)
-        return self._choose(ConvexHeadClassifier(), X, as_labels(labels_of(X, y)), sample_weight, groups, callback)
+        X = as_padded(inputs.resolve_store(X), mask)
+        y = as_labels(_of_tokens(X, labels_of(X, y), self.pool, self.ignore_index))
+        return self._choose(ConvexHeadClassifier(), X, y, sample_weight, groups, callback)
 
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
         """The score that ``scoring`` names, accuracy where it is None; for a split of a store ``y`` may be left out."""
+        X = as_padded(inputs.resolve_store(X), mask)
         if self.scoring is None:
             return super().score(X, y, sample_weight)
-        X = inputs.resolve_store(X)
-        return self._scored(
-            X, self.labels_of(X) if y is None and inputs.is_store(X) else labels_of(X, y), sample_weight
-        )
+        y = self.labels_of(X) if y is None and inputs.is_store(X) else labels_of(X, y)
+        return self._scored(X, y, sample_weight)
 
 
 class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
@@ -293,16 +296,24 @@ class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
         y: Any = None,
         sample_weight: Any = None,
         *,
+        mask: Any = None,
         groups: Any = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> ConvexHeadRegressorCV:
         """Choose β, then train to the certified optimum; see `ConvexHeadClassifierCV.fit`."""
         if y is None:
             raise InputError("This ConvexHeadRegressorCV estimator requires y to be passed, but the target y is None")
+        X = as_padded(inputs.resolve_store(X), mask)
         with inputs.told_plainly():
-            y = np.asarray(inputs.plain(y, "y"))
-        return self._choose(ConvexHeadRegressor(), inputs.resolve_store(X), y, sample_weight, groups, callback)
+            y = np.asarray(inputs.plain(_of_tokens(X, y, self.pool, 0.0), "y"))
+        return self._choose(ConvexHeadRegressor(), X, y, sample_weight, groups, callback)
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+    def score(self, X: Any, y: Any, sample_weight: Any = None, *, mask: Any = None) -> float:
         """The score that ``scoring`` names; R² where it is None."""
+        X = as_padded(inputs.resolve_store(X), mask)
         return super().score(X, y, sample_weight) if self.scoring is None else self._scored(X, y, sample_weight)
+
+
+def _of_tokens(X: Any, y: Any, pool: str | None, value: Any) -> Any:
+    """``y``; targets of tokens of samples of different length filled up with ``value``, so that folds take rows."""
+    return padded_like(X.mask.numpy(), y, value) if pool is None and isinstance(X, Padded) else y
