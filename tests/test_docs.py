@@ -115,7 +115,9 @@ def test_commands_and_options_exist(page):
         while hasattr(command, "commands") and words and not words[0].startswith("-"):
             assert words[0] in command.commands, words[0]
             command, words = command.commands[words[0]], words[1:]
-        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        options = {
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        } | {"--help"}
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= options, words
 
 
@@ -127,7 +129,7 @@ def test_options_named_alone_belong_to_some_command(page):
         for command in groups.pop().commands.values():
             if hasattr(command, "commands"):
                 groups.append(command)
-            known |= {option for parameter in command.params for option in parameter.opts}
+            known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     known |= set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))))
     alone = {span.split()[0] for span in spans(page) if span.startswith("--")}
     assert alone <= known

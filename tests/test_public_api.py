@@ -22,7 +22,7 @@ NAMES = {
     },
     "convexhead.tokens": {
         "Backbone", "BrokenImageError", "ImageSource", "Progress", "Reduction", "SplitView", "StoreWriteError",
-        "TokenStore", "export_store", "extract", "merge_stores", "open_backbone", "open_source",
+        "TokenStore", "export_store", "extract", "import_arrays", "merge_stores", "open_backbone", "open_source",
     },
     "convexhead.interpret": {
         "ClusterFigures", "Filters", "FittedHead", "choose_n_clusters", "cluster_figures", "cluster_tokens",

@@ -212,7 +212,7 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
             for row in rows
         ],
         "at_edge": EDGES.get(about.get("at_edge") or ""),
-        "commands": [_extraction(about["tokens"]), *([about["command"]] if about["command"] else [])],
+        "commands": [*_extraction(about["tokens"]), *([about["command"]] if about["command"] else [])],
         "store": about["tokens"],
         "environment": about["environment"],
     }
@@ -227,8 +227,10 @@ def _effective_ranks(values: dict[str, list[float]]) -> dict[str, float]:
     return {name: effective_rank(torch.tensor(v, dtype=torch.float64)) for name, v in values.items()}
 
 
-def _extraction(tokens: dict[str, Any]) -> str:
-    """The command that makes the same tokens."""
+def _extraction(tokens: dict[str, Any]) -> list[str]:
+    """The command that makes the same tokens; none of those that were imported, which somebody else made."""
+    if "imported" in tokens["preprocessing"]:
+        return []
     fitted, size = tokens["reduction"], tokens["preprocessing"].get("input_size")
     components = fitted.get("components")
     options: dict[str, Any] = {
@@ -246,4 +248,4 @@ def _extraction(tokens: dict[str, Any]) -> str:
     words += [str(word) for pair in options.items() if pair[1] is not None for word in pair]
     words += ["--constant"] if fitted.get("constant") else []
     words += [] if fitted.get("standardize", True) else ["--no-standardize"]
-    return shlex.join(words)
+    return [shlex.join(words)]

@@ -3,6 +3,7 @@
 from convexhead.tokens.backbones.base import Backbone
 from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.extract import extract
+from convexhead.tokens.import_arrays import import_arrays
 from convexhead.tokens.progress import Progress
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.sources.base import BrokenImageError, ImageSource
@@ -24,6 +25,7 @@ __all__ = [
     "TokenStore",
     "export_store",
     "extract",
+    "import_arrays",
     "merge_stores",
     "open_backbone",
     "open_source",

@@ -55,6 +55,8 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
     InputError
         Names an option that says something else.
     """
+    if "imported" in origin.config["preprocessing"] and not isinstance(given["backbone"], Backbone):
+        raise InputError(f"the tokens of `like` were imported ({origin.backbone}): use convexhead store import --like")
     fitted = origin.reduction.options if origin.reduction else {}
     pool = origin.config["token_pool"]
     options = {

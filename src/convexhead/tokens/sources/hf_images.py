@@ -16,7 +16,8 @@ from PIL import Image
 from convexhead.errors import FileFormatError, HubError, InputError, choose, require
 from convexhead.tokens.backbones.hub import unreachable
 from convexhead.tokens.sources.base import BrokenImageError, check_split, match_splits
-from convexhead.tokens.sources.decode import decode_image, decoded_anew, label_name, name_classes
+from convexhead.tokens.sources.decode import decode_image, decoded_anew
+from convexhead.tokens.sources.naming import label_name, name_classes
 
 OPTIONS = ("image", "label", "config")
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from convexhead.errors import FileFormatError, InputError, choose
 from convexhead.tokens.sources.base import SPLITS, check_split
-from convexhead.tokens.sources.decode import check_class_indices, label_name, name_classes, scale_to_8_bits
+from convexhead.tokens.sources.decode import scale_to_8_bits
+from convexhead.tokens.sources.naming import encode_labels
 
 DIGITS_TEST_SHARE = 0.3
 DIGITS_SPLIT_SEED = 0
@@ -101,7 +102,7 @@ def open_npz(file: str) -> ImageArrays:
         _check_arrays(file, image_key, arrays[image_key], label_key, arrays[label_key])
     columns = {split: arrays[label_key].reshape(-1) for split, (_, label_key) in keys.items()}
     names = [str(name) for name in arrays["class_names"]] if "class_names" in arrays else None
-    labels, class_names = _encode(file, columns, names)
+    labels, class_names = encode_labels(file, columns, names)
     splits = {}
     for split, (image_key, _) in keys.items():
         images = _to_8_bits(arrays[image_key])
@@ -154,20 +155,6 @@ def _to_8_bits(images: NDArray[Any]) -> NDArray[np.uint8]:
     top = float(np.iinfo(images.dtype).max) if images.dtype.kind == "u" else 1.0
     # Image by image: scaled floats need several times the memory.
     return np.stack([scale_to_8_bits(image, top) for image in images])
-
-
-def _encode(
-    file: str, columns: dict[str, NDArray[Any]], class_names: list[str] | None
-) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    """Turn label columns into indices of class names."""
-    if class_names is None:
-        named = {
-            split: [label_name(label, f"{file!r}: {split}-{i}") for i, label in enumerate(column.tolist())]
-            for split, column in columns.items()
-        }
-        return name_classes(named)
-    check_class_indices(repr(file), columns, len(class_names))
-    return {split: column.astype(np.int64) for split, column in columns.items()}, class_names
 
 
 def open_sklearn(name: str) -> ImageArrays:

@@ -18,9 +18,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from convexhead.errors import InputError, choose, require
 from convexhead.tokens.sources.base import ImageSource
+
+Source = TypeVar("Source", bound=ImageSource)
 
 
 def open_source(spec: str | Path | ImageSource) -> ImageSource:
@@ -49,7 +52,7 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
     from convexhead.tokens.sources.torchvision_images import open_torchvision
 
     if Path(spec).expanduser().exists():
-        return _checked(ImageFolder(spec))
+        return check_classes(ImageFolder(spec))
     scheme, separator, rest = str(spec).partition(":")
     openers: dict[str, Callable[[str], ImageSource]] = {
         "npz": open_npz,
@@ -64,11 +67,17 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
             f"there is no folder {str(spec)!r}: give a folder of class folders, or a source that begins with "
             f"{', '.join(f'{name}:' for name in openers)}"
         )
-    return _checked(openers[choose("image source", scheme, openers)](rest))
+    return check_classes(openers[choose("image source", scheme, openers)](rest))
 
 
-def _checked(source: ImageSource) -> ImageSource:
-    """Refuse a source with a class that only splits other than train have: no head could predict it."""
+def check_classes(source: Source) -> Source:
+    """Return the source, unless only splits other than train have one of its classes: no head could predict that.
+
+    Raises
+    ------
+    InputError
+        Names the class.
+    """
     known = set(source.labels("train").tolist())
     for split in source.splits[1:]:
         if strangers := sorted(set(source.labels(split).tolist()) - known):

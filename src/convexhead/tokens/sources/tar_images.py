@@ -27,9 +27,8 @@ from convexhead.tokens.sources.decode import (
     MAYBE_DEEP,
     decode_image,
     decoded_anew,
-    name_classes,
-    natural_sort,
 )
+from convexhead.tokens.sources.naming import name_classes, natural_sort
 from convexhead.tokens.store.files import sha256_file
 
 

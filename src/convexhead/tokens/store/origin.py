@@ -91,7 +91,7 @@ class TokenOrigin:
         if told:
             raise InputError(
                 f"the tokens of {where} are not made as those that this head was fitted on: {'; '.join(told)}; "
-                "extract these images with --like and the run or its store"
+                "extract or import these images with --like and the run or its store"
             )
 
     def numbers(self, class_names: list[str]) -> NDArray[np.int64] | None:
