@@ -414,7 +414,7 @@ def test_a_killed_import_is_no_store_and_goes_on(tmp_path: Path) -> None:
             time.sleep(0.001)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
-        with pytest.raises(FileFormatError, match="is not finished: run the same extract or import again"):
+        with pytest.raises(FileFormatError, match="is not finished: run the same import or extract again"):
             TokenStore.open(out)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("train-*.safetensors")}
     assert len(kept) < 120

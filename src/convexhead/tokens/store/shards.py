@@ -197,7 +197,7 @@ class ShardFile:
 
 def damaged(path: Path) -> str:
     """Return the message for a file whose checksum differs."""
-    what_to_do = "delete it and run the same extract or import again to restore it"
+    what_to_do = "delete it and run the same import or extract again to restore it"
     return f"{str(path)!r} has changed since it was written: {what_to_do}"
 
 

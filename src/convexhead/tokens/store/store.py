@@ -61,12 +61,12 @@ class TokenStore:
         manifest = Manifest.load(folder)
         if not manifest.complete:
             raise FileFormatError(
-                f"the token store {str(path)!r} is not finished: run the same extract or import again to resume"
+                f"the token store {str(path)!r} is not finished: run the same import or extract again to resume"
             )
         for each in manifest.splits.values():
             for shard in each.shards:
                 if problem := shard_problem(folder, shard):
-                    raise FileFormatError(f"{problem}: run the same extract or import again to restore it")
+                    raise FileFormatError(f"{problem}: run the same import or extract again to restore it")
         reduction = Reduction.load(folder / manifest.reduction)
         if sha256_file(folder / manifest.reduction) != manifest.reduction_sha256:
             raise FileFormatError(damaged(folder / manifest.reduction))
