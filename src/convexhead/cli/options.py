@@ -62,8 +62,8 @@ Layer = Annotated[int | None, Option(help="Block of the backbone to read tokens 
 ImageSize = Annotated[int | None, Option(help="Side of the images in pixels; default: the backbone's own.")]
 TokenPool = Annotated[int | None, Option(help="Average the token grid down to this many tokens a side.")]
 BACKBONES = (
-    "packaged:efficientnet-lite0, timm:NAME, timm:NAME@FILE.safetensors (weights of your own), hf:NAME, or patches:K "
-    "(squares of K x K raw pixels)"
+    "packaged:efficientnet-lite0, timm:NAME, timm:NAME@FILE (weights of your own, .safetensors or .pth), hf:NAME, or "
+    "patches:K (squares of K x K raw pixels)"
 )
 
 

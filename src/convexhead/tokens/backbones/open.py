@@ -3,7 +3,7 @@
 ===============================  =========================================================================
 ``packaged:efficientnet-lite0``  ImageNet EfficientNet-Lite0 out of a package of the Python index
 ``timm:NAME``                    a timm model with published weights, from the hub or its local cache
-``timm:NAME@FILE.safetensors``   the same architecture with weights from a file
+``timm:NAME@FILE``               the same architecture with weights from a file, .safetensors or .pth
 ``hf:NAME_OR_FOLDER``            a vision model of transformers, from its hub, the cache or a folder
 ``patches:K``                    no backbone: the raw K x K patches of the image
 ===============================  =========================================================================
@@ -46,7 +46,8 @@ def open_backbone(
     InputError
         Unknown name, impossible layer or size.
     FileFormatError
-        A weights file that is not safetensors or does not fit the architecture.
+        A weights file that is neither safetensors nor of ``torch.save``, that holds more than data, or that does not
+        fit the architecture.
     MissingExtraError
         timm, or the package with the weights, is not installed.
     HubError

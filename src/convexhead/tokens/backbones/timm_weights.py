@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from convexhead.errors import FileFormatError, HubError, InputError, choose, require
 from convexhead.tokens.backbones.base import State, hash_state
 from convexhead.tokens.backbones.hub import fetch_weights
 from convexhead.tokens.backbones.timm_backbone import TimmBackbone
 from convexhead.tokens.backbones.timm_import import import_timm
+from convexhead.tokens.backbones.weights_file import read_weights
 
 
 def open_packaged(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TimmBackbone:
@@ -39,7 +37,7 @@ def open_packaged(name: str, *, layer: int | None, image_size: int | None, crop_
 
 
 def open_timm(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TimmBackbone:
-    """Open ``timm:NAME`` or ``timm:NAME@FILE.safetensors``; ``name`` is what follows the colon."""
+    """Open ``timm:NAME`` or ``timm:NAME@FILE``; ``name`` is what follows the colon."""
     timm = import_timm()
     architecture, at, file = name.partition("@")
     if not timm.is_model(architecture):
@@ -51,26 +49,24 @@ def open_timm(name: str, *, layer: int | None, image_size: int | None, crop_pct:
         raise InputError(f"timm:{architecture}: {error}") from error
     if not at:
         if config is None or not config.hf_hub_id:
-            raise HubError(f"timm publishes no weights {architecture!r} on the hub: use timm:NAME@FILE.safetensors")
+            raise HubError(
+                f"timm publishes no weights {architecture!r} on the hub: use timm:NAME@FILE.safetensors or .pth"
+            )
         file = str(fetch_weights(config.hf_hub_id))
     return _build(
         f"timm:{name}",
         architecture,
-        _read_weights(file),
+        read_weights(file, _parameters(architecture)),
         layer=layer,
         image_size=image_size,
         crop_pct=crop_pct,
     )
 
 
-def _read_weights(file: str) -> State:
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError(f"there is no weights file {file!r}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise FileFormatError(f"{file!r} is not a safetensors file (or is cut short): {error}") from error
+def _parameters(architecture: str) -> set[str]:
+    """Return the names of the parameters of an architecture without its classifier."""
+    with torch.device("meta"):
+        return {name for name, _ in import_timm().create_model(architecture, num_classes=0).named_parameters()}
 
 
 def _build(
