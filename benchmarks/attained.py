@@ -37,6 +37,12 @@ class Program:
     intercept : bool
     X : ndarray (n, s, d)
     Y : ndarray (n, r, c)
+    weights : ndarray (n, r or 1, c or 1) or None
+        Of samples, rows or entries: the data term is the mean over them.
+    positive : float
+        Weight of the ones of binary cross-entropy.
+    mask : ndarray (n, s) or None
+        Which tokens there are; the others are zeros in ``X``.
     """
 
     head: str
@@ -50,6 +56,9 @@ class Program:
     intercept: bool
     X: np.ndarray
     Y: np.ndarray
+    weights: np.ndarray | None = None
+    positive: float = 1.0
+    mask: np.ndarray | None = None
 
     @property
     def groups(self) -> int:
@@ -108,8 +117,8 @@ def scores(program: Program, X: Array, U: Array, group: int, einsum: Any) -> Arr
 
 def outputs(program: Program, X: Array, weights: Any, einsum: Any) -> Array:
     """``f (n, r, c)``."""
-    s = X.shape[1]
-    f = 0 * X[:, :, :1] + weights.b
+    s = X.shape[1] if program.mask is None else like(program.mask.sum(1).reshape(-1, 1, 1, 1), X)
+    f = 0 * X[:, :, :1] + 0 * weights.b
     for j in range(program.blocks):
         mine = np.flatnonzero(weights.block == j)
         if not len(mine):
@@ -126,7 +135,13 @@ def outputs(program: Program, X: Array, weights: Any, einsum: Any) -> Array:
         if program.head == "self-attention":
             A = einsum("nkst,ntd->nksd", A, X) / s
         f = f + (einsum("nkse,kec->nsc", A, V) if A.ndim == 4 else einsum("nks,kec->nsc", A, V))
-    return {"mean": f.mean(1)[:, None], "cls": f[:, :1], "none": f}[program.pool]
+    count = X.shape[1] if program.mask is None else like(program.mask.sum(1).reshape(-1, 1, 1), X)
+    return {"mean": f.sum(1)[:, None] / count, "cls": f[:, :1], "none": f}[program.pool] + weights.b
+
+
+def like(numbers: np.ndarray, x: Array) -> Array:
+    """Numbers as the kind of array that ``x`` is."""
+    return torch.from_numpy(numbers.astype(np.float64)) if isinstance(x, torch.Tensor) else numbers
 
 
 def gate_mask(program: Program, j: int, *, like: Array) -> Array:
@@ -139,17 +154,36 @@ def gate_mask(program: Program, j: int, *, like: Array) -> Array:
 
 
 def data_term(program: Program, f: Array, Y: Array) -> Array:
-    """``(1/n) Σ_i ℓ(f_i, y_i)``."""
+    """``(1/n) Σ_i ℓ(f_i, y_i)``, or ``Σ w ℓ / Σ w``."""
+    each = losses(program, f, Y)
+    if program.weights is None:
+        return each.sum() / len(f)
+    w = like(program.weights.astype(np.longdouble), f)
+    return (where(w > 0, each, 0 * each) * w).sum() / w.sum()
+
+
+def losses(program: Program, f: Array, Y: Array) -> Array:
+    """``ℓ`` of rows ``(n, r, 1)``, or of entries ``(n, r, c)``."""
+    plain = isinstance(f, np.ndarray)
     if program.loss == "cross-entropy":
-        top = f.max(-1, keepdims=True) if isinstance(f, np.ndarray) else f.max(-1, keepdim=True).values
+        top = f.max(-1, keepdims=True) if plain else f.max(-1, keepdim=True).values
         away = f - top
-        each = np.log(np.exp(away).sum(-1)) if isinstance(f, np.ndarray) else away.exp().sum(-1).log()
-        return (each * Y.sum(-1) - (away * Y).sum(-1)).sum() / len(f)
+        each = np.log(np.exp(away).sum(-1)) if plain else away.exp().sum(-1).log()
+        return (each * Y.sum(-1) - (away * Y).sum(-1))[..., None]
+    if program.loss == "binary-cross-entropy":
+        tail = np.log1p(np.exp(-abs(f))) if plain else torch.log1p(torch.exp(-abs(f)))
+        up, down = (np.maximum(f, 0), np.maximum(-f, 0)) if plain else (f.clamp(min=0), (-f).clamp(min=0))
+        return program.positive * Y * (tail + down) + (1 - Y) * (tail + up)
     t = abs(f - Y)
     if program.loss == "squared":
-        return (t * t).sum() / 2 / len(f)
-    inner = t.clip(None, 1.0) if isinstance(t, np.ndarray) else t.clamp(max=1.0)
-    return (inner * (t - inner / 2)).sum() / len(f)
+        return t * t / 2
+    inner = t.clip(None, 1.0) if plain else t.clamp(max=1.0)
+    return inner * (t - inner / 2)
+
+
+def where(condition: Array, a: Array, b: Array) -> Array:
+    """`numpy.where` or `torch.where`."""
+    return (torch if isinstance(condition, torch.Tensor) else np).where(condition, a, b)
 
 
 def squared_norms(program: Program, weights: Any) -> Array:
@@ -166,7 +200,7 @@ def objective(
     """
     wide = np.longdouble
     W = Weights(weights.U.astype(wide), weights.V.astype(wide), weights.block, weights.b.astype(wide))
-    X, Y = program.X.astype(wide) - np.asarray(shift, wide), program.Y.astype(wide)
+    X, Y = _there(program, program.X.astype(wide) - np.asarray(shift, wide)), program.Y.astype(wide)
 
     def einsum(formula: str, *parts: Array) -> Array:
         return np.einsum(formula, *parts, optimize=False)
@@ -176,7 +210,7 @@ def objective(
     # What cancels in the outputs is as large as the sum of the absolute values.
     size = Weights(abs(W.U), abs(W.V), W.block, abs(W.b))
     largest = float(np.max(outputs(replace(program, activation="linear", gates=None), abs(X), size, einsum)))
-    slope = float(np.max(abs(f - Y))) if program.loss == "squared" else 1.0
+    slope = float(np.max(abs(f - Y))) if program.loss == "squared" else max(program.positive, 1.0)
     return float(value), 1e-17 * largest * max(slope, 1.0) * program.Y.shape[-1] + ROUNDING * abs(float(value))
 
 
@@ -192,6 +226,7 @@ def search(
     if program.intercept and program.activation == "linear" and program.head in ("linear", "mlp"):
         shift = X.mean((0, 1))
         X = (program.X.astype(np.longdouble) - shift.astype(np.longdouble)).astype(np.float64)
+        X = _there(program, X)
     scale = 2.0 ** np.round(np.log2(max(np.abs(X).max(), 1e-290)))
     per = scale if program.head == "linear" else scale ** (1.5 if program.head == "self-attention" else 0.5)
     tokens, Y = torch.from_numpy(X / scale), torch.from_numpy(program.Y.astype(np.float64))
@@ -226,6 +261,11 @@ def search(
                 if reached < best:
                     best, error = reached, off
     return best, error
+
+
+def _there(program: Program, X: Array) -> Array:
+    """Tokens with zeros where there is none."""
+    return X if program.mask is None else X * program.mask[..., None]
 
 
 def _shifted(program: Program, shift: Array, W: Weights) -> Weights:
@@ -265,6 +305,6 @@ def random_weights(program: Program, rng: np.random.Generator, atoms: int) -> We
     scale = 10 ** rng.uniform(-2, 0.5)
     U = np.ones(1) if program.head == "linear" else scale * rng.normal(size=(k, *program.mixing_shape))
     V = scale * rng.normal(size=(k, program.value_rows, c))
-    b = np.zeros(c) if program.loss == "cross-entropy" else np.median(program.Y, axis=(0, 1)).astype(np.float64)
+    b = np.zeros(c) if program.loss.endswith("cross-entropy") else np.median(program.Y, axis=(0, 1)).astype(np.float64)
     W = Weights(U, V, np.arange(k) % program.blocks, b)
     return replace(W, V=W.V * value_mask(program, W))

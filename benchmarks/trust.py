@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -37,6 +38,7 @@ import convexhead as ch
 from attained import Program, Weights, objective, search
 from common import cpu_name, versions, write_csv
 from convexhead.errors import ConvexHeadError
+from convexhead.padding import Padded
 
 HEADS = ("self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear")
 PATIENCE, BRIEF = 60, 0.7
@@ -143,8 +145,65 @@ def draw(rng: np.random.Generator, activations: tuple[str, ...]) -> tuple[Progra
     return program, y, parameters, geometry
 
 
+def draw_weighted(rng: np.random.Generator) -> tuple[Program, dict[str, Any], dict[str, Any], str]:
+    """A problem with weights: its formulas, the data as an estimator takes them, its parameters, what it is."""
+    program, _, parameters, geometry = draw(rng, ("linear", "gated-relu", "relu"))
+    parameters.pop("loss", None)
+    n, s, _ = program.X.shape
+    ragged = program.head in ("self-attention", "mlp", "linear") and s > 1 and bool(rng.random() < 0.3)
+    mask = np.arange(s) < rng.integers(1, s + 1, size=n)[:, None] if ragged else None
+    X = program.X if mask is None else np.where(mask[..., None], program.X, 0)
+    every = bool(rng.random() < 0.4)
+    r, c = s if every else 1, max(2, program.Y.shape[-1])
+    if program.head == "block-fno" and program.grouped and c % program.n_blocks:
+        c = program.n_blocks * (1 + c // program.n_blocks)
+    loss = str(rng.choice(["cross-entropy", "binary-cross-entropy", "squared", "huber"]))
+    soft, positive = bool(rng.random() < 0.5), 1.0
+    fine = [(n, 1, 1)] + [(n, r, 1)] * every + [(n, r, c)] * (loss != "cross-entropy")
+    size = fine[rng.integers(len(fine))]
+    w = np.exp(float(rng.choice([0, 1, 8])) * rng.normal(size=size)) * (rng.random(size) < 0.75)
+    w[: min(n, c)] = 1.0
+    if loss == "cross-entropy" and not soft:
+        labels = np.concatenate([np.arange(c), rng.integers(c, size=max(0, n - c))])[:n]
+        labels = np.repeat(labels[:, None], r, 1) if every else labels[:, None]
+        Y, y = np.eye(c)[labels], labels.copy()
+        if every:
+            gone = rng.random((n, r)) < 0.3
+            gone[:c] = False
+            y[gone] = -1
+            w = w * ~gone[..., None]
+        if len(np.unique(labels[w[..., 0].max(1) > 0])) < c:
+            return draw_weighted(rng)
+        a = float(rng.choice([0.0, 0.1]))
+        Y, parameters["label_smoothing"] = (1 - a) * Y + a / c, a
+        y = y if every else y[:, 0]
+    elif loss == "cross-entropy":
+        Y = y = rng.dirichlet(np.full(c, float(rng.choice([0.1, 1.0]))), size=(n, r))
+    elif loss == "binary-cross-entropy":
+        Y = y = rng.random((n, r, c)) if soft else (rng.random((n, r, c)) < rng.random(c)).astype(float)
+        positive = float(rng.choice([1.0, 0.2, 30.0]))
+        parameters["pos_weight"] = None if positive == 1 else positive
+    else:
+        Y = y = rng.normal(size=(n, r, c)) * 10.0 ** rng.choice([0, 0, -6, 6]) + rng.choice([0.0, 1e3])
+    given = w if w.shape[2] > 1 else w[..., 0]
+    given = given[:, 0] if w.shape[1] == 1 else given
+    if every and w.shape[1] == 1:  # the data term is the mean over tokens of classes, over samples of measurements
+        w = w * np.ones((n, r, 1)) if loss.endswith("cross-entropy") or mask is not None else w
+    if every and mask is not None:
+        w = w * mask[..., None]
+    y = y[:, 0] if not every and y.ndim > 1 else y
+    parameters |= {"loss": loss, "pool": "none" if every else parameters["pool"] if program.pool != "none" else "mean"}
+    if parameters["pool"] == "cls" and mask is not None:
+        mask[:, 0] = True
+    program = replace(program, loss=loss, pool=parameters["pool"], X=X, Y=Y, weights=w, positive=positive, mask=mask)
+    fit = {"y": y, "sample_weight": given, "mask": mask}
+    what = ", ".join(filter(None, [loss, "every token" if every else "", "ragged" if ragged else "", geometry]))
+    return program, fit, parameters, what
+
+
 def estimator(parameters: dict[str, Any]) -> Any:
-    return (ch.ConvexHeadRegressor if "loss" in parameters else ch.ConvexHeadClassifier)(**parameters)
+    loss = parameters.get("loss", "cross-entropy")
+    return (ch.ConvexHeadClassifier if loss.endswith("cross-entropy") else ch.ConvexHeadRegressor)(**parameters)
 
 
 def weights_of(model: Any, program: Program) -> Weights:
@@ -187,6 +246,19 @@ def convex(rng: np.random.Generator) -> tuple[str, str]:
     model = estimator(parameters).fit(program.X, y)
     outcome, why = verdict(model.certificate_, program, weights_of(model, program), model.beta_, rng)
     return outcome, f"{program.head}, {program.activation}, {geometry}: {why}"
+
+
+def weighted(rng: np.random.Generator) -> tuple[str, str]:
+    """Weights of samples, tokens and entries; soft and several labels; samples of different length."""
+    program, fit, parameters, what = draw_weighted(rng)
+    model = estimator(parameters).fit(program.X, **fit)
+    outcome, why = verdict(model.certificate_, program, weights_of(model, program), model.beta_, rng)
+    if outcome != "false":
+        tokens = program.X if program.mask is None else Padded(program.X, program.mask)
+        again = ch.certify(model, tokens, fit["y"], fit["sample_weight"], beta=model.beta_)
+        if again.identity != model.certificate_.identity:
+            outcome, why = "false", "the audit is of another problem"
+    return outcome, f"{program.head}, {program.activation}, {what}: {why}"
 
 
 def relu(rng: np.random.Generator) -> tuple[str, str]:
@@ -478,7 +550,8 @@ def ranks(rng: np.random.Generator) -> tuple[str, str]:
 
 
 KINDS: dict[str, tuple[float, Callable[[np.random.Generator], tuple[str, str]]]] = {
-    "convex": (0.36, convex),
+    "convex": (0.24, convex),
+    "weighted": (0.12, weighted),
     "relu": (0.15, relu),
     "audit": (0.08, audit),
     "reference": (0.2, reference),
