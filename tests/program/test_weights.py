@@ -326,3 +326,23 @@ def test_positive_weights_are_weights_of_entries():
     mine = SampleLosses(BinaryCrossEntropy(), moved, weights).value(f)
     theirs = torch.nn.functional.binary_cross_entropy_with_logits(f, Y, pos_weight=positive, reduction="none")
     torch.testing.assert_close(mine, theirs.sum((1, 2)))
+
+
+# -- tokens that stay on disk ----------------------------------------------------------------------------------------
+def test_tokens_on_disk_are_weighed_as_in_memory(tmp_path):
+    images = RNG.integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(40) % 3)
+    ch.tokens.extract(f"npz:{tmp_path / 'images.npz'}", "patches:4", tmp_path / "store", shard_size=8, dtype="float32")
+    stored = ch.TokenStore.open(tmp_path / "store")["train"]
+    w = RNG.random(40) * (np.arange(40) % 4 > 0)
+    settings = {"beta_ratio": 0.1, "tol": 1e-6, "fit_intercept": True, "random_state": 0}
+    mapped = np.lib.format.open_memmap(tmp_path / "X.npy", "w+", stored.dtype, stored.shape)
+    mapped[:] = np.asarray(stored)
+    inside = ch.ConvexHeadClassifier(**settings).fit(np.asarray(stored), stored.labels, w)
+    for outside in (stored, np.load(tmp_path / "X.npy", mmap_mode="r")):
+        clf = ch.ConvexHeadClassifier(max_memory=1.0, **settings).fit(outside, stored.labels, w)
+        assert clf.certificate_.identity == inside.certificate_.identity
+        assert clf.certificate_.primal == pytest.approx(inside.certificate_.primal, rel=1e-6)
+        assert clf.score(outside, stored.labels, w) == inside.score(np.asarray(stored), stored.labels, w)
+        again = ch.certify(clf, outside, stored.labels, w, beta=clf.beta_, lower_bound=clf.certificate_)
+        assert again.identity == clf.certificate_.identity

@@ -37,6 +37,7 @@ RUNS = {
         {"activation": "gated-relu", "n_gates": 3, "tol": 2e-4, "fit_intercept": True},
     ),
     "products in bfloat16": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
+    "weighed": ("mlp", {"tol": 1e-7, "fit_intercept": True, "class_weight": "balanced"}),
     "ridge": ("linear", {"tol": 1e-12, "beta_ratio": 1e-6}),
 }
 
@@ -67,8 +68,10 @@ def run(request, monkeypatch):
                 raise error
 
         clf = ch.ConvexHeadClassifier(head, **{"beta_ratio": 0.05, "random_state": 3, **parameters, **others})
-        return clf.fit(X, labels, callback=count, checkpoint=folder, checkpoint_minutes=0.0), len(rows)
+        clf.fit(X, labels, weights, callback=count, checkpoint=folder, checkpoint_minutes=0.0)
+        return clf, len(rows)
 
+    weights = rng.random(len(X)) * (np.arange(len(X)) % 5 > 0) if request.param == "weighed" else None
     labels = MANY if request.param.endswith("many classes") else Y
     fit.kind = request.param
     return fit

@@ -37,6 +37,8 @@ rng = np.random.default_rng(0)
 X = rng.normal(size=(203, 9, 5))
 Y = ((X[:, :, 0] * X[:, :, 1]).mean(1) > 0).astype(int) + (X[:, 0, 2] > 0)
 TARGETS = np.stack([X[:, 0, 0], Y], axis=1)
+ENTRY_W, TOKEN_W = rng.random((203, 2)), rng.random((203, 9)) * (rng.random((203, 9)) < 0.7)
+ENTRY_W[::7] = 0
 GATED = {"n_gates": 3, "activation": "gated-relu", "solver": "column-generation"}
 CASES = {
     "dense": {"head": "self-attention", "tol": 1e-7, "fit_intercept": True},
@@ -77,6 +79,13 @@ def everything(*cases, **options):
     one = ch.ConvexHeadRegressor("mlp", activation="gated-relu", solver="group-newton", random_state=0, **options)
     one.fit(X, TARGETS[:, 0])
     results["one output"] = [one.certificate_.primal, one.certificate_.dual, one.certificate_.converged, one.beta_]
+    several = ch.ConvexHeadClassifier(loss="binary-cross-entropy", pos_weight=3.0, fit_intercept=True, **options)
+    several.fit(X, (TARGETS > 0).astype(float), ENTRY_W)
+    depth = ch.ConvexHeadRegressor("mlp", loss="huber", pool=None, fit_intercept=True, **options)
+    depth.fit(X, X[..., :1], TOKEN_W)
+    for name, model in (("several labels", several), ("masks", depth)):
+        certificate = model.certificate_
+        results[name] = [certificate.primal, certificate.dual, certificate.converged, model.beta_]
     rows = regularization_path(
         X, TARGETS, loss="squared", head="mlp", beta_ratios=[0.3, 0.1], random_state=0, **options
     )
@@ -155,6 +164,7 @@ def test_the_clock_and_an_interrupt_stop_all_together(tmp_path):
 DIFFERENT = {
     "tokens": "data (tokens) in process 0 and in process 1",
     "targets": "data (targets) in process 0 and in process 1",
+    "weights": "sample weights in process 0 and in process 1",
     "shape": "shape of the tokens is",
     "samples": "shape of the targets is",
     "dtype": 'type of the tokens is "float64" in process 0 and "float32" in process 1',
@@ -335,10 +345,11 @@ def differ(folder, *, distributed):
     second = os.environ["RANK"] == "1"
     other = rng.normal(size=(3, 5))
 
-    def fit(X=X, y=TARGETS, checkpoint=None, callback=None, **options):
+    def fit(X=X, y=TARGETS, sample_weight=None, checkpoint=None, callback=None, **options):
         options = {"beta": 0.1, "random_state": 0, "loss": Bent(), **options}
         reg = ch.ConvexHeadRegressor(options.pop("head", "mlp"), distributed=distributed, **options)
-        return "converged" if reg.fit(X, y, checkpoint=checkpoint, callback=callback).certificate_.converged else "not"
+        reg.fit(X, y, sample_weight, checkpoint=checkpoint, callback=callback)
+        return "converged" if reg.certificate_.converged else "not"
 
     def path(ratios=(0.3, 0.1), held=X):
         options = {"head": "linear", "loss": "squared", "random_state": 0, "X_val": held, "y_val": TARGETS}
@@ -378,6 +389,7 @@ def differ(folder, *, distributed):
         "another run": lambda: path() if second else fit(),
         "path": lambda: path((0.3, 0.2) if second else (0.3, 0.1)),
         "held-out data": lambda: path(held=moved if second else X),
+        "weights": lambda: fit(sample_weight=np.arange(1.0, 204) + second),
         "nan": lambda: fit(with_nan if second else X),
         "nothing": lambda: fit(y=None if second else TARGETS),
         "late": lambda: fit(callback=fail if second else None),
