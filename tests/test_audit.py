@@ -29,6 +29,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MinMaxScaler, Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
+from sklearn.utils import compute_sample_weight
 
 import convexhead as ch
 from convexhead.audit import audit
@@ -46,27 +47,28 @@ def data(seed, classes, n=70, d=6):
     return X, NAMES[:classes][y]
 
 
-def binomial(X, signs, w, b):
-    """The mean logistic loss of one row of weights."""
-    return np.logaddexp(0, -signs * (X @ w + b)).mean()
+def binomial(X, signs, w, b, omega=None):
+    """The weighted mean of the logistic loss of one row of weights."""
+    return np.average(np.logaddexp(0, -signs * (X @ w + b)), weights=omega)
 
 
-def own_objective(coef, intercept, X, y, weight, classes):
-    """``mean loss + (weight/2)‖coef‖²`` with one row for two classes, as scikit-learn writes it."""
+def own_objective(coef, intercept, X, y, weight, classes, omega=None):
+    """``weighted mean loss + (weight/2)‖coef‖²`` with one row for two classes, as scikit-learn writes it."""
     coef, intercept = np.atleast_2d(coef), np.broadcast_to(intercept, len(np.atleast_2d(coef)))
     penalty = weight / 2 * np.square(coef).sum()
     if len(coef) == 1:
-        return binomial(X, np.where(y == classes[1], 1, -1), coef[0], intercept[0]) + penalty
+        return binomial(X, np.where(y == classes[1], 1, -1), coef[0], intercept[0], omega) + penalty
     at = np.searchsorted(classes, y)
-    return -log_softmax(X @ coef.T + intercept, 1)[np.arange(len(y)), at].mean() + penalty
+    losses = -log_softmax(X @ coef.T + intercept, 1)[np.arange(len(y)), at]
+    return np.average(losses, weights=omega) + penalty
 
 
-def optimum(X, y, weight, *, fit_intercept):
+def optimum(X, y, weight, omega=None, *, fit_intercept):
     """The least value of `own_objective`, by scikit-learn's Newton method at its tightest."""
-    solver = LogisticRegression(
-        C=1 / (len(y) * weight), solver="newton-cg", tol=1e-12, max_iter=10_000, fit_intercept=fit_intercept
-    ).fit(X, y)
-    return own_objective(solver.coef_, solver.intercept_, X, y, weight, solver.classes_)
+    C = 1 / (weight * (len(y) if omega is None else omega.sum()))
+    solver = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10_000, fit_intercept=fit_intercept)
+    solver.fit(X, y, omega)
+    return own_objective(solver.coef_, solver.intercept_, X, y, weight, solver.classes_, omega)
 
 
 def signs_of(y, classes):
@@ -74,16 +76,29 @@ def signs_of(y, classes):
     return Y[:, 1:] if len(classes) == 2 else Y
 
 
-def ridge_objective(coef, intercept, X, Y, weight):
-    return np.square(X @ coef.T + intercept - Y).sum() / (2 * len(X)) + weight / 2 * np.square(coef).sum()
+def ridge_objective(coef, intercept, X, Y, weight, omega=None):
+    return np.average(np.square(X @ coef.T + intercept - Y).sum(1) / 2, weights=omega) + weight / 2 * np.sum(coef**2)
 
 
-def ridge_optimum(X, Y, weight, *, fit_intercept):
+def ridge_optimum(X, Y, weight, omega=None, *, fit_intercept):
     """In closed form, from the normal equations."""
-    shift, target = (X.mean(0), Y.mean(0)) if fit_intercept else (np.zeros(X.shape[1]), np.zeros(Y.shape[1]))
+    share = np.full(len(X), 1 / len(X)) if omega is None else omega / omega.sum()
+    shift, target = (share @ X, share @ Y) if fit_intercept else (np.zeros(X.shape[1]), np.zeros(Y.shape[1]))
     A = X - shift
-    W = np.linalg.solve(A.T @ A / len(X) + weight * np.eye(X.shape[1]), A.T @ (Y - target) / len(X))
-    return ridge_objective(W.T, target - shift @ W, X, Y, weight)
+    AtW = A.T * share
+    W = np.linalg.solve(AtW @ A + weight * np.eye(X.shape[1]), AtW @ (Y - target))
+    return ridge_objective(W.T, target - shift @ W, X, Y, weight, omega)
+
+
+def weights_of(seed, y):
+    """A ``sample_weight`` with zeros, a ``class_weight``, or neither; and what a sample weighs by both."""
+    rng = np.random.default_rng(seed)
+    kind = seed % 4
+    given = rng.integers(0, 4, len(y)).astype(float) if kind in (1, 3) else None
+    if given is not None:
+        given[: len(np.unique(y))] = 1.5
+    by_class = {0: None, 1: None, 2: "balanced", 3: {"cat": 2.5, "dog": 0.5}}[kind]
+    return given, by_class, compute_sample_weight(by_class, y) * (1.0 if given is None else given)
 
 
 def check(certificate, objective, lowest):
@@ -101,35 +116,58 @@ def check_logistic(seed):
     classes, early = 2 + seed % 3, stopped_early(seed)
     X, y = data(seed, classes)
     C = float(10.0 ** np.random.default_rng(seed).uniform(-3, 3))
-    clf = LogisticRegression(C=C, solver=("lbfgs", "newton-cg", "saga")[seed // 3 % 3], **early).fit(X, y)
-    weight = 1 / (len(y) * C)
-    objective = own_objective(clf.coef_, clf.intercept_, X, y, weight, clf.classes_)
-    found = audit(clf, X, y, random_state=0)
-    check(found.certificate, objective, optimum(X, y, weight, fit_intercept=early["fit_intercept"]))
+    given, by_class, omega = weights_of(seed, y)
+    clf = LogisticRegression(C=C, solver=("lbfgs", "newton-cg", "saga")[seed // 3 % 3], class_weight=by_class, **early)
+    clf.fit(X, y, given)
+    weight = 1 / (omega.sum() * C)
+    objective = own_objective(clf.coef_, clf.intercept_, X, y, weight, clf.classes_, omega)
+    found = audit(clf, X, y, given, random_state=0)
+    lowest = optimum(X, y, weight, omega, fit_intercept=early["fit_intercept"])
+    check(found.certificate, objective, lowest)
     assert found.certificate.beta == pytest.approx(2 * weight if classes == 2 else weight)
     if found.distance is not None:  # the optimum lies between
-        lowest = optimum(X, y, weight, fit_intercept=early["fit_intercept"])
         least, most = found.distance
         assert least - 1e-9 <= (objective - lowest) / objective <= most + 1e-9
 
 
 def check_sgd(seed):
-    X, y = data(seed, 2)
+    classes = 2 + seed % 3
+    X, y = data(seed, classes)
     alpha, early = float(10.0 ** np.random.default_rng(seed).uniform(-4, 0)), stopped_early(seed)
-    clf = SGDClassifier(loss="log_loss", alpha=alpha, random_state=seed, average=bool(seed % 2), **early).fit(X, y)
-    objective = own_objective(clf.coef_, clf.intercept_, X, y, alpha, clf.classes_)
-    check(ch.certify(clf, X, y), objective, optimum(X, y, alpha, fit_intercept=early["fit_intercept"]))
+    given, by_class, omega = weights_of(seed, y)
+    if classes > 2:  # a class weight would be another program for each class
+        by_class, omega = None, np.ones(len(y)) if given is None else given
+    clf = SGDClassifier(
+        loss="log_loss", alpha=alpha, random_state=seed, average=bool(seed % 2), class_weight=by_class, **early
+    )
+    clf.fit(X, y, sample_weight=given)
+    weight = alpha * len(y) / omega.sum()
+    certificate, fit_intercept = ch.certify(clf, X, y, given), early["fit_intercept"]
+    if classes == 2:
+        objective = own_objective(clf.coef_, clf.intercept_, X, y, weight, clf.classes_, omega)
+        check(certificate, objective, optimum(X, y, weight, omega, fit_intercept=fit_intercept))
+        return
+    objective = lowest = 0.0  # one-vs-rest: one program for each class
+    for k, name in enumerate(clf.classes_):
+        one, pair = np.where(y == name, "this", "rest"), np.array(["rest", "this"])
+        b = np.broadcast_to(clf.intercept_, classes)[k]
+        objective += own_objective(clf.coef_[k], b, X, one, weight, pair, omega)
+        lowest += optimum(X, one, weight, omega, fit_intercept=fit_intercept)
+    check(certificate, objective, lowest)
 
 
 def check_ridge(seed):
     X, y = data(seed, 2 + seed % 3)
     rng = np.random.default_rng(seed)
-    alpha, fit_intercept = float(10.0 ** rng.uniform(-2, 3)), bool(seed % 2)
-    clf = RidgeClassifier(alpha=alpha, fit_intercept=fit_intercept, solver="sag", max_iter=1 + seed % 5, tol=1e-12)
-    clf.fit(X, y)
-    Y, weight = signs_of(y, clf.classes_), alpha / len(y)
-    objective = ridge_objective(np.atleast_2d(clf.coef_), clf.intercept_, X, Y, weight)
-    check(ch.certify(clf, X, y), objective, ridge_optimum(X, Y, weight, fit_intercept=fit_intercept))
+    alpha, fit_intercept = float(10.0 ** rng.uniform(-2, 3)), bool(rng.integers(2))
+    given, by_class, omega = weights_of(seed, y)
+    clf = RidgeClassifier(
+        alpha=alpha, fit_intercept=fit_intercept, solver="sag", max_iter=1 + seed % 5, tol=1e-12, class_weight=by_class
+    )
+    clf.fit(X, y, given)
+    Y, weight = signs_of(y, clf.classes_), alpha / omega.sum()
+    objective = ridge_objective(np.atleast_2d(clf.coef_), clf.intercept_, X, Y, weight, omega)
+    check(ch.certify(clf, X, y, given), objective, ridge_optimum(X, Y, weight, omega, fit_intercept=fit_intercept))
 
 
 def check_torch(seed):
@@ -263,9 +301,8 @@ def test_what_is_another_program_is_refused_in_words():
     refused = {
         "no penalty": LogisticRegression(C=np.inf).fit(X, y),
         "penalty l1_ratio=0.5|penalty 'elasticnet'": elastic(X, y),
-        "class_weight": LogisticRegression(class_weight="balanced").fit(X, y),
         "penalises the intercept": LogisticRegression(solver="liblinear").fit(X, two),
-        "one-vs-rest": SGDClassifier(loss="log_loss").fit(X, y),
+        "one-vs-rest with class_weight": SGDClassifier(loss="log_loss", class_weight="balanced").fit(X, y),
         "loss 'hinge'": SGDClassifier().fit(X, y),
         "penalty 'l1'": SGDClassifier(loss="log_loss", penalty="l1").fit(X, two),
         "constraint": RidgeClassifier(positive=True).fit(X, y),
@@ -275,12 +312,19 @@ def test_what_is_another_program_is_refused_in_words():
         "Sequential is no plain": torch.nn.Sequential(torch.nn.Linear(6, 3)),
         "beta must be given": torch.nn.Linear(6, 3),
         "it holds 0": {"scale": torch.ones(3)},
-        "it holds 2: 'a.', 'b.'": {"a.weight": torch.ones(3, 6), "b.weight": torch.ones(3, 6)},
+        "it holds 2 .'a.', 'b.'": {"a.weight": torch.ones(3, 6), "b.weight": torch.ones(3, 6)},
         "'bn.running_mean'": {"fc.weight": torch.ones(3, 6), "bn.running_mean": torch.ones(6)},
     }
     for words, weights in refused.items():
         with pytest.raises(ch.InputError, match=words):
             ch.certify(weights, X, two if "penalises" in words or "'l1'" in words else y)
+    balanced = LogisticRegression(class_weight="balanced").fit(X, y)
+    with pytest.raises(ch.InputError, match="class_weight='balanced', which with a sample_weight"):
+        ch.certify(balanced, X, y, np.ones(len(y)))
+    with pytest.raises(ch.InputError, match="not of the same samples"):
+        ch.certify(balanced, X, y[:5])
+    with pytest.raises(ch.InputError, match="one label a sample"):
+        ch.certify(balanced, X, np.eye(3)[np.arange(len(y)) % 3])
     liblinear = LogisticRegression(solver="liblinear", fit_intercept=False, tol=1e-10).fit(X, two)
     assert ch.certify(liblinear, X, two).converged
     with pytest.raises(NotFittedError, match="not fitted"):
@@ -344,6 +388,20 @@ def test_files_that_are_refused(tmp_path):
         with pytest.raises((ch.InputError, ch.FileFormatError), match=told) as caught:
             ch.certify(tmp_path / name, X, y, beta=0.1)
         assert "\n" not in str(caught.value)
+
+
+def test_a_layer_with_several_labels():
+    X, y = data(7, 3)
+    Y = np.stack([y == "cat", X[:, 0] > 0], 1).astype(float)
+    rng = np.random.default_rng(0)
+    layer = torch.nn.Linear(X.shape[1], 2).double()
+    W, b = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    omega = rng.random(len(y))
+    certificate = ch.certify(layer, X, Y, omega, beta=0.02, loss="binary-cross-entropy")
+    ones = [np.where(Y[:, k] == 1, "this", "rest") for k in range(2)]
+    pair = np.array(["rest", "this"])
+    objective = sum(own_objective(W[k], b[k], X, ones[k], 0.02, pair, omega) for k in range(2))
+    check(certificate, objective, sum(optimum(X, one, 0.02, omega, fit_intercept=True) for one in ones))
 
 
 def test_two_statements_are_told_apart():

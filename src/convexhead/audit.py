@@ -79,9 +79,10 @@ def certify(
         state dict with one linear layer; or the path of an ``.npz``, ``.safetensors`` or ``.pth`` file with such
         weights. A path of a folder is a saved model. `convexhead.foreign` says which program each of them is.
     X, y, sample_weight
-        The training data, as for `ConvexHeadClassifier.fit` (labels) or `ConvexHeadRegressor.fit` (float targets with
-        ``loss`` other than cross-entropy). Labels are matched by name with an estimator's ``classes_``; the outputs of
-        modules and factors are those of the sorted labels.
+        The training data, with the weights that the training had, as for `ConvexHeadClassifier.fit` (labels) or
+        `ConvexHeadRegressor.fit` (float targets with ``loss`` other than cross-entropy). Labels are matched by name
+        with an estimator's ``classes_``; the outputs of modules and factors are those of the sorted labels. An
+        estimator of others tells its ``class_weight`` itself.
     beta : float or None
         ``β`` of the objective. For weights trained with weight decay ``λ`` in the loss ``(λ/2)‖θ‖²``, ``β = λ``.
         None: that of the model, or what follows from an estimator's ``C`` or ``alpha``. With one output for two
@@ -246,8 +247,9 @@ def _pose(
             raise InputError(f"gates and intercept go with factors: {found.name} has its own")
         spec = replace(spec, head="linear", activation="linear")
         X = _plain(split_for(X, spec.head, spec.pool))
-        program = found.program(X, y, beta=beta, loss=loss)
-        weights, intercept, y = (None, program.coef), program.intercept, program.y
+        program = found.program(X, y, sample_weight, beta=beta, loss=loss)
+        weights, intercept = (None, program.coef), program.intercept
+        y, sample_weight = program.y, program.sample_weight
         classes, loss, beta, told = program.classes, program.loss, program.beta, program.told
     else:
         X = _plain(split_for(X, spec.head, spec.pool))

@@ -2,10 +2,11 @@
 
 | estimator | its objective, divided by what makes the loss a mean | β |
 |---|---|---|
-| ``LogisticRegression``, ``...CV`` (and cuML's) | ``C Σ_i ℓ + ½‖w‖²`` over ``nC`` | ``1/(nC)`` |
-| ``SGDClassifier(loss="log_loss")`` | ``(1/n) Σ_i ℓ + (α/2)‖w‖²`` | ``α`` |
-| ``RidgeClassifier``, ``...CV`` | ``‖f − y‖² + α‖w‖²`` over ``2n`` | ``α/n`` |
+| ``LogisticRegression``, ``...CV`` (and cuML's) | ``C Σ_i w_i ℓ + ½‖w‖²`` over ``C W`` | ``1/(C W)`` |
+| ``SGDClassifier(loss="log_loss")`` | ``(1/n) Σ_i w_i ℓ + (α/2)‖w‖²`` times ``n/W`` | ``α n/W`` |
+| ``RidgeClassifier``, ``...CV`` | ``Σ_i w_i ‖f − y‖² + α‖w‖²`` over ``2W`` | ``α/W`` |
 
+with ``W = Σ_i w_i``, the weights of samples times those of their classes; ``W = n`` without.
 What an estimator was trained for is read from its parameters. A parameter that makes it another program is refused.
 """
 
@@ -19,9 +20,8 @@ from sklearn.exceptions import NotFittedError
 
 from convexhead import inputs
 from convexhead.errors import InputError
-from convexhead.foreign.linear_head import LinearHead, numbers
-
-NO_WEIGHTS = "an audit counts each sample once"
+from convexhead.foreign.linear_head import ONE_VS_REST, SIGNS, SOFTMAX, LinearHead, numbers
+from convexhead.padding import Padded
 
 
 def is_estimator(weights: Any) -> bool:
@@ -41,7 +41,7 @@ def own_features(weights: Any, X: Any) -> tuple[Any, Any]:
         return own_features(weights.best_estimator_, X)
     if not (is_estimator(weights) and isinstance(getattr(weights, "steps", None), list)):
         return weights, X
-    if inputs.is_store(X) or not inputs.is_table(X):
+    if isinstance(X, Padded) or inputs.is_store(X) or not inputs.is_table(X):
         raise InputError("a pipeline reads a table (n, d): pass the features that it was fitted on, and their labels")
     with inputs.told_plainly():
         X = weights[:-1].transform(X) if len(weights.steps) > 1 else X
@@ -69,8 +69,6 @@ def read_estimator(weights: Any, X: Any) -> LinearHead:
     if not hasattr(weights, "coef_"):
         raise NotFittedError(f"{name} is not fitted yet: call fit before certify")
     _check_columns(weights, X, name)
-    if getattr(weights, "class_weight", None) is not None:
-        raise InputError(f"{name} was trained with class_weight, which makes it another program: {NO_WEIGHTS}")
     return read(weights, name)
 
 
@@ -87,8 +85,6 @@ def _logistic(weights: Any, name: str) -> LinearHead:
     classes = np.asarray(weights.classes_)
     solver, kind = getattr(weights, "solver", ""), getattr(weights, "multi_class", "auto")
     one_vs_rest = len(classes) > 2 and (solver == "liblinear" or kind == "ovr")
-    if one_vs_rest:
-        _refuse_one_vs_rest(name)
     if len(classes) == 2 and kind == "multinomial":
         raise InputError(f"{name} has multi_class='multinomial' for two classes, another program: fit it without")
     if solver == "liblinear" and weights.fit_intercept:
@@ -96,7 +92,7 @@ def _logistic(weights: Any, name: str) -> LinearHead:
             f"{name} has solver='liblinear', which penalises the intercept (intercept_scaling): a program of its own; "
             "fit it with another solver or with fit_intercept=False"
         )
-    return _head(weights, name, "cross-entropy", _beta_of_C(weights, name))
+    return _head(weights, name, ONE_VS_REST if one_vs_rest else SOFTMAX, _beta_of_C(weights, name))
 
 
 def _other_penalty(weights: Any) -> str | None:
@@ -109,8 +105,8 @@ def _other_penalty(weights: Any) -> str | None:
     return None if pure else f"l1_ratio={ratio!r}"
 
 
-def _beta_of_C(weights: Any, name: str) -> Callable[[int], float] | None:
-    """``1/(nC)``; None where no single ``C`` was trained at."""
+def _beta_of_C(weights: Any, name: str) -> Callable[[int, float], float] | None:
+    """``1/(C W)``; None where no single ``C`` was trained at."""
     if getattr(weights, "refit", True) is False:  # means over folds, of coefficients and of C
         return None
     chosen = np.unique(numbers(getattr(weights, "C_", weights.C if hasattr(weights, "C") else []), f"C of {name}"))
@@ -119,7 +115,7 @@ def _beta_of_C(weights: Any, name: str) -> Callable[[int], float] | None:
     C = float(chosen[0])
     if not 0 < C < np.inf:
         raise InputError(f"{name} has C = {C:g}, which is no penalty: only the L2 penalty has a certificate here")
-    return lambda n: 1 / (n * C)
+    return lambda n, W: 1 / (C * W)
 
 
 def _sgd(weights: Any, name: str) -> LinearHead:
@@ -127,26 +123,26 @@ def _sgd(weights: Any, name: str) -> LinearHead:
         raise InputError(f"{name} has the loss {weights.loss!r}: of its losses only 'log_loss' has a certificate here")
     if weights.penalty != "l2":
         raise InputError(f"{name} has the penalty {weights.penalty!r}: only the L2 penalty has a certificate here")
-    if len(weights.classes_) > 2:
-        _refuse_one_vs_rest(name)
-    alpha = float(weights.alpha)
-    return _head(weights, name, "cross-entropy", _positive(alpha, name) and (lambda n: alpha))
+    alpha = _positive(float(weights.alpha), name)
+    loss = ONE_VS_REST if len(weights.classes_) > 2 else SOFTMAX
+    return _head(weights, name, loss, lambda n, W: alpha * n / W)
 
 
 def _ridge(weights: Any, name: str) -> LinearHead:
     if getattr(weights, "positive", False):
         raise InputError(f"{name} was fitted with positive=True, a constraint: another program")
-    alpha = float(getattr(weights, "alpha_", weights.alpha if hasattr(weights, "alpha") else np.nan))
-    return _head(weights, name, "squared", _positive(alpha, name) and (lambda n: alpha / n), signs=True)
+    known = getattr(weights, "alpha_", weights.alpha if hasattr(weights, "alpha") else np.nan)
+    alpha = _positive(float(known), name)
+    return _head(weights, name, SIGNS, lambda n, W: alpha / W)
 
 
-def _positive(alpha: float, name: str) -> bool:
+def _positive(alpha: float, name: str) -> float:
     if not 0 < alpha < np.inf:
         raise InputError(f"{name} has alpha = {alpha:g}: only a positive L2 penalty has a certificate here")
-    return True
+    return alpha
 
 
-def _head(weights: Any, name: str, loss: str, beta: Any, *, signs: bool = False) -> LinearHead:
+def _head(weights: Any, name: str, loss: str, beta: Callable[[int, float], float] | None) -> LinearHead:
     coef = np.atleast_2d(numbers(weights.coef_, f"coef_ of {name}"))
     intercept = np.atleast_1d(numbers(weights.intercept_, f"intercept_ of {name}")) if weights.fit_intercept else None
     classes = weights.classes_
@@ -156,15 +152,13 @@ def _head(weights: Any, name: str, loss: str, beta: Any, *, signs: bool = False)
             f"{name} has {len(coef)} rows of coef_ and classes_ of shape {classes.shape}: audits are of one label a "
             "sample, with a row for each class, or one row for two"
         )
-    return LinearHead(name, coef, intercept, classes, loss, beta, signs)
-
-
-def _refuse_one_vs_rest(name: str) -> None:
-    raise InputError(
-        f"{name} holds one binary program for each class (one-vs-rest), and not one for all classes: audit the head "
-        "of one class k against the rest, (None, numpy.stack([-w/2, w/2], 1)) with w = coef_[k], head='linear', "
-        "labels y == classes_[k] and twice its beta"
-    )
+    class_weight = getattr(weights, "class_weight", None)
+    if loss == ONE_VS_REST and class_weight is not None:
+        raise InputError(
+            f"{name} is one-vs-rest with class_weight, which weighs a class in its own program alone: audits of such "
+            "heads have weights of samples only"
+        )
+    return LinearHead(name, coef, intercept, classes, loss, beta, class_weight)
 
 
 READERS: dict[str, Callable[[Any, str], LinearHead]] = {

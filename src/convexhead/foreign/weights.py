@@ -61,8 +61,10 @@ def read_state(state: Mapping[str, Any], name: str = "this state dict") -> Linea
     tensors = dict(_tensors(state))
     layers = [key.removesuffix("weight") for key in tensors if _is_last(key, "weight") and tensors[key].ndim == 2]
     if len(layers) != 1:
-        found = f"{len(layers)}: {', '.join(repr(key) for key in layers[:4])}{', …' if len(layers) > 4 else ''}"
-        raise InputError(f"{name} must hold one linear layer, a weight (c, d) and a bias (c,); it holds {found or 0}")
+        some = f" ({', '.join(map(repr, layers[:4]))}{', …' if len(layers) > 4 else ''})" if layers else ""
+        raise InputError(
+            f"{name} must hold one linear layer, a weight (c, d) and a bias (c,); it holds {len(layers)}{some}"
+        )
     prefix = layers[0]
     more = [key for key in tensors if key not in (f"{prefix}weight", f"{prefix}bias")]
     if more:
@@ -162,4 +164,6 @@ def _read_arrays(path: Path, name: str) -> LinearHead:
     classes = found.get("classes")
     if classes is not None and classes.shape != ((2,) if len(coef) == 1 else (len(coef),)):
         raise InputError(f"{name} has {len(coef)} rows of weights, but classes of shape {classes.shape}")
-    return LinearHead(name, coef, intercept, classes, beta=None if C is None else lambda n: 1 / (n * float(C.item())))
+    return LinearHead(
+        name, coef, intercept, classes, beta=None if C is None else lambda n, W: 1 / (float(C.item()) * W)
+    )
