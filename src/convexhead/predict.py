@@ -27,6 +27,7 @@ from convexhead.estimators import ConvexHeadClassifier
 from convexhead.persistence import load
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.progress import Notify, silent
+from convexhead.targets import is_multilabel
 from convexhead.tokens import TokenStore
 from convexhead.tokens.backbones.base import Backbone
 from convexhead.tokens.sources.base import ImageSource
@@ -47,8 +48,9 @@ class Predictions:
     Attributes
     ----------
     columns : list of str
-        ``split`` if there are several, and ``image``. Then ``predicted``, and ``p:CLASS`` for every class; with ``top``
-        ``p`` of the predicted one and ``predicted_2``, ``p_2``, … instead; of a regression ``output``, or
+        ``split`` if there are several, and ``image``. Then ``predicted``, and ``p:CLASS`` for every class; of a head
+        for several labels ``predicted`` are all classes with ``p ≥ 1/2``, with ``|`` between. With ``top`` the
+        likeliest classes alone: ``predicted``, ``p``, ``predicted_2``, ``p_2``, … Of a regression ``output``, or
         ``output_1``, …
     total : int
         Images that there are.
@@ -159,14 +161,14 @@ Told = tuple[list[str], Callable[[NDArray[np.float32]], list[Row]]]
 
 
 def _classifier(head: ConvexHeadClassifier, top: int | None) -> Told:
-    if head.model_.spec.loss != "cross-entropy":
-        raise InputError(f"predict tells one class an image, and this head was trained with {head.model_.spec.loss!r}")
     classes = [str(name) for name in (head.class_names_ or head.classes_)]
     if top is not None and not 1 <= top <= len(classes):
         raise InputError(f"top must be between 1 and the {len(classes)} classes of this head, got {top!r}")
 
     def rows(tokens: NDArray[np.float32]) -> list[Row]:
         p = head.predict_proba(tokens)
+        if top is None and is_multilabel(head.model_.spec):
+            return [["|".join(itertools.compress(classes, q >= 0.5)), *q.tolist()] for q in p]
         if top is None:
             return [[classes[best], *values] for best, values in zip(p.argmax(1), p.tolist(), strict=True)]
         order = np.argsort(-p, axis=1, kind="stable")[:, :top]

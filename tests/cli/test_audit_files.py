@@ -98,3 +98,18 @@ def test_classes_are_matched_by_name(store, probe, tmp_path, capsys):
     one, two = (call_json(capsys, "audit", tmp_path / f"{name}.npz", store, "--beta", 0.001, "--no-reference")
                 for name in ("turned", "sorted"))  # fmt: skip
     assert one["certificate"]["primal"] == pytest.approx(two["certificate"]["primal"], rel=1e-12)
+
+
+def test_runs_of_adam_are_told_their_distance(store, tmp_path, capsys):
+    settings = ("--heads", 4, "--epochs", 5, "--lr", 0.05)
+    for head in ("linear", "mlp"):
+        assert call("adam", store, "--head", head, *settings, "--out", tmp_path / head) == 0
+    linear = call_json(capsys, "audit", tmp_path / "linear", store)
+    assert 0 < linear["distance"]["at_least"] < linear["distance"]["at_most"] < linear["proven"]["relative_gap"]
+    mlp = call_json(capsys, "audit", tmp_path / "mlp", store)
+    assert mlp["distance"] is None  # the optimum of a head that mixes tokens is for the user to find
+    assert mlp["certificate"] == mlp["proven"]
+    assert call("audit", tmp_path / "mlp", store) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "proven from these weights alone: objective" in words
+    assert "give that run with --reference" in words

@@ -133,6 +133,19 @@ def test_outputs_of_a_regression(work, capsys):
     assert "whose outputs are all told" in refusal(capsys, work / "one", work / "tokens", "--top", 2)
 
 
+def test_several_labels(work, capsys):
+    train = ch.TokenStore.open(work / "tokens")["train"]
+    Y = np.stack([train.labels == 0, train.labels != 1], 1).astype(int)
+    clf = ch.ConvexHeadClassifier("linear", loss="binary-cross-entropy", beta=1e-3, fit_intercept=True).fit(train, Y)
+    clf.save(work / "several")
+    rows = rows_of(capsys, work / "several", work / "photos" / "train")
+    assert {row["predicted"] for row in rows} == {"", "1", "0|1"}
+    for row in rows:
+        p = {name: float(row[f"p:{name}"]) for name in "01"}
+        assert row["predicted"] == "|".join(name for name in p if p[name] >= 0.5)
+    np.testing.assert_allclose([float(row["p:1"]) for row in rows], clf.predict_proba(train)[:, 1], rtol=1e-5)
+
+
 def test_what_cannot_be_predicted_is_refused_in_words(work, tmp_path, capsys):
     run, photos = work / "run", work / "photos"
     assert "--top" in refusal(capsys, run, photos, "--top", 4)
