@@ -21,6 +21,7 @@ from torch import Tensor
 
 from convexhead.certificate.certificate import Certificate
 from convexhead.certificate.certify import certify_atoms
+from convexhead.dual_norm.norm import NormOracle
 from convexhead.errors import InputError
 from convexhead.program.atoms import Atoms
 from convexhead.program.finish import finish, zero_model
@@ -82,6 +83,7 @@ def solve(
     max_time: float | None = None,
     callback: Callable[[Progress], None] | None = None,
     generator: torch.Generator,
+    oracle: NormOracle | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Solution:
     """Minimise the convex program of ``problem`` at weight ``beta`` until a certificate says ``relative_gap ≤ tol``.
@@ -102,6 +104,8 @@ def solve(
         Called with every new row of the history.
     generator : torch.Generator
         Random starts of pricing and of the bound on the spectral norm.
+    oracle : NormOracle or None
+        Of this problem with a ReLU, where one is at hand.
     checkpoint : Checkpoint or None
         Where the state of the solve is written now and then; what it holds already is gone on from.
 
@@ -114,7 +118,8 @@ def solve(
     check_loss(problem.loss, problem.Y)
     monitor = Monitor(max_time, callback, problem.ranks, dual=known_dual)
     with monitor.interruptible():
-        run = _Run(problem, beta, tol, solver, start or zero_model(problem), max_heads, monitor, generator, checkpoint)
+        model = start or zero_model(problem)
+        run = _Run(problem, beta, tol, solver, model, max_heads, monitor, generator, oracle, checkpoint)
         try:
             run.begin()
             while run.attempt():
@@ -135,6 +140,7 @@ def approach(
     max_time: float | None = None,
     callback: Callable[[Progress], None] | None = None,
     generator: torch.Generator,
+    oracle: NormOracle | None = None,
 ) -> tuple[Atoms, list[Progress]]:
     """Return a model whose relative gap is about ``tol`` by the solver's own estimate, and the history.
 
@@ -145,7 +151,9 @@ def approach(
     monitor = Monitor(max_time, callback, problem.ranks)
     with monitor.interruptible():
         model = start or zero_model(problem)
-        problem, method = make_solver(solver, problem, beta, model, monitor, max_heads=max_heads, generator=generator)
+        problem, method = make_solver(
+            solver, problem, beta, model, monitor, max_heads=max_heads, generator=generator, oracle=oracle
+        )
         method.advance(tol)
     if monitor.interrupted:
         raise KeyboardInterrupt
@@ -200,6 +208,7 @@ class _Run:
     max_heads: int | None
     monitor: Monitor
     generator: torch.Generator
+    oracle: NormOracle | None
     checkpoint: Checkpoint | None
     solver: Solver | None = None
     certificate: Certificate | None = None
@@ -234,8 +243,9 @@ class _Run:
     def _make(self, name: str, *, checked: bool = False) -> Solver:
         self.problem, self.solver = make_solver(
             name, self.problem, self.beta, self.model, self.monitor,
-            max_heads=self.max_heads, generator=self.generator, checked=checked,
+            max_heads=self.max_heads, generator=self.generator, oracle=self.oracle, checked=checked,
         )  # fmt: skip
+        self.oracle = self.solver.oracle
         return self.solver
 
     def _refine(self, solver: Solver) -> Solver:
@@ -345,7 +355,8 @@ class _Run:
             dual_point=dual_point,
             failure_probability=self.stage.share,
             generator=self.generator,
-            oracle=None if solver is None else solver.oracle,
+            oracle=self.oracle,
+            late=self.monitor.out_of_grace(),
             found=None if solver is None else solver.take_vectors,
         )
 

@@ -35,6 +35,7 @@ from convexhead.program.patterns import all_gates, sample_patterns
 from convexhead.program.problem import Problem
 from convexhead.reading import Data
 from convexhead.runtime.checkpoint import Checkpoint
+from convexhead.runtime.clock import after, never
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import Tokens
@@ -87,9 +88,19 @@ class Task:
     generator: torch.Generator
 
     @cached_property
+    def _late(self) -> Callable[[], bool]:
+        """Whether to end what comes before a solve."""
+        return after(self.spec.max_time)
+
+    @cached_property
+    def oracle(self) -> NormOracle | None:
+        """Bounds the rewards of a ReLU: for `beta_max`, solvers and certificates. None for convex programs."""
+        return None if self.problem.activation.convex else NormOracle(self.problem, late=self._late)
+
+    @cached_property
     def beta_max(self) -> float:
         """The smallest weight at which the optimum is zero, of the problem as it is stated."""
-        return beta_max_of(self.problem, self.generator)
+        return beta_max_of(self.problem, self.generator, oracle=self.oracle, late=self._late)
 
     @property
     def beta(self) -> float:
@@ -149,6 +160,7 @@ class Task:
             "max_time": self.spec.max_time,
             "callback": callback or (None if quiet else _print_progress),
             "generator": self.generator,
+            "oracle": self.oracle,
         }
 
     def model(
@@ -308,10 +320,17 @@ def _make_gates(spec: Spec, head: Head, X: Tokens, generator: torch.Generator) -
 
 
 # -- what a problem and a solution tell -------------------------------------------------------------------------------
-def beta_max_of(problem: Problem, generator: torch.Generator) -> float:
+def beta_max_of(
+    problem: Problem,
+    generator: torch.Generator,
+    *,
+    oracle: NormOracle | None = None,
+    late: Callable[[], bool] = never,
+) -> float:
     """``β_max = max_j ‖𝒜_j*(R at Z = 0)‖₂``: the smallest weight at which the optimum is zero.
 
-    For a ReLU it is the dual norm ``h(R)``, or the largest value that a search finds where there is no tight bound.
+    For a ReLU it is the dual norm ``h(R)``, or the largest value that a search finds where there is no tight bound,
+    or it is ``late`` before there is one.
     """
     exact = problem.astype(torch.float64)
     f = exact.outputs(exact.empty())
@@ -321,9 +340,12 @@ def beta_max_of(problem: Problem, generator: torch.Generator) -> float:
     if problem.activation.convex:
         largest = spectral_norm(exact.operator, R, generator, fast=problem.operator)
     else:
-        oracle = NormOracle(exact)
-        maxima = oracle.search(R, generator=generator)
-        largest = oracle.bound(R, maxima).upper if oracle.tight else float(maxima.values[:1].sum())
+        oracle = (oracle or NormOracle(exact, late=late)).on(exact)
+        maxima = oracle.search(R, generator=generator, late=late)
+        largest = float(maxima.values[:1].sum())
+        if oracle.tight:
+            norm = oracle.bound(R, maxima, late=late)
+            largest = norm.lower if norm.loose else norm.upper
     return problem.coordinates.user_beta_max(largest)
 
 

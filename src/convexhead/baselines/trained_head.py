@@ -32,7 +32,7 @@ def fit_by_adam(
     problem, beta = task.problem, task.beta
     result = train_adam(problem, beta, n_heads=n_heads, **options)
     atoms = result.module.to_atoms().to(problem.device, torch.float64)
-    certificate = certify_atoms(problem, atoms, beta, tol=task.spec.tol, generator=task.generator)
+    certificate = certify_atoms(problem, atoms, beta, tol=task.spec.tol, generator=task.generator, oracle=task.oracle)
     history = [
         {
             "seconds": row.seconds,

@@ -37,6 +37,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.loss_check import check_loss
 from convexhead.program.problem import Problem
+from convexhead.runtime.clock import never
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def certify_atoms(
     generator: torch.Generator | None = None,
     max_steps: int = 400,
     oracle: NormOracle | None = None,
+    late: Callable[[], bool] = never,
     found: Callable[[Tensor], None] | None = None,
 ) -> Certificate:
     """Certify ``atoms`` for the convex program of ``problem`` at weight ``beta``.
@@ -144,6 +146,8 @@ def certify_atoms(
         Krylov steps of that bound, at most.
     oracle : NormOracle or None
         Of this problem with a ReLU, where one is at hand.
+    late : callable () -> bool
+        Whether to end the search for the bound of a ReLU.
     found : callable (Tensor (j, N, m)) or None
         Told of the leading singular vectors that were found on the smaller side of the gradient matrices.
     """
@@ -162,7 +166,7 @@ def certify_atoms(
     if problem.head.learns_mixing and problem.activation.convex and dual.computable:
         own = _spectral(problem, model, dual, tol, failure_probability, max_steps, generator, found)
     else:
-        own = _other(exact, model, dual, tol, generator, oracle)
+        own = _other(exact, model, dual, tol, generator, oracle, late)
     bound = _best(exact, model, dual, own, known_dual, known_from)
     return _certificate(problem, beta, tol, model, dual, bound, known_failure)
 
@@ -202,15 +206,17 @@ def _other(
     tol: float,
     generator: torch.Generator,
     oracle: NormOracle | None,
+    late: Callable[[], bool],
 ) -> LowerBound:
     """Of the linear head, of a ReLU, and of gradients that are out of the range of float64."""
     if not exact.head.learns_mixing:
         return LowerBound(dual.ridge(), "Frobenius norm")
     if not dual.computable:
         return LowerBound(dual.spectral(dual.size), "norms of tokens")
-    oracle = oracle or NormOracle(exact)
-    maxima = oracle.search(dual.R, warm=model.directions, generator=generator, n_starts=32, iterations=15, rtol=1e-4)
-    norm = oracle.bound(dual.R, maxima, rtol=0.02 * tol)
+    oracle = oracle or NormOracle(exact, late=late)
+    R, warm = dual.R, model.directions
+    maxima = oracle.search(R, warm=warm, generator=generator, n_starts=32, iterations=15, rtol=1e-4, late=late)
+    norm = oracle.bound(R, maxima, rtol=0.02 * tol, late=late)
     return LowerBound(dual.spectral(norm.upper), norm.method, norm=norm)
 
 

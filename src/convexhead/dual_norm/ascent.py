@@ -10,6 +10,7 @@ below.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from convexhead.program.activations import sample_gates
 from convexhead.program.operator import Operator
+from convexhead.runtime.clock import never
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def ascend(
     iterations: int,
     rtol: float = 1e-7,
     ascents: int | None = None,
+    late: Callable[[], bool] = never,
 ) -> LocalMaxima:
     """Ascend from every ``U_k``; starts whose ``φ`` rises by less than ``rtol`` rest.
 
@@ -81,6 +84,8 @@ def ascend(
         Starts ``(k, *mixing_shape)`` of any size but zero, and their channel groups ``(k,)``.
     ascents : int or None
         Only so many are gone on with, those that begin highest; None: all.
+    late : callable () -> bool
+        Whether to end where the ascents are.
     """
     U = _unit(U)
     G = operator.adjoint_times_mixing(R, U, block)
@@ -93,7 +98,7 @@ def ascend(
     ahead = torch.zeros_like(U)
     fresh = moving
     for _ in range(iterations):
-        if not len(moving):
+        if not len(moving) or late():
             break
         if len(fresh):
             unit = G[fresh] / values[fresh].view(-1, 1, 1)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from convexhead.dual_norm.scores import Form
 from convexhead.program.patterns import EPSILON
+from convexhead.runtime.clock import never
 
 MAX_DIMENSION = 6
 """Largest mixing dimension in which branch and bound covers the sphere. Chosen by hand: the work grows
@@ -44,7 +46,8 @@ hand."""
 WIDER = 8 * EPSILON
 """Addition to the sine of a box's angle. Derived: it covers the rounding of the box's centre and sides."""
 OVERHEAD = 20_000
-"""Cost of a batch of boxes besides its scores, in scores. Chosen by hand."""
+"""Cost of a batch of boxes besides its scores, in scores; a box costs a fourth of the entries of ``M`` more. Chosen by
+hand."""
 
 
 def largest_norm(
@@ -54,6 +57,7 @@ def largest_norm(
     rtol: float = 1e-6,
     enough: float = 0.0,
     work: float = 6e7,
+    late: Callable[[], bool] = never,
 ) -> tuple[float, float, Float[Tensor, " w"]]:
     """Return bounds on ``max_{‖u‖ ≤ 1} ‖g(u)‖``.
 
@@ -69,11 +73,14 @@ def largest_norm(
         An upper bound that need not be improved on.
     work : float
         Scores evaluated at most: the sum over boxes of the hyperplanes that cut them, overhead included.
+    late : callable () -> bool
+        Whether to end with the bound at hand.
 
     Returns
     -------
     upper : float
-        Never below the maximum; rounding and neglected directions included.
+        Never below the maximum; rounding and neglected directions included. Infinite where the search ended before it
+        had been everywhere.
     lower : float
         The largest value found.
     u : Tensor (w,)
@@ -84,16 +91,24 @@ def largest_norm(
     if w == 0:
         return form.neglected, lower, best_u
     found = below = done = 0.0
-    # Best first: the largest bound of a batch of boxes, halved already, and g as it is within them.
-    heap: list[tuple[float, int, Form, Tensor, Tensor]] = [(-math.inf, 0, form, *_cover(w, form.L))]
-    count = 0
+    # Best first: the largest bound of a batch of boxes, and g as it was when they were examined; the cover is not yet.
+    parts = (part.split(2 * BATCH) for part in _cover(w, form.L))
+    heap: list[tuple[float, int, Form, Tensor, Tensor]] = [
+        (-math.inf, i, form, *part) for i, part in enumerate(zip(*parts, strict=True))
+    ]
+    count = len(heap)
     while heap:
         target = max(lower * (1 + rtol), enough)
-        if -heap[0][0] <= target or done > work:
+        if -heap[0][0] <= target or done > work or late():
             break
-        _, _, local, centers, halves = heapq.heappop(heap)
+        key, _, local, centers, halves = heapq.heappop(heap)
+        if key > -math.inf:
+            if len(local.K) > FEW:
+                done += len(local.K)
+                local = _within(local, centers, halves)
+            centers, halves = _halve(centers, halves)
         value, bounds, u = _examine(local, centers, halves)
-        done += len(centers) * len(local.K) + OVERHEAD
+        done += len(centers) * (len(local.K) + local.L.numel() / 4) + OVERHEAD
         top = int(value.argmax())
         if float(value[top]) > found:
             found, best_u = float(value[top]), u[top]
@@ -105,9 +120,8 @@ def largest_norm(
         order = bounds.argsort(descending=True)[: int(left.sum())]
         # Many hyperplanes: a box is worth a function of its own, without those that do not cut it.
         for boxes in order.split(1 if len(local.K) > FEW else BATCH) if len(order) else ():
-            inner = _within(local, centers[boxes], halves[boxes]) if len(local.K) > FEW else local
             count += 1
-            heapq.heappush(heap, (-float(bounds[boxes[0]]), count, inner, *_halve(centers[boxes], halves[boxes])))
+            heapq.heappush(heap, (-float(bounds[boxes[0]]), count, local, centers[boxes], halves[boxes]))
     upper = max(below, lower, -heap[0][0] if heap else 0.0)
     return upper * (1 + ROUNDING) + form.neglected, lower, best_u
 

@@ -16,6 +16,7 @@ close to a point of another, and ``g`` changes by at most ``(‖L‖ + Σ_h ‖c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from convexhead.dual_norm.scores import Form
 from convexhead.program.patterns import EPSILON, cells_and_doubt, most_arrangements, most_cells
+from convexhead.runtime.clock import OutOfTimeError, never
 
 LIMITS = (100_000, 2_500, 6_000)
 """Largest numbers of faces to enumerate, of intersections of hyperplanes, and of arrangements gone through on the way.
@@ -63,13 +65,15 @@ def count_faces(n_planes: int, dimension: int) -> tuple[int, int, int]:
     )
 
 
-def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
+def faces(K: Float[Tensor, "h w"], *, late: Callable[[], bool] = never) -> list[FacesOfDimension]:
     """All faces of the arrangement of the distinct unit rows ``K``, grouped by dimension; none where there is none.
 
     Raises
     ------
     UnreliableError
         The hyperplanes are too close to degenerate to be sure of all faces.
+    OutOfTimeError
+        It was late.
     """
     h, w = K.shape
     found: dict[int, tuple[list[Tensor], list[Tensor]]] = {m: ([], []) for m in range(1, w + 1)}
@@ -77,6 +81,8 @@ def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
     seen: set[bytes] = set()
     todo = [(torch.eye(w, dtype=K.dtype, device=K.device), -1, 0.0)] if w else []
     while todo:
+        if late():
+            raise OutOfTimeError
         span, last, error = todo.pop()
         seen_by = K @ span.T  # each row within the flat
         size, row_error = seen_by.norm(dim=1), error + 4 * EPSILON
@@ -88,7 +94,7 @@ def faces(K: Float[Tensor, "h w"]) -> list[FacesOfDimension]:
         inside, doubt = torch.eye(1, len(span), dtype=K.dtype, device=K.device), 0.0
         if not bool(vanish.all()):
             rows = seen_by[~vanish]
-            inside, doubt = cells_and_doubt(rows, rows.new_full((len(rows),), row_error))
+            inside, doubt = cells_and_doubt(rows, rows.new_full((len(rows),), row_error), late=late)
         signs = (inside @ seen_by.T).sign()
         signs[:, vanish] = 0.0
         spans, all_signs = found[len(span)]

@@ -19,7 +19,9 @@ bound refutes the bound, which then gives way to the product of norms, or to non
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +38,7 @@ from convexhead.dual_norm.scores import TINY, Form, Scores, scores_of
 from convexhead.program.atoms import Atoms
 from convexhead.program.patterns import EPSILON, MAX_PATTERNS, UnreliableError, cells_and_doubt, most_cells
 from convexhead.program.problem import Problem
+from convexhead.runtime.clock import OutOfTimeError, never
 
 WRITTEN_OUT = 2e6
 """Float64 numbers that the scores may take as explicit functions of the mixing weights. Chosen by hand: 16 MB."""
@@ -94,6 +97,8 @@ class NormOracle:
     ----------
     problem : Problem
         With a ReLU. Searches run in its precision, bounds always in float64.
+    late : callable () -> bool
+        Whether to give up preparing a method and take the next one, which is less tight.
 
     Attributes
     ----------
@@ -103,7 +108,7 @@ class NormOracle:
         How bounds are had; see the module's text.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, late: Callable[[], bool] = never) -> None:
         self.operator = problem.operator
         head = problem.head
         rows = problem.n * head.p * head.score_width
@@ -112,17 +117,23 @@ class NormOracle:
         self._work = WORK
         self._faces: list[list[FacesOfDimension]] = []
         self._cells: list[tuple[Tensor, float]] = []
-        self.method = "none" if self.scores is None else self._prepare(self.scores)
+        self.method = "none" if self.scores is None else self._prepare(self.scores, late)
 
-    def _prepare(self, scores: list[Scores]) -> str:
+    def on(self, problem: Problem) -> NormOracle:
+        """The same oracle for the same problem in another precision, that of its searches."""
+        other = copy.copy(self)
+        other.operator = problem.operator
+        return other
+
+    def _prepare(self, scores: list[Scores], late: Callable[[], bool]) -> str:
         """The tightest method that can be had and relied upon."""
         for method in _affordable(scores):
             try:
                 if method == "faces":
-                    self._faces = [faces(s.planes) for s in scores]
+                    self._faces = [faces(s.planes, late=late) for s in scores]
                 elif method == "patterns":
-                    self._cells = [cells_and_doubt(s.planes) for s in scores]
-            except UnreliableError:
+                    self._cells = [cells_and_doubt(s.planes, late=late) for s in scores]
+            except (UnreliableError, OutOfTimeError):
                 continue
             return method
         return "product of norms"
@@ -170,19 +181,27 @@ class NormOracle:
         iterations: int = 30,
         rtol: float = 1e-7,
         ascents: int | None = None,
+        late: Callable[[], bool] = never,
     ) -> LocalMaxima:
         """Ascend from ``n_starts`` random starts for each channel group and from ``warm``; return the maxima.
 
-        With ``ascents`` only so many of either are made, from the starts that are highest.
+        With ``ascents`` only so many of either are made, from the starts that are highest. They end where they are when
+        it is ``late``.
         """
-        search = partial(ascend, self.operator, R.to(self.operator.dtype), iterations=iterations, rtol=rtol)
+        search = partial(ascend, self.operator, R.to(self.operator.dtype), iterations=iterations, rtol=rtol, late=late)
         maxima = search(*starts(self.operator, n_starts, generator), ascents=ascents)
         if warm is None or not len(warm):
             return maxima
         return maxima.merge(search(warm.U.to(self.operator.dtype), warm.block, ascents=ascents))
 
     def bound(
-        self, R: Float[Tensor, "n r c"], maxima: LocalMaxima, *, rtol: float = 1e-6, enough: float = 0.0
+        self,
+        R: Float[Tensor, "n r c"],
+        maxima: LocalMaxima,
+        *,
+        rtol: float = 1e-6,
+        enough: float = 0.0,
+        late: Callable[[], bool] = never,
     ) -> DualNorm:
         """Prove a bound beside the ``maxima`` of a search, and add to them what the proof has found.
 
@@ -192,38 +211,45 @@ class NormOracle:
             Relative width at which branch and bound ends.
         enough : float
             A bound that need not be improved on.
+        late : callable () -> bool
+            Whether to end with the bound at hand.
         """
         ascents = len(maxima.values)
         maxima = self._in_double(R, maxima)
         lower = float(maxima.values[:1].sum())
         if self.scores is None:
             return DualNorm(math.inf, self.method, maxima, ascents)
-        upper, best = 0.0, []
-        forms = [scores.weights(self.operator, R.double()) for scores in self.scores]
+        upper, method = 0.0, self.method
+        best: list[Tensor] = []
+        forms = [scores.weights(self.operator, R.double()).narrow() for scores in self.scores]
         for scores, form in zip(self.scores, forms, strict=True):
-            if self.method == "faces":
+            if method == "faces":
                 bound, u = largest_norm_on_faces(form, self._faces[scores.group])
                 bound = bound * (1 + ROUNDING) + doubt_of(form, self._faces[scores.group]) + form.neglected
                 best.append(u @ scores.basis)
-            elif self.method == "branch and bound":
+            elif method == "branch and bound":
+                work = self._work / len(forms)
                 bound, _, u = largest_norm(
-                    form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=self._work
+                    form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=work, late=late
                 )
                 best.append(u.unsqueeze(0) @ scores.basis)
-            elif self.method == "patterns":
+            elif method == "patterns":
                 gates, doubt = self._cells[scores.group]
-                bound = _over_patterns(form, gates) + form.size * doubt
+                bound = _over_patterns(form, gates, late) + form.size * doubt
             else:
-                bound = product_of_norms(form)
+                bound = math.inf
             upper = max(upper, bound) if math.isfinite(bound) else math.inf
         if best:
             U = torch.cat(best).to(maxima.U).view(-1, *self.operator.head.mixing_shape)
             block = torch.cat([torch.full((len(u),), group, device=U.device) for group, u in enumerate(best)])
             found = U.flatten(1).norm(dim=1) > 0
             if bool(found.any()):
-                more = ascend(self.operator, R.to(self.operator.dtype), U[found], block[found], iterations=30)
+                own = R.to(self.operator.dtype)
+                more = ascend(self.operator, own, U[found], block[found], iterations=30, late=late)
                 maxima = maxima.merge(self._in_double(R, more))
-        known = DualNorm(upper, self.method, maxima, ascents)
+        if not math.isfinite(upper):  # of no method, or of one that ended before it had been everywhere
+            upper, method = max(map(product_of_norms, forms)), "product of norms"
+        known = DualNorm(upper, method, maxima, ascents)
         if known.loose and upper > enough:  # as much work would leave the next bound as loose
             self._work = max(self._work / 4, WORK / 64)
         if not known.refuted:
@@ -243,10 +269,11 @@ class NormOracle:
 def _affordable(scores: list[Scores]) -> list[str]:
     """Methods that can be paid for, the tightest first."""
     sizes = [(len(s.planes), s.dimension) for s in scores]
+    faces_of_all = [sum(counts) for counts in zip(*(count_faces(*size) for size in sizes), strict=True)]
     within = {
-        "faces": all(n <= limit for size in sizes for n, limit in zip(count_faces(*size), LIMITS, strict=True)),
+        "faces": all(n <= limit for n, limit in zip(faces_of_all, LIMITS, strict=True)),
         "branch and bound": all(dimension <= MAX_DIMENSION for _, dimension in sizes),
-        "patterns": all(most_cells(*size) <= MAX_PATTERNS for size in sizes),
+        "patterns": sum(most_cells(*size) for size in sizes) <= MAX_PATTERNS,
     }
     return [method for method, affordable in within.items() if affordable]
 
@@ -260,11 +287,11 @@ def product_of_norms(form: Form) -> float:
     return float(linear + rest) * (1 + ROUNDING) + form.neglected
 
 
-def _over_patterns(form: Form, gates: Float[Tensor, "J w"]) -> float:
+def _over_patterns(form: Form, gates: Float[Tensor, "J w"], late: Callable[[], bool] = never) -> float:
     """The largest, over patterns ``D``, of the norm of ``M_D = L + Kᵀ D c``; for scalar values in the pattern's cone.
 
     For one column ``m`` and ``K_D = (2D − I) K``: ``max{±mᵀu : K_D u ≥ 0, ‖u‖ ≤ 1} = min_{λ ≥ 0} ‖±m + K_Dᵀ λ‖``,
-    so that every ``λ ≥ 0`` gives a bound, whatever a solver made of it.
+    so that every ``λ ≥ 0`` gives a bound, whatever a solver made of it. When it is ``late`` the rest goes by its norms.
     """
     signs = (gates @ form.K.T >= 0).double()
     M = torch.einsum("jh,hw,hq->jwq", signs, form.K, form.c) + form.L
@@ -274,7 +301,7 @@ def _over_patterns(form: Form, gates: Float[Tensor, "J w"]) -> float:
     for j in order.tolist():
         if float(norms[j]) <= upper:
             break  # the rest cannot be larger
-        if M.shape[2] == 1:
+        if M.shape[2] == 1 and not late():
             upper = max(upper, _in_cone(M[j, :, 0], (2 * signs[j] - 1).unsqueeze(1) * form.K))
         else:
             upper = float(norms[j])

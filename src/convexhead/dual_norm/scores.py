@@ -105,6 +105,18 @@ class Form:
         """``‖L‖ + Σ_h ‖c_h‖``, a Lipschitz constant."""
         return float(self.L.norm() + self.c.norm(dim=1).sum())
 
+    def narrow(self) -> Form:
+        """Return ``g`` in coordinates of the span of its values, where there are more values than rows.
+
+        What a QR decomposition rounds is charged.
+        """
+        rows = torch.cat([self.L, self.c])
+        m, q = rows.shape
+        if q <= m or not bool(rows.isfinite().all()):
+            return self
+        T = torch.linalg.qr(rows.T, mode="r").R.T
+        return Form(T[: len(self.L)], self.K, T[len(self.L) :], self.neglected + 4 * EPSILON * m * q * self.size)
+
     def __call__(self, u: Float[Tensor, "b w"]) -> Float[Tensor, "b q"]:
         return u @ self.L + (u @ self.K.T).clamp_min(0) @ self.c
 

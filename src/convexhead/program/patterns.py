@@ -17,6 +17,7 @@ count, or could, the arrangement is refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,7 @@ from torch import Tensor
 from convexhead.errors import InputError
 from convexhead.program.activations import GatedReLU, sample_gates
 from convexhead.program.heads.base import Head
+from convexhead.runtime.clock import OutOfTimeError, never
 from convexhead.runtime.stored_tokens import Tokens
 
 PARALLEL = 1e-14
@@ -133,8 +135,15 @@ def most_cells(n_rows: int, rank: int) -> int:
 
 
 def most_arrangements(n_rows: int, rank: int) -> int:
-    """``Σ_{k ≤ ρ−2} C(N − 1, k)``: the arrangements that deletion and restriction go through to list those cells."""
-    return 1 if n_rows <= rank or rank <= 2 else most_cells(n_rows, rank - 1) // 2
+    """The arrangements that deletion and restriction go through to list those cells.
+
+    ``A(N, ρ) = 1 + Σ_{i<N} A(i, ρ − 1)``, and 1 where rows are independent or ``ρ ≤ 2``. With ``k = N − ρ`` it is
+    ``Σ_{m ≤ ρ−3} (ρ − m) C(k + m − 1, m) + C(k + ρ − 3, ρ − 2)``.
+    """
+    k = n_rows - rank
+    if k <= 0 or rank <= 2:
+        return 1
+    return sum((rank - m) * math.comb(k + m - 1, m) for m in range(rank - 2)) + math.comb(k + rank - 3, rank - 2)
 
 
 def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Tensor, "J u"]:
@@ -151,7 +160,11 @@ def cells(K: Float[Tensor, "m u"], *, max_cells: int = MAX_PATTERNS) -> Float[Te
 
 
 def cells_and_doubt(
-    K: Float[Tensor, "m u"], error: Float[Tensor, " m"] | None = None, *, max_cells: int = MAX_PATTERNS
+    K: Float[Tensor, "m u"],
+    error: Float[Tensor, " m"] | None = None,
+    *,
+    max_cells: int = MAX_PATTERNS,
+    late: Callable[[], bool] = never,
 ) -> tuple[Float[Tensor, "J u"], float]:
     """`cells`, and how far a unit vector can be from the closure of all of them that were found.
 
@@ -162,6 +175,13 @@ def cells_and_doubt(
     K : Tensor (m, u)
     error : Tensor (m,) or None
         Bounds on the error of each row; None: rounding of the unit rows.
+    late : callable () -> bool
+        Whether to give up.
+
+    Raises
+    ------
+    OutOfTimeError
+        It was late.
     """
     norm = K.norm(dim=1)
     error = torch.zeros_like(norm) if error is None else error
@@ -188,7 +208,7 @@ def cells_and_doubt(
             f"{max_cells}: sample them with n_gates=50, or take fewer samples or tokens"
         )
     within = planes @ span.T
-    points, doubt = _cells(within, error)
+    points, doubt = _cells(within, error, late)
     # Every sign is certain: no cell that was found is empty.
     if bool(((points @ within.T).abs() <= 2 * error).any()):
         raise _unreliable()
@@ -244,7 +264,9 @@ def _unreliable() -> UnreliableError:
     )
 
 
-def _cells(K: Float[Tensor, "N r"], error: Float[Tensor, " N"]) -> tuple[Float[Tensor, "J r"], float]:
+def _cells(
+    K: Float[Tensor, "N r"], error: Float[Tensor, " N"], late: Callable[[], bool]
+) -> tuple[Float[Tensor, "J r"], float]:
     """As `cells_and_doubt`, for distinct unit rows that span the space, each known up to its ``error``."""
     N, rank = K.shape
     if rank == 1:
@@ -262,9 +284,13 @@ def _cells(K: Float[Tensor, "N r"], error: Float[Tensor, " N"]) -> tuple[Float[T
         return points / points.norm(dim=1, keepdim=True), 0.0
     points, doubt = K[:1] * K.new_tensor([[1.0], [-1.0]]), 0.0
     for i in range(1, N):
+        if late():
+            raise OutOfTimeError
         normal, older = K[i], K[:i]
         _, _, basis = torch.linalg.svd(normal.unsqueeze(0))
-        on_it, more = cells_and_doubt(older @ basis[1:].T, error[:i] + error[i], max_cells=most_cells(i, rank))
+        on_it, more = cells_and_doubt(
+            older @ basis[1:].T, error[:i] + error[i], max_cells=most_cells(i, rank), late=late
+        )
         on_it, doubt = on_it @ basis[1:], max(doubt, more)
         across = (older @ on_it.T).abs()  # how far each point is from the older hyperplanes
         step = 0.5 * (across / (older @ normal).abs().clamp_min(1e-300).unsqueeze(1)).amin(0).clamp_max(1.0)

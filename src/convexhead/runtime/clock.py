@@ -1,8 +1,13 @@
-"""One clock times and limits fits, paths and training runs."""
+"""One clock times and limits fits, paths and training runs.
+
+Long work is told when to end by a function that it asks now and then, ``late() -> bool``.
+"""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 _now = time.perf_counter
 
@@ -19,3 +24,18 @@ def count_processor_time() -> None:
     """
     global _now
     _now = time.process_time
+
+
+class OutOfTimeError(Exception):
+    """Work was late before it was done."""
+
+
+def never() -> bool:
+    """Work is never late."""
+    return False
+
+
+def after(seconds: float | None) -> Callable[[], bool]:
+    """Work is late when so many seconds have passed from now on; never where None."""
+    end = math.inf if seconds is None else now() + seconds
+    return lambda: now() > end

@@ -23,6 +23,7 @@ from scipy.optimize import minimize
 
 from convexhead.dual_norm.scores import Scores
 from convexhead.program.atoms import Atoms
+from convexhead.runtime.clock import OutOfTimeError
 from convexhead.solvers.factored import Passes, pack, unpack
 
 ITERATIONS = 200
@@ -30,10 +31,6 @@ WORK = 3e7
 """Largest work of one iteration: constraints times the square of the number of variables. Chosen by hand."""
 ACCURACY = 1e-15
 """Decrease of the objective, in units of its curvature, below which a descent ends. Chosen by hand: near rounding."""
-
-
-class OutOfTimeError(Exception):
-    """Ends a descent early."""
 
 
 def descend_in_cones(

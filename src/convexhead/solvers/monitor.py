@@ -15,6 +15,9 @@ from torch import Tensor
 from convexhead.runtime.clock import now
 from convexhead.runtime.ranks import Ranks
 
+GRACE, SHARE = 2.0, 0.2
+"""Seconds, and share of the seconds so far, that a certificate may take after the clock or Ctrl-C has ended a solve.
+Chosen by hand."""
 State = dict[str, Tensor]
 Resumable = Callable[[], tuple[State, State]]
 """Makes the tensors from which a solver resumes: those that all processes share, and those of this one's samples."""
@@ -81,6 +84,11 @@ class Monitor:
         late = self.max_time is not None and now() - self.began > self.max_time
         late, self.interrupted = (bool(flag) for flag in self.ranks.largest(late, self.interrupted))
         return late or self.interrupted
+
+    def out_of_grace(self) -> Callable[[], bool]:
+        """Whether to end a certificate that begins now with the bound that it has."""
+        end = now() + max(GRACE, SHARE * self.seconds())
+        return lambda: self.out_of_time() and now() > end
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -210,10 +210,12 @@ class ExactRounds(ReLUColumnGeneration):
 
     def _price(self, f: Float[Tensor, "n r c"], objective: float) -> tuple[LocalMaxima, float]:
         R = self.problem.residual(f)
-        maxima = self.oracle.search(R, warm=self.model, generator=self.generator, **self.search)
+        late = self.monitor.out_of_time
+        maxima = self.oracle.search(R, warm=self.model, generator=self.generator, late=late, **self.search)
         dual = self._dual(f, float(maxima.values[:1].sum()))
         if objective - dual <= self.target * abs(objective) or self.oracle.method == "faces":
-            found = self.oracle.bound(R, maxima, rtol=0.1 * self.target, enough=(1 + 0.1 * self.target) * self.beta)
+            enough = (1 + 0.1 * self.target) * self.beta
+            found = self.oracle.bound(R, maxima, rtol=0.1 * self.target, enough=enough, late=late)
             maxima, dual = found.maxima, self._dual(f, found.upper)
         return maxima, dual
 
@@ -274,7 +276,14 @@ class SearchedRounds(ReLUColumnGeneration):
 
     def _price(self, f: Float[Tensor, "n r c"], objective: float) -> tuple[LocalMaxima, float]:
         R = self.problem.residual(f)
-        maxima = self.oracle.search(R, warm=self.model, generator=self.generator, ascents=self.batch, **self.search)
+        maxima = self.oracle.search(
+            R,
+            warm=self.model,
+            generator=self.generator,
+            ascents=self.batch,
+            late=self.monitor.out_of_time,
+            **self.search,
+        )
         dual = self._dual(f, float(maxima.values[:1].sum()))
         if dual > self.monitor.dual:
             self._dual_point = f

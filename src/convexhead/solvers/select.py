@@ -62,10 +62,12 @@ def make_solver(
     *,
     max_heads: int | None,
     generator: torch.Generator,
+    oracle: NormOracle | None = None,
     checked: bool = False,
 ) -> tuple[Problem, Solver]:
     """Return the solver of this ``name``, and the problem in the precision that it needs.
 
+    ``oracle``: of a ReLU, where one is at hand.
     ``checked``: the solver has solved this problem for a while, in a run that is resumed.
 
     Raises
@@ -74,7 +76,7 @@ def make_solver(
         This solver cannot solve this problem; the message says which ones can.
     """
     is_relu = problem.head.learns_mixing and not problem.activation.convex
-    oracle = NormOracle(problem) if is_relu else None
+    oracle = (oracle or NormOracle(problem, late=monitor.out_of_time)).on(problem) if is_relu else None
     kind = _cheapest(problem, oracle, max_heads) if name == AUTO else SOLVERS[check_name(name)]
     reason = None if checked or name == AUTO else _refusal(kind, problem, oracle, max_heads)
     if reason is not None:
