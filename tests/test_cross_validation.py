@@ -98,9 +98,14 @@ def fake_scores(monkeypatch, score):
 )
 def test_the_grid_goes_on_where_the_best_is_at_its_edge(monkeypatch, peak, expected, chosen):
     fake_scores(monkeypatch, lambda ratio: -abs(np.log(ratio / peak)))
+    clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.1, 0.2, 0.4], cv=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.1, 0.2, 0.4], cv=3).fit(X, Y)
+        if chosen < 1:
+            clf.fit(X, Y)
+    if chosen == 1:
+        with pytest.warns(UserWarning, match="no head beats a constant"):
+            clf.fit(X, Y)
     np.testing.assert_allclose(clf.beta_ratios_, expected)
     assert clf.beta_ratio_ == pytest.approx(chosen)
     assert clf.scores_.shape == (3, len(expected))

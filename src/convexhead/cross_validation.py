@@ -127,9 +127,10 @@ def choose_beta(
         order = np.argsort([*found.ratios, *more])[::-1]
         grid = np.array([*found.ratios, *more])[order]
         found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order], d)
-    if _beyond(found.ratios, found.chosen):
-        edge = grid_edge(found.ratios, found.chosen)
-        assert edge is not None
+    edge = grid_edge(found.ratios, found.chosen)
+    if found.chosen >= 1:
+        warn("the zero model, of β_max, has the best score of the grid: on held-out samples no head beats a constant")
+    elif edge is not None:
         warn(
             f"the best β/β_max, {found.chosen:.3g}, {EDGES[edge]}: the grid went on {MOST_EXTENSIONS} times and "
             "stopped there; pass beta_ratios that reach further"

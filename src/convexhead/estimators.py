@@ -284,13 +284,18 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         ``y`` may be left out for a split of a store, whose classes are matched by name.
         """
         X, model = inputs.resolve_store(X), self._fitted()
-        if inputs.is_store(X) and (y is None or (model.class_names is not None and np.array_equal(y, X.labels))):
-            y = self.labels_of(X)
-        X = as_padded(X, mask)
+        y, X = self._true_labels(X, y), as_padded(X, mask)
         if model.spec.pool is None and isinstance(X, Padded):
             y = padded_like(X.mask.numpy(), y, model.spec.ignore_index)
             sample_weight = X.weights(sample_weight)
-        return accuracy(labels_of(X, y), self.predict(X), model.spec, self.classes_, sample_weight)
+        return accuracy(y, self.predict(X), model.spec, self.classes_, sample_weight)
+
+    def _true_labels(self, X: Any, y: Any) -> Any:
+        """``y``; of a split of a store, if they are its own, numbered as this head numbers them."""
+        named = self._fitted().class_names is not None
+        if inputs.is_store(X) and (y is None or (named and np.array_equal(y, X.labels))):
+            return self.labels_of(X)
+        return labels_of(X, y)
 
     def labels_of(self, X: Any) -> NDArray[Any]:
         """The labels of a split of a store as this head numbers them; see `Model.labels_of`."""

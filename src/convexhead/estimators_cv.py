@@ -229,8 +229,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         X = as_padded(inputs.resolve_store(X), mask)
         if self.scoring is None:
             return super().score(X, y, sample_weight)
-        y = self.labels_of(X) if y is None and inputs.is_store(X) else labels_of(X, y)
-        return self._scored(X, y, sample_weight)
+        return self._scored(X, self._true_labels(X, y), sample_weight)
 
 
 class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
