@@ -98,7 +98,7 @@ def fake_scores(monkeypatch, score):
 )
 def test_the_grid_goes_on_where_the_best_is_at_its_edge(monkeypatch, peak, expected, chosen):
     fake_scores(monkeypatch, lambda ratio: -abs(np.log(ratio / peak)))
-    clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.1, 0.2, 0.4], cv=3)
+    clf = ch.ConvexHeadClassifierCV("mlp", beta_ratios=[0.1, 0.2, 0.4], cv=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if chosen < 1:
@@ -110,6 +110,14 @@ def test_the_grid_goes_on_where_the_best_is_at_its_edge(monkeypatch, peak, expec
     assert clf.beta_ratio_ == pytest.approx(chosen)
     assert clf.scores_.shape == (3, len(expected))
     np.testing.assert_allclose(clf.scores_[0], -np.abs(np.log(clf.beta_ratios_ / peak)))
+
+
+def test_a_linear_head_is_never_zero(monkeypatch):
+    fake_scores(monkeypatch, lambda ratio: -abs(np.log(ratio / 5)))
+    clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.5, 1.0], cv=3).fit(X, Y)
+    np.testing.assert_allclose(clf.beta_ratios_, [16, 8, 4, 2, 1, 0.5])
+    assert clf.beta_ratio_ == 4
+    assert np.abs(clf.coef_).max() > 0
 
 
 def test_it_says_when_it_gave_up(monkeypatch):

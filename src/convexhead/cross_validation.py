@@ -106,7 +106,8 @@ def choose_beta(
     ratios, scorer = grid_of(beta_ratios), _scorer(estimator, scoring)
     ranks = ranks_of(estimator)
     task = pose(estimator, X, y, sample_weight, to_solve=True, run="cross-validation", beta_ratios=ratios)
-    classes, gates, d = task.data.classes, getattr(task.problem.activation, "gates", None), task.problem.head.d
+    classes, gates, head = task.data.classes, getattr(task.problem.activation, "gates", None), task.problem.head
+    largest = 1.0 if head.learns_mixing else math.inf  # a linear head is never zero: its penalty is squared
     del task  # with its tokens
     part = _Part(type(estimator)(**estimator.get_params(deep=False)), classes)
     if gates is not None:
@@ -119,16 +120,16 @@ def choose_beta(
         _Fold(part, X, y, sample_weight, train, test, scorer, f"fold {i + 1} of {len(splits)}", callback)
         for i, (train, test) in enumerate(splits)
     ]
-    found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]), d)
+    found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]), head.d)
     for _ in range(MOST_EXTENSIONS):
-        if not (more := _beyond(found.ratios, found.chosen)):
+        if not (more := _beyond(found.ratios, found.chosen, largest)):
             break
         scores = np.array([fold.scores(more) for fold in folds])
         order = np.argsort([*found.ratios, *more])[::-1]
         grid = np.array([*found.ratios, *more])[order]
-        found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order], d)
+        found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order], head.d)
     edge = grid_edge(found.ratios, found.chosen)
-    if found.chosen >= 1:
+    if found.chosen >= largest:
         warn("the zero model, of β_max, has the best score of the grid: on held-out samples no head beats a constant")
     elif edge is not None:
         warn(
@@ -162,13 +163,13 @@ def grid_of(beta_ratios: Any) -> list[float]:
     return values[::-1]
 
 
-def _beyond(ratios: list[float], chosen: float) -> list[float]:
-    """Where the grid goes on, falling; nothing where ``chosen`` lies inside. Nothing lies above 1, the zero model."""
+def _beyond(ratios: list[float], chosen: float, largest: float) -> list[float]:
+    """Where the grid goes on, falling, to ``largest`` at most; nothing where ``chosen`` lies inside."""
     edge = grid_edge(ratios, chosen)
     if edge == "low":
         return [chosen / 2, chosen / 4]
-    if edge == "high" and chosen < 1:
-        return sorted({min(2 * chosen, 1.0), min(4 * chosen, 1.0)}, reverse=True)
+    if edge == "high" and chosen < largest:
+        return sorted({min(2 * chosen, largest), min(4 * chosen, largest)}, reverse=True)
     return []
 
 
