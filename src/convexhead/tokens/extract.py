@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from convexhead.errors import InputError, choose
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
-from convexhead.tokens.backbones.base import Backbone
+from convexhead.tokens.arrays.loader import as_loaders
+from convexhead.tokens.arrays.run_loaders import run_loaders
 from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.job import ExtractionJob, Task
@@ -37,8 +41,8 @@ BATCH = {"cpu": 8, "gpu": 256}
 
 
 def extract(
-    source: str | Path | ImageSource,
-    backbone: str | Backbone | None,
+    source: str | Path | ImageSource | DataLoader[Any] | Mapping[str, DataLoader[Any]],
+    backbone: str | nn.Module | None,
     out: str | Path,
     *,
     like: str | Path | None = None,
@@ -67,7 +71,8 @@ def extract(
     Parameters
     ----------
     source
-        See `open_source`.
+        See `open_source`. With a module as backbone also a loader (of train, or one of each split) that yields
+        ``(images, labels)`` or ``(images, labels, names)``; it is read once, into a temporary file of tokens.
     backbone, layer, image_size, crop_pct
         See `open_backbone`; ``backbone`` is None with ``like``.
     out
@@ -127,7 +132,7 @@ class Plan(NamedTuple):
 
 def _plan(
     asked: dict[str, Any],
-    source: str | Path | ImageSource,
+    source: Any,
     out: Path,
     origin: TokenOrigin | None,
     batch_size: int | None,
@@ -135,6 +140,11 @@ def _plan(
     device: str,
     skip_broken: bool,
 ) -> Plan:
+    if (loaders := as_loaders(source)) is not None:
+        if isinstance(asked["backbone"], (str, type(None))):
+            raise InputError("a DataLoader yields what a module takes: give the module as backbone, or import_arrays")
+        source, network = run_loaders(loaders, open_backbone(asked["backbone"]), _device(device))
+        asked = asked | {"backbone": network}
     options = _options(asked, origin)
     extractor = _extractor(source, options, origin, _device(device), skip_broken)
     size = batch_size or BATCH["cpu" if extractor.device.type == "cpu" else "gpu"]

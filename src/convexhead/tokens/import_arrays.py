@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from torch.utils.data import DataLoader
+
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.arrays.imported import Arrangement, ImportedTokens, arrange
 from convexhead.tokens.arrays.roles import find_arrays, holds_arrays
@@ -24,7 +26,7 @@ SAMPLES = 256
 
 
 def import_arrays(
-    arrays: str | Path | Mapping[str, Any],
+    arrays: str | Path | DataLoader[Any] | Mapping[str, Any],
     out: str | Path,
     *,
     tokens: str | None = None,
@@ -55,7 +57,8 @@ def import_arrays(
     arrays
         A file (.npz, .npy, .safetensors, .h5, .hdf5, .parquet). A folder with a file for each split (``train.h5``) or
         each array (``X_train.npy``, ``y_train.npy``). A folder of class folders with a file for each sample. Or of each
-        split a file, or files or arrays in the order tokens, labels, names: ``{"train": (X, y), "test": "test.npz"}``.
+        split a file, or files or arrays in the order tokens, labels, names: ``{"train": (X, y), "test": "test.npz"}``;
+        or a `DataLoader` that yields these (one alone is train).
         Tokens are floats ``(n, s, d)``, or ``(n, d)`` for one token a sample; labels are whole numbers or texts.
     out
         Folder of the store.
@@ -100,13 +103,13 @@ def import_arrays(
 
 
 def _open(
-    arrays: str | Path | Mapping[str, Any],
+    arrays: Any,
     keys: dict[str, str | None],
     class_names: Sequence[str] | str | Path | None,
 ) -> TokenArrays | TokenFolder:
     if isinstance(class_names, (str, Path)):
         class_names = _lines(Path(class_names).expanduser())
-    if not isinstance(arrays, Mapping):
+    if isinstance(arrays, (str, Path)):
         folder = Path(arrays).expanduser()
         if folder.is_dir() and not holds_arrays(folder):
             if class_names is not None or any(keys.values()):

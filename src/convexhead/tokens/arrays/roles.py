@@ -6,14 +6,17 @@ A name may begin or end with a split: ``X_train``, ``train/tokens``, ``test-labe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from convexhead.errors import InputError
+from convexhead.tokens.arrays.loader import as_loaders, read_loader
 from convexhead.tokens.arrays.open import READERS, facts_of, open_arrays
 from convexhead.tokens.arrays.rows import Rows, rows_of
 from convexhead.tokens.sources.base import SPLIT_NAMES, SPLITS
@@ -58,16 +61,18 @@ class Found:
     exported_reduced: bool = False
 
 
-def find_arrays(arrays: str | Path | Mapping[str, Any], keys: dict[str, str | None]) -> Found:
+def find_arrays(arrays: Any, keys: dict[str, str | None], run: Callable[[Tensor], Tensor] | None = None) -> Found:
     """Find the arrays of every split.
 
     Parameters
     ----------
     arrays
         A file; a folder of them, with a file a split or a file an array; or of each split a file, or files or arrays
-        in the order tokens, labels, names.
+        in the order tokens, labels, names, or a loader that yields these. A loader may stand alone, for train.
     keys
         Names that the user gave for roles.
+    run
+        Makes tokens of what loaders yield.
 
     Raises
     ------
@@ -76,7 +81,7 @@ def find_arrays(arrays: str | Path | Mapping[str, Any], keys: dict[str, str | No
     FileFormatError
         A file that cannot be read.
     """
-    finder = _Finder(keys)
+    finder, arrays = _Finder(keys, run), as_loaders(arrays) or arrays
     if isinstance(arrays, Mapping):
         if not arrays:
             raise InputError("there are no arrays: give a file, a folder, or one for each split")
@@ -115,7 +120,8 @@ def holds_arrays(folder: Path) -> bool:
 
 
 class _Finder:
-    def __init__(self, keys: dict[str, str | None]) -> None:
+    def __init__(self, keys: dict[str, str | None], run: Callable[[Tensor], Tensor] | None) -> None:
+        self._run = run
         self.found = Found("")
         self.roles = {
             role: names if keys.get(role) is None else (_rest(str(keys[role])),) for role, names in ROLES.items()
@@ -125,6 +131,10 @@ class _Finder:
         """Take what the user gave for one split."""
         if isinstance(value, (str, Path)):
             self.file(Path(value).expanduser(), split)
+            return
+        if isinstance(value, DataLoader):
+            for role, rows in read_loader(value, split, self._run).items():
+                self._take(split, role, rows)
             return
         if not isinstance(value, (tuple, list)) or not 2 <= len(value) <= len(IN_ORDER):
             raise InputError(f"{split} must be a file, or (tokens, labels) or (tokens, labels, names)")
@@ -247,4 +257,6 @@ def _told(value: Any) -> str:
     if isinstance(value, (str, Path)):
         return str(value)
     parts = value if isinstance(value, (tuple, list)) else [value]
+    if isinstance(value, DataLoader):
+        return type(value.dataset).__name__
     return ",".join(str(part) if isinstance(part, (str, Path)) else "arrays in memory" for part in parts)

@@ -11,15 +11,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose, require
 from convexhead.tokens.backbones.base import Backbone
 
 
 def open_backbone(
-    spec: str | Backbone,
+    spec: str | nn.Module,
     *,
+    transform: Callable[[Any], Tensor] | None = None,
+    name: str | None = None,
     layer: int | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
@@ -29,7 +34,10 @@ def open_backbone(
     Parameters
     ----------
     spec
-        The specification, or a backbone that is open already (which the rest cannot change).
+        The specification; or a module of your own, which `ModuleBackbone` describes; or a backbone that is open
+        already, which the rest cannot change.
+    transform, name
+        Of a module: makes its input ``(c, height, width)`` of an RGB image; what both are called.
     layer
         Inner block to take, counted from 0 (a stage for networks that timm divides into stages); None
         takes the final map.
@@ -53,11 +61,22 @@ def open_backbone(
     HubError
         Weights are neither in the local cache nor to be had from the hub.
     """
+    if isinstance(spec, nn.Module) and not isinstance(spec, Backbone):
+        if (layer, image_size, crop_pct) != (None, None, None):
+            raise InputError("layer, image_size and crop_pct are for named backbones: module and transform decide them")
+        require("PIL", "images")
+        from convexhead.tokens.backbones.module_backbone import ModuleBackbone
+
+        return ModuleBackbone(spec, transform, name)
+    if transform is not None or (name is not None and isinstance(spec, str)):
+        raise InputError("transform and name go with a module of your own as backbone: leave them out")
     if isinstance(spec, Backbone):
         if (layer, image_size, crop_pct) != (None, None, None):
             raise InputError("layer, image_size and crop_pct need the name of a backbone, not an open one")
         return spec
-    scheme, _, name = spec.partition(":")
+    scheme, _, rest = spec.partition(":")
+    if scheme == "module":
+        raise InputError(f"{spec!r} was a module of your own: in Python give it and its transform, or an open backbone")
     choose("backbone", scheme, ["packaged", "timm", "hf", "patches"])
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size={image_size} must be a positive number of pixels")
@@ -69,11 +88,11 @@ def open_backbone(
     if scheme == "patches":
         from convexhead.tokens.backbones.patches import open_patches
 
-        return open_patches(name, **settings)
+        return open_patches(rest, **settings)
     if scheme == "hf":
         from convexhead.tokens.backbones.hf_backbone import open_hf
 
-        return open_hf(name, **settings)
+        return open_hf(rest, **settings)
     from convexhead.tokens.backbones.timm_weights import open_packaged, open_timm
 
-    return open_timm(name, **settings) if scheme == "timm" else open_packaged(name, **settings)
+    return open_timm(rest, **settings) if scheme == "timm" else open_packaged(rest, **settings)
