@@ -112,6 +112,15 @@ def test_the_grid_goes_on_where_the_best_is_at_its_edge(monkeypatch, peak, expec
     np.testing.assert_allclose(clf.scores_[0], -np.abs(np.log(clf.beta_ratios_ / peak)))
 
 
+def test_a_plateau_is_no_reason_to_go_on(monkeypatch):
+    fake_scores(monkeypatch, lambda ratio: 0.9 if ratio > 0.1 else 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.4, 0.2, 0.05], cv=3).fit(X, Y)
+    assert clf.beta_ratios_.tolist() == [0.4, 0.2, 0.05]
+    assert clf.beta_ratio_ == 0.4
+
+
 def test_a_linear_head_is_never_zero(monkeypatch):
     fake_scores(monkeypatch, lambda ratio: -abs(np.log(ratio / 5)))
     clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.5, 1.0], cv=3).fit(X, Y)

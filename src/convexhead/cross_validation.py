@@ -1,8 +1,8 @@
 """β chosen by cross-validation, as a share of each fold's own β_max.
 
 On every fold one head is trained along falling β, each fit from the one before, and scored on the samples that the fold
-leaves out. The β with the best mean score is chosen; among equals it is the largest, the simplest model. Where the best
-lies at the edge of the grid, the grid goes on.
+leaves out. The β with the best mean score is chosen; among equals it is the largest, the simplest model. Where scores
+still rise at the edge of the grid, the grid goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,17 +60,21 @@ class Choice:
         ``d`` of the tokens.
     chosen : float
         The ratio with the best mean score over the folds.
+    rising : {"low", "high"} or None
+        The edge of the grid that it lies at, if it scores better than its neighbour there: a better one may lie beyond.
     """
 
     ratios: list[float]
     scores: NDArray[np.float64]
     n_channels: int
     chosen: float = field(init=False)
+    rising: Literal["low", "high"] | None = field(init=False)
 
     def __post_init__(self) -> None:
         mean = self.scores.mean(0)
-        best = mean.max()
-        self.chosen = self.ratios[int(np.argmax(mean >= best - TIE * max(1.0, abs(best))))]
+        equal = mean >= mean.max() - TIE * max(1.0, abs(mean.max()))
+        self.chosen = self.ratios[int(np.argmax(equal))]
+        self.rising = None if equal[:2].all() else grid_edge(self.ratios, self.chosen)
 
 
 def choose_beta(
@@ -122,19 +126,18 @@ def choose_beta(
     ]
     found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]), head.d)
     for _ in range(MOST_EXTENSIONS):
-        if not (more := _beyond(found.ratios, found.chosen, largest)):
+        if not (more := _beyond(found, largest)):
             break
         scores = np.array([fold.scores(more) for fold in folds])
         order = np.argsort([*found.ratios, *more])[::-1]
         grid = np.array([*found.ratios, *more])[order]
         found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order], head.d)
-    edge = grid_edge(found.ratios, found.chosen)
     if found.chosen >= largest:
         warn("the zero model, of β_max, has the best score of the grid: on held-out samples no head beats a constant")
-    elif edge is not None:
+    elif found.rising is not None:
         warn(
-            f"the best β/β_max, {found.chosen:.3g}, {EDGES[edge]}: the grid went on {MOST_EXTENSIONS} times and "
-            "stopped there; pass beta_ratios that reach further"
+            f"the best β/β_max, {found.chosen:.3g}, {EDGES[found.rising]}: the grid went on {MOST_EXTENSIONS} times "
+            "and stopped there; pass beta_ratios that reach further"
         )
     return found
 
@@ -163,13 +166,12 @@ def grid_of(beta_ratios: Any) -> list[float]:
     return values[::-1]
 
 
-def _beyond(ratios: list[float], chosen: float, largest: float) -> list[float]:
-    """Where the grid goes on, falling, to ``largest`` at most; nothing where ``chosen`` lies inside."""
-    edge = grid_edge(ratios, chosen)
-    if edge == "low":
-        return [chosen / 2, chosen / 4]
-    if edge == "high" and chosen < largest:
-        return sorted({min(2 * chosen, largest), min(4 * chosen, largest)}, reverse=True)
+def _beyond(found: Choice, largest: float) -> list[float]:
+    """Where the grid goes on, falling, to ``largest`` at most; nothing where scores do not rise at its edge."""
+    if found.rising == "low":
+        return [found.chosen / 2, found.chosen / 4]
+    if found.rising == "high" and found.chosen < largest:
+        return sorted({min(2 * found.chosen, largest), min(4 * found.chosen, largest)}, reverse=True)
     return []
 
 

@@ -90,7 +90,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
     at the same share of the β_max of all samples. Fits on folds end at a relative gap of ``5 tol`` by the solver's own
     estimate, nothing is proven of them.
 
-    Where the best β lies at the edge of the grid, the grid goes on with half and a quarter of its smallest value, or
+    Where scores still rise at the edge of the grid, the grid goes on with half and a quarter of its smallest value, or
     with twice and four times its largest, to 1 at most, at which a head is the zero model. It does so three times at
     most. A grid of one value stays as it is.
 
