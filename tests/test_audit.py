@@ -378,11 +378,12 @@ def test_files_that_are_refused(tmp_path):
     for kind in ("npz", "pth", "safetensors"):
         (tmp_path / f"broken.{kind}").write_bytes(b"nothing of the kind")
     words = {
-        "code.pth": "would run code", "list.pth": "no state dict", "objects.npz": "save plain ones",
+        "code.pth": "may run code", "list.pth": "no state dict", "objects.npz": "save plain ones",
         "scaled.npz": "scale_", "turned.npz": "a row for each output", "twice.npz": "each once",
         "named.npz": "3 rows of weights, but classes of shape", "head.joblib": "is a pickle",
-        "head.h5": "no file of weights", "broken.npz": "broken.npz", "broken.pth": "damaged",
-        "broken.safetensors": "damaged",
+        "head.h5": "no file of weights", "none.pth": "there is no file",
+        "broken.npz": "broken.npz", "broken.pth": "not a file of torch.save",
+        "broken.safetensors": "not a safetensors file",
     }  # fmt: skip
     for name, told in words.items():
         with pytest.raises((ch.InputError, ch.FileFormatError), match=told) as caught:

@@ -10,7 +10,6 @@ No file is unpickled: what a file might run is not run.
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,8 +20,9 @@ import torch
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.foreign.linear_head import LinearHead, numbers
+from convexhead.tokens.backbones.weights_file import OF_TORCH, load_tensors
 
-TORCH, ARRAYS = (".pth", ".pt", ".bin", ".ckpt"), ".npz"
+ARRAYS = ".npz"
 PICKLES = (".pkl", ".pickle", ".joblib")
 SAVE = "numpy.savez(file, coef_=clf.coef_, intercept_=clf.intercept_, classes_=clf.classes_, C=clf.C)"
 NAMES = {"coef": "weight", "coef_": "weight", "weight": "weight", "intercept": "bias", "intercept_": "bias",
@@ -101,44 +101,22 @@ def read_file(path: Path) -> LinearHead:
     InputError
         What it holds is no linear head.
     """
-    name = repr(str(path))
-    if path.suffix == ARRAYS:
+    name, kind = repr(str(path)), path.suffix.lower()
+    if not path.is_file():
+        raise InputError(f"there is no file {name}")
+    if kind == ARRAYS:
         return _read_arrays(path, name)
-    if path.suffix == ".safetensors":
-        return read_state(_read_safetensors(path, name), name)
-    if path.suffix in TORCH:
-        return read_state(_read_torch(path, name), name)
-    if path.suffix in PICKLES:
+    if kind in PICKLES:
         raise FileFormatError(
             f"{name} is a pickle, which can run code and is not read: load it yourself and pass it to certify, or save "
             f"its weights by {SAVE}"
         )
-    raise FileFormatError(f"{name} is no file of weights: .npz, .safetensors, .pth and .pt are read")
-
-
-def _read_torch(path: Path, name: str) -> Mapping[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FileFormatError(
-            f"{name} is damaged, or holds more than weights, which would run code and is not read: save the layer's "
-            "state_dict() alone"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise FileFormatError(f"{name} is damaged or no file of torch ({str(error).splitlines()[0]})") from error
+    if kind not in (".safetensors", *OF_TORCH):
+        raise FileFormatError(f"{name} is no file of weights: .npz, .safetensors, .pth and .pt are read")
+    state = load_tensors(path)
     if isinstance(state, Mapping):
-        return state
+        return read_state(state, name)
     raise FileFormatError(f"{name} holds a {type(state).__name__} and no state dict: save the layer's state_dict()")
-
-
-def _read_safetensors(path: Path, name: str) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise FileFormatError(f"{name} is damaged or no safetensors file ({error})") from error
 
 
 def _read_arrays(path: Path, name: str) -> LinearHead:
@@ -146,8 +124,6 @@ def _read_arrays(path: Path, name: str) -> LinearHead:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        if not path.is_file():
-            raise
         raise FileFormatError(f"{name} cannot be read as arrays ({error}): save plain ones by {SAVE}") from error
     foreign = [key for key in arrays if key not in NAMES]
     found = {NAMES[key]: array for key, array in arrays.items() if key in NAMES}

@@ -54,7 +54,7 @@ def read_weights(file: str, wanted: set[str]) -> State:
     path = Path(file).expanduser()
     if not path.is_file():
         raise InputError(f"there is no weights file {file!r}")
-    tables = list(_tables(_load_torch(path) if path.suffix.lower() in OF_TORCH else _load_safetensors(path), ""))
+    tables = list(_tables(load_tensors(path), ""))
     if not tables:
         raise FileFormatError(f"{file!r} holds no tensors by name: save them with torch.save(model.state_dict(), FILE)")
     found = [(table, prefix) for table in tables for prefix in _prefixes(table.state, wanted)]
@@ -69,6 +69,17 @@ def read_weights(file: str, wanted: set[str]) -> State:
         warn(f"{file!r}: the weights under {at!r} are taken, which are all that this network needs; {others} other "
              "tensors are left out")  # fmt: skip
     return state
+
+
+def load_tensors(path: Path) -> Any:
+    """Return what a file holds, as data.
+
+    Raises
+    ------
+    FileFormatError
+        It is damaged, of another kind, or only running its code would load it.
+    """
+    return _load_torch(path) if path.suffix.lower() in OF_TORCH else _load_safetensors(path)
 
 
 def _load_safetensors(path: Path) -> Any:
