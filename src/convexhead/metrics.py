@@ -45,9 +45,7 @@ class Predictions:
     confidence: Array
 
     @classmethod
-    def of(
-        cls, probabilities: Float[Array, "n c"], classes: Int[Array, "c"], truth: Int[Array, "n"]
-    ) -> Predictions:
+    def of(cls, probabilities: Float[Array, "n c"], classes: Int[Array, " c"], truth: Int[Array, " n"]) -> Predictions:
         """Read the probabilities of ``classes``.
 
         Raises

@@ -74,15 +74,39 @@ def train_attentive_probe(
     splits: Splits, *, lr: float, weight_decay: float, epochs: int, batch_size: int, seed: int
 ) -> Piece:
     """One training run; its record has what `convexhead.experiments.tuning.tune` chooses by."""
-    classes, y = np.unique(splits.train.labels, return_inverse=True)
+    began = now()
+    probe, mean_loss = fit_attentive_probe(
+        splits.train, lr=lr, weight_decay=weight_decay, epochs=epochs, batch_size=batch_size, seed=seed
+    )
+    seconds = now() - began
+    scores = network_scores(probe, splits.validation.tokens)
+    return Piece(
+        {
+            "seed": seed,
+            "learning_rate": lr,
+            "weight_decay": weight_decay,
+            "objective": finite(mean_loss),
+            "validation_accuracy": top(scores, np.unique(splits.train.labels), splits.validation.labels),
+            "seconds": seconds,
+            "parameters": sum(p.numel() for p in probe.parameters()),
+        },
+        {key: value.detach().cpu() for key, value in probe.state_dict().items()},
+    )
+
+
+def fit_attentive_probe(
+    train: Part, *, lr: float, weight_decay: float, epochs: int, batch_size: int, seed: int
+) -> tuple[AttentiveProbe, float]:
+    """The probe after training, and its mean loss in the last epoch; its outputs are the classes of ``train``."""
+    classes, y = np.unique(train.labels, return_inverse=True)
     device = pick_device("auto")
-    X, targets = _tokens(splits.train, device), torch.from_numpy(y).to(device)
+    X, targets = _tokens(train, device), torch.from_numpy(y).to(device)
     probe = AttentiveProbe(X.shape[2], len(classes), seed=seed).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     total = epochs * math.ceil(len(X) / batch_size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total))
     generator = torch.Generator().manual_seed(seed)
-    began, mean_loss = now(), math.nan
+    mean_loss = math.nan
     for _ in range(epochs):
         losses: list[Tensor] = []
         for index in torch.randperm(len(X), generator=generator).to(device).split(batch_size):
@@ -93,20 +117,7 @@ def train_attentive_probe(
             decay.step()
             losses.append(loss.detach())
         mean_loss = float(torch.stack(losses).mean())
-    seconds = now() - began
-    scores = network_scores(probe, splits.validation.tokens)
-    return Piece(
-        {
-            "seed": seed,
-            "learning_rate": lr,
-            "weight_decay": weight_decay,
-            "objective": finite(mean_loss),
-            "validation_accuracy": top(scores, classes, splits.validation.labels),
-            "seconds": seconds,
-            "parameters": sum(p.numel() for p in probe.parameters()),
-        },
-        {key: value.detach().cpu() for key, value in probe.state_dict().items()},
-    )
+    return probe, mean_loss
 
 
 def _tokens(part: Part, device: torch.device) -> Tokens:

@@ -73,7 +73,7 @@ def _fit_neighbours(name: str, splits: Splits) -> Piece:
     X, X_val = _vectors(name, splits.train), _vectors(name, splits.validation)
     fits = []
     for k in (k for k in NEIGHBOURS if k <= len(X)):
-        model = _neighbours(k).fit(X, splits.train.labels)
+        model = neighbours(k).fit(X, splits.train.labels)
         fits.append((float(model.score(X_val, splits.validation.labels)), -k))
     score, minus_k = max(fits)
     return Piece(
@@ -81,7 +81,7 @@ def _fit_neighbours(name: str, splits: Splits) -> Piece:
     )
 
 
-def _neighbours(k: int) -> KNeighborsClassifier:
+def neighbours(k: int) -> KNeighborsClassifier:
     return KNeighborsClassifier(k, metric="cosine", weights="distance")
 
 
@@ -107,5 +107,5 @@ def probe_scores(name: str, piece: Piece, train: Part, part: Part) -> Array:
         return network_scores(AttentiveProbe.restored(piece.tensors), part.tokens)
     vectors = _vectors(name, part)
     if name == "k-nn":
-        return _neighbours(piece.record["k"]).fit(_vectors(name, train), train.labels).predict_proba(vectors)
+        return neighbours(piece.record["k"]).fit(_vectors(name, train), train.labels).predict_proba(vectors)
     return vectors @ piece.tensors["weight"].numpy().T + piece.tensors["bias"].numpy()

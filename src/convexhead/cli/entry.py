@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
+import typer.core
 from rich.markup import escape
 from typer.models import OptionInfo
 
@@ -58,7 +59,12 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def command(
-    kept: str, *, of: typer.Typer = app, name: str | None = None, hidden: bool = False
+    kept: str,
+    *,
+    of: typer.Typer = app,
+    name: str | None = None,
+    hidden: bool = False,
+    cls: type[typer.core.TyperCommand] | None = None,
 ) -> Callable[[Command], Command]:
     """Register a command that may be ended at any moment.
 
@@ -72,6 +78,8 @@ def command(
         None: the function's.
     hidden : bool
         Whether ``--help`` leaves it out.
+    cls : type or None
+        How its arguments are read; None: as typer does.
     """
 
     def register(work: Command) -> Command:
@@ -84,7 +92,7 @@ def command(
                 error.args = (name_options(str(error), options_of(work)), *error.args[1:])
                 raise
 
-        of.command(name, hidden=hidden)(run)
+        of.command(name, hidden=hidden, cls=cls)(run)
         return work
 
     return register

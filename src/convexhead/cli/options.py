@@ -94,8 +94,8 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def ratios(text: str) -> list[float]:
-    """The numbers of ``--beta-ratios``.
+def ratios(text: str, option: str = "--beta-ratios") -> list[float]:
+    """The numbers of an option.
 
     Raises
     ------
@@ -105,4 +105,18 @@ def ratios(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--beta-ratios must be numbers separated by commas, got {text!r}") from error
+        raise InputError(f"{option} must be numbers separated by commas, got {text!r}") from error
+
+
+def counts(text: str, option: str) -> list[int]:
+    """The whole numbers of an option.
+
+    Raises
+    ------
+    InputError
+        Something else stands there.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} must be whole numbers separated by commas, got {text!r}") from error

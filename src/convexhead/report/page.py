@@ -36,7 +36,7 @@ def render(results: Results) -> str:
         early=[row for row in rows if not row["certificate"]["converged"]],
         twins=[row["twin"] for row in rows if row.get("twin")],
         gallery=_gallery(results),
-        commands=[_command(line) for line in results["reproduce"]],
+        commands=[command_line(line) for line in results["reproduce"]],
         **_figures(results, require("markupsafe", "report").Markup),
     )
 
@@ -221,5 +221,6 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _command(line: str | Sequence[str]) -> str:
+def command_line(line: str | Sequence[str]) -> str:
+    """A command as it is typed."""
     return line if isinstance(line, str) else shlex.join(line)

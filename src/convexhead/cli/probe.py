@@ -1,0 +1,96 @@
+"""``convexhead probe``: from images, or a store, to a table of certified heads and a page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.markup import escape
+from typer import Argument, Option
+from typer.core import TyperCommand
+
+from convexhead.cli.entry import AGAIN, command
+from convexhead.cli.extract import Backbone, Channels, Reduction
+from convexhead.cli.options import Device, ImageSize, Json, Layer, Out, Seed, TokenPool, Tol, counts, names, ratios
+from convexhead.cli.output import emit, typed_command
+from convexhead.cli.progress import shown_progress
+
+Images = Annotated[
+    str,
+    Argument(
+        metavar="IMAGES|STORE",
+        help="Folder of class folders, with train/ and test/ beside each other where there is a split; another source "
+        "of images, see extract; or a token store.",
+    ),
+]
+Heads = Annotated[str, Option(help="Heads, separated by commas. The linear head is always trained.")]
+Baselines = Annotated[str, Option(help="Probes of the field beside them: k-nn, attentive-probe; an empty text: none.")]
+Folds = Annotated[int, Option("--cv", help="Folds of the training images that choose β.")]
+Grid = Annotated[
+    str, Option("--beta-ratios", help="The grid of β as shares of β_max, separated by commas; default: 12 values.")
+]
+Shots = Annotated[str, Option(help="Train on so many images of each class too, such as: 1 2 4 8 16.")]
+Fractions = Annotated[str, Option(help="Train on such shares of each class too, such as: 0.1 0.5.")]
+Draws = Annotated[int, Option(help="Random choices of images for each number of --shots and --fractions.")]
+Leaderboard = Annotated[Path | None, Option(help="File to append one JSON line a row to.")]
+
+
+class SeveralNumbers(TyperCommand):
+    """Reads ``--shots 1 2 4`` as ``--shots 1,2,4``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        for arg in args:
+            if joined[-2:-1] and joined[-2] in ("--shots", "--fractions", "--beta-ratios") and _is_number(arg):
+                joined[-1] += f",{arg}"
+            else:
+                joined.append(arg)
+        return super().parse_args(ctx, joined)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[0-9.,e-]+", text) is not None and text[0] != "-"
+
+
+@command(f"finished heads are kept in {{out}}; {AGAIN}", cls=SeveralNumbers)
+def probe(
+    images: Images,
+    out: Out = Path("probe"),
+    backbone: Backbone = None,
+    layer: Layer = None,
+    image_size: ImageSize = None,
+    token_pool: TokenPool = None,
+    channels: Channels = None,
+    reduce: Reduction = None,
+    heads: Heads = "linear,self-attention,mlp-mixer,mlp",
+    baselines: Baselines = "k-nn,attentive-probe",
+    cv: Folds = 5,
+    beta_ratios: Grid = "",
+    tol: Tol = 1e-3,
+    shots: Shots = "",
+    fractions: Fractions = "",
+    draws: Draws = 3,
+    seed: Seed = 0,
+    device: Device = "auto",
+    leaderboard: Leaderboard = None,
+    as_json: Json = False,
+) -> None:
+    """Probe a frozen backbone on a folder of images: certified heads, β by cross-validation, one table and page."""
+    from convexhead.experiments import probe as probing
+    from convexhead.report import probe_page
+
+    with shown_progress(as_json) as notify:
+        results = probing.probe(
+            images, out, backbone=backbone, layer=layer, image_size=image_size, token_pool=token_pool,
+            channels=channels, reduce=None if reduce is None else reduce.value, heads=names(heads),
+            baselines=names(baselines), cv=cv, beta_ratios=ratios(beta_ratios) if beta_ratios else None, tol=tol,
+            shots=counts(shots, "--shots") if shots else (),
+            fractions=ratios(fractions, "--fractions") if fractions else (),
+            draws=draws, seed=seed, device=device, leaderboard=leaderboard, notify=notify, command=typed_command(),
+        )  # fmt: skip
+    page = Path(results["page"]).resolve()
+    lines = [f"\nThe page: [bold]{escape(str(page))}[/]  (open it in any browser)"]
+    if leaderboard is not None:
+        lines.append(f"{results['added']} new lines in [bold]{escape(str(leaderboard))}[/]")
+    emit(results, as_json, *probe_page.terminal_tables(results), *lines)

@@ -1,0 +1,180 @@
+"""What ``convexhead probe`` does: from images, or a store, to a table of certified heads beside the field's probes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convexhead.errors import InputError, choose, require
+from convexhead.experiments import leaderboard as board
+from convexhead.experiments.probe_data import Budget, ProbeData, budgets_of, is_store, open_data
+from convexhead.experiments.probe_fits import BASELINES, Fit, Fits, ProbeSettings
+from convexhead.experiments.probe_rows import row_of
+from convexhead.experiments.results import write_csv
+from convexhead.experiments.run_folder import RunFolder
+from convexhead.experiments.splits import backbone_of
+from convexhead.program.heads import HEADS
+from convexhead.runtime.hardware import environment
+from convexhead.runtime.progress import Notify, silent, solver_detail
+from convexhead.tokens.store.files import make_folder, write_atomic, writer_lock
+from convexhead.tokens.store.manifest import digest_json
+
+Results = dict[str, Any]
+REFERENCE = "linear"
+"""The head that the paired tests are against. It is always trained."""
+PROBED = ("linear", "self-attention", "mlp-mixer", "mlp")
+
+
+def probe(
+    images: str | Path,
+    out: str | Path,
+    *,
+    heads: Sequence[str] = PROBED,
+    baselines: Sequence[str] = BASELINES,
+    cv: int = 5,
+    beta_ratios: Sequence[float] | None = None,
+    tol: float = 1e-3,
+    shots: Sequence[int] = (),
+    fractions: Sequence[float] = (),
+    draws: int = 3,
+    seed: int = 0,
+    device: str = "auto",
+    leaderboard: str | Path | None = None,
+    notify: Notify = silent,
+    command: Sequence[str] = (),
+    **extraction: Any,
+) -> Results:
+    """Probe a frozen backbone on images: each head chosen on train by cross-validation, certified, tested once.
+
+    The same call goes on where it was stopped. A call with other heads, budgets or settings uses what is there.
+
+    Parameters
+    ----------
+    images : path or str
+        A source of images, see `convexhead.tokens.extract`, or a token store. Where there is no test split the val
+        split is tested on, and where there is neither a fifth of each class is held out.
+    out : path
+        Folder of tokens, trained heads, tables and page.
+    heads, baselines : sequence of str
+        The linear head is always one of them: the others are tested against it. Baselines: ``"k-nn"``,
+        ``"attentive-probe"``.
+    cv, beta_ratios, tol, seed, device
+        See `ProbeSettings`; the device is for backbone and heads.
+    shots, fractions : sequence of int, of float
+        Label efficiency: train on so many images of each class too, or on such shares of it, at what all train images
+        chose.
+    draws : int
+        How many random choices of each of these.
+    leaderboard : path or None
+        File to append a JSON line a row to.
+    notify, command
+        As for `compare_heads`.
+    **extraction
+        Of `extract`, such as ``backbone`` (``packaged:efficientnet-lite0``) and ``layer``; a constant channel is
+        appended. Nothing for a store.
+
+    Returns
+    -------
+    dict
+        ``rows`` (see `convexhead.experiments.probe_rows`), what they are of, ``page``, and ``added``, the number of new
+        lines of the leaderboard.
+    """
+    require("jinja2", "report")
+    require("matplotlib", "report")
+    chosen = _methods(heads, baselines)
+    budgets = budgets_of(shots, fractions, draws)
+    ratios = None if beta_ratios is None else tuple(beta_ratios)
+    settings = ProbeSettings(cv=cv, beta_ratios=ratios, tol=tol, seed=seed)
+    if leaderboard is not None:
+        board.known_ids(Path(leaderboard))
+    out = Path(out)
+    if is_store(out):
+        raise InputError(f"{str(out)!r} is a token store: give it in place of the images, and another folder as out")
+    folder = RunFolder(out)
+    folder.check()
+    data = open_data(images, out, seed=seed, device=device, notify=notify, options=extraction)
+    make_folder(out)
+    with writer_lock(out):
+        folder.begin({"run": "probe"})
+        rows = _rows(Fits(data, settings, folder, device), chosen, budgets, notify)
+        about = {"settings": asdict(settings) | {"draws": draws}, "reproduce": [list(command)] if command else []}
+        results = {"title": f"Probe of {backbone_of(data.store)}", "dataset": _dataset(data), **about,
+                   "environment": environment(), "rows": rows}  # fmt: skip
+        added = 0 if leaderboard is None else board.append(Path(leaderboard), _entries(results, data))
+        _write(results, out)
+    return results | {"page": str(out / "index.html"), "added": added}
+
+
+def _methods(heads: Sequence[str], baselines: Sequence[str]) -> list[str]:
+    named = [choose("head", head, HEADS) for head in heads] + [choose("baseline", b, BASELINES) for b in baselines]
+    return list(dict.fromkeys([REFERENCE, *named]))
+
+
+def _rows(fits: Fits, methods: Sequence[str], budgets: Sequence[Budget], notify: Notify) -> list[dict[str, Any]]:
+    """Every method on every budget; the test images are read when all are trained."""
+    total, made = 2 * len(methods) * len(budgets), list[Fit]()
+    of_all: dict[str, Fit] = {}
+    for budget in budgets:
+        for method in methods:
+            what = method if budget.is_all else f"{method}, {budget.title}, draw {budget.draw + 1}"
+            notify(what, len(made), total)
+
+            def told(row: Any, what: str = what) -> None:
+                notify(what, len(made), total, solver_detail(row))
+
+            fit = fits.fit(method, budget, of_all.get(method), told)
+            of_all.setdefault(method, fit)
+            made.append(fit)
+    rows = []
+    said = {}
+    for i, fit in enumerate(made):
+        notify("test images", len(made) + i, total)
+        said[fit.method, fit.budget] = fits.predictions(fit)
+        rows.append(row_of(fit, said[fit.method, fit.budget], said[REFERENCE, fit.budget], fits.data, fits.settings))
+    notify("done", total, total)
+    return rows
+
+
+def _dataset(data: ProbeData) -> dict[str, Any]:
+    n, s, d = data.train.shape
+    manifest = data.store.manifest
+    return {
+        "name": manifest.source,
+        "train": n,
+        "test": len(data.test),
+        "test_is": data.test_is,
+        "classes": len(data.store.class_names),
+        "tokens": s,
+        "channels": d,
+        "backbone": backbone_of(data.store),
+        "weights": manifest.config["weights"],
+        "store": manifest.config_hash,
+        "train_identity": data.train.identity,
+        "test_identity": data.test.identity,
+    }
+
+
+def _entries(results: Results, data: ProbeData) -> list[dict[str, Any]]:
+    """The lines of the leaderboard: each has everything that it takes to run it again."""
+    about = {key: results[key] for key in ("dataset", "settings", "environment")}
+    about["command"] = results["reproduce"][0] if results["reproduce"] else None
+    about["extraction"] = data.store.manifest.config | {"reduction": data.store.reduction.options}
+    about["reduction_sha256"] = data.train.reduction.identity if data.train.reduction else None
+    entries = []
+    for row in results["rows"]:
+        facts = {key: value for key, value in row.items() if key not in ("seconds", "run")}
+        entries.append({"id": digest_json({"row": facts, "dataset": results["dataset"]})[:16], **row, **about})
+    return entries
+
+
+def _write(results: Results, out: Path) -> None:
+    from convexhead.report import probe_page
+
+    write_atomic(out / "table.json", json.dumps(results, indent=1).encode())
+    write_csv([probe_page.csv_row(row) | results["environment"] for row in results["rows"]], out / "table.csv")
+    write_csv(probe_page.class_rows(results), out / "classes.csv")
+    write_atomic(out / "table.md", probe_page.markdown(results).encode())
+    write_atomic(out / "index.html", probe_page.render(results).encode())
