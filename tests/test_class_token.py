@@ -79,11 +79,12 @@ def test_a_store_gives_the_class_token(work, head):
         assert told.primal == pytest.approx(clf.certificate_.primal, rel=1e-6)
 
 
-@pytest.mark.parametrize("command", ["fit", "path", "adam"])
+@pytest.mark.parametrize("command", ["fit", "path", "refit", "cv", "adam"])
 def test_commands_agree(work, tmp_path, capsys, command):
     options = ["--head", "self-attention", "--pool", "cls", "--out", tmp_path / "run"]
-    options += {"path": ["--beta-ratios", "0.3,0.1"], "adam": ["--epochs", 2]}.get(command, [])
-    assert call(command, work / "tokens", *options) == 0
+    grid = ["--beta-ratios", "0.3,0.1"]
+    options += {"path": grid, "refit": ["--refit", *grid], "cv": ["--cv", 2], "adam": ["--epochs", 2]}.get(command, [])
+    assert call({"refit": "path", "cv": "fit"}.get(command, command), work / "tokens", *options) == 0
     run = ch.load(tmp_path / "run")
     assert run.origin_.class_token
     assert run.n_tokens_ == 5
@@ -92,6 +93,11 @@ def test_commands_agree(work, tmp_path, capsys, command):
     store = ch.TokenStore.open(work / "tokens")
     expected = np.mean(run.predict(in_front(store, "test")) == store["test"].labels)
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(expected)
+    assert call("predict", tmp_path / "run", work / "tokens", "--out", tmp_path / "told.csv") == 0
+    told = [line.split(",") for line in (tmp_path / "told.csv").read_text().splitlines()[1:]]
+    rows = [line[2] for line in told if line[0] == "test"]
+    assert rows == [store.class_names[i] for i in run.predict(in_front(store, "test"))]
+    capsys.readouterr()
     assert call("audit", tmp_path / "run", work / "tokens", "--json") == 0
     primal = json.loads(capsys.readouterr().out)["certificate"]["primal"]
     assert primal == pytest.approx(run.certificate_.primal, rel=1e-6)

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 import convexhead as ch
-from convexhead.errors import FileFormatError, InputError
+from convexhead.errors import ConvexHeadError, FileFormatError, InputError
 from convexhead.tokens import StoreWriteError, TokenStore, export_store, extract, import_arrays, merge_stores
 
 RNG = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def test_numbered_columns(tmp_path: Path, columns: str) -> None:
     np.testing.assert_array_equal(store["train"].unreduced().read()[:, 0], x)
     assert [CLASSES[i] for i in store["train"].labels] == labels
     pq.write_table(pa.table({"f0": x[:, 0], "f2": x[:, 1], "label": labels}), tmp_path / "gap.parquet")
-    with pytest.raises(FileFormatError, match="without a gap"):
+    with pytest.raises(InputError, match=r"no tokens of train.*\(f0, f2\)"):
         import_arrays(tmp_path / "gap.parquet", tmp_path / "no", tokens="f")
 
 
@@ -329,6 +329,24 @@ def test_refused_files(tmp_path: Path, arrays: Arrays) -> None:
     (tmp_path / "both" / "class").mkdir(parents=True)
     np.save(tmp_path / "both" / "x.npy", numbers(3))
     refused("give one file or folder of arrays", tmp_path / "both")
+
+
+def test_damaged_files_are_read_or_refused_in_a_line(tmp_path: Path, arrays: Arrays) -> None:
+    chance, told = random.Random(0), []
+    for write in (as_npz, as_compressed, as_safetensors, as_h5):
+        path = write(tmp_path, arrays)
+        whole = path.read_bytes()
+        for trial in range(25):
+            content = bytearray(whole)
+            for _ in range(1 + trial % 7):
+                content[chance.randrange(len(content))] = chance.randrange(256)
+            path.write_bytes(content)
+            try:
+                import_arrays(path, tmp_path / f"{write.__name__}{trial}")
+            except ConvexHeadError as error:
+                told.append(str(error))
+    assert len(told) > 40
+    assert not any("\n" in message for message in told)
 
 
 def test_names_of_keys(tmp_path: Path, arrays: Arrays) -> None:

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from convexhead.errors import FileFormatError, InputError, require
+from convexhead.errors import ConvexHeadError, FileFormatError, InputError, require
 from convexhead.tokens.arrays.rows import Rows, in_a_line, mapped, rows_of, unpack
-from convexhead.tokens.store.files import StoreWriteError
 
 
 def open_arrays(path: Path) -> dict[str, Rows]:
@@ -47,9 +46,9 @@ def open_arrays(path: Path) -> dict[str, Rows]:
         raise InputError(f"{str(path)!r} is of no known format: {', '.join(READERS)} are read")
     try:
         return reader(path)
-    except (InputError, FileFormatError, StoreWriteError):
+    except ConvexHeadError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except Exception as error:  # whatever damaged bytes lead the readers to
         raise FileFormatError(
             f"{str(path)!r} is no whole {path.suffix} file of plain arrays: {in_a_line(error)}"
         ) from error
@@ -69,7 +68,9 @@ def facts_of(path: Path) -> dict[str, Any]:
                 facts = json.loads(file.attrs["store"]) if "store" in file.attrs else dict(file.attrs)
         else:
             facts = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except ConvexHeadError:
+        raise
+    except Exception as error:  # whatever damaged bytes lead the readers to
         raise FileFormatError(f"{str(path)!r} has no readable JSON: {in_a_line(error)}") from error
     return facts if isinstance(facts, dict) else {}
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError
-from convexhead.tokens.arrays.rows import Rows, mapped, unpack
+from convexhead.tokens.arrays.rows import Rows, in_a_line, mapped, unpack
 
 BATCH = 1024
 """Rows that are unpacked at a time. Chosen by hand."""
@@ -33,7 +33,7 @@ def open_columns(path: Path) -> dict[str, Rows]:
     try:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise FileFormatError(f"{str(path)!r} is no whole parquet file: {error}") from error
+        raise FileFormatError(f"{str(path)!r} is no whole parquet file: {in_a_line(error)}") from error
     schema = file.schema_arrow
     numbered: dict[str, dict[int, str]] = defaultdict(dict)
     found = {}
@@ -47,9 +47,10 @@ def open_columns(path: Path) -> dict[str, Rows]:
             found[field.name] = _plain(path, file, field.name)
     for name, columns in numbered.items():
         key = name or "tokens"
-        if sorted(columns) != list(range(min(columns), min(columns) + len(columns))) or key in found:
-            raise FileFormatError(f"{str(path)!r}: the columns {name}0, {name}1, ... are not numbered without a gap")
-        found[key] = _lists(path, file, [columns[i] for i in sorted(columns)], key)
+        if len(columns) == max(columns) - min(columns) + 1 and key not in found:
+            found[key] = _lists(path, file, [columns[i] for i in sorted(columns)], key)
+        else:  # no array: columns that end in numbers all the same
+            found |= {column: _plain(path, file, column) for column in columns.values()}
     return found
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.store.files import StoreWriteError
@@ -57,7 +56,7 @@ class Rows:
     def _read(self, start: int, stop: int) -> Any:
         try:
             return self.slice_(start, stop)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # whatever damaged bytes lead the readers to
             raise FileFormatError(f"{self.name} cannot be read: {in_a_line(error)}") from error
 
 
