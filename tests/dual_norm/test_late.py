@@ -163,3 +163,21 @@ def test_interrupts_end_the_preparation(monkeypatch):
     assert solution.stop in (Stop.INTERRUPTED, Stop.CONVERGED)
     best = solve(problem, 0.1, tol=1e-3, generator=torch.Generator().manual_seed(0), oracle=oracle)
     assert solution.certificate.dual <= best.certificate.primal
+
+
+def test_wide_scores_are_not_written_out():
+    """A million mixing weights of two samples: the unit matrix that reads their scores has 10¹² entries."""
+    oracle = NormOracle(build(n=2, d=1_000, name="self-attention"))
+    assert oracle.method == "none"
+    assert NormOracle(build(n=2, d=20, name="self-attention")).method != "none"
+
+
+@pytest.mark.parametrize(("k", "method"), [(2, "product of norms"), (60, "branch and bound")])
+def test_the_better_of_two_bounds_is_taken(k, method):
+    """Before branch and bound has been everywhere it knows nothing; soon after it is better than the product."""
+    problem = build(n=60, d=6)
+    oracle, R = NormOracle(problem), torch.randn(60, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+    (form,) = (scores.weights(problem.operator, R) for scores in oracle.scores)
+    found = oracle.bound(R, oracle.search(R, generator=torch.Generator().manual_seed(0)), late=at_call(k))
+    assert found.method == method
+    assert attained(form) <= found.upper <= product_of_norms(form) * (1 + 1e-9)

@@ -42,6 +42,8 @@ from convexhead.runtime.clock import OutOfTimeError, never
 
 WRITTEN_OUT = 2e6
 """Float64 numbers that the scores may take as explicit functions of the mixing weights. Chosen by hand: 16 MB."""
+WIDE = 16
+"""Ratio to `WRITTEN_OUT` of the numbers that unit weights and values may take, which are read to write scores out."""
 WORK = 6e7
 """Scores that one branch and bound may compute. Chosen by hand: some seconds; fewer after one that stayed loose."""
 FEW_PLANES = 1_000
@@ -112,7 +114,8 @@ class NormOracle:
         self.operator = problem.operator
         head = problem.head
         rows = problem.n * head.p * head.score_width
-        small = rows * max(head.mixing_size, problem.value_shape[0] * problem.c) * head.n_groups <= WRITTEN_OUT
+        widest = max(head.mixing_size, problem.value_shape[0] * problem.c)
+        small = widest * max(rows * head.n_groups, widest / WIDE) <= WRITTEN_OUT
         self.scores = scores_of(self.operator) if small else None
         self._work = WORK
         self._faces: list[list[FacesOfDimension]] = []
@@ -247,14 +250,14 @@ class NormOracle:
                 own = R.to(self.operator.dtype)
                 more = ascend(self.operator, own, U[found], block[found], iterations=30, late=late)
                 maxima = maxima.merge(self._in_double(R, more))
-        if not math.isfinite(upper):  # of no method, or of one that ended before it had been everywhere
-            upper, method = max(map(product_of_norms, forms)), "product of norms"
         known = DualNorm(upper, method, maxima, ascents)
         if known.loose and upper > enough:  # as much work would leave the next bound as loose
             self._work = max(self._work / 4, WORK / 64)
-        if not known.refuted:
-            return known
-        return DualNorm(max(map(product_of_norms, forms)), "product of norms", maxima, ascents, refuted=True)
+        if known.refuted or known.loose:
+            upper = max(map(product_of_norms, forms))
+            if upper < known.upper:
+                return DualNorm(upper, "product of norms", maxima, ascents, known.refuted)
+        return known
 
     def _in_double(self, R: Float[Tensor, "n r c"], maxima: LocalMaxima) -> LocalMaxima:
         """Values that a search in single precision found, as they are in double precision."""

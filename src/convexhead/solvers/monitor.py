@@ -15,7 +15,7 @@ from torch import Tensor
 from convexhead.runtime.clock import now
 from convexhead.runtime.ranks import Ranks
 
-GRACE, SHARE = 2.0, 0.2
+GRACE, SHARE = 5.0, 0.2
 """Seconds, and share of the seconds so far, that a certificate may take after the clock or Ctrl-C has ended a solve.
 Chosen by hand."""
 State = dict[str, Tensor]

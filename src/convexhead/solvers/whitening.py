@@ -124,8 +124,13 @@ def probes(problem: Problem, f: Float[Tensor, "n r c"], generator: torch.Generat
 
 
 def _root(C: Float[Tensor, "m m"], beta: float) -> Float[Tensor, "m m"]:
-    """Lower triangular ``L`` with ``L Lᵀ = C + βI``; as much more as rounding asks for is added to the diagonal."""
+    """Lower triangular ``L`` with ``L Lᵀ = C + βI``; as much more as rounding asks for is added to the diagonal.
+
+    A ``C`` that left the range of floating point counts as zero.
+    """
     eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    if not bool(C.isfinite().all()):
+        return math.sqrt(beta) * eye
     more = beta
     while True:
         L, failed = torch.linalg.cholesky_ex(C + more * eye)
