@@ -9,7 +9,8 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from convexhead.cli.entry import AGAIN, command
-from convexhead.cli.options import BACKBONES, Device, Dtype, ImageSize, Json, Layer, Out, Reduce, TokenPool
+from convexhead.cli.options import BACKBONES, Device, Dtype, Json, Layer, Out, Reduce, Sides, TokenPool, sides
+from convexhead.cli.options import names as listed
 from convexhead.cli.output import errors, show_store, speaks_for_all
 from convexhead.cli.progress import shown_progress
 
@@ -17,8 +18,9 @@ Images = Annotated[
     str,
     Argument(
         metavar="IMAGES",
-        help="Folder of class folders, with train/ and test/ beside each other where there is a split; or npz:FILE, "
-        "webdataset:PATTERN, hf:NAME, torchvision:CIFAR100, sklearn:digits.",
+        help="Folder of class folders, with train/ and test/ beside each other where there is a split, or of images/ "
+        "and labels/ with a mask labels/NAME.png for each image; or npz:FILE, webdataset:PATTERN, hf:NAME, "
+        "torchvision:CIFAR100, sklearn:digits.",
     ),
 ]
 Like = Annotated[
@@ -55,7 +57,20 @@ Constant = Annotated[
 Precision = Annotated[Dtype | None, Option(help="Precision in which tokens are stored; default: float16.")]
 BatchSize = Annotated[int | None, Option(help="Images in a forward pass; default: 8 on a CPU, 256 on a GPU.")]
 ShardSize = Annotated[int, Option(help="Images in a file, and the most work that a crash can lose.")]
+Void = Annotated[int | None, Option(help="Of images with masks: the number of pixels that do not count.")]
+ClassNames = Annotated[
+    str | None,
+    Option(
+        help="Of images with masks: the names of numbers 0, 1, … separated by commas, or a text file with one a line; "
+        "default: classes.txt beside the splits, else the numbers."
+    ),
+]
 SkipBroken = Annotated[bool, Option(help="Leave out images that cannot be read, instead of stopping.")]
+
+
+def class_list(text: str | None) -> list[str] | Path | None:
+    """What ``--class-names`` says: names, or a file with names."""
+    return None if text is None else Path(text) if Path(text).is_file() else listed(text)
 
 
 @command(f"finished shards are kept in {{out}}; {AGAIN}")
@@ -65,7 +80,7 @@ def extract(
     like: Like = None,
     backbone: Backbone = None,
     layer: Layer = None,
-    image_size: ImageSize = None,
+    image_size: Sides = None,
     crop_pct: CropPct = None,
     channels: Channels = None,
     reduce: Reduction = None,
@@ -76,6 +91,8 @@ def extract(
     batch_size: BatchSize = None,
     shard_size: ShardSize = 512,
     skip_broken: SkipBroken = False,
+    void: Void = None,
+    class_names: ClassNames = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -91,7 +108,7 @@ def extract(
             out,
             like=like,
             layer=layer,
-            image_size=image_size,
+            image_size=sides(image_size),
             crop_pct=crop_pct,
             channels=channels,
             reduce=None if reduce is None else reduce.value,
@@ -102,13 +119,15 @@ def extract(
             batch_size=batch_size,
             shard_size=shard_size,
             skip_broken=skip_broken,
+            void=void,
+            class_names=class_list(class_names),
             device=device,
             progress=told_to(notify),
         )
     if not speaks_for_all():
         return
     info = store.info()
-    show_store(store, as_json, *map(escape, census_lines(info["found"])))
+    show_store(store, as_json, *map(escape, census_lines(info["found"], store.class_names)))
     broken = [name for names in info["broken"].values() for name in names]
     if broken and not as_json:
         names = ", ".join(map(repr, broken[:5])) + (", …" if len(broken) > 5 else "")

@@ -60,6 +60,14 @@ Seed = Annotated[int, Option("--seed", help="Seed of gates and random starts.")]
 # -- images ------------------------------------------------------------------------------------------------------------
 Layer = Annotated[int | None, Option(help="Block of the backbone to read tokens from; default: its last map.")]
 ImageSize = Annotated[int | None, Option(help="Side of the images in pixels; default: the backbone's own.")]
+Sides = Annotated[
+    str | None,
+    Option(
+        "--image-size",
+        metavar="PIXELS",
+        help="Side of the images in pixels, or HEIGHTxWIDTH; default: the backbone's own.",
+    ),
+]
 TokenPool = Annotated[int | None, Option(help="Average the token grid down to this many tokens a side.")]
 BACKBONES = (
     "packaged:efficientnet-lite0, timm:NAME, timm:NAME@FILE (weights of your own, .safetensors or .pth), hf:NAME, or "
@@ -120,3 +128,20 @@ def counts(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} must be whole numbers separated by commas, got {text!r}") from error
+
+
+def sides(text: str | None) -> int | tuple[int, int] | None:
+    """The number or the two numbers of ``--image-size``.
+
+    Raises
+    ------
+    InputError
+        Something else stands there.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not all(part.strip().isdecimal() for part in parts) or len(parts) > 2:
+        raise InputError(f"--image-size must be one number of pixels or HEIGHTxWIDTH, got {text!r}")
+    numbers = [int(part) for part in parts]
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])

@@ -60,7 +60,7 @@ def as_seen(image: Image.Image, preprocessing: Mapping[str, Any]) -> Image.Image
     share: tuple[float, float] | None = None
     if "crop_pct" in preprocessing:
         _, height, width = preprocessing["input_size"]
-        unit = min(image.size) * preprocessing["crop_pct"] / min(height, width)
+        unit = min(image.width / width, image.height / height) * preprocessing["crop_pct"]
         share = (width * unit, height * unit)
     elif preprocessing.get("crop") and isinstance(preprocessing.get("resize"), int):
         unit = min(image.size) / preprocessing["resize"]

@@ -16,6 +16,7 @@ from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
 from convexhead.report.gallery import patch_grid, strongest_heads
 from convexhead.report.tables import probability, relative
+from convexhead.tokens.like import side_or_sides
 from convexhead.tokens.store.store import TokenStore
 
 KEPT = ("command", "environment", "path", "at_edge", "selection")
@@ -231,12 +232,13 @@ def _extraction(tokens: dict[str, Any]) -> list[str]:
     """The command that makes the same tokens; none of those that were imported, which somebody else made."""
     if "imported" in tokens["preprocessing"]:
         return []
-    fitted, size = tokens["reduction"], tokens["preprocessing"].get("input_size")
+    fitted, made = tokens["reduction"], tokens["preprocessing"]
+    size = side_or_sides(made.get("input_size") or made.get("image_size"))
     components = fitted.get("components")
     options: dict[str, Any] = {
         "--backbone": tokens["backbone"],
         "--layer": tokens["layer"],
-        "--image-size": size[-1] if size else tokens["preprocessing"].get("image_size"),
+        "--image-size": "x".join(map(str, size)) if isinstance(size, tuple) else size,
         "--crop-pct": tokens["preprocessing"].get("crop_pct"),
         "--channels": components or tokens["channel_pool"],
         "--reduce": "pca" if components else None,

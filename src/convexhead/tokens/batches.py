@@ -12,16 +12,22 @@ from torch import Tensor
 
 from convexhead.errors import InputError
 from convexhead.tokens.backbones.base import Backbone, TokenBatch
+from convexhead.tokens.geometry import Window, measure_window, patch_targets
 from convexhead.tokens.reduce import pool_channels, pool_grid
-from convexhead.tokens.sources.base import BrokenImageError, ImageSource
+from convexhead.tokens.sources.base import BrokenImageError, ImageSource, MaskSource
 
 
 class Extracted(NamedTuple):
-    """Of the images ``rows``, which could be read: ``tokens (k, s, d)``, ``prefix (k, p, d)`` as stored."""
+    """Of the images ``rows``, which could be read: ``tokens (k, s, d)``, ``prefix (k, p, d)`` as stored.
+
+    With masks also ``targets (k, s, c)`` and ``weights (k, s)`` of tokens, see `patch_targets`.
+    """
 
     rows: list[int]
     tokens: Tensor
     prefix: Tensor
+    targets: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass
@@ -43,6 +49,7 @@ class BatchExtractor:
 
     def __post_init__(self) -> None:
         # Threads would only make a GPU hold several batches at a time.
+        self._windows: dict[tuple[int, int], Window] = {}
         self._turn = contextlib.nullcontext() if self.device.type == "cpu" else threading.Lock()
 
     def config(self) -> dict[str, Any]:
@@ -59,6 +66,7 @@ class BatchExtractor:
             "token_pool": list(self.token_pool) if self.token_pool else None,
             "dtype": self.dtype,
             **({} if numbering is None else {"classes": numbering}),
+            **({"masks": {"void": self.source.void}} if isinstance(self.source, MaskSource) else {}),
         }
 
     def first(self) -> TokenBatch:
@@ -69,10 +77,12 @@ class BatchExtractor:
         InputError
             There is none, or settings that do not fit the tokens.
         """
-        for index in range(len(self.source.labels("train"))):
-            image = self._prepare("train", index)
+        for index in range(len(self.source.files("train"))):
+            image = self._load("train", index)
             if image is not None:
-                return self._forward([image])
+                if isinstance(self.source, MaskSource):
+                    self.window(image.size)
+                return self._forward([self.backbone.prepare(image)])[0]
         raise InputError(f"no train image of {self.source.spec!r} can be read")
 
     def extract(self, split: str, items: range, grid: tuple[int, int]) -> Extracted:
@@ -86,41 +96,63 @@ class BatchExtractor:
             The tokens are not on ``grid``, or do not fit the stored type; images that do not fit into
             the device's memory together.
         """
-        loaded = [(index, self._prepare(split, index)) for index in items]
-        rows = [index for index, image in loaded if image is not None]
-        images = [image for image in (image for _, image in loaded) if image is not None]
+        rows, images, sizes = [], [], []
+        for index in items:
+            if (image := self._load(split, index)) is not None:
+                rows.append(index)
+                images.append(self.backbone.prepare(image))
+                sizes.append(image.size)
         if not images:
             return Extracted(rows, torch.empty(0), torch.empty(0))
         last = self.source.files(split)[rows[-1]]
         same_size = len({image.shape for image in images}) == 1
-        batch = self._forward(images) if same_size else None
+        batch, fine = self._forward(images) if same_size else (None, grid)
         if batch is None or batch.grid != grid:
             raise InputError(f"the images before {last!r} differ in size: {self.unequal}")
-        return Extracted(rows, self._stored(batch.tokens, last), self._stored(batch.prefix, last))
+        tokens, prefix = self._stored(batch.tokens, last), self._stored(batch.prefix, last)
+        if not isinstance(self.source, MaskSource):
+            return Extracted(rows, tokens, prefix)
+        made = []
+        for index, size in zip(rows, sizes, strict=True):
+            mask = self.source.mask(split, index)
+            if mask.shape[::-1] != size:
+                name = self.source.files(split)[index]
+                raise InputError(f"the mask of {name!r} has {mask.shape[::-1]} pixels, the image {size}")
+            made.append(patch_targets(mask, self.window(size), fine, len(self.source.class_names), self.token_pool))
+        targets, weights = (torch.stack(part) for part in zip(*made, strict=True))
+        return Extracted(rows, tokens, prefix, targets, weights)
 
-    def _prepare(self, split: str, index: int) -> Tensor | None:
-        """Load and resize one image; None for a broken one where those are skipped."""
+    def window(self, size: tuple[int, int]) -> Window:
+        """What prepared images show of images of ``size = (width, height)``."""
+        if size not in self._windows:
+            self._windows[size] = measure_window(self.backbone.prepare, size)
+        return self._windows[size]
+
+    def _load(self, split: str, index: int) -> Any:
+        """Load one image; None for a broken one where those are skipped."""
         try:
-            return self.backbone.prepare(self.source.load(split, index))
+            return self.source.load(split, index)
         except BrokenImageError:
             if not self.skip_broken:
                 raise
             return None
 
     @torch.inference_mode()
-    def _forward(self, images: list[Tensor]) -> TokenBatch:
+    def _forward(self, images: list[Tensor]) -> tuple[TokenBatch, tuple[int, int]]:
+        """Tokens as they are stored but for the type, and the grid that they lay on before they were pooled."""
         stacked = torch.stack(images)
         try:
             with self._turn:
                 tokens, prefix, grid = self.backbone(stacked.to(self.device))
         except torch.cuda.OutOfMemoryError as error:
             raise InputError(f"{len(images)} images do not fit into {self.device}: lower batch_size") from error
+        fine = grid
         if self.token_pool is not None:
             tokens, grid = pool_grid(tokens, grid, self.token_pool), self.token_pool
         if self.channels is not None:
             tokens = pool_channels(tokens, self.channels)
             prefix = pool_channels(prefix, self.channels) if prefix.shape[1] else tokens[:, :0]
-        return TokenBatch(tokens, prefix, grid)
+        return TokenBatch(tokens, prefix, grid), fine
 
     @torch.inference_mode()
     def _stored(self, values: Tensor, file: str) -> Tensor:

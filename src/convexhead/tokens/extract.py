@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,7 @@ from convexhead.errors import InputError, choose
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
 from convexhead.tokens.arrays.loader import as_loaders
 from convexhead.tokens.arrays.run_loaders import run_loaders
+from convexhead.tokens.backbones.base import ImageSize
 from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.job import ExtractionJob, Task
@@ -47,7 +48,7 @@ def extract(
     *,
     like: str | Path | None = None,
     layer: int | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize = None,
     crop_pct: float | None = None,
     channels: int | None = None,
     reduce: Literal["avgpool", "pca"] | None = None,
@@ -58,6 +59,8 @@ def extract(
     batch_size: int | None = None,
     shard_size: int = 512,
     skip_broken: bool = False,
+    void: int | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
     device: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> TokenStore:
@@ -80,22 +83,19 @@ def extract(
     like
         A store, or a run that was fitted on one: all settings, the fitted reduction and the order of the classes are
         taken from there, and options that say something else are refused.
-    channels
-        Channels to keep; None keeps all.
-    reduce
-        How to reduce channels. ``"avgpool"`` (None) averages neighbours before they are written; ``"pca"`` writes all
-        and keeps the leading principal components of the train tokens when they are read.
-    token_pool
-        Token grid to average down to, ``(h, w)`` or one number for a square.
-    standardize, constant
+    channels, reduce, token_pool
+        Channels to keep, None keeps all; how: ``"avgpool"`` (None) averages neighbours before they are written,
+        ``"pca"`` writes all and keeps the leading principal components of the train tokens when they are read; the
+        token grid to average down to, ``(h, w)`` or one number for a square.
+    standardize, constant, dtype
         When tokens are read, give every channel mean 0 and variance 1 over the train tokens, before principal
-        components are taken (None does), and append a channel of ones (None does not).
-    dtype
-        Type in which tokens are written; None is float16.
-    batch_size, shard_size
-        Images a forward pass (None: 8 on a CPU, else 256), and images a file, the most that a crash can lose.
-    skip_broken
-        Leave out images that cannot be decoded (the manifest names them) instead of stopping.
+        components are taken (None does), and append a channel of ones (None does not); the type in which tokens are
+        written, None is float16.
+    batch_size, shard_size, skip_broken
+        Images a forward pass (None: 8 on a CPU, else 256), and images a file, the most that a crash can lose; whether
+        to leave out images that cannot be decoded (the manifest names them) instead of stopping.
+    void, class_names
+        Of images with masks, see `open_source`; tokens then have targets, see `SplitView.targets`.
     device, progress
         A torch device, or ``"auto"`` for a GPU if there is one; called after each batch.
 
@@ -108,6 +108,7 @@ def extract(
     asked = {
         "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
         "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant, "dtype": dtype,
+        "void": void, "class_names": class_names,
     }  # fmt: skip
     _check(reduce, dtype, {"channels": channels, "batch_size": batch_size, "shard_size": shard_size})
 
@@ -184,13 +185,14 @@ def _extractor(
 ) -> BatchExtractor:
     if device.type == "cpu":
         reuse_freed_memory()
-    images, pool = open_source(source), options["token_pool"]
+    images = open_source(source, void=options["void"], class_names=options["class_names"])
+    pool = options["token_pool"]
     channels = None if options["reduce"] == "pca" else options["channels"]
     if origin is None:
         sizes = {name: options[name] for name in ("layer", "image_size", "crop_pct")}
         network = open_backbone(options["backbone"], **sizes)
     else:
-        images = number_like(images, origin.class_names)
+        images = number_like(images, origin)
         network = open_backbone_like(origin, options)
         channels = origin.config["channels"]  # an experiment may reduce channels that were pooled before
     return BatchExtractor(

@@ -14,6 +14,7 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.batches import BatchExtractor, Extracted
 from convexhead.tokens.parallel import map_on_cores
 from convexhead.tokens.progress import ProgressMeter
+from convexhead.tokens.sources.base import MaskSource
 from convexhead.tokens.store.census import take_census
 from convexhead.tokens.store.files import LOCK, write_atomic
 from convexhead.tokens.store.manifest import MANIFEST, REDUCTION, Manifest, Split, digest_json
@@ -135,7 +136,7 @@ class ExtractionJob:
         source = self.extractor.source
         return [
             Task(split, number, range(n)[start : start + self.shard_size])
-            for split, n in ((split, len(source.labels(split))) for split in source.splits)
+            for split, n in ((split, len(source.files(split))) for split in source.splits)
             for number, start in enumerate(range(0, n, self.shard_size))
         ]
 
@@ -182,16 +183,24 @@ class ExtractionJob:
         tokens = torch.empty(len(task.items), s, d, dtype=dtype)
         prefix = torch.empty(len(task.items), manifest.n_prefix, d, dtype=dtype)
         rows: list[int] = []
+        parts: list[Extracted] = []
         for items in self._batches(task):
             part = next(done)
+            parts.append(part._replace(tokens=torch.empty(0), prefix=torch.empty(0)))
             if part.rows:
                 tokens[len(rows) : len(rows) + len(part.rows)] = part.tokens
                 prefix[len(rows) : len(rows) + len(part.rows)] = part.prefix
             rows += part.rows
             meter.add(task.split, len(items))
         source = self.extractor.source
-        files, labels = source.files(task.split), torch.from_numpy(source.labels(task.split)[rows])
-        arrays = {"tokens": tokens[: len(rows)], "labels": labels}
+        files = source.files(task.split)
+        arrays = {"tokens": tokens[: len(rows)]}
+        if isinstance(source, MaskSource):
+            s, c = manifest.shape[0], len(source.class_names)
+            arrays["targets"] = torch.cat([torch.empty(0, s, c), *(p.targets for p in parts if p.targets is not None)])
+            arrays["weights"] = torch.cat([torch.empty(0, s), *(p.weights for p in parts if p.weights is not None)])
+        else:
+            arrays["labels"] = torch.from_numpy(source.labels(task.split)[rows])
         if manifest.n_prefix:
             arrays["prefix"] = prefix[: len(rows)]
         broken = [files[index] for index in sorted(set(task.items) - set(rows))]
@@ -221,7 +230,7 @@ class ExtractionJob:
         for name, split in manifest.splits.items():
             if not split.count:
                 raise InputError(f"no {name} image of {source.spec!r} can be read")
-            found = len(source.labels(name))
+            found = len(source.files(name))
             if split.count + len(split.broken) != found:
                 raise FileFormatError(
                     f"the {name} shards in {str(self.out)!r} account for {split.count + len(split.broken)} of {found} "

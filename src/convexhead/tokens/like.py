@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.backbones.base import Backbone
 from convexhead.tokens.backbones.open import open_backbone
-from convexhead.tokens.sources.base import ImageSource
+from convexhead.tokens.sources.base import ImageSource, MaskSource
 from convexhead.tokens.store.manifest import MANIFEST
 from convexhead.tokens.store.origin import TokenOrigin, differences
 from convexhead.tokens.store.store import TokenStore
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+ASKED = ("image_size", "crop_pct", "void", "class_names")
+"""Options whose answers are compared, once the backbone or the images are open."""
 
 
 def origin_of(path: str | Path) -> TokenOrigin:
@@ -70,7 +74,7 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
         "dtype": origin.config["dtype"],
     }
     for name, value in given.items():
-        if value is None or name in ("image_size", "crop_pct") or isinstance(value, Backbone):
+        if value is None or name in ASKED or isinstance(value, Backbone):
             continue
         taken = options[name]
         asked, there = (str(v).partition("@")[0] if name == "backbone" else v for v in (value, taken))
@@ -79,7 +83,7 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
         if asked != there:
             raise InputError(f"{name} is {there!r} in the tokens of `like`, not {asked!r}: leave {name} out")
     place = {"backbone": given["backbone"]} if given["backbone"] is not None else {}
-    return {**options, "image_size": given["image_size"], "crop_pct": given["crop_pct"], **place}
+    return {**options, **{name: given.get(name) for name in ASKED}, **place}
 
 
 def open_backbone_like(origin: TokenOrigin, options: dict[str, Any]) -> Backbone:
@@ -116,12 +120,19 @@ def _sizes(preprocessing: dict[str, Any], options: dict[str, Any]) -> Iterator[d
         return
     for name in ("input_size", "image_size", "crop", "resize"):
         size = preprocessing.get(name)
-        size = size[-1] if isinstance(size, (list, tuple)) else size
+        size = side_or_sides(size)
         if size is not None:
             yield {"image_size": size, "crop_pct": preprocessing.get("crop_pct")}
             break
     if preprocessing.get("crop_pct") is not None:
         yield {"image_size": None, "crop_pct": preprocessing["crop_pct"]}
+
+
+def side_or_sides(size: Any) -> Any:
+    """The question that a size ``([channels,] height, width)`` answers: the side of a square, or both sides."""
+    if not isinstance(size, (list, tuple)):
+        return size
+    return size[-1] if size[-2] == size[-1] else tuple(size[-2:])
 
 
 class Renumbered:
@@ -153,6 +164,11 @@ class Renumbered:
         return self._source.fingerprint()
 
 
-def number_like(source: ImageSource, class_names: list[str] | None) -> ImageSource:
-    """Return ``source`` with its labels numbered as ``class_names`` are; None leaves them."""
-    return source if class_names in (None, source.class_names) else Renumbered(source, class_names or [])
+def number_like(source: ImageSource, origin: TokenOrigin) -> ImageSource:
+    """Return ``source`` with its labels numbered as the classes of ``origin`` are, where that has names of them."""
+    class_names = origin.class_names
+    if class_names is None:
+        return source
+    if isinstance(source, MaskSource):
+        return source.like(class_names, origin.config.get("masks", {}).get("void"))
+    return source if class_names == source.class_names else Renumbered(source, class_names)

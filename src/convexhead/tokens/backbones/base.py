@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 State = dict[str, Tensor]
+ImageSize = int | tuple[int, int] | None
+"""Side of a square input in pixels, or ``(height, width)``; None is the backbone's own."""
 
 
 class TokenBatch(NamedTuple):

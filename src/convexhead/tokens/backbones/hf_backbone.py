@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convexhead.errors import FileFormatError, HubError, InputError, require
-from convexhead.tokens.backbones.base import TokenBatch, hash_state
+from convexhead.tokens.backbones.base import ImageSize, TokenBatch, hash_state
 from convexhead.tokens.backbones.hf_preprocessing import Pixels, choose_pixels
 from convexhead.tokens.backbones.hub import cached_file, check_reachable
 from convexhead.tokens.backbones.layout import NetworkBackbone
@@ -123,7 +123,7 @@ def _options(spec: str, model: Any) -> dict[str, Any]:
     return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
 
 
-def open_hf(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TransformersBackbone:
+def open_hf(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None) -> TransformersBackbone:
     """Open ``hf:NAME`` or ``hf:FOLDER``.
 
     Raises
@@ -140,6 +140,8 @@ def open_hf(name: str, *, layer: int | None, image_size: int | None, crop_pct: f
     spec = f"hf:{name}"
     if crop_pct is not None:
         raise InputError(f"{spec!r} crops as its image processor says: omit crop_pct")
+    if isinstance(image_size, tuple):
+        raise InputError(f"{spec!r} takes squares: give one number as image_size")
     local = Path(name).expanduser()
     here = local.is_dir() or cached_file(name, "config.json") is not None
     if not here:

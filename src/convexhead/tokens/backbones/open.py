@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose, require
-from convexhead.tokens.backbones.base import Backbone
+from convexhead.tokens.backbones.base import Backbone, ImageSize
 
 
 def open_backbone(
@@ -26,7 +27,7 @@ def open_backbone(
     transform: Callable[[Any], Tensor] | None = None,
     name: str | None = None,
     layer: int | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize = None,
     crop_pct: float | None = None,
 ) -> Backbone:
     """Open a backbone by its specification (see the module's table).
@@ -42,7 +43,7 @@ def open_backbone(
         Inner block to take, counted from 0 (a stage for networks that timm divides into stages); None
         takes the final map.
     image_size
-        Side of the square input in pixels; None is the backbone's own. Resizing and cropping keep
+        Side of the square input in pixels, or (height, width); None is the backbone's own. Resizing and cropping keep
         their proportion; a transformers processor that cannot give such squares is refused.
     crop_pct
         Share of the resized image that the centre crop keeps; None is the backbone's own, 1 keeps
@@ -78,7 +79,10 @@ def open_backbone(
     if scheme == "module":
         raise InputError(f"{spec!r} was a module of your own: in Python give it and its transform, or an open backbone")
     choose("backbone", scheme, ["packaged", "timm", "hf", "patches"])
-    if image_size is not None and image_size < 1:
+    if isinstance(image_size, (tuple, list)):
+        height, width = image_size
+        image_size = (height, width) if height != width else height
+    if image_size is not None and np.min(image_size) < 1:
         raise InputError(f"image_size={image_size} must be a positive number of pixels")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise InputError(f"crop_pct={crop_pct} must be above 0 and at most 1")

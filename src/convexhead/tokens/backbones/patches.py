@@ -9,27 +9,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexhead.errors import InputError
-from convexhead.tokens.backbones.base import Backbone, TokenBatch
+from convexhead.tokens.backbones.base import Backbone, ImageSize, TokenBatch
 
 
 class RawPatches(Backbone):
     """The image cut into ``k x k`` patches, each flattened as (row, column, colour) and scaled to [0, 1].
 
-    Images keep their size unless ``image_size`` is given, to which both sides are then resized.
+    Images keep their size unless ``image_size`` is given, a side or
+    (height, width), to which they are then resized.
     """
 
-    def __init__(self, k: int, image_size: int | None) -> None:
+    def __init__(self, k: int, image_size: ImageSize) -> None:
         super().__init__()
         self.k = k
-        self.image_size = image_size
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.spec = f"patches:{k}"
         self.layer = None
         self.weights_hash = ""
-        self.preprocessing = {"image_size": image_size, "interpolation": "bicubic"}
+        size = list(image_size) if isinstance(image_size, tuple) else image_size
+        self.preprocessing = {"image_size": size, "interpolation": "bicubic"}
 
     def prepare(self, image: Image.Image) -> Tensor:
-        if self.image_size is not None and image.size != (self.image_size, self.image_size):
-            image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        if self.image_size is not None and image.size != self.image_size[::-1]:
+            image = image.resize(self.image_size[::-1], Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
     def forward(self, images: Tensor) -> TokenBatch:
@@ -44,7 +46,7 @@ class RawPatches(Backbone):
         return TokenBatch(tokens, tokens.new_zeros(b, 0, tokens.shape[2]), (height // k, width // k))
 
 
-def open_patches(size: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> RawPatches:
+def open_patches(size: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None) -> RawPatches:
     """Open ``patches:SIZE``."""
     if not size.isdecimal() or int(size) < 1:
         raise InputError(f"'patches:{size}' needs a patch size in pixels, as in 'patches:4'")

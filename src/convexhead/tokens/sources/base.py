@@ -57,6 +57,31 @@ class ImageSource(Protocol):
         """Return a hexadecimal SHA-256 that changes whenever an image, a name or a label changes."""
 
 
+@runtime_checkable
+class MaskSource(ImageSource, Protocol):
+    """Images with a label for every pixel instead of one an image: ``labels`` refuses, and says so.
+
+    ``void`` is the number in the files of pixels that do not count, or None.
+    """
+
+    void: int | None
+
+    def mask(self, split: str, index: int) -> NDArray[np.int16]:
+        """Return the classes of the pixels of one image, ``(height, width)``; −1 for those that do not count."""
+
+    def pixels(self, split: str) -> NDArray[np.int64]:
+        """Return the numbers of pixels of every class, then of those that do not count, ``(c + 1,)``."""
+
+    def like(self, class_names: list[str], void: int | None) -> MaskSource:
+        """Return the source with these classes, and this void where it has none of its own.
+
+        Raises
+        ------
+        InputError
+            It has other classes.
+        """
+
+
 def match_splits(what: str, names: Iterable[str]) -> dict[str, str]:
     """Map splits to the names that stand for them in a source, in the order of `SPLITS`.
 

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convexhead.errors import InputError
 from convexhead.tokens.sources.base import SPLIT_NAMES, SPLITS, check_split, match_splits
+from convexhead.tokens.sources.folder_content import FolderContent, entries, is_folder
 from convexhead.tokens.sources.naming import natural_sort
-
-SMALL = 20_000
-"""Mean bytes of a file under which threads only wait for each other's turn in Python: hashing takes no time."""
 
 SPLIT_LIKE = frozenset({*SPLIT_NAMES, "training", "testing", "dev", "eval", "evaluation"})
 """Names, in small letters, of folders that are splits rather than classes where they hold folders."""
-
-
-class Stamp(NamedTuple):
-    """What tells a file that was rewritten: bytes and time of the last change; -1 where there is no file."""
-
-    bytes: int
-    time: int
 
 
 class ClassFolders:
@@ -71,7 +58,6 @@ class ClassFolders:
             hint = f"; did you mean 'npz:{root}'?" if self.root.suffix == ".npz" else ""
             raise InputError(f"{str(root)!r} is a file, not a folder of class folders{hint}")
         self.left_out: dict[str, list[str]] = defaultdict(list)
-        self._stamps: dict[str, Stamp] = {}
         folders = self._split_folders()
         self.splits = tuple(folders)
         classes = {split: self._class_folders(folder) for split, folder in folders.items()}
@@ -80,6 +66,7 @@ class ClassFolders:
         self._files: dict[str, list[str]] = {}
         for split, each in classes.items():
             self._labels[split], self._files[split] = self._scan(each)
+        self._content = FolderContent(self.root, self.names, self.mark)
 
     def labels(self, split: str) -> NDArray[np.int64]:
         return self._labels[check_split(split, self.splits)]
@@ -99,49 +86,16 @@ class ClassFolders:
         edited image is never mistaken for the old one. Each file is read once more, which costs little beside
         the backbone. A file that cannot be read counts as one without bytes: loading it says what is wrong.
         """
-        names = self.names
-        self._stamps = self._stamp(names)
-        digest = hashlib.sha256()
-        with ThreadPoolExecutor() as pool:
-            some = names[:: len(names) // 100 + 1]
-            small = sum(self._stamps[name].bytes for name in some) < SMALL * len(some)
-            hashes = (map if small else pool.map)(self._hash_file, names)
-            for name, content in zip(names, hashes, strict=True):
-                # Names may hold bytes that are no text.
-                digest.update(f"{name}\0{content}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        return self._content.fingerprint()
 
     def changed(self) -> str | None:
         """Name a file that appeared, disappeared or was rewritten since the fingerprint was taken."""
-        now = type(self)(self.root).names
-        if strangers := set(now) ^ set(self.names):
-            name = min(strangers)
-            return f"{name!r} {'appeared' if name in now else 'disappeared'}"
-        stamps = self._stamp(now) if self._stamps else {}
-        return next((f"{name!r} was rewritten" for name in stamps if stamps[name] != self._stamps[name]), None)
+        return self._content.changed(type(self)(self.root).names)
 
     @property
     def names(self) -> list[str]:
         """The files of all splits, as `files` gives them."""
         return [name for split in self.splits for name in self._files[split]]
-
-    def _stamp(self, names: list[str]) -> dict[str, Stamp]:
-        stamps = {}
-        for name in names:
-            stamps[name] = Stamp(-1, -1)
-            with contextlib.suppress(OSError):
-                status = os.stat(f"{self.root}/{name}")
-                if stat.S_ISREG(status.st_mode):
-                    stamps[name] = Stamp(status.st_size, status.st_mtime_ns)
-        return stamps
-
-    def _hash_file(self, name: str) -> str:
-        content = b""
-        # Reading a pipe would wait for ever.
-        if self._stamps[name].bytes >= 0:
-            with contextlib.suppress(OSError), open(f"{self.root}/{name}", "rb") as file:
-                content = file.read()
-        return hashlib.sha256(content + self.mark(content)).hexdigest()
 
     def _split_folders(self) -> dict[str, Path]:
         """Map splits to folders; a root without split folders is the split ``"train"`` itself."""
@@ -202,14 +156,14 @@ class ClassFolders:
         if place in above:
             raise InputError(f"{str(folder)!r} is a link to a folder that holds it: remove the link")
         within = folder.relative_to(self.root).as_posix()
-        for entry in _entries(folder):
+        for entry in entries(folder):
             extension = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 self.left_out["hidden"].append(f"{within}/{entry.name}")
             # A folder of such a name, or a link to nowhere, is a file that cannot be read.
             elif extension in self.extensions:
                 yield entry.name
-            elif not _is_folder(entry):
+            elif not is_folder(entry):
                 self.left_out[f"{self.other} ({extension or 'no extension'})"].append(f"{within}/{entry.name}")
             elif self._looks_like_split(entry):
                 raise InputError(
@@ -224,27 +178,14 @@ class ClassFolders:
         return not self.splits_inside and entry.name.lower() in SPLIT_LIKE and self._has_folders(Path(entry.path))
 
     def _folders(self, folder: Path) -> list[str]:
-        return natural_sort(e.name for e in _entries(folder) if _is_folder(e) and not e.name.startswith("."))
+        return natural_sort(e.name for e in entries(folder) if is_folder(e) and not e.name.startswith("."))
 
     def _has_folders(self, folder: Path) -> bool:
-        return any(_is_folder(e) and not e.name.startswith(".") for e in _entries(folder))
+        return any(is_folder(e) and not e.name.startswith(".") for e in entries(folder))
 
     def _leave_files(self, folder: Path) -> None:
         """Note what lies beside the folders of splits or classes: it has no label."""
-        for entry in _entries(folder):
-            if not _is_folder(entry) or entry.name.startswith("."):
+        for entry in entries(folder):
+            if not is_folder(entry) or entry.name.startswith("."):
                 reason = "hidden" if entry.name.startswith(".") else "beside the folders of classes"
                 self.left_out[reason].append((folder / entry.name).relative_to(self.root).as_posix())
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"cannot list the folder {str(folder)!r}: {error.strerror}") from error
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # Links that go round in circles would raise from `DirEntry.is_dir`.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()

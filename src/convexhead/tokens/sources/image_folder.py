@@ -11,6 +11,7 @@ from PIL import Image
 from convexhead.errors import InputError
 from convexhead.tokens.sources.class_folders import ClassFolders
 from convexhead.tokens.sources.decode import EXTENSIONS, decode_image, decoded_anew
+from convexhead.tokens.sources.folder_content import FolderContent
 from convexhead.tokens.sources.naming import natural_sort
 
 
@@ -43,7 +44,6 @@ class LooseImages(ImageFolder):
         place = Path(root).expanduser()
         self.spec, self.root = str(root), place if place.is_dir() else place.parent
         self.left_out = defaultdict(list)
-        self._stamps = {}
         files = natural_sort(self._inside(place, ())) if place.is_dir() else [place.name]
         if not files or (place.is_file() and place.suffix.lower() not in EXTENSIONS):
             raise InputError(f"{str(root)!r} holds no images ({', '.join(sorted(EXTENSIONS))})")
@@ -52,3 +52,4 @@ class LooseImages(ImageFolder):
         })  # fmt: skip
         self.splits, self.class_names = ("images",), [""]
         self._files, self._labels = {"images": files}, {"images": np.zeros(len(files), np.int64)}
+        self._content = FolderContent(self.root, self.names, self.mark)

@@ -2,7 +2,8 @@
 
 ===========================  =================================================================================
 ``PATH``                     a folder of class folders, or of ``train/``, ``val/``, ``test/`` with those
-                             (``validation/`` and ``valid/`` are ``val``)
+                             (``validation/`` and ``valid/`` are ``val``); or, of these splits, folders ``images/``
+                             and ``labels/`` with a mask ``labels/NAME.png`` for each image
 ``npz:FILE``                 arrays ``images``, ``labels``, or ``train_images``, ``test_labels``, ...
 ``hf:NAME_OR_FOLDER``        a data set of the ``datasets`` library, its hub or a folder (parquet, images);
                              ``hf:NAME?label=COLUMN&image=COLUMN&config=NAME`` where it has several
@@ -16,18 +17,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from convexhead.errors import InputError, choose, require
-from convexhead.tokens.sources.base import ImageSource
+from convexhead.tokens.sources.base import ImageSource, MaskSource
 
 Source = TypeVar("Source", bound=ImageSource)
 
 
-def open_source(spec: str | Path | ImageSource) -> ImageSource:
+def open_source(
+    spec: str | Path | ImageSource,
+    *,
+    void: int | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
+) -> ImageSource:
     """Open an image source by its specification (see the module's table).
+
+    Parameters
+    ----------
+    void, class_names
+        Of masks: the number of pixels that do not count, and the names of numbers 0, 1, … or a text file with one a
+        line; see `MaskFolder`.
 
     Raises
     ------
@@ -41,16 +53,29 @@ def open_source(spec: str | Path | ImageSource) -> ImageSource:
     MissingExtraError
         The library of the scheme is not installed.
     """
-    if isinstance(spec, ImageSource):
-        return spec
+    if not isinstance(spec, ImageSource):
+        spec = _open(spec, void, class_names)
+        if isinstance(spec, MaskSource):
+            return spec
+    if (void, class_names) != (None, None):
+        raise InputError(
+            f"void and class_names are for masks, and {spec.spec!r} has none: they lie in labels/ beside images/"
+        )
+    return spec
+
+
+def _open(spec: str | Path, void: int | None, class_names: Sequence[str] | str | Path | None) -> ImageSource:
     require("PIL", "images")
     # Imported here because Pillow and the libraries of some sources are optional.
     from convexhead.tokens.sources.hf_images import open_hf
     from convexhead.tokens.sources.image_arrays import open_npz, open_sklearn
     from convexhead.tokens.sources.image_folder import ImageFolder
+    from convexhead.tokens.sources.mask_folder import MaskFolder
     from convexhead.tokens.sources.tar_images import open_webdataset
     from convexhead.tokens.sources.torchvision_images import open_torchvision
 
+    if MaskFolder.is_one(Path(spec).expanduser()):
+        return MaskFolder(spec, void, class_names)
     if Path(spec).expanduser().exists():
         return check_classes(ImageFolder(spec))
     scheme, separator, rest = str(spec).partition(":")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from convexhead.tokens.sources.base import ImageSource
+from convexhead.tokens.sources.base import ImageSource, MaskSource
 
 KEPT_NAMES = 20
 """Largest number of names kept of files left out for one reason; all are counted. Chosen by hand."""
@@ -19,11 +19,15 @@ def take_census(source: ImageSource) -> dict[str, Any]:
     Returns
     -------
     JSON values: ``splits`` maps a split to ``images`` and ``per_class``, one count a class in the order of
-    ``class_names``; ``left_out`` maps a reason to ``count`` and the first ``names``.
+    ``class_names``, or of masks ``pixels`` of every class and then of none; ``left_out`` maps a reason to ``count`` and
+    the first ``names``.
     """
     n_classes = len(source.class_names)
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split in source.splits:
+        if isinstance(source, MaskSource):
+            splits[split] = {"images": len(source.files(split)), "pixels": source.pixels(split).tolist()}
+            continue
         counts = np.bincount(source.labels(split), minlength=n_classes)
         splits[split] = {"images": int(counts.sum()), "per_class": counts.tolist()}
     left_out: Mapping[str, list[str]] = getattr(source, "left_out", {})
@@ -45,9 +49,10 @@ def join_censuses(censuses: list[dict[str, Any]]) -> dict[str, Any]:
     left_out: dict[str, dict[str, Any]] = {}
     for census in censuses:
         for split, found in census["splits"].items():
-            before = splits.get(split, {"images": 0, "per_class": [0] * len(found["per_class"])})
-            per_class = [a + b for a, b in zip(before["per_class"], found["per_class"], strict=True)]
-            splits[split] = {"images": before["images"] + found["images"], "per_class": per_class}
+            counts = "pixels" if "pixels" in found else "per_class"
+            before = splits.get(split, {"images": 0, counts: [0] * len(found[counts])})
+            added = [a + b for a, b in zip(before[counts], found[counts], strict=True)]
+            splits[split] = {"images": before["images"] + found["images"], counts: added}
         for reason, more in census["left_out"].items():
             so_far = left_out.get(reason, {"count": 0, "names": []})
             names = [*so_far["names"], *more["names"]][:KEPT_NAMES]
@@ -55,14 +60,22 @@ def join_censuses(censuses: list[dict[str, Any]]) -> dict[str, Any]:
     return {"splits": splits, "left_out": left_out}
 
 
-def census_lines(census: dict[str, Any]) -> list[str]:
-    """Return one line for every split and for every reason to leave something out.
+def census_lines(census: dict[str, Any], class_names: Sequence[str] = ()) -> list[str]:
+    """Return one line for every split and for every reason to leave something out; masks name their classes.
 
     >>> census_lines({"splits": {"train": {"images": 3, "per_class": [2, 1]}}, "left_out": {}})
     ['train: 3 images of 2 classes, 1 to 2 a class (median 1.5)']
     """
     lines = []
     for split, found in census.get("splits", {}).items():
+        if "pixels" in found:
+            total = max(1, sum(found["pixels"]))
+            shares = [
+                f"{name} {100 * count / total:.2g}%"
+                for name, count in zip([*class_names, "void"], found["pixels"], strict=True)
+            ]
+            lines.append(f"{split}: {found['images']} images with masks; pixels: {', '.join(shares)}")
+            continue
         counts = found["per_class"]
         spread = f"{min(counts)} to {max(counts)} a class (median {np.median(counts):g})"
         lines.append(f"{split}: {found['images']} images of {np.count_nonzero(counts)} classes, {spread}")

@@ -17,9 +17,9 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.reduce import Reduction, check_pool
 from convexhead.tokens.store.manifest import Manifest
 
-MAY_DIFFER = ("source", "shard_size", "dtype", "classes")
+MAY_DIFFER = ("source", "shard_size", "dtype", "classes", "masks")
 """Settings of an extraction in which a store may differ from the one that a head was fitted on: other images, other
-files, another rounding, another numbering."""
+files, another rounding, another numbering, masks or none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +192,33 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         else:
             told.append(f"{NAMES.get(key, key)} is {b!r}, the head's was {a!r}")
     return told
+
+
+def refuse_strangers(
+    class_names: list[str], numbers: NDArray[np.int64], present: NDArray[np.int64], where: str
+) -> None:
+    """Refuse images of classes that a head does not know.
+
+    Parameters
+    ----------
+    class_names : list of str
+        Of the store.
+    numbers : int array
+        What `TokenOrigin.numbers` says of them.
+    present : int array
+        The classes that its images have.
+
+    Raises
+    ------
+    InputError
+        Names such classes.
+    """
+    if strangers := [class_names[i] for i in present if numbers[i] < 0]:
+        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        raise InputError(
+            f"{where} has images of classes that this head was not trained on: "
+            f"{', '.join(map(repr, strangers[:5]))}{more}; leave these classes out when extracting"
+        )
 
 
 NAMES = {"channels": "channel pooling", "token_pool": "token pooling"}

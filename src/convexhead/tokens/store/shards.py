@@ -1,9 +1,12 @@
 """Shards: safetensors files that say of themselves what they hold.
 
 A shard has the arrays ``tokens (n, s, d)``, ``labels (n,)`` int64 and, where the backbone has class or
-register tokens, ``prefix (n, n_prefix, d)``. Its metadata has one JSON entry: the hash of the configuration
-it was made with, the SHA-256 of its arrays, its file names and those of the broken images it leaves out. A
-shard therefore needs no other record to be found again after a crash: it is there, whole, or it is not.
+register tokens, ``prefix (n, n_prefix, d)``. Of images with masks it has no labels but, in float32, ``targets
+(n, s, c)`` and ``weights (n, s)``: see `convexhead.tokens.geometry.patch_targets`.
+
+Its metadata has one JSON entry: the hash of the configuration it was made with, the SHA-256 of its arrays, its file
+names and those of the broken images it leaves out. A shard therefore needs no other record to be found again after a
+crash: it is there, whole, or it is not.
 """
 
 from __future__ import annotations
@@ -85,7 +88,7 @@ class ShardFile:
             self.config_hash = str(about["config"])
             self.content_sha256 = str(about["sha256"])
             self.broken = tuple(about["broken"])
-            self.count = int(self._places["labels"][1][0])
+            self.count = int(self._places["tokens"][1][0])
         except (KeyError, TypeError, IndexError) as error:
             raise FileFormatError(f"{str(path)!r} is not a shard of tokens: it lacks {error}") from error
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.reduce import Reduction, as_read, check_pool
+from convexhead.tokens.reduce import Reduction, as_read, check_pool, pool_grid
 from convexhead.tokens.store.gather import ShardedRows
 from convexhead.tokens.store.manifest import Manifest, digest_json
-from convexhead.tokens.store.origin import TokenOrigin
+from convexhead.tokens.store.origin import TokenOrigin, refuse_strangers
 
 FloatArray = NDArray[np.float32]
 
@@ -111,6 +112,10 @@ class SplitView:
         FileFormatError
             A label that is no class.
         """
+        if self.has_masks:
+            raise InputError(
+                f"{str(self._folder)!r} has a mask for each image and no label: its tokens have, pool=None"
+            )
         labels: NDArray[np.int64] = self._take("labels", slice(None))
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self._manifest.class_names):
             raise FileFormatError(
@@ -119,14 +124,52 @@ class SplitView:
             )
         if self._numbers is None:
             return labels
-        if strangers := [self._manifest.class_names[i] for i in np.unique(labels) if self._numbers[i] < 0]:
-            more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
-            raise InputError(
-                f"{str(self._folder)!r} has images of classes that this head was not trained on: "
-                f"{', '.join(map(repr, strangers[:5]))}{more}; leave these classes out when extracting"
-            )
+        refuse_strangers(self._manifest.class_names, self._numbers, np.unique(labels), repr(str(self._folder)))
         numbered: NDArray[np.int64] = self._numbers[labels]
         return numbered
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the images have masks: tokens then have targets, and images no label."""
+        return "masks" in self._manifest.config
+
+    @cached_property
+    def targets(self) -> FloatArray:
+        """Float32 ``(n, s, c)``: the distribution of the labels of each token's pixels, zeros where none has one.
+
+        Raises
+        ------
+        InputError
+            Images without masks, or pixels of a class that the head of `read_as` does not know.
+        """
+        targets, weights = self._shares()
+        total = targets.sum(2, keepdims=True)
+        targets = np.divide(targets, total, out=np.zeros_like(targets), where=total > 0)
+        if self._numbers is None:
+            return targets.astype(np.float32)
+        present = np.flatnonzero(targets.any((0, 1)))
+        refuse_strangers(self._manifest.class_names, self._numbers, present, repr(str(self._folder)))
+        known, out = np.flatnonzero(self._numbers >= 0), np.zeros((*weights.shape, len(self.class_names)), np.float32)
+        out[..., self._numbers[known]] = targets[..., known]
+        return out
+
+    @cached_property
+    def weights(self) -> FloatArray:
+        """Float32 ``(n, s)``: the share of each token's pixels that has a label."""
+        return self._shares()[1].astype(np.float32)
+
+    def _shares(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Shares of classes ``(n, s, c)`` and their sums ``(n, s)``, pooled as the tokens are."""
+        if not self.has_masks:
+            raise InputError(f"{str(self._folder)!r} has no masks: extract images that have some")
+        if self._with_class_token:
+            raise InputError("the class token covers no pixels: read the patches of images with masks, pool=None")
+        weights = self._take("weights", slice(None)).astype(np.float64)
+        shares = self._take("targets", slice(None)).astype(np.float64) * weights[..., None]
+        if self.token_pool is not None:
+            shares = pool_grid(torch.from_numpy(shares), self._manifest.grid, self.token_pool).numpy()
+            weights = shares.sum(2)
+        return shares, weights
 
     @property
     def files(self) -> list[str]:
@@ -249,7 +292,8 @@ class SplitView:
 
     def _changed(self, **changes: Any) -> SplitView:
         view = copy.copy(self)
-        vars(view).pop("labels", None)  # read already, perhaps of other rows
+        for name in ("labels", "targets", "weights"):
+            vars(view).pop(name, None)  # read already, perhaps of other rows
         vars(view).update(changes)
         return view
 
