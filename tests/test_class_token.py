@@ -148,3 +148,31 @@ def test_heads_of_the_first_patch_are_read_as_they_were_trained(work, tmp_path):
     np.testing.assert_allclose(old.decision_function(store["test"]), store["test"].read()[:, 0] @ old.coef_, atol=1e-6)
     with pytest.raises(ch.InputError, match="the class token is read, the head had it left out"):
         old.predict(store["test"].with_class_token())
+
+
+def test_registers_alone_are_no_class_token(work, tmp_path):
+    registers = ColourInFront()
+    registers.preprocessing = {"class token": False}
+    extract(work / "photos", registers, tmp_path / "registers")
+    store = ch.TokenStore.open(tmp_path / "registers")
+    assert store["train"].n_prefix == 2
+    with pytest.raises(ch.InputError, match="none is a class token"):
+        ch.ConvexHeadClassifier("mlp", pool="cls").fit(store)
+    with pytest.raises(ch.InputError, match="none is a class token"):
+        store["train"].class_tokens(slice(0, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "registers"),
+    [
+        ("vit_medium_patch16_reg4_gap_256", True),
+        ("vit_tiny_patch16_224", False),
+        ("vit_small_patch14_reg4_dinov2", False),
+    ],
+)
+def test_timm_says_which_models_have_registers_alone(name, registers):
+    from convexhead.tokens.backbones.timm_backbone import has_registers_alone
+    from convexhead.tokens.backbones.timm_import import import_timm
+
+    assert has_registers_alone(import_timm().create_model(name, pretrained=False)) is registers

@@ -22,6 +22,12 @@ FOLDED = 1e-4
 """Relative change of the tokens that folding may make: rounding in float32 is some 1e-6."""
 
 
+def has_registers_alone(model: nn.Module) -> bool:
+    """Whether the tokens in front of the patches are registers, and none of them is a class token."""
+    registers = getattr(model, "num_reg_tokens", 0) or 0
+    return int(getattr(model, "num_prefix_tokens", 0)) == registers > 0
+
+
 class TimmBackbone(NetworkBackbone):
     """A timm model without its classifier, cut after its last block or after an inner one."""
 
@@ -35,6 +41,8 @@ class TimmBackbone(NetworkBackbone):
         super().__init__(spec, layer, model)
         self.weights_hash = weights
         self.preprocessing = {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
+        if has_registers_alone(model):
+            self.preprocessing["class token"] = False
         # Up to timm's last step, which makes floats: bytes are four times cheaper to queue and to move.
         self._transform = import_timm().data.create_transform(**config, use_prefetcher=True)
         for name in ("mean", "std"):

@@ -268,7 +268,7 @@ class SplitView:
         InputError
             The backbone has no class token.
         """
-        self._check_prefix()
+        self._check_class_token()
         return self._changed(_with_class_token=True)
 
     def unreduced(self) -> SplitView:
@@ -308,7 +308,7 @@ class SplitView:
         InputError
             The backbone has no class token.
         """
-        self._check_prefix()
+        self._check_class_token()
         return self._take("prefix", rows)[..., 0, :].astype(np.float32, copy=False)
 
     def __getitem__(self, rows: Any) -> FloatArray:
@@ -383,6 +383,14 @@ class SplitView:
         if size < 1:
             raise InputError(f"a chunk must hold at least 1 image, got {size}")
         return ((start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+    def _check_class_token(self) -> None:
+        self._check_prefix()
+        if self._manifest.config.get("preprocessing", {}).get("class token", True) is False:
+            raise InputError(
+                f"the tokens that {self._manifest.backbone!r} puts in front are registers, and none is a class token: "
+                "use pool='mean'"
+            )
 
     def _check_prefix(self) -> None:
         if not self.n_prefix:
