@@ -160,6 +160,7 @@ COMMANDS = {
     "path": ("STORE", "--out", "OUT", "--tol", "1e-9"),
     "extract": ("sklearn:digits", "--backbone", "patches:4", "--shard-size", "20", "--out", "OUT"),
     "compare": ("STORE", "--out", "OUT", "--heads", "linear,mlp", "--seeds", "2"),
+    "probe": ("STORE", "--out", "OUT", "--heads", "linear,mlp", "--baselines", "k-nn"),
     "evaluate": ("RUN", "STORE"),
     "audit": ("RUN", "STORE"),
     "report": ("RUN", "--tokens", "STORE", "--out", "OUT"),

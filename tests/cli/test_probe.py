@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold
 
 import convexhead as ch
 from convexhead.experiments import probe_fits
-from convexhead.experiments.probe_data import Budget
+from convexhead.experiments.probe_data import Budget, ProbeData
 from convexhead.metrics import Predictions, calibration_error
 
 pytest.importorskip("PIL")
@@ -283,6 +283,16 @@ def test_refusals(probed, photos, tmp_path, capsys):
     assert "one train image" in refusal(capsys, lonely, "--backbone", "patches:4", "--out", tmp_path / "a")
     few = write_images(tmp_path / "few", {".": 2})
     assert "every class needs three" in refusal(capsys, few, "--backbone", "patches:4", "--out", tmp_path / "b")
+
+
+def test_several_labels_an_image_are_refused(probed):
+    store = ch.TokenStore.open(probed[0] / "tokens")
+
+    class Dense:
+        labels = np.zeros((36, 4), int)
+
+    with pytest.raises(ch.InputError, match="one class each"):
+        ProbeData(store, Dense(), store["test"], "")
 
 
 def test_calibration_is_that_of_the_saved_head(probed):

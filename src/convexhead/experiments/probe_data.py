@@ -112,7 +112,7 @@ class ProbeData:
     def vectors(self, view: SplitView) -> NDArray[Any]:
         """The mean token of each image, ``(n, d)``, without the constant channel."""
         means = np.concatenate([view[i : i + CHUNK].mean(1) for i in range(0, len(view), CHUNK)])
-        return means[:, :-1] if self.store.reduction.options["constant"] else means
+        return means[:, :-1] if view.reduction is not None and view.reduction.constant else means
 
     def folds(self, cv: int, seed: int) -> list[tuple[Rows, Rows]]:
         """Stratified folds of the train images, shuffled; fewer where the smallest class has fewer images.

@@ -176,16 +176,30 @@ class Fits:
             a, b = self._folds[0]
             kept, held = Part.of(view.subset(a)), Part.of(view.subset(b))
             tried = {
-                each: self.folder.once(f"tried/{name}-lr{each[0]:g}-decay{each[1]:g}", partial(_try, kept, held, each))
+                each: self.folder.once(
+                    f"tried/{name}-lr{each[0]:g}-decay{each[1]:g}", partial(self._try, kept, held, each)
+                )
                 for each in OPTIONS
             }
             seconds = sum(piece.record["seconds"] for piece in tried.values())
             best = max(OPTIONS, key=lambda each: tried[each].record["accuracy"])
             option, record = list(best), {"chosen_by": "the first fold", "cv_accuracy": tried[best].record["accuracy"]}
             began = now()
-        probe = _attentive(Part.of(view), option[0], option[1])
+        probe = self._trained(Part.of(view), option[0], option[1])
         weights = {key: value.detach().cpu() for key, value in probe.state_dict().items()}
         return Piece(record | {"chosen": option, "seconds": seconds + now() - began}, weights)
+
+    def _try(self, kept: Part, held: Part, option: tuple[float, float]) -> Piece:
+        began = now()
+        scores = network_scores(self._trained(kept, *option), held.tokens)
+        accuracy = top(scores, np.unique(kept.labels), held.labels) if np.isfinite(scores).all() else -1.0
+        return Piece({"accuracy": accuracy, "seconds": now() - began})
+
+    def _trained(self, part: Part, lr: float, weight_decay: float) -> AttentiveProbe:
+        size = max(LEAST_IN_BATCH, min(MOST_IN_BATCH, len(part.labels) // BATCHES))
+        return fit_attentive_probe(
+            part, lr=lr, weight_decay=weight_decay, epochs=EPOCHS, batch_size=size, seed=self.settings.seed
+        )[0]
 
     def _by_folds(self, accuracy: float) -> dict[str, Any]:
         return {"chosen_by": f"{len(self._folds)}-fold cross-validation", "cv_accuracy": accuracy}
@@ -216,15 +230,3 @@ class Fits:
         if not isinstance(model, ConvexHeadClassifier):
             raise InputError(f"{self.folder.path / fit.piece.record['run']} holds no classifier: delete the folder")
         return model.predict_proba(test), np.asarray(model.classes_)
-
-
-def _try(kept: Part, held: Part, option: tuple[float, float]) -> Piece:
-    began = now()
-    scores = network_scores(_attentive(kept, *option), held.tokens)
-    accuracy = top(scores, np.unique(kept.labels), held.labels) if np.isfinite(scores).all() else -1.0
-    return Piece({"accuracy": accuracy, "seconds": now() - began})
-
-
-def _attentive(part: Part, lr: float, weight_decay: float) -> AttentiveProbe:
-    size = max(LEAST_IN_BATCH, min(MOST_IN_BATCH, len(part.labels) // BATCHES))
-    return fit_attentive_probe(part, lr=lr, weight_decay=weight_decay, epochs=EPOCHS, batch_size=size, seed=0)[0]
