@@ -30,8 +30,10 @@ def known_ids(path: Path) -> set[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{str(path)!r} cannot be read as text: choose another leaderboard") from error
     for i, line in enumerate(lines):
+        if not line.strip():
+            continue
         try:
-            found.add(str(json.loads(line)["id"])) if line.strip() else None
+            found.add(str(json.loads(line)["id"]))
         except (ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
                 f"line {i + 1} of {str(path)!r} is no JSON object with an id: choose another leaderboard"
