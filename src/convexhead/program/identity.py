@@ -95,10 +95,11 @@ def differences(reference: Mapping[str, object], problem: Mapping[str, object]) 
 # -- arrays -----------------------------------------------------------------------------------------------------------
 def digest_rows(X: Tensor | StoredTokens, ranks: Ranks | None = None) -> str:
     """Shape and SHA-256 of ``X (n, ...)``, whose rows the processes share in order; all of them get the same text."""
-    ranks = ranks or Ranks()
-    lengths = torch.zeros(ranks.size, dtype=torch.int64)
-    lengths[ranks.rank] = len(X)
-    cuts = [0, *torch.cumsum(ranks.sum(lengths)[0], 0).tolist()]
+    ranks, cuts = ranks or Ranks(), [0, len(X)]
+    if ranks.size > 1:
+        lengths = torch.zeros(ranks.size, dtype=torch.int64)
+        lengths[ranks.rank] = len(X)
+        cuts = [0, *torch.cumsum(ranks.sum(lengths)[0], 0).tolist()]
     start, stop, n = cuts[ranks.rank], cuts[ranks.rank + 1], cuts[-1]
     size = max(1, BLOCK // max(1, math.prod(X.shape[1:])))
     digests = torch.zeros(math.ceil(n / size), 4, dtype=torch.int64)

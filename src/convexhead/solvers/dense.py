@@ -30,8 +30,8 @@ class DensePasses:
         ``Φᵀ``, blocks one below the other. Products with it are made in its precision, all else in that of the problem.
     rotation : Tensor (p, w)
         Orthonormal basis of the visible mixing directions.
-    mean : Tensor (j·w·e,)
-        ``φ``, zero where no intercept is fitted.
+    mean : Tensor (j·w·e,) or None
+        ``φ``; None where no intercept is fitted.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -44,13 +44,18 @@ class DensePasses:
         self.shape = (problem.n_blocks, self.rotation.shape[1], e * c)
         rotated = torch.einsum("jnpe,pw->jwen", unfolded, self.rotation)
         self.features = rotated.flatten(0, 2).contiguous()
-        self.mean = torch.einsum("jpe,pw->jwe", mean.unflatten(2, (-1, e))[:, 0], self.rotation).flatten()
+        self.mean = None
+        if mean is not None:
+            self.mean = torch.einsum("jpe,pw->jwe", mean.unflatten(2, (-1, e))[:, 0], self.rotation).flatten()
         self.mask = self._output_mask()
 
-    def _taken_off(self, features: Tensor, dim: int) -> Tensor:
-        """The mean of features over samples and rows, which ``dim`` counts, after it was taken off them."""
+    def _taken_off(self, features: Tensor, dim: int) -> Tensor | None:
+        """The mean of features over samples and rows, which ``dim`` counts, after it was taken off them.
+
+        None, and nothing is taken off, where no intercept is fitted.
+        """
         if not self.problem.fit_intercept:
-            return torch.zeros_like(features.narrow(dim, 0, 1), dtype=self.problem.dtype)
+            return None
         (total,) = self.problem.sum(features.sum(dim, keepdim=True, dtype=torch.float64))
         mean = total / (self.problem.n * self.problem.head.r)
         features -= mean.to(features.dtype)
@@ -118,15 +123,16 @@ class DensePasses:
     def enter(self, atoms: Atoms) -> Atoms:
         """Atoms of the problem with their mixing weights in the coordinates of the features, ``(k, w)``."""
         atoms = self._rotate(atoms)
-        return replace(atoms, intercept=atoms.intercept + self._of_mean(atoms))
+        return atoms if self.mean is None else replace(atoms, intercept=atoms.intercept + self._of(self.mean, atoms))
 
     def leave(self, atoms: Atoms) -> Atoms:
         """Inverse of `enter`, up to what the data cannot see."""
-        return replace(self._rotate_back(atoms), intercept=atoms.intercept - self._of_mean(atoms))
+        back = self._rotate_back(atoms)
+        return back if self.mean is None else replace(back, intercept=atoms.intercept - self._of(self.mean, atoms))
 
-    def _of_mean(self, atoms: Atoms) -> Float[Tensor, " c"]:
+    def _of(self, mean: Float[Tensor, " jwe"], atoms: Atoms) -> Float[Tensor, " c"]:
         """``φᵀ vec(Z)``."""
-        return self.mean @ self.matrices(atoms).reshape(-1, self.problem.c)
+        return mean @ self.matrices(atoms).reshape(-1, self.problem.c)
 
     def _rotate(self, atoms: Atoms) -> Atoms:
         return replace(atoms, U=atoms.U.flatten(1) @ self.rotation)

@@ -60,7 +60,8 @@ class Restriction(DensePasses):
         mixed = problem.operator.mixed(left.mT.reshape(-1, *problem.head.mixing_shape), blocks)
         self.problem, self.left = problem.astype(torch.float64).class_by_class(), left.double()
         self.features = mixed.flatten(0, 1).flatten(1).T.to(dtype).contiguous()
-        self.mean = self._taken_off(self.features, 1).flatten()
+        mean = self._taken_off(self.features, 1)
+        self.mean = None if mean is None else mean.flatten()
         e, c = problem.value_shape
         self.shape = (j, m, e * c)
         self.mask = self._output_mask()
