@@ -29,6 +29,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from convexhead.program.losses import Loss
 from convexhead.program.operator import GRADIENT_BYTES
 from convexhead.program.problem import Problem
 from convexhead.program.sample_losses import SampleLosses
@@ -105,7 +106,10 @@ class DualPoint:
         losses = problem.losses
         q = losses.dual_point(f) if q is None else q
         self._left, self._box = q.new_zeros(problem.c), 0.0
-        limit = min(losses.at(rows).scaled_domain(f[rows]) for rows in problem.rows)
+        if type(problem.loss).scaled_domain is Loss.scaled_domain:  # it would make ∇ℓ(f) again
+            limit = max(1.0, min(losses.at(rows).scale_limit(q[rows]) for rows in problem.rows))
+        else:
+            limit = min(losses.at(rows).scaled_domain(f[rows]) for rows in problem.rows)
         if problem.fit_intercept:
             self._targets, self._total = self._sum(losses.Y), self._sum(torch.ones_like(losses.Y))
             projected = self._without_sum(q)

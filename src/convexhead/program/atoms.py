@@ -87,30 +87,31 @@ def balance(atoms: Atoms, *, drop: float) -> tuple[Atoms, list[Tensor]]:
     singular_values : list of Tensor
         One ``(k_j,)`` for each block that has atoms, in the atoms' order.
     """
-    pieces = []
-    for j in torch.unique(atoms.block).tolist():
-        of_block = atoms.select(atoms.block == j)
+    pieces, blocks = [], torch.unique(atoms.block).tolist()
+    for j in blocks:
+        of_block = atoms.select(atoms.block == j) if len(blocks) > 1 else atoms
         qu, ru = torch.linalg.qr(of_block.U.flatten(1).T)
         qv, rv = torch.linalg.qr(of_block.V.flatten(1).T)
         left, sigma, right = torch.linalg.svd(ru @ rv.T)
         left, right = qu @ left[:, : len(sigma)], qv @ right[: len(sigma)].T
         pieces.append((j, left, sigma, right))
     largest = max((float(sigma[0]) for *_, sigma, _ in pieces if len(sigma)), default=0.0)
-    kept = atoms.select(torch.zeros(0, dtype=torch.int64, device=atoms.block.device))
-    values = []
+    if not pieces:
+        return atoms, []
+    kept, values = [], []
     for j, left, sigma, right in pieces:
         m = int((sigma > drop * largest).sum())
         root = sigma[:m].sqrt()
-        of_block = Atoms(
+        balanced = (
             (left[:, :m] * root).T.reshape(m, *atoms.U.shape[1:]),
             (right[:, :m] * root).T.reshape(m, *atoms.V.shape[1:]),
             torch.full((m,), j, device=atoms.block.device),
-            atoms.intercept,
         )
-        kept = kept.append(of_block)
+        kept.append(balanced)
         if m:
             values.append(sigma[:m])
-    return kept, values
+    U, V, block = (torch.cat(part) for part in zip(*kept, strict=True))
+    return Atoms(U, V, block, atoms.intercept), values
 
 
 def rescale(atoms: Atoms) -> tuple[Atoms, list[Tensor]]:
