@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold
 
 import convexhead as ch
 from convexhead.experiments import probe_fits
-from convexhead.experiments.probe_data import Budget, ProbeData
+from convexhead.experiments.probe_data import Budget
 from convexhead.metrics import Predictions, calibration_error
 
 pytest.importorskip("PIL")
@@ -285,14 +285,19 @@ def test_refusals(probed, photos, tmp_path, capsys):
     assert "every class needs three" in refusal(capsys, few, "--backbone", "patches:4", "--out", tmp_path / "b")
 
 
-def test_several_labels_an_image_are_refused(probed):
-    store = ch.TokenStore.open(probed[0] / "tokens")
-
-    class Dense:
-        labels = np.zeros((36, 4), int)
-
-    with pytest.raises(ch.InputError, match="one class each"):
-        ProbeData(store, Dense(), store["test"], "")
+def test_masks_are_refused_before_anything_is_made(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 2)):
+        for part, shape in (("images", (8, 8, 3)), ("labels", (8, 8))):
+            (tmp_path / "scenes" / split / part).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 3, shape).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "scenes" / split / part / f"{i}.png")
+    there = ("--out", tmp_path / "out")
+    assert "one class each" in refusal(capsys, tmp_path / "scenes", "--backbone", "patches:4", *there)
+    assert not (tmp_path / "out").exists()
+    assert call("extract", tmp_path / "scenes", "--backbone", "patches:4", "--out", tmp_path / "tokens") == 0
+    assert "one class each" in refusal(capsys, tmp_path / "tokens", *there)
 
 
 def test_calibration_is_that_of_the_saved_head(probed):

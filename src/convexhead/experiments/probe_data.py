@@ -17,6 +17,8 @@ from convexhead.runtime.progress import Notify
 from convexhead.tokens.extract import extract
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.progress import told_to
+from convexhead.tokens.sources.base import MaskSource
+from convexhead.tokens.sources.open import open_source
 from convexhead.tokens.store.manifest import MANIFEST
 from convexhead.tokens.store.store import TokenStore
 from convexhead.tokens.store.view import SplitView
@@ -25,6 +27,10 @@ Rows = NDArray[np.int64]
 HELD_OUT = 0.2
 """Share of every class that is held out to test on where there is no test split."""
 BACKBONE = "packaged:efficientnet-lite0"
+DENSE = (
+    "masks, and probe takes images with one class each: extract them, and train a head on their tokens with "
+    "ConvexHeadClassifier(pool=None)"
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,10 @@ def open_data(
         store = TokenStore.open(images)
     else:
         given = {"backbone": BACKBONE, "constant": True, **given}
-        store = extract(images, out=out / "tokens", device=device, progress=told_to(notify), **given)
+        source = open_source(images)
+        if isinstance(source, MaskSource):
+            raise InputError(f"{str(images)!r} has {DENSE}")
+        store = extract(source, out=out / "tokens", device=device, progress=told_to(notify), **given)
     return _split(store, seed)
 
 
@@ -190,10 +199,6 @@ def _split(store: TokenStore, seed: int) -> ProbeData:
 
 
 def _labels(view: SplitView) -> Rows:
-    labels = np.asarray(view.labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(
-            "probe takes images with one class each; for several labels an image, or labels of tokens, train a head "
-            "in Python with ConvexHeadClassifier"
-        )
-    return labels
+    if view.has_masks:
+        raise InputError(f"the split {view.split!r} has {DENSE}")
+    return np.asarray(view.labels)
