@@ -387,10 +387,8 @@ class SplitView:
     def _check_class_token(self) -> None:
         self._check_prefix()
         if self._manifest.config.get("preprocessing", {}).get("class token", True) is False:
-            raise InputError(
-                f"the tokens that {self._manifest.backbone!r} puts in front are registers, and none is a class token: "
-                "use pool='mean'"
-            )
+            told = f"the tokens that {self._manifest.backbone!r} puts in front are registers"
+            raise InputError(f"{told}, and none is a class token: use pool='mean'")
 
     def _check_prefix(self) -> None:
         if not self.n_prefix:
