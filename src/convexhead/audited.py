@@ -23,7 +23,7 @@ from convexhead.program.heads import Head
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy, Loss, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.reading import labels_of, tokens_of
+from convexhead.reading import supervision, tokens_of
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 from convexhead.spec import Spec
@@ -57,8 +57,8 @@ class Audited:
             )
         if not all(bool(torch.isfinite(part).all()) for part in (self.atoms.U, self.atoms.V, self.atoms.intercept)):
             raise InputError("the weights contain NaN or infinity: the training they come from diverged")
-        y = labels_of(X, y)
         spec = replace(self.spec, loss=loss or self.spec.loss, pool=self.head.pool)
+        y, sample_weight = supervision(X, y, sample_weight, spec.pool)
         targets = self._targets(tokens, mask, y, spec, sample_weight)
         if isinstance(X, Padded):
             tokens = X.scaled(self.head)

@@ -19,7 +19,7 @@ from convexhead.errors import InputError, choose
 from convexhead.estimator_base import HeadEstimator, View
 from convexhead.padding import Padded, as_padded, padded_like
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy
-from convexhead.reading import Data, labels_of, read_labelled, split_for
+from convexhead.reading import Data, has_masks, labels_of, read_labelled, split_for, supervision
 from convexhead.scores import accuracy
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
@@ -249,7 +249,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
         """The data of a fit, checked; ``classes``: None for those that ``y`` names."""
         X = split_for(X, self.head, self.pool)
-        y = labels_of(X, y)
+        y, sample_weight = supervision(X, y, sample_weight, self.pool)
         return self._named(read_labelled(self._checked(X, reset=True), y, self.to_spec(), sample_weight, classes))
 
     def decision_function(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
@@ -281,9 +281,12 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
         """Accuracy: of samples, or of the tokens that count; for several labels the share with all of them right.
 
+        Of tokens with masks it is against their most frequent label; `convexhead.dense.pixel_scores` is of pixels.
         ``y`` may be left out for a split of a store, whose classes are matched by name.
         """
         X, model = inputs.resolve_store(X), self._fitted()
+        if y is None and has_masks(X):
+            y, sample_weight = supervision(self.as_fitted_on(X), y, sample_weight, model.spec.pool)
         y, X = self._true_labels(X, y), as_padded(X, mask)
         if model.spec.pool is None and isinstance(X, Padded):
             y = padded_like(X.mask.numpy(), y, model.spec.ignore_index)
@@ -293,7 +296,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     def _true_labels(self, X: Any, y: Any) -> Any:
         """``y``; of a split of a store, if they are its own, numbered as this head numbers them."""
         named = self._fitted().class_names is not None
-        if inputs.is_store(X) and (y is None or (named and np.array_equal(y, X.labels))):
+        if inputs.is_store(X) and not has_masks(X) and (y is None or (named and np.array_equal(y, X.labels))):
             return self.labels_of(X)
         return labels_of(X, y)
 

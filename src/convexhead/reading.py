@@ -92,7 +92,7 @@ def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None, classes
     inputs.check_lengths(tokens, len(y))
     targets = read_classes(y, spec, tokens.shape[1], sample_weight, classes, mask)
     data = _data(X, tokens, targets, y if targets.kept is None else y[targets.kept])
-    if data.origin is not None and not np.array_equal(y, X.labels):
+    if data.origin is not None and not np.array_equal(y, X.targets if has_masks(X) else X.labels):
         data.origin = data.origin.without_class_names()
     return data
 
@@ -159,6 +159,32 @@ def split_for(X: Any, head: str, pool: str | None) -> Any:
     if getattr(HEADS.get(head), "reads_grid", False):
         raise InputError(f"the class token lies on no grid, which {head!r} reads: use pool='mean' or another head")
     return X.with_class_token()
+
+
+def has_masks(X: Any) -> bool:
+    """Whether ``X`` is a split of a store of images with masks."""
+    return bool(getattr(X, "has_masks", False))
+
+
+def supervision(X: Any, y: Any, sample_weight: Any, pool: str | None) -> tuple[Any, Any]:
+    """Labels and weights of the tokens ``X``: those given, or where ``y`` is None a store's own.
+
+    Of images with masks these are the targets of tokens, and their weights times those of samples.
+
+    Raises
+    ------
+    InputError
+        There are none; or an image of a store has a mask and no label, and the head pools its tokens.
+    """
+    if y is not None or not has_masks(X):
+        return labels_of(X, y), sample_weight
+    if pool is not None:
+        raise InputError(f"{X!r} has masks: each token has a target, and an image none; use pool=None (--pool none)")
+    if sample_weight is None:
+        return X.targets, X.weights
+    with inputs.told_plainly():
+        w = np.asarray(sample_weight, np.float64)
+        return X.targets, X.weights * (w[:, None] if w.ndim == 1 else w)
 
 
 def labels_of(X: Any, y: Any) -> Any:

@@ -24,6 +24,7 @@ from convexhead.audit import Audit
 from convexhead.audit import audit as find_audit
 from convexhead.baselines.adam import TrainingResult
 from convexhead.baselines.trained_head import fit_by_adam
+from convexhead.dense import mean_iou, pixel_accuracy, pixel_scores
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.estimators_cv import ConvexHeadClassifierCV
@@ -197,9 +198,8 @@ def path(
     ratios = sorted(set(beta_ratios), reverse=True)
     notify("reading tokens", 0, len(ratios))
     train = open_split(store, "train")
-    kept, held = train_test_split(
-        np.arange(len(train)), test_size=validation, stratify=train.labels, random_state=random_state
-    )
+    each = None if train.has_masks else train.labels  # an image with a mask has no label
+    kept, held = train_test_split(np.arange(len(train)), test_size=validation, stratify=each, random_state=random_state)
     done = 0
 
     def solved(row: Row) -> None:
@@ -280,18 +280,26 @@ def adam(
     return clf, result
 
 
-def evaluate(run: str | Path, store: str | Path, *, split: str = "test") -> dict[str, Any]:
+def evaluate(run: str | Path, store: str | Path, *, split: str = "test", images: str | None = None) -> dict[str, Any]:
     """Score a run on a split of a store, whose classes are matched by name.
+
+    Parameters
+    ----------
+    images : path or None
+        Where images with masks are, if they have moved.
 
     Returns
     -------
     dict
-        ``run``, ``split``, ``images``, and the shares ``top1`` and ``top5``.
+        ``run``, ``split``, ``images``, and the shares ``top1`` and ``top5``; of images with masks ``mean_iou`` and
+        ``pixel_accuracy`` with 95% intervals over images, ``iou`` of each class, and the share ``unseen`` of pixels.
     """
     clf = load(run)
     if not isinstance(clf, ConvexHeadClassifier):
         raise InputError(f"{run} holds a regressor: evaluate scores classifiers")
     view = open_split(store, split)
+    if view.has_masks:
+        return {"run": str(run), "split": split, "images": len(view), **_scored_pixels(clf, view, store, images)}
     labels = clf.labels_of(view)
     probabilities = clf.predict_proba(view)
     position = {label: i for i, label in enumerate(clf.classes_.tolist())}
@@ -299,6 +307,21 @@ def evaluate(run: str | Path, store: str | Path, *, split: str = "test") -> dict
     ranked = np.argsort(-probabilities, axis=1)
     top1, top5 = (float((ranked[:, :k] == truth[:, None]).any(1).mean()) for k in (1, 5))
     return {"run": str(run), "split": split, "images": len(truth), "top1": top1, "top5": top5}
+
+
+def _scored_pixels(clf: ConvexHeadClassifier, view: Any, store: str | Path, images: str | None) -> dict[str, Any]:
+    scores = pixel_scores(clf, view, images or TokenStore.open(store).manifest.source)
+    return {
+        "mean_iou": scores.mean_iou,
+        "mean_iou_interval": scores.interval(mean_iou),
+        "pixel_accuracy": scores.accuracy,
+        "pixel_accuracy_interval": scores.interval(pixel_accuracy),
+        "iou": {
+            name: None if np.isnan(iou) else float(iou)
+            for name, iou in zip(scores.class_names, scores.iou, strict=True)
+        },
+        "unseen": scores.unseen,
+    }
 
 
 def audit(
@@ -349,4 +372,6 @@ def _save(
 ) -> None:
     """The model, and beside it what a report shows of it; ``choice`` says how β was chosen."""
     model.save(out)
+    if model.pool is None:  # a report shows labels of images
+        return
     evidence.write(evidence.collect(model, TokenStore.open(store), command=command, **choice), out)

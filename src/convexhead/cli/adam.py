@@ -25,6 +25,7 @@ from convexhead.cli.options import (
     Pool,
     Seed,
     Store,
+    pool_of,
 )
 from convexhead.cli.output import emit, typed_command
 from convexhead.cli.progress import shown_progress
@@ -63,7 +64,7 @@ def adam(
     with shown_progress(as_json) as notify:
         clf, result = runs.adam(
             store, out, n_heads=n_heads, lr=lr, epochs=epochs, batch_size=batch_size, head=head, activation=activation,
-            beta=beta, beta_ratio=beta_ratio, pool=pool, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
+            beta=beta, beta_ratio=beta_ratio, pool=pool_of(pool), n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
             fit_intercept=fit_intercept, random_state=seed, device=device, notify=notify,
             command=typed_command(),
         )  # fmt: skip

@@ -9,11 +9,12 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from convexhead.cli.entry import NOTHING, command
-from convexhead.cli.options import Json, Pool, Run, Store, Tol
+from convexhead.cli.options import Json, Pool, Run, Store, Tol, pool_of
 from convexhead.cli.output import audit_lines, emit
 from convexhead.cli.progress import shown_progress
 
 Split = Annotated[str, Option(help="Which images of the store: test, train or val.")]
+Masks = Annotated[str | None, Option("--images", help="Where images with masks are, if they have moved.")]
 Beta = Annotated[float | None, Option(help="Weight β of the penalty; default: the one that the head was trained at.")]
 Weights = Annotated[
     Path,
@@ -34,12 +35,22 @@ NoReference = Annotated[
 
 
 @command(NOTHING)
-def evaluate(run: Run, store: Store, split: Split = "test", as_json: Json = False) -> None:
+def evaluate(run: Run, store: Store, split: Split = "test", images: Masks = None, as_json: Json = False) -> None:
     """Measure the accuracy of a trained head on the images of a store."""
     from convexhead import runs
 
     with shown_progress(as_json, "scoring"):
-        result = runs.evaluate(run, store, split=split)
+        result = runs.evaluate(run, store, split=split, images=images)
+    if "mean_iou" in result:
+        low, high = result["mean_iou_interval"]
+        unseen = f"; {100 * result['unseen']:.2g}% of the pixels were cropped" if result["unseen"] else ""
+        emit(
+            result,
+            as_json,
+            f"{split}: mean IoU [bold]{100 * result['mean_iou']:.1f}%[/] (95%: {100 * low:.1f} to {100 * high:.1f}), "
+            f"pixels right {100 * result['pixel_accuracy']:.1f}% on {result['images']} images{unseen}",
+        )
+        return
     five = f", top-5 {100 * result['top5']:.1f}%" if result["top5"] < 1 else ""
     top1 = f"top-1 [bold]{100 * result['top1']:.1f}%[/]"
     emit(result, as_json, f"{split}: {top1}{five} on {result['images']} images")
@@ -61,7 +72,7 @@ def audit(
 
     with shown_progress(as_json, "certifying"):
         found = runs.audit(
-            run, store, beta=beta, reference=reference, find_optimum=not no_reference, pool=pool, tol=tol
+            run, store, beta=beta, reference=reference, find_optimum=not no_reference, pool=pool_of(pool), tol=tol
         )
     result: dict[str, Any] = {
         "run": str(run),

@@ -29,6 +29,7 @@ from convexhead.cli.options import (
     Solver,
     Store,
     Tol,
+    pool_of,
     ratios,
 )
 from convexhead.cli.output import certificate_line, emit, gaps_are_shown, speaks_for_all, typed_command
@@ -87,9 +88,9 @@ def fit(
 
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
-            store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, cv=cv, pool=pool, tol=tol,
-            n_gates=n_gates, n_blocks=n_blocks, outputs=outputs, fit_intercept=fit_intercept,
-            class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
+            store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, cv=cv,
+            pool=pool_of(pool), tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
+            fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
             max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
             random_state=seed, device=device, checkpoint_minutes=checkpoint, notify=notify, command=typed_command(),
         )  # fmt: skip
@@ -159,7 +160,7 @@ def path(
     with shown_progress(as_json) as notify, gaps_are_shown():
         found = runs.path(
             store, out, beta_ratios=ratios(beta_ratios), validation=validation, refit=refit, head=head,
-            activation=activation, pool=pool, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
+            activation=activation, pool=pool_of(pool), tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
             random_state=seed, device=device, notify=notify, command=typed_command(),
         )  # fmt: skip

@@ -35,7 +35,12 @@ BetaRatio = Annotated[
     ),
 ]
 Beta = Annotated[float | None, Option(help="Weight β itself, instead of --beta-ratio.")]
-Pool = Annotated[str, Option(help="Which tokens are read: mean (their mean) or cls (the class token).")]
+Pool = Annotated[
+    str,
+    Option(
+        help="Which tokens are read: mean (their mean), cls (the class token), or none: each has an output, for masks."
+    ),
+]
 Tol = Annotated[float, Option(help="Relative gap to reach: how far above the global optimum the head may be.")]
 Solver = Annotated[
     str,
@@ -145,3 +150,8 @@ def sides(text: str | None) -> int | tuple[int, int] | None:
         raise InputError(f"--image-size must be one number of pixels or HEIGHTxWIDTH, got {text!r}")
     numbers = [int(part) for part in parts]
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def pool_of(text: str) -> str | None:
+    """What ``--pool`` says; ``none`` is None."""
+    return None if text == "none" else text

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_refused_by_name(masks, tmp_path, spoil, message):
 def test_a_usual_void_is_not_taken_for_a_class(masks):
     Image.new("L", SIZE, 255).save(masks / "train/labels/img0.png")
     with pytest.raises(InputError, match="void=255"):
-        open_source(masks, void=9)
+        open_source(masks, void=9).pixels("train")
     assert len(open_source(masks, void=255).class_names) == 4
 
 

@@ -114,6 +114,11 @@ class MaskFolder:
 
     def pixels(self, split: str) -> NDArray[np.int64]:
         """Count the pixels of every class, then those that do not count."""
+        if self._names is None and USUAL_VOID in self._numbers:
+            raise InputError(
+                f"masks of {self.spec!r} hold {USUAL_VOID}, as pixels without a label often are: say so with "
+                f"void={USUAL_VOID}, or give class_names if it is a class"
+            )
         counts = self._counts[check_split(split, self.splits)]
         void = 0 if self.void is None else counts[self.void]
         return np.append(counts[self._numbers], void)
@@ -147,11 +152,6 @@ class MaskFolder:
             return [number for number in range(len(self._names)) if number != self.void]
         found = np.flatnonzero(sum(self._counts.values()))
         numbers = [int(number) for number in found if number != self.void]
-        if USUAL_VOID in numbers:
-            raise InputError(
-                f"masks of {self.spec!r} hold {USUAL_VOID}, as pixels without a label often are: say so with "
-                f"void={USUAL_VOID}, or give class_names if it is a class"
-            )
         if numbers and numbers[-1] > LARGEST:
             raise InputError(f"masks of {self.spec!r} hold {numbers[-1]}: classes are numbers up to {LARGEST}")
         return numbers

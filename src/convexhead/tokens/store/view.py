@@ -254,7 +254,7 @@ class SplitView:
                 f"these are {len(self)} of the {images} images of {self.split!r}, others than this head was trained "
                 "on: an audit is about the training data, pass the whole split"
             )
-        view.labels  # noqa: B018 - refuses unknown classes
+        _ = view.targets if view.has_masks else view.labels  # refuses unknown classes
         return view if origin.rows is None or self.rows is not None else view.subset(origin.rows)
 
     def with_class_token(self) -> SplitView:

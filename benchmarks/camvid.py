@@ -1,0 +1,136 @@
+"""CamVid from images to mean IoU: certified heads with an output for every token, beside scikit-learn and Adam.
+
+    python benchmarks/camvid.py IMAGES [--backbone SPEC] [--layer N] [--heads linear mlp ...]
+
+``IMAGES`` holds ``train/``, ``val/`` and ``test/`` with ``images/`` and ``labels/``; 11 is void. β is chosen by the
+mean IoU of ``val``, and ``test`` is scored once. Rows go to ``results/camvid.csv``. ``--pictures FOLDER`` writes image,
+truth and prediction of a few test images beside each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from common import Table, hardware
+from convexhead import ConvexHeadClassifier, TokenStore, regularization_path
+from convexhead.baselines.trained_head import fit_by_adam
+from convexhead.dense import mean_iou, pixel_accuracy, pixel_scores, predict_masks
+from convexhead.tokens import extract
+
+NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+HEADS = ("linear", "mlp", "mlp-mixer", "self-attention")
+
+
+def measured(clf: Any, store: TokenStore, images: str, split: str) -> dict[str, Any]:
+    """Mean IoU and pixel accuracy of a split, with intervals over its images."""
+    scores = pixel_scores(clf, store[split], images)
+    (low, high), (least, most) = scores.interval(mean_iou), scores.interval(pixel_accuracy)
+    return {
+        f"{split}_miou": f"{scores.mean_iou:.4f}",
+        f"{split}_miou_low": f"{low:.4f}", f"{split}_miou_high": f"{high:.4f}",
+        f"{split}_accuracy": f"{scores.accuracy:.4f}", f"{split}_accuracy_low": f"{least:.4f}",
+        f"{split}_accuracy_high": f"{most:.4f}", "unseen": f"{scores.unseen:.4f}",
+    }  # fmt: skip
+
+
+def chosen(head: str, store: TokenStore, images: str, ratios: list[float], tol: float) -> tuple[Any, float]:
+    """The certified head of the grid with the best mean IoU on val, and the seconds of the path."""
+    began = time.perf_counter()
+    rows = regularization_path(store["train"], head=head, pool=None, beta_ratios=ratios, tol=tol, random_state=0)
+    best = max((row["model"] for row in rows), key=lambda clf: pixel_scores(clf, store["val"], images).mean_iou)
+    return best, time.perf_counter() - began
+
+
+def by_sklearn(clf: Any, train: Any, tol: float) -> tuple[float, float]:
+    """The objective of scikit-learn's solution of the linear head's program, and its seconds.
+
+    A token is a row for each class that it has pixels of, weighted by their share.
+    """
+    X, Y, w = train.read(), train.targets.astype(np.float64), train.weights.astype(np.float64)
+    share = Y * w[..., None]
+    i, t, k = np.nonzero(share)
+    weight = share[i, t, k] * len(i) / share.sum()
+    began = time.perf_counter()
+    C = 1 / (len(i) * clf.beta_)
+    sk = LogisticRegression(C=C, fit_intercept=False, tol=tol, max_iter=2000).fit(X[i, t], k, sample_weight=weight)
+    seconds = time.perf_counter() - began
+    f = X.astype(np.float64) @ sk.coef_.T.astype(np.float64)
+    largest = f.max(2, keepdims=True)
+    log_sum = (largest + np.log(np.exp(f - largest).sum(2, keepdims=True)))[..., 0]
+    loss = (w * (log_sum - (Y * f).sum(2))).sum() / w.sum()
+    return float(loss + clf.beta_ / 2 * (sk.coef_**2).sum()), seconds
+
+
+def pictures(clf: Any, store: TokenStore, images: str, folder: Path, count: int = 4) -> None:
+    """Image, truth and prediction beside each other, of test images at equal distances."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hues = np.random.default_rng(3).integers(40, 256, (len(NAMES) + 1, 3)).astype(np.uint8)
+    hues[-1] = 0
+    view = store["test"]
+    some = view.subset(np.linspace(0, len(view) - 1, count).astype(int))
+    for each in predict_masks(clf, some, images):
+        image = np.asarray(Image.open(Path(images) / each.name).convert("RGB"))
+        sheet = np.concatenate([image, hues[each.truth], hues[each.labels]], 1)
+        Image.fromarray(sheet).save(folder / f"{clf.head}-{Path(each.name).stem}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images")
+    parser.add_argument("--backbone", default="packaged:efficientnet-lite0")
+    parser.add_argument("--layer", type=int, default=None)
+    parser.add_argument("--channels", type=int, default=None)
+    parser.add_argument("--image-size", type=int, nargs=2, default=(288, 384))
+    parser.add_argument("--heads", nargs="+", default=list(HEADS))
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.01, 0.003, 0.001])
+    parser.add_argument("--tol", type=float, default=1e-2)
+    parser.add_argument("--adam-epochs", type=int, default=20)
+    parser.add_argument("--store", type=Path, default=Path("camvid-tokens"))
+    parser.add_argument("--pictures", type=Path, default=None)
+    options = parser.parse_args()
+    began = time.perf_counter()
+    store = extract(
+        options.images, options.backbone, options.store, layer=options.layer, image_size=tuple(options.image_size),
+        crop_pct=1.0, channels=options.channels, reduce=None if options.channels is None else "pca", constant=True,
+        void=11, class_names=NAMES,
+    )  # fmt: skip
+    tokens = {"backbone": options.backbone, "layer": "last" if options.layer is None else options.layer,
+              "pixels": "x".join(map(str, options.image_size)), "channels": options.channels or "all"}  # fmt: skip
+    print(f"{store}: {time.perf_counter() - began:.0f} s")
+    table = Table("camvid", [*tokens, "head", "method"], hardware("scikit-learn", "timm"))
+    for head in options.heads:
+        clf, seconds = chosen(head, store, options.images, options.ratios, options.tol)
+        certificate = clf.certificate_
+        about = {"beta_ratio": clf.beta_ratio, "heads": clf.n_heads_, "tokens_a_sample": clf.n_tokens_}
+        table.run(
+            lambda clf=clf, c=certificate, about=about, seconds=seconds: {
+                **about, "objective": c.primal, "relative_gap": c.relative_gap, "seconds": f"{seconds:.0f}",
+                **measured(clf, store, options.images, "val"), **measured(clf, store, options.images, "test"),
+            }, **tokens, head=head, method="certified",
+        )  # fmt: skip
+        if options.pictures is not None:
+            pictures(clf, store, options.images, options.pictures)
+        if head == "linear":
+            for tol in (1e-4, 1e-6):
+                objective, spent = by_sklearn(clf, store["train"], tol)
+                row = {**about, "objective": objective, "seconds": f"{spent:.0f}"}
+                table.run(lambda row=row: row, **tokens, head=head, method=f"scikit-learn tol={tol:g}")
+        elif options.adam_epochs:
+            network = ConvexHeadClassifier(head, pool=None, beta=clf.beta_, random_state=0)
+            started = time.perf_counter()
+            fitted, _ = fit_by_adam(network, store["train"], n_heads=clf.n_heads_, epochs=options.adam_epochs)
+            row = {**about, "objective": fitted.certificate_.primal, "seconds": f"{time.perf_counter() - started:.0f}"}
+            row |= measured(fitted, store, options.images, "test")
+            table.run(lambda row=row: row, **tokens, head=head, method=f"Adam, {options.adam_epochs} epochs")
+    print(f"from images to table: {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
