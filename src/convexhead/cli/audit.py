@@ -9,7 +9,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from convexhead.cli.entry import NOTHING, command
-from convexhead.cli.options import Json, Pool, Run, Store, Tol, pool_of
+from convexhead.cli.options import Json, Pool, Run, Store, Tol
 from convexhead.cli.output import audit_lines, emit
 from convexhead.cli.progress import shown_progress
 
@@ -72,7 +72,7 @@ def audit(
 
     with shown_progress(as_json, "certifying"):
         found = runs.audit(
-            run, store, beta=beta, reference=reference, find_optimum=not no_reference, pool=pool_of(pool), tol=tol
+            run, store, beta=beta, reference=reference, find_optimum=not no_reference, pool=pool, tol=tol
         )
     result: dict[str, Any] = {
         "run": str(run),
