@@ -28,7 +28,11 @@ Heads = Annotated[str, Option(help="Heads, separated by commas. The linear head 
 Baselines = Annotated[str, Option(help="Probes of the field beside them: k-nn, attentive-probe; an empty text: none.")]
 Folds = Annotated[int, Option("--cv", help="Folds of the training images that choose β.")]
 Grid = Annotated[
-    str, Option("--beta-ratios", help="The grid of β as shares of β_max, separated by commas; default: 12 values.")
+    str,
+    Option(
+        "--beta-ratios",
+        help="The grid of β as shares of β_max, separated by commas. It goes on where the best lies at its edge.",
+    ),
 ]
 Shots = Annotated[str, Option(help="Train on so many images of each class too, such as: 1 2 4 8 16.")]
 Fractions = Annotated[str, Option(help="Train on such shares of each class too, such as: 0.1 0.5.")]
@@ -65,8 +69,8 @@ def probe(
     reduce: Reduction = None,
     heads: Heads = "linear,self-attention,mlp-mixer,mlp",
     baselines: Baselines = "k-nn,attentive-probe",
-    cv: Folds = 5,
-    beta_ratios: Grid = "",
+    cv: Folds = 3,
+    beta_ratios: Grid = "0.3,0.1,0.03,0.01",
     tol: Tol = 1e-3,
     shots: Shots = "",
     fractions: Fractions = "",
@@ -84,7 +88,7 @@ def probe(
         results = probing.probe(
             images, out, backbone=backbone, layer=layer, image_size=image_size, token_pool=token_pool,
             channels=channels, reduce=None if reduce is None else reduce.value, heads=names(heads),
-            baselines=names(baselines), cv=cv, beta_ratios=ratios(beta_ratios) if beta_ratios else None, tol=tol,
+            baselines=names(baselines), cv=cv, beta_ratios=ratios(beta_ratios), tol=tol,
             shots=counts(shots, "--shots") if shots else (),
             fractions=ratios(fractions, "--fractions") if fractions else (),
             draws=draws, seed=seed, device=device, leaderboard=leaderboard, notify=notify, command=typed_command(),

@@ -11,7 +11,7 @@ from typing import Any
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments import leaderboard as board
 from convexhead.experiments.probe_data import Budget, ProbeData, budgets_of, is_store, open_data
-from convexhead.experiments.probe_fits import BASELINES, Fit, Fits, ProbeSettings
+from convexhead.experiments.probe_fits import BASELINES, RATIOS, Fit, Fits, ProbeSettings
 from convexhead.experiments.probe_rows import row_of
 from convexhead.experiments.results import write_csv
 from convexhead.experiments.run_folder import RunFolder
@@ -34,8 +34,8 @@ def probe(
     *,
     heads: Sequence[str] = PROBED,
     baselines: Sequence[str] = BASELINES,
-    cv: int = 5,
-    beta_ratios: Sequence[float] | None = None,
+    cv: int = 3,
+    beta_ratios: Sequence[float] = RATIOS,
     tol: float = 1e-3,
     shots: Sequence[int] = (),
     fractions: Sequence[float] = (),
@@ -86,8 +86,7 @@ def probe(
     require("matplotlib", "report")
     chosen = _methods(heads, baselines)
     budgets = budgets_of(shots, fractions, draws)
-    ratios = None if beta_ratios is None else tuple(beta_ratios)
-    settings = ProbeSettings(cv=cv, beta_ratios=ratios, tol=tol, seed=seed)
+    settings = ProbeSettings(cv=cv, beta_ratios=tuple(beta_ratios), tol=tol, seed=seed)
     if leaderboard is not None:
         board.known_ids(Path(leaderboard))
     out = Path(out)
