@@ -340,7 +340,7 @@ def test_tokens_on_disk_are_weighed_as_in_memory(tmp_path):
     mapped[:] = np.asarray(stored)
     inside = ch.ConvexHeadClassifier(**settings).fit(np.asarray(stored), stored.labels, w)
     for outside in (stored, np.load(tmp_path / "X.npy", mmap_mode="r")):
-        clf = ch.ConvexHeadClassifier(max_memory=1.0, **settings).fit(outside, stored.labels, w)
+        clf = ch.ConvexHeadClassifier(max_memory=2e4, **settings).fit(outside, stored.labels, w)
         assert clf.certificate_.identity == inside.certificate_.identity
         assert clf.certificate_.primal == pytest.approx(inside.certificate_.primal, rel=1e-6)
         assert clf.score(outside, stored.labels, w) == inside.score(np.asarray(stored), stored.labels, w)

@@ -122,8 +122,9 @@ class DualPoint:
                 self._box = box * float(self._left_of(q).sum()) / problem.n
                 self.assumed = f"for intercepts of at most {box:.0e}"
         self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
-        self._q, g = q, losses.weigh(q)
+        g = losses.weigh(q)
         self.R = g / problem.n
+        self._q = None if losses.weights is None else q  # else n R says it
         a = problem.operator.samples.mix_bounds
         size, pairing, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), (g * losses.Y).abs().sum(), q.abs().amax()
         size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
@@ -176,7 +177,8 @@ class DualPoint:
 
     def _value(self, tau: float) -> float:
         problem, cost = self.problem, 0.0
-        mean = problem.mean_of(lambda losses, q: losses.conjugate(tau * q), self._q)
+        point, scale = (self.R, tau * problem.n) if self._q is None else (self._q, tau)
+        mean = problem.mean_of(lambda losses, x: losses.conjugate(scale * x), point)
         if problem.fit_intercept:
             left, reach = tau * self._left, self._reach
             cost = problem.loss.cost_of_sum(left, self._targets, self._total, abs(mean), reach, problem.n)
