@@ -226,7 +226,7 @@ def test_bounds_lie_below_the_optimum_and_objectives_agree(kind, seed):
     KINDS[kind](seed)
 
 
-@pytest.mark.slow
+@pytest.mark.table
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_hundred_heads_of_each_kind(kind):
     for seed in range(100, 300):

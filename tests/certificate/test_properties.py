@@ -171,7 +171,7 @@ FAR_INTERCEPT = Draw(
 
 
 @pytest.mark.slow
-@settings(random_problems, max_examples=260)
+@settings(random_problems, max_examples=120)
 @given(draws(truncated=False))
 @example(FAR_INTERCEPT)
 def test_solves_are_honest(drawn):
@@ -179,7 +179,7 @@ def test_solves_are_honest(drawn):
 
 
 @pytest.mark.slow
-@settings(random_problems, max_examples=150)
+@settings(random_problems, max_examples=70)
 @given(draws(truncated=True))
 def test_truncated_solves_are_honest(drawn):
     check_solve(drawn)

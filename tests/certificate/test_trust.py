@@ -10,8 +10,8 @@ import trust
 
 SAMPLE = {
     "convex": 16,
-    "relu": 10,
-    "audit": 8,
+    "relu": 6,
+    "audit": 5,
     "reference": 30,
     "model_files": 24,
     "store_files": 12,

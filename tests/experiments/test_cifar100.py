@@ -205,6 +205,7 @@ def command(photos, out, *more):
     return [sys.executable, "-m", "convexhead", "cifar100", "--images", str(photos), "--out", str(out), *flags, *heads]
 
 
+@pytest.mark.table
 def test_a_run_killed_three_times_gives_the_same_table(photos, tmp_path):
     """SIGKILL, at different stages, once with worker processes; undisturbed, all is trained in worker processes."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -116,7 +116,7 @@ def test_a_resumed_run_makes_the_same_iterates(run, tmp_path):
     assert same(again, calm)
 
 
-@pytest.mark.slow
+@pytest.mark.table
 def test_a_run_stopped_again_and_again(run, tmp_path):
     calm, total = run()
     stops = 0

@@ -104,7 +104,11 @@ def launch(processes, tmp_path, *tasks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "cases"), [(2, ()), (4, ("factored", "ridge"))], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [(2, ()), pytest.param(4, ("factored", "ridge"), marks=pytest.mark.table)],
+    ids=["2", "4"],
+)
 def test_several_processes_give_the_result_of_one(processes, cases, tmp_path):
     codes, outputs, errors = launch(processes, tmp_path, "everything", *cases)
     assert codes == [0] * processes, errors
@@ -241,7 +245,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.table
 @pytest.mark.skipif(shutil.which("ip") is None, reason="needs the ip command")
 def test_two_hosts_and_one_that_vanishes(two_hosts, tmp_path):
     command = ["vanish", str(tmp_path / "checkpoint")]

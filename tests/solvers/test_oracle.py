@@ -101,7 +101,7 @@ def test_just_below_beta_max_zero_is_not_optimal(route):
 
 # -- the bound on the largest singular value ---------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize("enough", [20, 1, 2])
+@pytest.mark.parametrize("enough", [20, *(pytest.param(few, marks=pytest.mark.table) for few in (1, 2))])
 def test_the_krylov_bound_is_never_below_the_norm(enough, monkeypatch):
     """At every step, for random problems, models and starts; a failure probability of 1e-6 allows for none.
 
