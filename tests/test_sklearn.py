@@ -28,7 +28,7 @@ def test_check_estimator(estimator, check):
     check(estimator)
 
 
-@pytest.mark.slow
+@pytest.mark.table
 @pytest.mark.filterwarnings("ignore:the best β", "ignore:The least populated class")
 @parametrize_with_checks(
     [

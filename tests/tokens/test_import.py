@@ -480,7 +480,7 @@ for name in sys.argv[2:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.table
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_memory_does_not_grow(tmp_path: Path) -> None:
     """160 MB of tokens take hardly more memory than 40 MB."""
