@@ -155,3 +155,22 @@ def test_what_cannot_be_is_refused(name):
     call, message = REFUSED[name]
     with pytest.raises(ch.InputError, match=message):
         call()
+
+
+def test_paths_and_beta_max_take_any_length():
+    rows = ch.regularization_path(
+        SAMPLES, LABELS, beta_ratios=[0.5, 0.1], X_val=SAMPLES[::-1], y_val=LABELS[::-1], head="mlp", tol=1e-6
+    )
+    alone = ch.ConvexHeadClassifier("mlp", beta=rows[1]["beta"], tol=1e-6).fit(SAMPLES, LABELS)
+    assert rows[1]["objective"] == pytest.approx(alone.certificate_.primal, rel=1e-5)
+    assert rows[1]["val_score"] == alone.score(SAMPLES, LABELS)
+    assert rows[0]["beta"] == pytest.approx(0.5 * ch.beta_max(SAMPLES, LABELS, head="mlp"))
+
+
+def test_labels_of_one_token_are_a_column():
+    X = RNG.normal(size=(12, 1, 2))
+    clf = ch.ConvexHeadClassifier("mlp", pool=None, beta=BETA, tol=1e-6).fit(X, LABELS[:, None])
+    pooled = ch.ConvexHeadClassifier("mlp", beta=BETA, tol=1e-6).fit(X, LABELS)
+    assert clf.certificate_.primal == pytest.approx(pooled.certificate_.primal, rel=1e-5)
+    assert clf.predict(X).shape == (12, 1)
+    assert clf.score(X, LABELS[:, None]) == pooled.score(X, LABELS)

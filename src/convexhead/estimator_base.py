@@ -109,6 +109,7 @@ class HeadEstimator(BaseEstimator):
 
     def _checked(self, X: Any, *, reset: bool) -> Any:
         """scikit-learn's checks of names and counts for 2-D input; other tokens are checked when they are opened."""
+        X = as_padded(X)
         X = X if isinstance(X, Padded) else inputs.plain(X, "X")
         if isinstance(X, Padded) or not inputs.is_table(X):
             if reset and hasattr(self, "feature_names_in_"):

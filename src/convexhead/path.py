@@ -15,6 +15,8 @@ from convexhead.errors import InputError, choose, warn
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.fitting import Task, pose, ranks_of
 from convexhead.model import Model
+from convexhead.padding import as_padded
+from convexhead.reading import tokens_of
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
@@ -126,11 +128,13 @@ def regularization_path(
 
 
 def _agree_on_held_out(task: Task, X_val: Any, y_val: Any) -> None:
+    ragged = y_val is None or isinstance(y_val, (list, tuple))  # lists may hold arrays of different length
     task.problem.ranks.agree(
-        lambda: inputs.open_tokens(X_val),
-        lambda tokens: {
-            "held-out data (tokens)": inputs.tokens_hash(tokens),
-            "held-out data (targets)": f"sha256:{content_hash(None if y_val is None else np.asarray(y_val))}",
+        lambda: tokens_of(as_padded(X_val)),
+        lambda held: {
+            "held-out data (tokens)": inputs.tokens_hash(held[0]),
+            "held-out data (mask)": f"sha256:{content_hash(held[1])}",
+            "held-out data (targets)": f"sha256:{content_hash(y_val if ragged else np.asarray(y_val))}",
         },
     )
 

@@ -97,7 +97,7 @@ def read_classes(
     InputError
         Labels or weights that cannot be used, or that do not fit together.
     """
-    y = as_labels(y)
+    y = as_labels(y, spec)
     shape = tuple(y.shape)
     labelled = y.ndim == (2 if every_token(spec) else 1) and not is_multilabel(spec)
     r = n_tokens if every_token(spec) else 1
@@ -130,7 +130,7 @@ def read_classes(
 
 def true_labels(y: Any, spec: Spec, classes: Array) -> Array:
     """What predictions are compared with: labels, or of rows of probabilities the likeliest class; indicators."""
-    y = as_labels(y)
+    y = as_labels(y, spec)
     if is_multilabel(spec):
         return y >= 0.5
     return classes[y.argmax(-1)] if y.ndim == (3 if every_token(spec) else 2) else y
@@ -145,11 +145,14 @@ def _forms(spec: Spec, s: int) -> str:
     return "labels (n,) or probabilities (n, c)"
 
 
-def as_labels(y: Any) -> Array:
-    """``y`` as an array whose missing values and mixed types have been refused."""
+def as_labels(y: Any, spec: Spec | None = None) -> Array:
+    """``y`` as an array whose missing values and mixed types have been refused.
+
+    A column ``(n, 1)`` is labels of samples, as scikit-learn has it, unless ``spec`` asks for those of tokens.
+    """
     with inputs.told_plainly():
         y = np.asarray(inputs.plain(y, "y"))
-        if y.ndim == 2 and y.shape[1] == 1:
+        if y.ndim == 2 and y.shape[1] == 1 and not (spec and every_token(spec)):
             y = column_or_1d(y, warn=True)
         if y.dtype == object and len({type(label) for label in y.ravel().tolist()}) > 1:
             raise InputError("y mixes labels of several types, or lacks some: give every sample a string, or a number")
@@ -172,7 +175,7 @@ def _one_hot(rows: Array, counted: NDArray[np.bool_], classes: Array | None) -> 
     present = np.unique(rows[counted])
     if classes is None:
         if len(present) < 2:
-            only = f" ({present[0]!r})" if len(present) else ""
+            only = f" ({present.tolist()[0]!r})" if len(present) else ""
             raise InputError(f"only one class is present{only}: a classifier needs at least two classes")
         classes = present
     place = {label: i for i, label in enumerate(classes.tolist())}
