@@ -45,7 +45,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     beta : float or None
         ``β > 0``; where None, ``beta_ratio · beta_max_``.
     beta_ratio : float
-        ``β/β_max``; at 1 the optimum is the zero model.
+        ``β/β_max``; at 1 the optimum is the zero model (not of the linear head, whose penalty is squared).
     pool : {"mean", "cls"} or None
         Which mixed tokens are read: their mean, or the first. Of a token store that is the backbone's class token,
         which is then token 0, in front of the patches. None: every token has an output and a label of its own.
