@@ -23,6 +23,7 @@ NAMES = {
     "convexhead.tokens": {
         "Backbone", "BrokenImageError", "ImageSource", "Progress", "Reduction", "SplitView", "StoreWriteError",
         "TokenStore", "export_store", "extract", "import_arrays", "merge_stores", "open_backbone", "open_source",
+        "whitened",
     },
     "convexhead.interpret": {
         "ClusterFigures", "Filters", "FittedHead", "choose_n_clusters", "cluster_figures", "cluster_tokens",

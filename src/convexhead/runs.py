@@ -34,10 +34,10 @@ from convexhead.persistence import check_target, load
 from convexhead.report import evidence
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
-from convexhead.runtime.ranks import join_ranks
+from convexhead.runtime.ranks import Ranks, join_ranks
 from convexhead.solvers.base import Stop
 from convexhead.spec import Spec
-from convexhead.tokens import TokenStore
+from convexhead.tokens import TokenStore, whitened
 
 
 def open_split(store: str | Path, split: str) -> Any:
@@ -54,10 +54,17 @@ def open_split(store: str | Path, split: str) -> Any:
     return opened[split]
 
 
+def _train_of(store: str | Path, whiten: float, ranks: Ranks | None = None) -> Any:
+    """The training images of a store in the metric ``whiten``, which is fitted on all of them by one process."""
+    train = open_split(store, "train")
+    return train.reduced((ranks or Ranks()).first_does(lambda: whitened(train, whiten).reduction))
+
+
 def fit(
     store: str | Path,
     out: str | Path,
     *,
+    whiten: float = 0.0,
     cv: int | None = None,
     checkpoint_minutes: float | None = None,
     notify: Notify = silent,
@@ -74,6 +81,9 @@ def fit(
         Folder of a token store.
     out : path
         Folder of the run; a run that is there is replaced.
+    whiten : float
+        ``a`` in [0, 1], how far to whiten the tokens. The metric is fitted on all training images, see
+        `convexhead.tokens.whitened`, and the run keeps it in its reduction.
     cv : int or None
         Choose β by cross-validation with that many folds, in place of ``beta`` and ``beta_ratio``, and train on all
         images at that β.
@@ -98,7 +108,7 @@ def fit(
     ranks = join_ranks()
     folder = out.with_name(f"{out.name}.checkpoint")
     notify("reading tokens")
-    train = open_split(store, "train")
+    train = _train_of(store, whiten, ranks)
     parameters |= {"distributed": ranks.size > 1}
     saved: dict[str, Any] = {"checkpoint": folder, "checkpoint_minutes": checkpoint_minutes}
     saved = {} if checkpoint_minutes is None else saved
@@ -162,6 +172,7 @@ def path(
     store: str | Path,
     out: str | Path | None = None,
     *,
+    whiten: float = 0.0,
     beta_ratios: Sequence[float] = DEFAULT_RATIOS,
     validation: float = 0.2,
     refit: bool = False,
@@ -186,8 +197,8 @@ def path(
         Train the head that is saved on all training images, the held-out ones too, at the chosen β/β_max.
     random_state : int
         Of the held-out images, gates and random starts.
-    notify, command
-        As for `fit`.
+    whiten, notify, command
+        As for `fit`. The held-out images count in the metric, as they do in the standardisation; their labels do not.
     **parameters
         Of `ConvexHeadClassifier`.
     """
@@ -197,7 +208,7 @@ def path(
         check_target(Path(out))
     ratios = sorted(set(beta_ratios), reverse=True)
     notify("reading tokens", 0, len(ratios))
-    train = open_split(store, "train")
+    train = _train_of(store, whiten)
     each = None if train.has_masks else train.labels  # an image with a mask has no label
     kept, held = train_test_split(np.arange(len(train)), test_size=validation, stratify=each, random_state=random_state)
     done = 0
@@ -245,6 +256,7 @@ def adam(
     store: str | Path,
     out: str | Path,
     *,
+    whiten: float = 0.0,
     n_heads: int = 20,
     lr: float = 0.01,
     epochs: int = 60,
@@ -264,14 +276,14 @@ def adam(
         Of Adam.
     random_state : int
         Of gates, start and order of the images.
-    store, out, notify, command, **parameters
+    store, out, whiten, notify, command, **parameters
         As for `fit`.
     """
     check_target(Path(out))
     notify("reading tokens", 0, epochs)
     clf, result = fit_by_adam(
-        ConvexHeadClassifier(random_state=random_state, **parameters), open_split(store, "train"), n_heads=n_heads,
-        lr=lr, epochs=epochs, batch_size=batch_size, seed=random_state,
+        ConvexHeadClassifier(random_state=random_state, **parameters), _train_of(store, whiten), n_heads=n_heads, lr=lr,
+        epochs=epochs, batch_size=batch_size, seed=random_state,
         callback=lambda row: notify("Adam's epochs", int(row.epoch), epochs, f"objective {row.objective:.6g}"),
     )  # fmt: skip
     with interrupts.answer(Answer.FINISH):

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import fractional_matrix_power
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.fit_reduction import fit_reduction
+from convexhead.tokens.fit_reduction import FLOOR, add_metric, fit_reduction
 from convexhead.tokens.reduce import Reduction, pool_channels, pool_grid
 
 
@@ -103,6 +104,49 @@ def test_round_trip_is_exact_and_bytes_are_reproducible(tmp_path: Path) -> None:
     again = Reduction.load(tmp_path / "r")
     assert again.options == reduction.options == {"standardize": True, "components": 3, "constant": True}
     assert again.to_bytes() == reduction.to_bytes()
+
+
+@pytest.mark.parametrize("whiten", [0.3, 1])
+@pytest.mark.parametrize("options", [{}, {"standardize": False}, {"components": 4, "constant": True}])
+def test_the_metric_is_a_power_of_the_second_moment(options: dict[str, object], whiten: float) -> None:
+    x = tokens() / np.geomspace(0.1, 30, 9).astype(np.float32)  # every direction is above the floor
+    plain = fit(x, **options)
+    y = plain.apply(x).reshape(240, -1).astype(np.float64)
+    y, ones = (y[:, :-1], y[:, -1:]) if plain.constant else (y, y[:, :0])
+    expected = np.hstack([y @ fractional_matrix_power(y.T @ y / len(y), -whiten / 2), ones])
+    at_once, after = fit(x, **options, whiten=whiten), add_metric(plain, iter([plain.apply(x)]), whiten)
+    for reduction in (at_once, after):
+        assert reduction.options == {**plain.options, "whiten": whiten}
+        assert reduction.identity != plain.identity
+        got = reduction.apply(x)
+        np.testing.assert_allclose(got.reshape(240, -1), expected, atol=2e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(reduction.apply(torch.from_numpy(x)).numpy(), got, atol=1e-3)
+
+
+def test_no_metric_is_no_change() -> None:
+    x = tokens()
+    assert fit(x, whiten=0).identity == fit(x).identity == add_metric(fit(x), iter([fit(x).apply(x)]), 0.0).identity
+
+
+def test_directions_of_rounding_are_not_blown_up() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 6, 3))
+    x = np.concatenate([x, x[..., :1] + 1e-5 * rng.standard_normal((40, 6, 1)), np.zeros((40, 6, 1))], axis=-1)
+    reduction = fit(x, whiten=1)
+    scales = np.linalg.svd(reduction.basis, compute_uv=False)  # type: ignore[call-overload]
+    largest = np.linalg.eigvalsh(np.cov(StandardScaler().fit_transform(x.reshape(-1, 5)).T, bias=True))[-1]
+    np.testing.assert_allclose(scales.max(), (FLOOR * largest) ** -0.5, rtol=1e-3)
+    assert (reduction.apply(x)[..., 4] == 0).all()
+    assert (fit(np.zeros((3, 2, 4)), whiten=1).apply(np.zeros((3, 2, 4))) == 0).all()
+
+
+def test_a_metric_that_is_none() -> None:
+    x = tokens()
+    for whiten in (-0.1, 1.01, float("nan"), True, "0.5"):
+        with pytest.raises(InputError, match="whiten must be a number from 0"):
+            fit(x, whiten=whiten)
+    with pytest.raises(InputError, match="whitened already"):
+        add_metric(fit(x, whiten=0.5), iter([x]), 0.5)
 
 
 def test_errors(tmp_path: Path) -> None:

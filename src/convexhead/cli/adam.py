@@ -25,6 +25,7 @@ from convexhead.cli.options import (
     Pool,
     Seed,
     Store,
+    Whiten,
     pool_of,
 )
 from convexhead.cli.output import emit, typed_command
@@ -50,6 +51,7 @@ def adam(
     epochs: Epochs = 60,
     batch_size: BatchSize = 256,
     pool: Pool = "mean",
+    whiten: Whiten = 0.0,
     n_gates: Gates = 50,
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
@@ -64,8 +66,8 @@ def adam(
     with shown_progress(as_json) as notify:
         clf, result = runs.adam(
             store, out, n_heads=n_heads, lr=lr, epochs=epochs, batch_size=batch_size, head=head, activation=activation,
-            beta=beta, beta_ratio=beta_ratio, pool=pool_of(pool), n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
-            fit_intercept=fit_intercept, random_state=seed, device=device, notify=notify,
+            beta=beta, beta_ratio=beta_ratio, pool=pool_of(pool), whiten=whiten, n_gates=n_gates, n_blocks=n_blocks,
+            outputs=outputs, fit_intercept=fit_intercept, random_state=seed, device=device, notify=notify,
             command=typed_command(),
         )  # fmt: skip
     folder = escape(str(out))

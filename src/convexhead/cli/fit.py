@@ -29,6 +29,7 @@ from convexhead.cli.options import (
     Solver,
     Store,
     Tol,
+    Whiten,
     pool_of,
     ratios,
 )
@@ -67,6 +68,7 @@ def fit(
     beta: Beta = None,
     cv: Folds = None,
     pool: Pool = "mean",
+    whiten: Whiten = 0.0,
     tol: Tol = 1e-3,
     n_gates: Gates = 50,
     n_blocks: Blocks = 4,
@@ -89,7 +91,7 @@ def fit(
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
             store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, cv=cv,
-            pool=pool_of(pool), tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
+            pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
             max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
             random_state=seed, device=device, checkpoint_minutes=checkpoint, notify=notify, command=typed_command(),
@@ -139,6 +141,7 @@ def path(
     validation: Validation = 0.2,
     refit: Refit = False,
     pool: Pool = "mean",
+    whiten: Whiten = 0.0,
     tol: Tol = 1e-3,
     n_gates: Gates = 50,
     n_blocks: Blocks = 4,
@@ -160,9 +163,9 @@ def path(
     with shown_progress(as_json) as notify, gaps_are_shown():
         found = runs.path(
             store, out, beta_ratios=ratios(beta_ratios), validation=validation, refit=refit, head=head,
-            activation=activation, pool=pool_of(pool), tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
-            fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
-            random_state=seed, device=device, notify=notify, command=typed_command(),
+            activation=activation, pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks,
+            outputs=outputs, fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing,
+            solver=solver, random_state=seed, device=device, notify=notify, command=typed_command(),
         )  # fmt: skip
     best, held = found.chosen["beta_ratio"], found.n_held_out
     n = found.n_train + held if found.refitted else found.n_train

@@ -41,6 +41,14 @@ Pool = Annotated[
         help="Which tokens are read: mean (their mean), cls (the class token), or none: each has an output, for masks."
     ),
 ]
+Whiten = Annotated[
+    float,
+    Option(
+        metavar="A",
+        help="How far to whiten the tokens by their second moment on the training images: 0 not at all, 1 fully. "
+        "The run keeps the map.",
+    ),
+]
 Tol = Annotated[float, Option(help="Relative gap to reach: how far above the global optimum the head may be.")]
 Solver = Annotated[
     str,

@@ -10,6 +10,7 @@ from convexhead.tokens.sources.base import BrokenImageError, ImageSource
 from convexhead.tokens.sources.open import open_source
 from convexhead.tokens.store.export import export_store
 from convexhead.tokens.store.files import StoreWriteError
+from convexhead.tokens.store.fit import whitened
 from convexhead.tokens.store.merge import merge_stores
 from convexhead.tokens.store.store import TokenStore
 from convexhead.tokens.store.view import SplitView
@@ -29,4 +30,5 @@ __all__ = [
     "merge_stores",
     "open_backbone",
     "open_source",
+    "whitened",
 ]

@@ -1,8 +1,19 @@
-"""Fitting a `Reduction` on the train tokens: one pass, chunk by chunk, in float64."""
+"""Fitting a `Reduction` on the train tokens: one pass, chunk by chunk, in float64.
+
+The metric of the tokens is part of it. With the second moment ``S = (1/N) Σ x xᵀ = E diag(λ) Eᵀ`` of the ``N`` train
+tokens ``x (k,)``, as they come out of standardisation and principal components,
+
+    M = E diag(max(λ, f)^{−a/2}) Eᵀ,    f = FLOOR · max λ
+
+follows as a last linear map (`whiten`, ``a`` in [0, 1]): 0 leaves the tokens as they are, and 1 makes their second
+moment the identity. ``M`` is symmetric, so that channels keep their places. The constant channel stays as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,9 +22,18 @@ from numpy.typing import NDArray
 from convexhead.errors import InputError
 from convexhead.tokens.reduce import Reduction
 
+FLOOR = 1e-6
+"""Smallest eigenvalue of the second moment, as a share of the largest: directions below are stretched as if they had
+it. Numbers of 11 bits (float16) have rounding errors with about a tenth of this share, which must not become tokens."""
+
 
 def fit_reduction(
-    chunks: Iterable[NDArray[Any]], *, standardize: bool, components: int | None, constant: bool
+    chunks: Iterable[NDArray[Any]],
+    *,
+    standardize: bool,
+    components: int | None,
+    constant: bool,
+    whiten: float = 0.0,
 ) -> Reduction:
     """Fit a `Reduction` on the train tokens in one pass, in float64.
 
@@ -28,20 +48,16 @@ def fit_reduction(
         Number of principal components (after standardisation) to keep, or None for all channels.
     constant
         Append a channel of ones.
+    whiten
+        ``a``, how far to whiten what the steps before leave.
 
     Raises
     ------
     InputError
-        No tokens, or ``components`` not in ``1 .. d``.
+        No tokens, ``components`` not in ``1 .. d``, or ``whiten`` not in [0, 1].
     """
-    moments: _Moments | None = None
-    for chunk in chunks:
-        tokens = chunk.reshape(-1, chunk.shape[-1]).astype(np.float64)
-        moments = moments or _Moments(shift=tokens.mean(axis=0), full=components is not None)
-        moments.add(tokens)
-    if moments is None:
-        raise InputError("a reduction needs at least one token to be fitted on")
-
+    check_whiten(whiten)
+    moments = _Moments.of(chunks, full=components is not None or whiten > 0)
     d = len(moments.shift)
     if components is not None and not 1 <= components <= d:
         raise InputError(f"channels={components} must be between 1 and the {d} channels of the tokens")
@@ -56,13 +72,70 @@ def fit_reduction(
     basis = None
     if components is not None:
         basis = _principal_axes(scale[:, None] * moments.covariance * scale, components)
-    return Reduction(
+    fitted = Reduction(
         mean.astype(np.float32),
         scale.astype(np.float32),
         None if basis is None else basis.astype(np.float32),
         constant,
         {"standardize": standardize, "components": components, "constant": constant},
     )
+    if not whiten:
+        return fitted
+    away = scale * (moments.mean - mean)
+    second = scale[:, None] * moments.covariance * scale + np.outer(away, away)
+    return _followed(fitted, second if basis is None else basis.T @ second @ basis, whiten)
+
+
+def check_whiten(whiten: Any) -> None:
+    """Refuse what is no exponent of a metric.
+
+    Raises
+    ------
+    InputError
+        Not a number in [0, 1].
+    """
+    if isinstance(whiten, bool) or not isinstance(whiten, Real) or not 0 <= float(whiten) <= 1:
+        raise InputError(f"whiten must be a number from 0 (tokens as they are) to 1 (fully white), got {whiten!r}")
+
+
+def add_metric(reduction: Reduction, chunks: Iterable[NDArray[Any]], whiten: float) -> Reduction:
+    """Return ``reduction`` with the metric of the tokens that come out of it; with ``whiten=0`` as it is.
+
+    Parameters
+    ----------
+    reduction
+        Which has no metric yet.
+    chunks
+        Arrays ``(k, s, channels)`` of reduced train tokens, with the constant channel if there is one.
+    whiten
+        ``a``.
+
+    Raises
+    ------
+    InputError
+        ``whiten`` is not in [0, 1], no tokens, or a reduction that has a metric.
+    """
+    check_whiten(whiten)
+    if not whiten:
+        return reduction
+    if "whiten" in reduction.options:
+        raise InputError(
+            f"these tokens are whitened already (whiten={reduction.options['whiten']:g}), as those of the run that "
+            "they were extracted like: leave whiten out"
+        )
+    k = reduction.channels - reduction.constant
+    moments = _Moments.of((chunk[..., :k] for chunk in chunks), full=True)
+    return _followed(reduction, moments.covariance + np.outer(moments.mean, moments.mean), whiten)
+
+
+def _followed(reduction: Reduction, second: NDArray[np.float64], whiten: float) -> Reduction:
+    """``reduction`` followed by ``M`` of the second moment ``(k, k)`` of what comes out of it."""
+    values, E = np.linalg.eigh(second)
+    floor = FLOOR * values[-1] or 1.0  # tokens of zeros stay so
+    M = (E * np.maximum(values, floor) ** (-float(whiten) / 2)) @ E.T
+    basis = M if reduction.basis is None else reduction.basis @ M
+    options = {**reduction.options, "whiten": float(whiten)}
+    return replace(reduction, basis=basis.astype(np.float32), options=options)
 
 
 class _Moments:
@@ -76,6 +149,18 @@ class _Moments:
         self.count = 0
         self.first = np.zeros_like(shift)
         self.second = np.zeros((len(shift), len(shift)) if full else len(shift))
+
+    @classmethod
+    def of(cls, chunks: Iterable[NDArray[Any]], full: bool) -> _Moments:
+        """The moments of all tokens of ``chunks``, arrays ``(k, s, d)``."""
+        moments: _Moments | None = None
+        for chunk in chunks:
+            tokens = chunk.reshape(-1, chunk.shape[-1]).astype(np.float64)
+            moments = moments or cls(shift=tokens.mean(axis=0), full=full)
+            moments.add(tokens)
+        if moments is None:
+            raise InputError("a reduction needs at least one token to be fitted on")
+        return moments
 
     def add(self, tokens: NDArray[np.float64]) -> None:
         tokens -= self.shift

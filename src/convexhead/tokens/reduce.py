@@ -2,7 +2,7 @@
 
 Two are free of data and are applied before tokens are written: `pool_channels` and `pool_grid`. One is fitted
 on the train split, stored beside the tokens and applied when they are read: the affine map `Reduction`, which
-does standardisation, principal components and the constant channel.
+does standardisation, principal components, the metric of the tokens and the constant channel.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ class Reduction:
     scale
         float32 ``(d,)``.
     basis
-        float32 ``(d, k)`` with orthonormal columns, or None for the identity.
+        float32 ``(d, k)``, or None for the identity: principal axes, the metric ``M``, or their product.
     constant
         Whether a channel with value 1 is appended.
     options
-        What was asked of `fit_reduction`.
+        What was asked of `fit_reduction`; ``whiten`` only where there is a metric.
     """
 
     mean: NDArray[np.float32]
