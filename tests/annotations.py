@@ -2,7 +2,7 @@
 
 Each function of the `CHECKED` packages is checked in its first calls of each test. A check costs more than most
 functions do on small tensors, and the hundredth step of a loop has the shapes of its first. Functions inside functions
-are left alone: they would be compiled anew in each call.
+are left alone: they would be compiled anew in each call. What torch traces is traced without the checks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
+import torch
 from beartype import beartype
 from jaxtyping import jaxtyped
 
@@ -40,7 +41,7 @@ def checked(thing: Any) -> Any:
 
     @functools.wraps(thing)
     def check(*args: Any, **kwargs: Any) -> Any:
-        if calls[thing] >= CALLS:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or calls[thing] >= CALLS:
             return thing(*args, **kwargs)
         calls[thing] += 1
         return whole()(*args, **kwargs)

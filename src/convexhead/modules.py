@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose
-from convexhead.program.activations import ACTIVATIONS, Activation, make_activation
+from convexhead.program.activations import ACTIVATIONS, make_activation
 from convexhead.program.atoms import Atoms
-from convexhead.program.heads import Head, make_head
+from convexhead.program.heads import Head
 
 
 @runtime_checkable
@@ -126,7 +126,7 @@ class HeadModule(nn.Module):
         if (gates is None) != (activation != "gated-relu"):
             raise InputError("gates go with activation='gated-relu', and only with it")
         self.register_buffer("gates", None if gates is None else gates.detach().double().clone())
-        n_blocks = self._activation(self.gates).n_blocks
+        n_blocks = make_activation(activation, head, self.gates).n_blocks
         if isinstance(block, int):
             block = torch.arange(block if head.learns_mixing else 1) % n_blocks
         if len(block) and not 0 <= int(block.min()) <= int(block.max()) < n_blocks:
@@ -222,7 +222,7 @@ class HeadModule(nn.Module):
         return f if self.head.pool == "none" else f.squeeze(1)
 
     def _of_any_length(self, X: Float[Tensor, "b s d"], mask: Bool[Tensor, "b s"] | None) -> Tensor:
-        head = make_head(self.head.name, X.shape[1], X.shape[2], pool=self.head.pool)
+        head = self.head.of_length(X.shape[1])
         if mask is not None:  # see `convexhead.padding`
             alpha = (head.s / mask.sum(1).double()) ** (head.divisions / (3 if head.reads_tokens else 1))
             X = X.masked_fill(~mask.unsqueeze(2), 0.0) * alpha.to(X.dtype)[:, None, None]
@@ -231,19 +231,27 @@ class HeadModule(nn.Module):
 
     def _outputs(self, X: Float[Tensor, "b s d"], head: Head) -> Float[Tensor, "b r c"]:
         """``f`` of tokens that the head takes."""
-        f = X.new_zeros(len(X), head.r, self.values.shape[-1], dtype=self.values.dtype)
         if len(self.block):
-            activation, block = self._used(head)
-            data = activation.prepare(X.to(self.values.dtype), reuse=False)
-            with torch.no_grad():
-                masks = activation.pack_masks(X)
-            if masks is not None:
-                data["masks"] = masks
-            f = activation.mix(data, self.mixing, block).flatten(2) @ self.masked_values().flatten(0, 1)
+            f = self._mixed(X, head).flatten(2) @ self.masked_values().flatten(0, 1)
+        else:
+            f = self.values.new_zeros(X.shape[0], head.r, self.values.shape[-1])
         if self.intercept is not None:
             self._check_intercept()
             f = f + self.intercept
         return f
+
+    def _mixed(self, X: Float[Tensor, "b s d"], head: Head) -> Float[Tensor, "b r k e"]:
+        """``P mix(X, U)``; the mask of a gate is that of the tokens in float64, whatever the module's precision."""
+        tokens, group = X.to(self.values.dtype), self.block % head.n_groups
+        if self.activation_name == "linear":
+            return head.network_linear_mix(tokens, self.mixing, group)
+        A = head.network_preactivation(tokens, self.mixing, group)
+        if self.gates is None:
+            A = A.relu()
+        else:
+            gates = self.gates.reshape(-1, *head.mixing_shape)[self.block]
+            A = A * (head.network_preactivation(X.detach().double(), gates, group) >= 0)
+        return head.read({"X": tokens}, head.pool_rows(A))
 
     def masked_values(self) -> Float[Tensor, "k e c"]:
         """``V`` with zeros in the outputs that its channel group does not write (grouped block-FNO)."""
@@ -301,17 +309,6 @@ class HeadModule(nn.Module):
         b, c = self.intercept, self.values.shape[-1]
         if b is not None and b.shape != (c,):
             raise InputError(f"the intercept has shape {tuple(b.shape)}, {c} outputs need {(c,)}")
-
-    def _activation(self, gates: Tensor | None, head: Head | None = None) -> Activation:
-        return make_activation(self.activation_name, head or self.head, gates)
-
-    def _used(self, head: Head) -> tuple[Activation, Int[Tensor, " k"]]:
-        """The activation over the gates that some atom uses, and each atom's block among those."""
-        if self.gates is None:
-            return self._activation(None, head), self.block
-        groups = self.head.n_groups
-        used, gate = torch.unique(self.block // groups, return_inverse=True)
-        return self._activation(self.gates[used], head), gate * groups + self.block % groups
 
     def _raw_channels(self) -> int:
         return self.head.d if self.reduction is None else len(self.reduction.mean)

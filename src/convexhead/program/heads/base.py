@@ -87,8 +87,23 @@ class Head(ABC):
         self.pool = choose("pool", pool, POOLS)
         self.grid = resolve_grid(n_tokens, grid)
         self.rows = slice(0, 1) if pool == "cls" else slice(None)
-        self.p = 1 if pool == "cls" else n_tokens
-        self.r = n_tokens if pool == "none" else 1
+
+    @property
+    def p(self) -> int:
+        """The number of tokens that pooling reads."""
+        return 1 if self.pool == "cls" else self.s
+
+    @property
+    def r(self) -> int:
+        """The number of outputs a sample."""
+        return self.s if self.pool == "none" else 1
+
+    def of_length(self, n_tokens: int) -> Head:
+        """The same head over samples of another number of tokens; for heads of `any_length`."""
+        other: Head = object.__new__(type(self))  # torch.compile does not follow copy.copy
+        other.__dict__.update(self.__dict__)
+        other.s, other.grid = n_tokens, (n_tokens, 1)
+        return other
 
     @property
     def divisions(self) -> int:
@@ -177,6 +192,19 @@ class Head(ABC):
     def workspace(self, k: int) -> int:
         """Numbers held per sample while the scores of ``k`` atoms are made."""
         return k * self.p * self.score_width
+
+    # -- as a network: real products of tensors, the same for any batch, so that it can be exported --------------------
+    def network_linear_mix(
+        self, X: Float[Tensor, "b s d"], U: Float[Tensor, "k ..."], group: Int[Tensor, " k"]
+    ) -> Float[Tensor, "b r k e"]:
+        """`linear_mix`."""
+        return self.linear_mix(self.prepare_linear(X, reuse=False), U, group)
+
+    def network_preactivation(
+        self, X: Float[Tensor, "b s d"], U: Float[Tensor, "k ..."], group: Int[Tensor, " k"]
+    ) -> Float[Tensor, "b k p q"]:
+        """`preactivation`."""
+        return self.preactivation(self.prepare(X), U, group)
 
     # -- with fixed masks ---------------------------------------------------------------------------------------------
     kept_gates: ClassVar[float] = math.inf

@@ -42,6 +42,7 @@ class BlockFNO(Head):
         self.mixing_shape = (self.s, self.width)
         self.value_rows = 1
         self._fno = FNO(n_tokens, self.width, **options)
+        self._whole = FNO(n_tokens, n_channels, **options)
 
     def mix_bound(self, norms: Tensor) -> Tensor:
         return self._fno.mix_bound(norms)
@@ -104,6 +105,18 @@ class BlockFNO(Head):
 
     def workspace(self, k: int) -> int:
         return math.ceil(self._fno.workspace(k) / self.n_groups)  # a group at a time
+
+    # A group's weights are those of an FNO over all channels that are 0 in the others.
+    def network_linear_mix(self, X: Tensor, U: Tensor, group: Tensor) -> Tensor:
+        return self._whole.network_linear_mix(X, self._spread(U, group), group)
+
+    def network_preactivation(self, X: Tensor, U: Tensor, group: Tensor) -> Tensor:
+        return self._whole.network_preactivation(X, self._spread(U, group), group)
+
+    def _spread(self, U: Tensor, group: Tensor) -> Tensor:
+        """``(k, s, d)`` with the weights of each atom in the channels of its group."""
+        mine = torch.eye(self.n_groups, dtype=U.dtype, device=U.device)[group]  # (k, B)
+        return (mine[:, None, :, None] * U.unsqueeze(2)).flatten(2)
 
     def _channels(self, data: Data, g: int) -> Data:
         """What an FNO of channel group ``g`` would prepare."""

@@ -79,6 +79,28 @@ class FNO(Head):
     def workspace(self, k: int) -> int:
         return k * self.s
 
+    # Complex numbers leave no file, and a CPU has no transform in half precision. With the real transforms
+    # c[ω] = Σ_t cos(ω·t) x[t] and s[ω] = Σ_t sin(ω·t) x[t], (c + s) is Hartley's transform, its own inverse but for 1/s,
+    # and that of the convolution is (c + s)_X c_U + (c − s)_X s_U.
+    def network_linear_mix(self, X: Tensor, U: Tensor, group: Tensor) -> Tensor:
+        if self.pool == "none":
+            return self.network_preactivation(X, U, group).transpose(1, 2)
+        return super().network_linear_mix(X, U, group)
+
+    def network_preactivation(self, X: Tensor, U: Tensor, group: Tensor) -> Tensor:
+        (c, s), (c_U, s_U) = self._cosine_and_sine(X), self._cosine_and_sine(U)
+        A = torch.einsum("bfd,kfd->bkf", c + s, c_U) + torch.einsum("bfd,kfd->bkf", c - s, s_U)
+        c, s = self._cosine_and_sine(A.unsqueeze(-1))
+        return (c + s)[:, :, : self.p] / self.s
+
+    def _cosine_and_sine(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Real transforms over the grid, ``(..., s, d) -> (..., s, d)`` each: first along columns, then along rows."""
+        (h, w), d = self.grid, X.shape[-1]
+        c, s = (part.to(X) @ X.unflatten(-2, (h, w)).flatten(-2) for part in _waves(h))
+        C, S = (part.to(X) for part in _waves(w))
+        c, s = c.unflatten(-1, (w, d)), s.unflatten(-1, (w, d))
+        return (C @ c - S @ s).flatten(-3, -2), (C @ s + S @ c).flatten(-3, -2)
+
     # Pooled rows of D ⊙ circ(X), for few gates: φ[t] = Σ_a P_a D_a X[(a − t) mod grid] = Σ_q P_{q+t} D_{q+t} X[q].
     def gated_features(self, data: Data, masks: Tensor) -> Tensor | None:
         b, j = masks.shape[:2]
@@ -158,3 +180,10 @@ class FNO(Head):
     def _inverse_fft(self, spectrum: Tensor) -> Tensor:
         lattice = spectrum.reshape(*spectrum.shape[:-2], self.fft_grid[0], -1, spectrum.shape[-1])
         return torch.fft.irfft2(lattice, s=self.fft_grid, dim=(-3, -2)).flatten(-3, -2)
+
+
+def _waves(n: int) -> tuple[Tensor, Tensor]:
+    """``cos(2π ω t / n)`` and ``sin(2π ω t / n)``, both ``(n, n)`` in float64."""
+    t = torch.arange(n, dtype=torch.float64)
+    angles = torch.outer(t, t).remainder(n) * (2 * math.pi / n)
+    return angles.cos(), angles.sin()

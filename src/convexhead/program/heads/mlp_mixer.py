@@ -44,7 +44,7 @@ class MLPMixer(Head):
     def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         PU = self.pool_tokens(U)  # (k, r, s): pooling the rows of U is pooling the rows of U X
         M = PU.reshape(-1, self.s) @ data["X"]
-        return M.view(len(M), len(U), self.r, self.d).transpose(1, 2)
+        return M.view(M.shape[0], len(U), self.r, self.d).transpose(1, 2)
 
     def linear_mix_adjoint(self, data: Data, T: Tensor, group: Tensor) -> Tensor:
         PU = torch.einsum("brkd,btd->krt", T, data["X"])
@@ -58,7 +58,7 @@ class MLPMixer(Head):
     def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         X = data["X"]
         A = U[:, self.rows].reshape(-1, self.s) @ X.transpose(0, 1).reshape(self.s, -1)
-        return A.view(len(U), self.p, len(X), self.d).permute(2, 0, 1, 3)
+        return A.view(len(U), self.p, X.shape[0], self.d).permute(2, 0, 1, 3)
 
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         k = A.shape[1]

@@ -67,8 +67,8 @@ class SelfAttention(Head):
     def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         X = data["X"]
         queries = X[:, self.rows]
-        QU = torch.einsum("bpd,kde->bkpe", queries, U).reshape(len(X), -1, self.d)
-        return (QU @ X.mT).view(len(X), len(U), self.p, self.s)
+        QU = torch.einsum("bpd,kde->bkpe", queries, U)
+        return (QU.flatten(1, 2) @ X.mT).view(X.shape[0], len(U), self.p, self.s)
 
     def workspace(self, k: int) -> int:
         return k * self.p * max(self.s, self.d)
@@ -163,7 +163,8 @@ class SelfAttention(Head):
 
     def read(self, data: Data, S: Tensor) -> Tensor:
         X = data["X"]
-        return (S.transpose(1, 2).reshape(len(X), -1, self.s) @ X / self.s).view(len(X), self.r, -1, self.d)
+        k = S.shape[1]
+        return (S.transpose(1, 2).reshape(X.shape[0], -1, self.s) @ X / self.s).view(X.shape[0], self.r, k, self.d)
 
     def read_adjoint(self, data: Data, T: Tensor) -> Tensor:
         X = data["X"]
