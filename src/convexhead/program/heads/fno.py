@@ -79,8 +79,8 @@ class FNO(Head):
     def workspace(self, k: int) -> int:
         return k * self.s
 
-    # Complex numbers leave no file, and a CPU has no transform in half precision. With the real transforms
-    # c[ω] = Σ_t cos(ω·t) x[t] and s[ω] = Σ_t sin(ω·t) x[t], (c + s) is Hartley's transform, its own inverse but for 1/s,
+    # Files take no complex numbers, and a CPU has no transform in half precision. With the real transforms
+    # c[ω] = Σ_t cos(ω·t) x[t] and s[ω] = Σ_t sin(ω·t) x[t], c + s is Hartley's transform (its own inverse but for 1/s)
     # and that of the convolution is (c + s)_X c_U + (c − s)_X s_U.
     def network_linear_mix(self, X: Tensor, U: Tensor, group: Tensor) -> Tensor:
         if self.pool == "none":
