@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -40,16 +41,27 @@ def measured(clf: Any, store: TokenStore, images: str, split: str) -> dict[str, 
     }  # fmt: skip
 
 
-def chosen(head: str, store: TokenStore, images: str, ratios: list[float], tol: float) -> tuple[Any, float]:
-    """The certified head of the grid with the best mean IoU on val, and the seconds of the path."""
-    began = time.perf_counter()
+def now() -> NDArray[np.float64]:
+    """Wall and CPU seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def spent(began: NDArray[np.float64]) -> dict[str, str]:
+    """Columns of the time since ``began``; on a busy machine CPU seconds tell more."""
+    wall, cpu = now() - began
+    return {"seconds": f"{wall:.0f}", "cpu_seconds": f"{cpu:.0f}"}
+
+
+def chosen(head: str, store: TokenStore, images: str, ratios: list[float], tol: float) -> tuple[Any, dict[str, str]]:
+    """The certified head of the grid with the best mean IoU on val, and the time of path and choice."""
+    began = now()
     rows = regularization_path(store["train"], head=head, pool=None, beta_ratios=ratios, tol=tol, random_state=0)
     best = max((row["model"] for row in rows), key=lambda clf: pixel_scores(clf, store["val"], images).mean_iou)
-    return best, time.perf_counter() - began
+    return best, spent(began)
 
 
-def by_sklearn(clf: Any, train: Any, tol: float) -> tuple[float, float]:
-    """The objective of scikit-learn's solution of the linear head's program, and its seconds.
+def by_sklearn(clf: Any, train: Any, tol: float) -> dict[str, Any]:
+    """The objective of scikit-learn's solution of the linear head's program, and its time.
 
     A token is a row for each class that it has pixels of, weighted by their share.
     """
@@ -57,15 +69,15 @@ def by_sklearn(clf: Any, train: Any, tol: float) -> tuple[float, float]:
     share = Y * w[..., None]
     i, t, k = np.nonzero(share)
     weight = share[i, t, k] * len(i) / share.sum()
-    began = time.perf_counter()
+    began = now()
     C = 1 / (len(i) * clf.beta_)
     sk = LogisticRegression(C=C, fit_intercept=False, tol=tol, max_iter=2000).fit(X[i, t], k, sample_weight=weight)
-    seconds = time.perf_counter() - began
+    time_spent = spent(began)
     f = X.astype(np.float64) @ sk.coef_.T.astype(np.float64)
     largest = f.max(2, keepdims=True)
     log_sum = (largest + np.log(np.exp(f - largest).sum(2, keepdims=True)))[..., 0]
     loss = (w * (log_sum - (Y * f).sum(2))).sum() / w.sum()
-    return float(loss + clf.beta_ / 2 * (sk.coef_**2).sum()), seconds
+    return {"objective": float(loss + clf.beta_ / 2 * (sk.coef_**2).sum()), **time_spent}
 
 
 def pictures(clf: Any, store: TokenStore, images: str, folder: Path, count: int = 4) -> None:
@@ -95,7 +107,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("camvid-tokens"))
     parser.add_argument("--pictures", type=Path, default=None)
     options = parser.parse_args()
-    began = time.perf_counter()
+    began = now()
     store = extract(
         options.images, options.backbone, options.store, layer=options.layer, image_size=tuple(options.image_size),
         crop_pct=1.0, channels=options.channels, reduce=None if options.channels is None else "pca", constant=True,
@@ -103,16 +115,16 @@ def main() -> None:
     )  # fmt: skip
     tokens = {"backbone": options.backbone, "layer": "last" if options.layer is None else options.layer,
               "pixels": "x".join(map(str, options.image_size)), "channels": options.channels or "all"}  # fmt: skip
-    print(f"{store}: {time.perf_counter() - began:.0f} s")
+    print(f"{store}: {spent(began)}", flush=True)
     table = Table("camvid", [*tokens, "head", "method"], hardware("scikit-learn", "timm"))
     for head in options.heads:
         tol = 1e-6 if head == "linear" else options.tol  # scikit-learn's solution is that near
-        clf, seconds = chosen(head, store, options.images, options.ratios, tol)
+        clf, time_spent = chosen(head, store, options.images, options.ratios, tol)
         certificate = clf.certificate_
         about = {"beta_ratio": clf.beta_ratio, "heads": clf.n_heads_, "tokens_a_sample": clf.n_tokens_}
         table.run(
-            lambda clf=clf, c=certificate, about=about, seconds=seconds: {
-                **about, "objective": c.primal, "relative_gap": c.relative_gap, "seconds": f"{seconds:.0f}",
+            lambda clf=clf, c=certificate, about=about, time_spent=time_spent: {
+                **about, "objective": c.primal, "relative_gap": c.relative_gap, **time_spent,
                 **measured(clf, store, options.images, "val"), **measured(clf, store, options.images, "test"),
             }, **tokens, head=head, method="certified",
         )  # fmt: skip
@@ -120,17 +132,16 @@ def main() -> None:
             pictures(clf, store, options.images, options.pictures)
         if head == "linear":
             for tol in (1e-4, 1e-6):
-                objective, spent = by_sklearn(clf, store["train"], tol)
-                row = {**about, "objective": objective, "seconds": f"{spent:.0f}"}
+                row = {**about, **by_sklearn(clf, store["train"], tol)}
                 table.run(lambda row=row: row, **tokens, head=head, method=f"scikit-learn tol={tol:g}")
         elif options.adam_epochs:
             network = ConvexHeadClassifier(head, pool=None, beta=clf.beta_, random_state=0)
-            started = time.perf_counter()
+            started = now()
             fitted, _ = fit_by_adam(network, store["train"], n_heads=clf.n_heads_, epochs=options.adam_epochs)
-            row = {**about, "objective": fitted.certificate_.primal, "seconds": f"{time.perf_counter() - started:.0f}"}
+            row = {**about, "objective": fitted.certificate_.primal, **spent(started)}
             row |= measured(fitted, store, options.images, "test")
             table.run(lambda row=row: row, **tokens, head=head, method=f"Adam, {options.adam_epochs} epochs")
-    print(f"from images to table: {time.perf_counter() - began:.0f} s")
+    print(f"from images to table: {spent(began)}")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,76 @@ def test_other_masks_are_refused(store, masks, clf, tmp_path):
         pixel_scores(clf, store["test"], other)
 
 
+@pytest.fixture(scope="module")
+def run(store, masks):
+    out = masks.parent / "run"
+    assert call("fit", store.path, "--out", out, "--head", "mlp", "--pool", "none", "--whiten", "0.5") == 0
+    return out
+
+
+def test_masks_of_images_are_what_the_head_says_of_their_store(store, masks, run, tmp_path, capsys):
+    images, out = masks / "test/images", tmp_path / "masks"
+    capsys.readouterr()
+    assert call("predict", run, images, "--out", out, "--batch-size", 2, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["images"], told["classes"], told["unseen"], told["broken"]) == (5, ["a", "b", "c"], 255, [])
+    assert (out / "classes.txt").read_text() == "a\nb\nc\n"
+    for each in predict_masks(ch.load(run), store["test"], masks):
+        with Image.open(out / "labels" / Path(each.name).name) as mask:
+            assert mask.mode == "P"
+            np.testing.assert_array_equal(np.asarray(mask), each.labels)
+            colors = np.asarray(mask.convert("RGB")).reshape(-1, 3)
+        assert len(np.unique(colors, axis=0)) == len(np.unique(each.labels))
+    # masks beside images are images with masks, whose scores as truth are perfect
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/train").symlink_to(masks / "train")
+    (out / "images").symlink_to(images)
+    (out / "classes.txt").rename(tmp_path / "again/classes.txt")
+    (tmp_path / "again/test").symlink_to(out)
+    again = extract(tmp_path / "again", None, tmp_path / "store", like=store.path, void=255)
+    assert pixel_scores(ch.load(run), again["test"], tmp_path / "again").accuracy == 1
+
+
+def test_what_masks_are_not_made_of(store, masks, run, tmp_path, capsys):
+    def refusal(*arguments):
+        capsys.readouterr()
+        assert call("predict", run, *arguments) == 1
+        return " ".join(capsys.readouterr().err.split())
+
+    images = masks / "test/images"
+    assert "--out" in refusal(images)
+    assert "--top" in refusal(images, "--top", 2, "--out", tmp_path / "a")
+    assert "give the images" in refusal(store.path, "--out", tmp_path / "a")
+    assert "give a folder 'images' in it" in refusal(masks, "--out", tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    assert "not an empty folder" in refusal(images, "--out", tmp_path / "full")
+    (tmp_path / "twice").mkdir()
+    for ending in ("png", "bmp"):
+        Image.open(images / "img0.png").save(tmp_path / f"twice/x.{ending}")
+    assert "share the mask 'x.png'" in refusal(tmp_path / "twice", "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_page_shows_pixels(store, masks, run, tmp_path):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    from convexhead.report.run_page import render_runs
+
+    scores = pixel_scores(ch.load(run), store["test"], masks)
+    page = render_runs([run])
+    assert f"mean IoU is <strong>{100 * scores.mean_iou:.1f}%</strong>" in page
+    assert page.count("data:image/jpeg") == 5
+    assert "--whiten 0.5" in page
+    assert render_runs([run]) == page
+    moved = masks.rename(masks.with_name("elsewhere"))
+    try:
+        assert "Pixels are not shown" in render_runs([run], store=store)
+        assert page.count("mean IoU is") == render_runs([run], store=store, images=str(moved)).count("mean IoU is")
+    finally:
+        moved.rename(masks)
+
+
 def test_from_images_to_scores_on_the_command_line(store, masks, tmp_path, capsys):
     assert call("fit", store.path, "--out", tmp_path / "run", "--head", "linear", "--pool", "none") == 0
     capsys.readouterr()

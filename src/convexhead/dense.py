@@ -114,6 +114,16 @@ def upsample(
     return np.einsum("yi,ijc,xj->yxc", down, tokens, across, optimize=True), rows, columns
 
 
+def likeliest(
+    p: Float[Array, "s c"], grid: tuple[int, int], window: Window, size: tuple[int, int]
+) -> Int[Array, "h w"]:
+    """The likeliest class of every pixel of an image of ``size = (width, height)``, −1 outside of the window."""
+    values, rows, columns = upsample(p, grid, window, size)
+    labels = np.full(size[::-1], -1, np.int16)
+    labels[rows, columns] = values.argmax(2)
+    return labels
+
+
 def _interpolation(first: float, last: float, cells: int, pixels: int) -> tuple[slice, Array]:
     centres = np.arange(pixels) + 0.5
     inside = np.flatnonzero((centres > first) & (centres < last))
@@ -150,6 +160,7 @@ def predict_masks(clf: Any, view: SplitView, images: str | ImageSource) -> Itera
         raise InputError(
             f"the head has the classes {clf.class_names_}, the store {view.class_names}: extract with like"
         )
+    view = clf.as_fitted_on(view)
     source = open_source(images)
     if not isinstance(source, MaskSource):
         raise InputError(f"{source.spec!r} has no masks: give the folder that {view!r} was extracted from")
@@ -172,10 +183,7 @@ def predict_masks(clf: Any, view: SplitView, images: str | ImageSource) -> Itera
                 f"the mask of {name!r} is not what its tokens' targets were made of: extract again if it has changed, "
                 "or, where tokens were averaged to a coarser grid, to one that divides theirs"
             )
-        p, where, across = upsample(clf.predict_proba(view[i : i + 1])[0], grid, windows[size], size)
-        labels = np.full(truth.shape, -1, np.int16)
-        labels[where, across] = p.argmax(2)
-        yield Prediction(name, truth, labels)
+        yield Prediction(name, truth, likeliest(clf.predict_proba(view[i : i + 1])[0], grid, windows[size], size))
 
 
 def pixel_scores(clf: Any, view: SplitView, images: str | ImageSource) -> PixelScores:

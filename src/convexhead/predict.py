@@ -109,7 +109,10 @@ def predict(
     head = load(run) if isinstance(run, (str, Path)) else run
     model = head.model_
     if model.head.r != 1:
-        raise InputError("this head has an output for every token: predict tells one row an image, of pooled heads")
+        raise InputError(
+            "this head has an output for every token, and rows are of pooled heads: use "
+            "convexhead.mask_files.write_masks, or convexhead predict, which write the labels of pixels"
+        )
     names, row = _classifier(head, top) if isinstance(head, ConvexHeadClassifier) else _regressor(head, top)
     stored = not isinstance(images, ImageSource) and (Path(images).expanduser() / MANIFEST).is_file()
     broken: list[str] = []

@@ -384,6 +384,4 @@ def _save(
 ) -> None:
     """The model, and beside it what a report shows of it; ``choice`` says how β was chosen."""
     model.save(out)
-    if model.pool is None:  # a report shows labels of images
-        return
     evidence.write(evidence.collect(model, TokenStore.open(store), command=command, **choice), out)

@@ -1,7 +1,8 @@
 """What a run folder keeps beside its model for a report: predictions, sample tokens, how it was made.
 
 ``evidence.json`` is plain text for people and programs, ``evidence.safetensors`` the arrays. With them a report needs
-neither the token store nor any arithmetic over the data, and the same run gives the same report.
+neither the token store nor any arithmetic over the data, and the same run gives the same report. A head with an output
+for every token has no arrays: ``pixels`` are its scores, see `convexhead.report.pixels`.
 
 =====================  ==========  =============================================================================
 array                  shape
@@ -32,8 +33,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from convexhead.errors import FileFormatError, InputError
+from convexhead.errors import ConvexHeadError, FileFormatError, InputError
 from convexhead.interpret import head_lift, spectra
+from convexhead.report import pixels
 from convexhead.runtime.hardware import environment
 from convexhead.tokens.store.files import sha256_file, write_atomic
 from convexhead.tokens.store.store import TokenStore
@@ -67,6 +69,7 @@ def collect(
     path: Sequence[Mapping[str, Any]] | None = None,
     at_edge: str | None = None,
     selection: Mapping[str, Any] | None = None,
+    images: str | None = None,
 ) -> Evidence:
     """Score ``model`` on the test split of ``store`` (else val, else train) and keep what a report shows.
 
@@ -83,6 +86,8 @@ def collect(
     selection : dict or None
         How β was chosen: ``folds`` of a cross-validation, or ``held_out`` images and whether the head was trained again
         on all images (``refit``). None: by hand.
+    images : str or None
+        Where images with masks are, if not where they were when the tokens were extracted.
 
     Raises
     ------
@@ -96,14 +101,18 @@ def collect(
             f"{store.path} holds {view.shape[1]} tokens x {view.shape[2]} channels and {len(store.class_names)} classes"
             f"; this head was fitted on others: give the store that it was fitted on"
         )
-    position = {int(label): i for i, label in enumerate(model.classes_)}
-    labels = np.array([position.get(int(label), -1) for label in model.labels_of(store[split])])
-    starts = range(0, len(view), BATCH)
-    arrays = _score(np.concatenate([model.model_.outputs(view[i : i + BATCH])[:, 0] for i in starts]), labels)
-    sample = choose_sample(arrays)
-    lift = head_lift(model, view, torch.from_numpy(labels))
-    arrays |= {"lift": lift.numpy(), "sample": sample, "tokens": view[sample]}
     info, files = store.info(), view.files
+    arrays, sample, seen = dict[str, Array](), np.arange(0), dict[str, Any]()
+    if model.pool is None:
+        seen = _pixels(model, view, images or info["source"])
+    else:
+        position = {int(label): i for i, label in enumerate(model.classes_)}
+        labels = np.array([position.get(int(label), -1) for label in model.labels_of(store[split])])
+        starts = range(0, len(view), BATCH)
+        arrays = _score(np.concatenate([model.model_.outputs(view[i : i + BATCH])[:, 0] for i in starts]), labels)
+        sample = choose_sample(arrays)
+        lift = head_lift(model, view, torch.from_numpy(labels))
+        arrays |= {"lift": lift.numpy(), "sample": sample, "tokens": view[sample]}
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -116,8 +125,17 @@ def collect(
         "path": None if path is None else [_path_row(row) for row in path],
         "at_edge": at_edge,
         "selection": None if selection is None else dict(selection),
+        **seen,
     }
     return Evidence(about, arrays)
+
+
+def _pixels(model: Any, view: Any, images: str) -> dict[str, Any]:
+    """Scores of pixels, or why there are none: the images may be elsewhere than the tokens."""
+    try:
+        return {"pixels": pixels.collect(model, view, images)}
+    except (ConvexHeadError, OSError) as error:
+        return {"pixels": None, "missing": str(error).splitlines()[0]}
 
 
 def _score(logits: Array, labels: Array) -> dict[str, Array]:

@@ -155,7 +155,8 @@ def confusion(run: Run) -> Figure:
             for (row, column), count in np.ndenumerate(matrix):
                 if count:
                     ink = "white" if shares[row, column] > 0.55 else INK
-                    ax.text(column, row, str(count), ha="center", va="center", fontsize=7, color=ink)
+                    told = str(count) if matrix.max() < 10_000 else f"{100 * shares[row, column]:.0f}%"
+                    ax.text(column, row, told, ha="center", va="center", fontsize=7, color=ink)
         bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045, format=percent)
         bar.outline.set_visible(False)
     return figure

@@ -83,11 +83,11 @@ def render_runs(
     draw = Figures(figure_folder)
     runs = []
     for i, folder in enumerate(folders):
-        run, model, evidence = read_run(Path(folder), store)
+        run, model, evidence = read_run(Path(folder), store, images)
         run["id"] = f"run-{i + 1}"
         run["chosen_step"] = _nearest([step["beta_ratio"] for step in run["path"]], run["beta_ratio"])
         run["gallery"], run["clusters"], run["pictures"], run["missing"] = None, None, {}, ""
-        if evidence is not None:
+        if run["scores"] is not None and evidence is not None:
             run["gallery"] = gallery(model, evidence, size=size, budget=BUDGET // len(folders))
             run["clusters"] = clusters(model, evidence, size=size)
             run["gallery"]["clusters"] = {key: run["clusters"][key] for key in ("head", "raw", "n")}
@@ -165,20 +165,20 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
             draw.add(f"{own}-ranks", "Effective rank along β", run_figures.ranks(run), "See the table of β below."),
             draw.add(f"{own}-scores", "Accuracy along β", run_figures.scores_along(run), "See the table of β below."),
         ]
-    if run["scores"] is not None:
-        if run["lift"]:
-            made["lift"] = draw.add(
-                f"{own}-lift",
-                "How much each head lifts the logit of each class where it is the true one (red), against (blue)",
-                run_figures.lift(run),
-                f"A matrix of {len(run['lift'])} heads by {len(run['classes'])} classes; "
-                "the table of heads names the classes that each serves most.",
-            )
+    if run.get("lift"):
+        made["lift"] = draw.add(
+            f"{own}-lift",
+            "How much each head lifts the logit of each class where it is the true one (red), against (blue)",
+            run_figures.lift(run),
+            f"A matrix of {len(run['lift'])} heads by {len(run['classes'])} classes; "
+            "the table of heads names the classes that each serves most.",
+        )
+    if "confusion" in run:
         made["confusion"] = draw.add(
             f"{own}-confusion",
             "Share of each true class (row) that is predicted as each class (column)",
             run_figures.confusion(run),
-            f"Confusion matrix of {len(run['classes'])} classes; the table beside it names what is confused most.",
+            f"Confusion matrix of {len(run['classes'])} classes; see the table beside it.",
         )
     if "mixing_matrix" in run:
         made["positions"] = draw.add(

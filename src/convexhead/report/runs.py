@@ -15,6 +15,7 @@ from convexhead.path import EDGES
 from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
 from convexhead.report.gallery import patch_grid, strongest_heads
+from convexhead.report.pixels import described
 from convexhead.report.tables import probability, relative
 from convexhead.tokens.like import side_or_sides
 from convexhead.tokens.store.store import TokenStore
@@ -25,7 +26,9 @@ CONFUSED, SERVED = 12, 3
 """Numbers of pairs of classes, and of classes of a head, that are named."""
 
 
-def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, Any], Any, Evidence | None]:
+def read_run(
+    folder: Path, store: TokenStore | None = None, images: str | None = None
+) -> tuple[dict[str, Any], Any, Evidence | None]:
     """What a report says of the run in ``folder``, its model, and its evidence where there is some.
 
     Parameters
@@ -34,6 +37,8 @@ def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, A
         Of `convexhead fit`, `path` or `adam`, or of a saved classifier.
     store : TokenStore or None
         Score the model on this store anew, whatever the folder holds.
+    images : str or None
+        Where images with masks are now, for that.
 
     Raises
     ------
@@ -51,13 +56,17 @@ def read_run(folder: Path, store: TokenStore | None = None) -> tuple[dict[str, A
         evidence = evidences.read(folder)
     else:
         kept = evidences.read(folder) if (folder / "evidence.json").is_file() else None
-        evidence = evidences.collect(model, store)
+        evidence = evidences.collect(model, store, images=images)
         if kept is not None:
             evidence.about |= {key: kept.about.get(key) for key in KEPT}
     run = describe(model, folder.resolve().name)
     if evidence is not None:
-        run |= _scores(evidence)
+        run |= _making(evidence.about)
         run["trained_on"] = _trained_on(model, evidence.about)
+    if evidence is not None and model.pool is None:
+        run |= _pixels(evidence.about)
+    elif evidence is not None:
+        run |= _scores(evidence)
         run["lift"] = evidence.arrays["lift"][strongest_heads(model)].tolist()
         for atom, row in zip(run["atoms"], run["lift"], strict=True):
             atom["serves"] = _serves(np.asarray(row), run["classes"])
@@ -90,6 +99,8 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "at_edge": None,
         "trained_on": _trained_on(model, {}),
         "scores": None,
+        "pixels": None,
+        "missing_pixels": "",
     }
     run["spectra"] = {key: values.tolist() for key, values in spectra(model).items()}
     run["effective_ranks"] = _effective_ranks(run["spectra"])
@@ -192,9 +203,7 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (a["labels"][known], a["predicted"][known]), 1)
     wrong = [(int(confusion[i, j]), i, j) for i, j in np.argwhere(confusion) if i != j]
-    rows = about["path"] or []
     return {
-        "classes": classes,
         "scores": {
             "split": about["split"],
             "images": len(a["labels"]),
@@ -207,6 +216,22 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
             {"true": classes[i], "predicted": classes[j], "count": n, "share": n / int(confusion[i].sum())}
             for n, i, j in sorted(wrong, key=lambda entry: (-entry[0], entry[1], entry[2]))[:CONFUSED]
         ],
+    }
+
+
+def _pixels(about: dict[str, Any]) -> dict[str, Any]:
+    """What the pixels of images tell."""
+    if about["pixels"] is None:
+        return {"missing_pixels": about["missing"]}
+    told = described(about["pixels"], about["classes"])
+    return {"pixels": told | {"split": about["split"]}, "confusion": told["confusion"]}
+
+
+def _making(about: dict[str, Any]) -> dict[str, Any]:
+    """How the run was made."""
+    rows = about["path"] or []
+    return {
+        "classes": about["classes"],
         "path": [
             {key: row[key] for key in ("beta_ratio", "n_heads", "relative_gap", "train_score", "val_score", "spectra")}
             | {"effective_ranks": _effective_ranks(row["spectra"])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from convexhead.tokens.sources.base import BrokenImageError, ImageSource, MaskSo
 class Extracted(NamedTuple):
     """Of the images ``rows``, which could be read: ``tokens (k, s, d)``, ``prefix (k, p, d)`` as stored.
 
-    With masks also ``targets (k, s, c)`` and ``weights (k, s)`` of tokens, see `patch_targets`.
+    Their ``sizes`` are ``(width, height)``. With masks also ``targets (k, s, c)`` and ``weights (k, s)`` of tokens,
+    see `patch_targets`.
     """
 
     rows: list[int]
@@ -28,6 +30,7 @@ class Extracted(NamedTuple):
     prefix: Tensor
     targets: Tensor | None = None
     weights: Tensor | None = None
+    sizes: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -111,7 +114,7 @@ class BatchExtractor:
             raise InputError(f"the images before {last!r} differ in size: {self.unequal}")
         tokens, prefix = self._stored(batch.tokens, last), self._stored(batch.prefix, last)
         if not isinstance(self.source, MaskSource):
-            return Extracted(rows, tokens, prefix)
+            return Extracted(rows, tokens, prefix, sizes=sizes)
         made = []
         for index, size in zip(rows, sizes, strict=True):
             mask = self.source.mask(split, index)
@@ -120,7 +123,7 @@ class BatchExtractor:
                 raise InputError(f"the mask of {name!r} has {mask.shape[::-1]} pixels, the image {size}")
             made.append(patch_targets(mask, self.window(size), fine, len(self.source.class_names), self.token_pool))
         targets, weights = (torch.stack(part) for part in zip(*made, strict=True))
-        return Extracted(rows, tokens, prefix, targets, weights)
+        return Extracted(rows, tokens, prefix, targets, weights, sizes)
 
     def window(self, size: tuple[int, int]) -> Window:
         """What prepared images show of images of ``size = (width, height)``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from convexhead.errors import InputError, require
 from convexhead.tokens.backbones.base import Backbone
 from convexhead.tokens.batches import BatchExtractor, Extracted
 from convexhead.tokens.extract import BATCH
+from convexhead.tokens.geometry import Window
 from convexhead.tokens.like import open_backbone_like, options_like
 from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.parallel import map_on_cores
@@ -26,11 +27,12 @@ from convexhead.tokens.store.origin import TokenOrigin
 
 
 class Batch(NamedTuple):
-    """Some images of a split, in order."""
+    """Some images of a split, in order; their ``sizes`` are ``(width, height)``, () where the tokens are stored."""
 
     split: str
     names: list[str]
     tokens: Float[NDArray[np.float32], "b s d"]
+    sizes: Sequence[tuple[int, int]] = ()
 
 
 class ImageTokens:
@@ -127,7 +129,11 @@ class ImageTokens:
                 tokens = as_read(
                     tokens, first if origin.class_token else None, origin.grid, origin.token_pool, origin.reduction
                 )
-                yield Batch(split, [files[index] for index in found.rows], tokens)
+                yield Batch(split, [files[index] for index in found.rows], tokens, found.sizes)
+
+    def window(self, size: tuple[int, int]) -> Window:
+        """What the backbone sees of images of ``size = (width, height)``."""
+        return self._extractor.window(size)
 
     def _batches(self) -> Iterator[tuple[str, range]]:
         for split in self.splits:
@@ -141,7 +147,10 @@ def _open(images: str | Path | ImageSource, split: str | None) -> ImageSource:
         return open_source(images)
     require("PIL", "images")
     from convexhead.tokens.sources.image_folder import LooseImages
+    from convexhead.tokens.sources.mask_folder import IMAGES, MaskFolder
 
+    if MaskFolder.is_one(Path(images).expanduser()):
+        raise InputError(f"{str(images)!r} holds images and their masks: give a folder {IMAGES!r} in it")
     if split is not None:
         raise InputError(f"split={split!r} is for stores: of a folder of images give {str(Path(images) / split)!r}")
     return LooseImages(images)
