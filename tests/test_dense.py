@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 import convexhead as ch
 from command import call
 from convexhead import runs
-from convexhead.dense import PixelScores, mean_iou, pixel_accuracy, pixel_scores, predict_masks, upsample
+from convexhead.dense import PixelScores, likeliest, mean_iou, pixel_accuracy, pixel_scores, predict_masks, upsample
 from convexhead.errors import InputError
 from convexhead.tokens import extract
 from convexhead.tokens.geometry import Window
@@ -98,6 +98,16 @@ def test_upsampling_is_linear_between_the_centres_of_tokens():
     across = np.clip((np.arange(8, 40) + 0.5 - 8) / 8 - 0.5, 0, 3)
     down = np.clip((np.arange(4, 28) + 0.5 - 4) / 8 - 0.5, 0, 2)
     assert np.allclose(values[..., 0], 2 * across + 5 * down[:, None])
+
+
+def test_pixels_that_the_backbone_does_not_see_have_no_class():
+    p = np.eye(3)[[0, 1, 2, 1]]
+    labels = likeliest(p, (2, 2), Window(8, 4, 40, 28), (48, 32))
+    assert labels.shape == (32, 48)
+    assert (
+        (labels >= 0) == np.outer(*(np.isin(np.arange(n), range(a, b)) for n, a, b in ((32, 4, 28), (48, 8, 40))))
+    ).all()
+    assert [labels[4, 8], labels[4, 39], labels[27, 8], labels[27, 39]] == [0, 1, 2, 1]
 
 
 def test_other_masks_are_refused(store, masks, clf, tmp_path):

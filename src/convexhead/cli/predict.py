@@ -87,14 +87,11 @@ def _masks(
     """Write masks, of a head with an output for every token."""
     from convexhead.mask_files import write_masks
 
+    every = f"{run} has an output for every token"
     if out is None:
-        raise InputError(
-            f"{run} has an output for every token, which become masks: give a folder for them, out='masks' say"
-        )
+        raise InputError(f"{every}, which become masks: give a folder for them, out='masks' say")
     if top is not None:
-        raise InputError(
-            f"{run} has an output for every token, and its masks have one class a pixel: top={top} must be left out"
-        )
+        raise InputError(f"{every}, and its masks have one class a pixel: top={top} must be left out")
     with shown_progress(as_json) as notify, interrupts.answer(Answer.RAISE):
         made = write_masks(head, images, out, notify=notify, **given)
     result = {
