@@ -1,22 +1,32 @@
-# `make demo` runs the main job, `make test` the tests; each makes its own environment first.
+# `make demo` runs the main job, `make test` the tests, `make docs` builds the documentation site into docs/_site (about a
+# minute of one core: it runs the gallery); each makes its own environment first. `make dist URL=https://...` builds what
+# is uploaded to PyPI; URL is where the repository can be read, for the links of its page there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CODE := src tests benchmarks examples docs/conf.py tools
 
-.PHONY: demo test format benchmarks clean
+.PHONY: demo test docs dist format benchmarks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/convexhead demo --out demo
 
 test: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+docs: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_site
+
+dist: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[release]'
+	$(BIN)/python tools/dist.py --url '$(URL)' --out dist
+
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix src tests benchmarks examples
-	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 benchmarks: $(VENV)/.dev
 	$(BIN)/python benchmarks/suite.py --instance synthetic-200 digits synthetic-1000
@@ -33,4 +43,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo dist docs/_site docs/gallery docs/generated docs/cli.md

@@ -18,8 +18,16 @@ from convexhead.cli import app
 from convexhead.solvers.select import NAMES
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FRAMES = ("index.md", "changelog.md", "contributing.md")
+"""Pages of the site that are no text of their own: its start, and those that are written in the root."""
+WRITTEN = "cli.md"
+"""Made when the site is built."""
+PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / WRITTEN})
 GUIDES = [page for page in PAGES if page.parent.name == "docs" or page.name == "CONTRIBUTING.md"]
+GUIDES = [page for page in GUIDES if page.name not in FRAMES]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PUBLIC = ("convexhead", *(f"convexhead.{n}" for n in ("tokens", "interpret", "report", "certificate", "dual_norm")))
+"""Packages whose ``__all__`` the reference lists in full."""
 TODAY = [page for page in PAGES if page.name != "CHANGELOG.md"]
 """The changelog keeps the names of its time."""
 MOST_CHARACTERS = 100
@@ -193,3 +201,48 @@ def test_architecture_has_at_most_ten_stops_and_the_picture_names_them():
 def test_solvers_of_the_guide_are_those_that_there_are():
     guide = (ROOT / "docs" / "choosing.md").read_text().split("## Solver\n")[1]
     assert set(re.findall(r"^\| `([\w-]+)` \|", guide, re.M)) | {"auto"} == set(NAMES)
+
+
+def test_reference_has_every_public_name():
+    listed = set(re.findall(r"^   ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.M))
+    short = {name.split(".")[-1] for name in listed}
+    public = {name for package in PUBLIC for name in importlib.import_module(package).__all__}
+    assert public - {"__version__", "certify_atoms", "Certificate"} <= short
+    assert {"Certificate", "certificate.certify_atoms"} <= listed
+
+
+def test_reference_names_only_what_there_is():
+    text = (ROOT / "docs" / "api.md").read_text()
+    package = ""
+    for line in text.splitlines():
+        package = line.split("::")[1].strip() if "currentmodule::" in line else package
+        if re.fullmatch(r"   [\w.]+", line):
+            assert resolve(f"{package}.{line.strip()}") is not None, line
+
+
+def test_site_reaches_every_page():
+    pages = {page.stem for page in PAGES if page.parent.name == "docs"} - {"index"}
+    trees = "\n".join(
+        block for page in PAGES for block in re.findall(r"```{toctree}\n:hidden:\n\n(.*?)```", page.read_text(), re.S)
+    )
+    assert set(trees.split()) == pages | {"gallery/index", "cli"}
+
+
+def test_gallery_shows_each_script():
+    assert len(EXAMPLES) >= 12
+    for example in EXAMPLES:
+        text = example.read_text()
+        assert example.stem.startswith("plot_")  # others are not run
+        title, line = re.match(r'"""\n(.+)\n(=+)\n\n', text).groups()
+        assert len(line) >= len(title)
+        assert "plt.show()" in text
+
+
+def test_citation_and_changelog_are_of_this_version():
+    assert f"\nversion: {ch.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## {re.escape(ch.__version__)} ", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_readme_fits_one_screen():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 60

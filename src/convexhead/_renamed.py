@@ -1,6 +1,6 @@
 """Modules under the names that they had in 0.1: importing one warns, and gives the module of today.
 
-They go with version 0.3.
+They go with version 0.3, not before June 2027.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _OldName(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         _, old, *rest = spec.name.split(".")
         today = ".".join(["convexhead", RENAMED[old], *rest])
-        warnings.warn(f"{spec.name} is now {today}; the old name goes with 0.3", FutureWarning, stacklevel=2)
+        warnings.warn(f"{spec.name} is now {today}; the old name goes with 0.3, after May 2027", FutureWarning, stacklevel=2)
         module = importlib.import_module(today)
         spec.loader_state = module.__spec__
         return module

@@ -43,7 +43,7 @@ class Model:
         The settings that it was trained with.
     head : Head
         How it mixes tokens, with the shape of these.
-    gates : Tensor (J, *gate_shape) or None
+    gates : Tensor (J, \\*gate_shape) or None
         Of the gated ReLU.
     atoms : Atoms
         Weights, float64 on the CPU, block after block.

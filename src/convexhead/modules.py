@@ -72,7 +72,7 @@ class HeadModule(nn.Module):
     head : Head
         How tokens are mixed, with its pooling and grid.
     activation : {"linear", "gated-relu", "relu"}
-    gates : Tensor (J, *head.gate_shape) or None
+    gates : Tensor (J, \\*head.gate_shape) or None
         Fixed gates of the gated ReLU.
     block : Tensor (k,) or int
         The block of each atom, or the number of atoms, to be spread evenly over the blocks.

@@ -223,7 +223,7 @@ def test_what_the_retained_directions_leave_out_does_not_matter(name):
     assert token_embedding(fitted, X, energy=1.0).shape == (N, S, A.shape[1])
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "planted_clusters.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plot_planted_clusters.py"
 
 
 @pytest.mark.slow

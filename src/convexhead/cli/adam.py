@@ -84,7 +84,7 @@ def adam(
 def twin(**arguments: Any) -> None:
     """The name of `adam` until version 0.1."""
     warnings.warn(
-        "`convexhead twin` is now called `convexhead adam`; the old name goes with the next release",
+        "`convexhead twin` is now called `convexhead adam`; the old name goes with 0.3, after May 2027",
         FutureWarning,
         stacklevel=2,
     )

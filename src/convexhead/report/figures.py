@@ -239,7 +239,8 @@ def attention_maps(results: Results, columns: int = 6) -> Figure:
                 extent=extent,
             )
             wrong = item["label"] != item["predicted"]
-            ax.set_title(f"{item['label']} ✗ {item['predicted']}" if wrong else str(item["label"]), fontsize=7)
+            title = f"true: {item['label']}\npredicted: {item['predicted']}" if wrong else str(item["label"])
+            ax.set_title(title, fontsize=7)
             ax.set_axis_off()
     return figure
 
