@@ -55,8 +55,8 @@ def code(page: Path) -> str:
 
 @cache
 def prose(page: Path) -> list[str]:
-    """The lines that are no code, table or picture."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    """The lines that are no code, formula, table or picture."""
+    text = re.sub(r"^(```|\$\$).*?^\1", "", page.read_text(), flags=re.M | re.S)
     return [line for line in text.splitlines() if not line.startswith(("|", "![", "    ", "<!--"))]
 
 
