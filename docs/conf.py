@@ -92,13 +92,12 @@ LONG_TABLE = 20
 """Rows beyond which a table is folded."""
 
 
-OF_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+OF_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md", "security": "SECURITY.md"}
 """Pages that are written in the root of the repository; the files of their names in `docs` say so."""
 
 
 ELSEWHERE = {
-    "../CONTRIBUTING.md": "contributing.md",
-    "../CHANGELOG.md": "changelog.md",
+    **{f"../{file}": f"{page}.md" for page, file in OF_THE_ROOT.items()},
     "../examples/README.md": "gallery/index.rst",
     "../src/convexhead/cli": "cli.md",
 }

@@ -2,8 +2,8 @@
 Every head on the same tokens
 =============================
 
-Attention, Mixer, FNO, MLP and the linear head on the digits' patches. If the MLP and the linear head were as good as the
-others, mixing tokens would not help on these data. (β is fixed here; choose it by cross-validation for a comparison.)
+Attention, Mixer, FNO, MLP and the linear head on the digits' patches. If the MLP and the linear head were as good as
+the others, mixing tokens would not help on these data. β is fixed here; choose it by cross-validation in earnest.
 """
 
 import matplotlib.pyplot as plt

@@ -18,7 +18,7 @@ from convexhead.cli import app
 from convexhead.solvers.select import NAMES
 
 ROOT = Path(__file__).parents[1]
-FRAMES = ("index.md", "changelog.md", "contributing.md")
+FRAMES = ("index.md", "changelog.md", "contributing.md", "security.md")
 """Pages of the site that are no text of their own: its start, and those that are written in the root."""
 WRITTEN = "cli.md"
 """Made when the site is built."""

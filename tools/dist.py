@@ -1,7 +1,7 @@
 """Build what is uploaded to PyPI: `python tools/dist.py --url https://github.com/OWNER/convexhead --out dist`
 
-The README has relative links, which are true wherever the repository lies. PyPI shows the page elsewhere, so a copy with
-absolute links is built: to the tag of this version under the URL. Needs git, and the extra `release`.
+The README has relative links, which are true wherever the repository lies. PyPI shows the page elsewhere, so a copy
+with absolute links is built: to the tag of this version under the URL. Needs git, and the extra `release`.
 """
 
 from __future__ import annotations

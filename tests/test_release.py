@@ -1,0 +1,63 @@
+"""What is uploaded to PyPI: links of its page, and the wheel in an environment of its own."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import convexhead as ch
+
+ROOT = Path(__file__).parents[1]
+DIST = ROOT / "tools" / "dist.py"
+EXTRAS = ("matplotlib", "timm", "torchvision", "PIL", "pytest", "sphinx")
+FIT = f"""
+import importlib.util
+assert not [name for name in {EXTRAS} if importlib.util.find_spec(name)]
+import numpy as np, convexhead as ch
+rng = np.random.default_rng(0)
+X, y = rng.normal(size=(60, 9, 4)), np.arange(60) % 3
+clf = ch.ConvexHeadClassifier(beta_ratio=0.3, random_state=0).fit(X, y)
+assert clf.certificate_.converged
+clf.save("run")
+assert (ch.load("run").predict(X) == clf.predict(X)).all()
+print("site-packages" in ch.__file__, ch.__version__)
+"""
+
+
+def test_page_on_pypi_has_absolute_links_to_files_of_its_version():
+    page = (ROOT / "README.md").read_text()
+    there = runpy.run_path(str(DIST))["absolute"](page, "https://example.org/o/r/", "9.8")
+    targets = re.findall(r"\]\(([^)]+)\)", there)
+    assert targets
+    for target in targets:
+        assert target.startswith("https://")
+    files = [match.groups() for match in re.finditer(r"https://example.org/o/r/(blob|raw)/v9.8/([^)#]+)", there)]
+    assert {"blob", "raw"} == {kind for kind, _ in files}
+    assert all((ROOT / file).exists() for _, file in files)
+
+
+def test_no_upload_without_an_address(tmp_path):
+    run = subprocess.run([sys.executable, DIST, "--url", "", "--out", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "say where the repository can be read" in run.stderr
+
+
+@pytest.mark.table
+def test_wheel_works_with_the_core_dependencies_alone(tmp_path):
+    subprocess.run([sys.executable, DIST, "--url", "https://example.org/o/r", "--out", tmp_path / "dist"], check=True)
+    assert len(list((tmp_path / "dist").glob(f"convexhead-{ch.__version__}.tar.gz"))) == 1
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel]
+    subprocess.run(install, check=True)
+    told = subprocess.run([python, "-m", "convexhead", "--version"], check=True, capture_output=True, text=True)
+    assert told.stdout.strip() == ch.__version__
+    fitted = subprocess.run([python, "-c", FIT], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert fitted.stdout.split() == ["True", ch.__version__]
