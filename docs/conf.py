@@ -56,6 +56,7 @@ default_role = "code"  # single backticks in docstrings
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"convexhead {version}"
+html_sidebars = {"index": [], "first-probe": []}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -98,7 +99,7 @@ OF_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md", "
 
 ELSEWHERE = {
     **{f"../{file}": f"{page}.md" for page, file in OF_THE_ROOT.items()},
-    "../examples/README.md": "gallery/index.rst",
+    "../examples/README.rst": "gallery/index.rst",
     "../src/convexhead/cli": "cli.md",
 }
 """Pages of the site that stand for files of the repository; an example stands for its page in the gallery."""

@@ -40,6 +40,6 @@ print(doubled.certificate_.primal, weighted.certificate_.primal)
 figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
 for shift, (weight, recall) in zip((-0.2, 0.2), recalls.items(), strict=True):
     axis.bar(np.arange(10) + shift, recall, width=0.4, label=f"class_weight={weight!r}")
-axis.set(xlabel="digit (0 to 4 are rare in training)", ylabel="recall on test images", xticks=range(10))
-axis.legend(loc="lower right")
+axis.set(xlabel="digit (0 to 4 are rare in training)", ylabel="recall on test images", xticks=range(10), ylim=(0, 1.25))
+axis.legend(loc="upper right", ncols=2)
 plt.show()
