@@ -1,4 +1,4 @@
-"""The documentation site in a real browser: nothing overflows, formulas are typeset, links lead somewhere, all offline."""
+"""The documentation site in a browser: nothing overflows, formulas are typeset, links lead somewhere, all offline."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ class _OldName(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         _, old, *rest = spec.name.split(".")
         today = ".".join(["convexhead", RENAMED[old], *rest])
-        warnings.warn(f"{spec.name} is now {today}; the old name goes with 0.3, after May 2027", FutureWarning, stacklevel=2)
+        told = f"{spec.name} is now {today}; the old name goes with 0.3, after May 2027"
+        warnings.warn(told, FutureWarning, stacklevel=2)
         module = importlib.import_module(today)
         spec.loader_state = module.__spec__
         return module
