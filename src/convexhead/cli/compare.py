@@ -18,9 +18,11 @@ from convexhead.cli.options import (
     Json,
     Layer,
     Out,
+    SeveralNumbers,
     Store,
     TokenPool,
     Tol,
+    layers,
     names,
     ratios,
 )
@@ -102,7 +104,7 @@ def demo(out: Out = Path("demo"), seeds: AdamSeeds = 3, as_json: Json = False) -
     show_comparison(results, as_json)
 
 
-@command(KEPT)
+@command(KEPT, cls=SeveralNumbers)
 def cifar100(
     out: Out = Path("cifar100"),
     images: Images = None,
@@ -128,7 +130,7 @@ def cifar100(
 
     with shown_progress(as_json) as notify:
         results = run_cifar100(
-            out, images=images, backbone=backbone, layer=layer, image_size=image_size, tokens=tokens,
+            out, images=images, backbone=backbone, layer=layers(layer), image_size=image_size, tokens=tokens,
             scale=scale.value, every_cell=every_cell, heads=tuple(names(heads)), activations=tuple(names(activations)),
             token_pool=token_pool, channels=channels, n_gates=n_gates, epochs=epochs, tuning_seeds=tuning_seeds,
             sizes=sizes, jobs=jobs, notify=notify, command=typed_command(),

@@ -9,7 +9,21 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from convexhead.cli.entry import AGAIN, command
-from convexhead.cli.options import BACKBONES, Device, Dtype, Json, Layer, Out, Reduce, Sides, TokenPool, sides
+from convexhead.cli.options import (
+    BACKBONES,
+    ClassChannels,
+    Device,
+    Dtype,
+    Json,
+    Layer,
+    Out,
+    Reduce,
+    SeveralNumbers,
+    Sides,
+    TokenPool,
+    layers,
+    sides,
+)
 from convexhead.cli.options import names as listed
 from convexhead.cli.output import errors, show_store, speaks_for_all
 from convexhead.cli.progress import shown_progress
@@ -73,13 +87,14 @@ def class_list(text: str | None) -> list[str] | Path | None:
     return None if text is None else Path(text) if Path(text).is_file() else listed(text)
 
 
-@command(f"finished shards are kept in {{out}}; {AGAIN}")
+@command(f"finished shards are kept in {{out}}; {AGAIN}", cls=SeveralNumbers)
 def extract(
     images: Images,
     out: Out,
     like: Like = None,
     backbone: Backbone = None,
     layer: Layer = None,
+    class_channels: ClassChannels = None,
     image_size: Sides = None,
     crop_pct: CropPct = None,
     channels: Channels = None,
@@ -107,7 +122,8 @@ def extract(
             backbone or ("packaged:efficientnet-lite0" if like is None else None),
             out,
             like=like,
-            layer=layer,
+            layer=layers(layer),
+            class_channels=class_channels,
             image_size=sides(image_size),
             crop_pct=crop_pct,
             channels=channels,

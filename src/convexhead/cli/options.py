@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 from convexhead.errors import InputError
 
@@ -71,7 +73,21 @@ Smoothing = Annotated[float, Option("--label-smoothing", help="Share of each tar
 Seed = Annotated[int, Option("--seed", help="Seed of gates and random starts.")]
 
 # -- images ------------------------------------------------------------------------------------------------------------
-Layer = Annotated[int | None, Option(help="Block of the backbone to read tokens from; default: its last map.")]
+Layer = Annotated[
+    str | None,
+    Option(
+        metavar="N",
+        help="Block of the backbone to read tokens from; default: its last map. Several, such as 4 8 or 4 last, stand "
+        "side by side in the channels and weigh alike.",
+    ),
+]
+ClassChannels = Annotated[
+    bool | None,
+    Option(
+        "--class-channels/--no-class-channels",
+        help="Put the channels of the class token beside those of every token; default: no.",
+    ),
+]
 ImageSize = Annotated[int | None, Option(help="Side of the images in pixels; default: the backbone's own.")]
 Sides = Annotated[
     str | None,
@@ -86,6 +102,25 @@ BACKBONES = (
     "packaged:efficientnet-lite0, timm:NAME, timm:NAME@FILE (weights of your own, .safetensors or .pth), hf:NAME, or "
     "patches:K (squares of K x K raw pixels)"
 )
+
+
+class SeveralNumbers(TyperCommand):
+    """Reads ``--shots 1 2 4`` as ``--shots 1,2,4``."""
+
+    taking = ("--shots", "--fractions", "--beta-ratios", "--layer")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        for arg in args:
+            if joined[-2:-1] and joined[-2] in self.taking and _is_number(arg):
+                joined[-1] += f",{arg}"
+            else:
+                joined.append(arg)
+        return super().parse_args(ctx, joined)
+
+
+def _is_number(text: str) -> bool:
+    return text == "last" or (re.fullmatch(r"[0-9.,e-]+", text) is not None and text[0] != "-")
 
 
 class Reduce(str, Enum):
@@ -141,6 +176,23 @@ def counts(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} must be whole numbers separated by commas, got {text!r}") from error
+
+
+def layers(text: str | None) -> int | list[int | None] | None:
+    """The layer or layers of ``--layer``.
+
+    Raises
+    ------
+    InputError
+        Something else stands there.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part == "last" or part.isdecimal() for part in parts):
+        raise InputError(f"--layer must be whole numbers or last, got {text!r}")
+    found = [None if part == "last" else int(part) for part in parts]
+    return found if len(found) > 1 else found[0]
 
 
 def sides(text: str | None) -> int | tuple[int, int] | None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.markup import escape
 from typer import Argument, Option
-from typer.core import TyperCommand
 
 from convexhead.cli.entry import AGAIN, command
 from convexhead.cli.extract import Backbone, Channels, Reduction
-from convexhead.cli.options import Device, ImageSize, Json, Layer, Out, Seed, TokenPool, Tol, counts, names, ratios
+from convexhead.cli.options import (
+    ClassChannels,
+    Device,
+    ImageSize,
+    Json,
+    Layer,
+    Out,
+    Seed,
+    SeveralNumbers,
+    TokenPool,
+    Tol,
+    counts,
+    layers,
+    names,
+    ratios,
+)
 from convexhead.cli.output import emit, typed_command
 from convexhead.cli.progress import shown_progress
 
@@ -40,29 +53,13 @@ Draws = Annotated[int, Option(help="Random choices of images for each number of 
 Leaderboard = Annotated[Path | None, Option(help="File to append one JSON line a row to.")]
 
 
-class SeveralNumbers(TyperCommand):
-    """Reads ``--shots 1 2 4`` as ``--shots 1,2,4``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        joined: list[str] = []
-        for arg in args:
-            if joined[-2:-1] and joined[-2] in ("--shots", "--fractions", "--beta-ratios") and _is_number(arg):
-                joined[-1] += f",{arg}"
-            else:
-                joined.append(arg)
-        return super().parse_args(ctx, joined)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[0-9.,e-]+", text) is not None and text[0] != "-"
-
-
 @command(f"finished heads are kept in {{out}}; {AGAIN}", cls=SeveralNumbers)
 def probe(
     images: Images,
     out: Out = Path("probe"),
     backbone: Backbone = None,
     layer: Layer = None,
+    class_channels: ClassChannels = None,
     image_size: ImageSize = None,
     token_pool: TokenPool = None,
     channels: Channels = None,
@@ -86,7 +83,8 @@ def probe(
 
     with shown_progress(as_json) as notify:
         results = probing.probe(
-            images, out, backbone=backbone, layer=layer, image_size=image_size, token_pool=token_pool,
+            images, out, backbone=backbone, layer=layers(layer), class_channels=class_channels, image_size=image_size,
+            token_pool=token_pool,
             channels=channels, reduce=None if reduce is None else reduce.value, heads=names(heads),
             baselines=names(baselines), cv=cv, beta_ratios=ratios(beta_ratios), tol=tol,
             shots=counts(shots, "--shots") if shots else (),

@@ -27,6 +27,7 @@ from convexhead.experiments.training import Settings, cells_of
 from convexhead.program.heads import HEADS
 from convexhead.runtime.progress import Notify, silent
 from convexhead.tokens import TokenStore, extract, open_source
+from convexhead.tokens.backbones.base import Layer
 from convexhead.tokens.progress import told_to
 
 BACKBONE = "timm:gmlp_s16_224.ra3_in1k"
@@ -90,7 +91,7 @@ def run_cifar100(
     *,
     images: str | None = None,
     backbone: str = BACKBONE,
-    layer: int | None = None,
+    layer: Layer = None,
     image_size: int | None = None,
     tokens: Path | None = None,
     scale: str = "full",
@@ -203,7 +204,7 @@ def _open_tokens(
     out: Path,
     images: str | None,
     backbone: str,
-    layer: int | None,
+    layer: Layer,
     image_size: int | None,
     tokens: Path | None,
     choice: TokenChoice,

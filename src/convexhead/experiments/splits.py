@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 from convexhead.errors import InputError
+from convexhead.tokens.backbones.base import layers_in_words
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.sources.base import ImageSource
 from convexhead.tokens.store.store import TokenStore
@@ -136,9 +137,10 @@ def check_test_split(store: TokenStore) -> None:
 
 
 def backbone_of(store: TokenStore) -> str:
-    """The backbone and its layer in words, without the place of its weights."""
-    layer = store.manifest.config["layer"]
-    return store.manifest.backbone.partition("@")[0] + ("" if layer is None else f", block {layer}")
+    """The backbone and its layers in words, without the place of its weights."""
+    config = store.manifest.config
+    words = layers_in_words(config["layer"], config.get("beside", {}).get("class", False))
+    return store.manifest.backbone.partition("@")[0] + (f", {words}" if words else "")
 
 
 # -- a choice of images -----------------------------------------------------------------------------------------------
@@ -256,6 +258,7 @@ def chosen_splits(store: TokenStore, choice: TokenChoice) -> Splits:
         standardize=True,
         components=None if components == raw else components,
         constant=choice.constant,
+        groups=store.manifest.config.get("beside", {}).get("groups"),
     )
     return Splits(
         train=Part.of(kept.reduced(reduction)),

@@ -17,6 +17,7 @@ from convexhead.report.evidence import Evidence
 from convexhead.report.gallery import patch_grid, strongest_heads
 from convexhead.report.pixels import described
 from convexhead.report.tables import probability, relative
+from convexhead.tokens.backbones.base import layers_in_words
 from convexhead.tokens.like import side_or_sides
 from convexhead.tokens.store.store import TokenStore
 
@@ -240,6 +241,7 @@ def _making(about: dict[str, Any]) -> dict[str, Any]:
         "at_edge": EDGES.get(about.get("at_edge") or ""),
         "commands": [*_extraction(about["tokens"]), *([about["command"]] if about["command"] else [])],
         "store": about["tokens"],
+        "layers": layers_in_words(about["tokens"]["layer"], about["tokens"].get("class_channels", False)),
         "environment": about["environment"],
     }
 
@@ -253,6 +255,11 @@ def _effective_ranks(values: dict[str, list[float]]) -> dict[str, float]:
     return {name: effective_rank(torch.tensor(v, dtype=torch.float64)) for name, v in values.items()}
 
 
+def _layers(layer: Any) -> Any:
+    """What the command line says for it."""
+    return ",".join("last" if each is None else str(each) for each in layer) if isinstance(layer, list) else layer
+
+
 def _extraction(tokens: dict[str, Any]) -> list[str]:
     """The command that makes the same tokens; none of those that were imported, which somebody else made."""
     if "imported" in tokens["preprocessing"]:
@@ -262,7 +269,7 @@ def _extraction(tokens: dict[str, Any]) -> list[str]:
     components = fitted.get("components")
     options: dict[str, Any] = {
         "--backbone": tokens["backbone"],
-        "--layer": tokens["layer"],
+        "--layer": _layers(tokens["layer"]),
         "--image-size": "x".join(map(str, size)) if isinstance(size, tuple) else size,
         "--crop-pct": tokens["preprocessing"].get("crop_pct"),
         "--channels": components or tokens["channel_pool"],
@@ -273,6 +280,7 @@ def _extraction(tokens: dict[str, Any]) -> list[str]:
     }
     words = ["convexhead", "extract", tokens["source"]]
     words += [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    words += ["--class-channels"] if tokens.get("class_channels") else []
     words += ["--constant"] if fitted.get("constant") else []
     words += [] if fitted.get("standardize", True) else ["--no-standardize"]
     return [shlex.join(words)]

@@ -64,6 +64,7 @@ class BatchExtractor:
             "weights": self.backbone.weights_hash,
             "layer": self.backbone.layer,
             "preprocessing": self.backbone.preprocessing,
+            **({"beside": self.backbone.channels} if self.backbone.channels else {}),
             "source": self.source.fingerprint(),
             "channels": self.channels,
             "token_pool": list(self.token_pool) if self.token_pool else None,

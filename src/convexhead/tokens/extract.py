@@ -16,7 +16,7 @@ from convexhead.errors import InputError, choose
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
 from convexhead.tokens.arrays.loader import as_loaders
 from convexhead.tokens.arrays.run_loaders import run_loaders
-from convexhead.tokens.backbones.base import ImageSize
+from convexhead.tokens.backbones.base import ImageSize, Layer
 from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.job import ExtractionJob, Task
@@ -35,7 +35,7 @@ from convexhead.tokens.store.store import TokenStore
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others. They meet at the end of an extraction only, and one that dies ends the wait
 at once."""
-DEFAULTS = {"reduce": "avgpool", "standardize": True, "constant": False, "dtype": "float16"}
+DEFAULTS = {"class_channels": False, "reduce": "avgpool", "standardize": True, "constant": False, "dtype": "float16"}
 """Values that the options have if they are None."""
 BATCH = {"cpu": 8, "gpu": 256}
 """Images in a forward pass. Eight make one batch a core, whose activations fit its cache."""
@@ -47,7 +47,8 @@ def extract(
     out: str | Path,
     *,
     like: str | Path | None = None,
-    layer: int | None = None,
+    layer: Layer = None,
+    class_channels: bool | None = None,
     image_size: ImageSize = None,
     crop_pct: float | None = None,
     channels: int | None = None,
@@ -76,8 +77,8 @@ def extract(
     source
         See `open_source`. With a module as backbone also a loader (of train, or one of each split) that yields
         ``(images, labels)`` or ``(images, labels, names)``; it is read once, into a temporary file of tokens.
-    backbone, layer, image_size, crop_pct
-        See `open_backbone`; ``backbone`` is None with ``like``.
+    backbone, layer, class_channels, image_size, crop_pct
+        See `open_backbone`; ``backbone`` is None with ``like``. Several layers weigh alike, see `fit_reduction`.
     out
         Folder of the store.
     like
@@ -106,7 +107,8 @@ def extract(
         finished shards are kept. See also `open_backbone` and `open_source`.
     """
     asked = {
-        "backbone": backbone, "layer": layer, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
+        "backbone": backbone, "layer": list(layer) if isinstance(layer, tuple) else layer,
+        "class_channels": class_channels, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
         "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant, "dtype": dtype,
         "void": void, "class_names": class_names,
     }  # fmt: skip
@@ -150,7 +152,7 @@ def _plan(
     extractor = _extractor(source, options, origin, _device(device), skip_broken)
     size = batch_size or BATCH["cpu" if extractor.device.type == "cpu" else "gpu"]
     job = ExtractionJob(extractor, out, size, shard_size, origin)
-    return Plan(job, job.config(), _wanted_reduction(options, origin))
+    return Plan(job, job.config(), _wanted_reduction(options, origin, extractor.backbone.channels.get("groups")))
 
 
 def _check(reduce: str | None, dtype: str | None, counts: dict[str, int | None]) -> None:
@@ -189,8 +191,10 @@ def _extractor(
     pool = options["token_pool"]
     channels = None if options["reduce"] == "pca" else options["channels"]
     if origin is None:
-        sizes = {name: options[name] for name in ("layer", "image_size", "crop_pct")}
+        sizes = {name: options[name] for name in ("layer", "class_channels", "image_size", "crop_pct")}
         network = open_backbone(options["backbone"], **sizes)
+        if network.channels and channels is not None:
+            raise InputError(f"channels={channels} would average channels of different layers: use reduce='pca' too")
     else:
         images = number_like(images, origin)
         network = open_backbone_like(origin, options)
@@ -206,14 +210,15 @@ def _extractor(
     )
 
 
-def _wanted_reduction(options: dict[str, Any], origin: TokenOrigin | None) -> Fit | Reduction:
+def _wanted_reduction(options: dict[str, Any], origin: TokenOrigin | None, groups: list[int] | None) -> Fit | Reduction:
     if origin is not None and origin.reduction is not None:
         return origin.reduction
-    return {
+    fit: Fit = {
         "standardize": options["standardize"],
         "components": options["channels"] if options["reduce"] == "pca" else None,
         "constant": options["constant"],
     }
+    return fit if groups is None else {**fit, "groups": groups}
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ moment the identity. ``M`` is symmetric, so that channels keep their places. The
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -33,6 +33,7 @@ def fit_reduction(
     standardize: bool,
     components: int | None,
     constant: bool,
+    groups: Sequence[int] | None = None,
     whiten: float = 0.0,
 ) -> Reduction:
     """Fit a `Reduction` on the train tokens in one pass, in float64.
@@ -48,13 +49,17 @@ def fit_reduction(
         Number of principal components (after standardisation) to keep, or None for all channels.
     constant
         Append a channel of ones.
+    groups
+        Numbers of channels of several layers side by side: after standardisation each group is multiplied by a factor
+        of its own, so that all have the same sum of squares over the train tokens, and together that of ``d`` channels
+        of variance 1. Else a layer would weigh as much as it has channels. None: one group, without a factor.
     whiten
         ``a``, how far to whiten what the steps before leave.
 
     Raises
     ------
     InputError
-        No tokens, ``components`` not in ``1 .. d``, or ``whiten`` not in [0, 1].
+        No tokens, ``components`` not in ``1 .. d``, groups of another number of channels, or ``whiten`` not in [0, 1].
     """
     check_whiten(whiten)
     moments = _Moments.of(chunks, full=components is not None or whiten > 0)
@@ -69,6 +74,8 @@ def fit_reduction(
         # Rounding leaves a constant channel with a tiny deviation relative to its values.
         varies = deviation > 1e-7 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
         scale = np.divide(1.0, deviation, out=np.ones(d), where=varies)
+    if groups is not None:
+        scale = scale * _factors(groups, scale**2 * (moments.variance + (moments.mean - mean) ** 2))
     basis = None
     if components is not None:
         basis = _principal_axes(scale[:, None] * moments.covariance * scale, components)
@@ -77,13 +84,23 @@ def fit_reduction(
         scale.astype(np.float32),
         None if basis is None else basis.astype(np.float32),
         constant,
-        {"standardize": standardize, "components": components, "constant": constant},
+        {"standardize": standardize, "components": components, "constant": constant}
+        | ({} if groups is None else {"groups": list(groups)}),
     )
     if not whiten:
         return fitted
     away = scale * (moments.mean - mean)
     second = scale[:, None] * moments.covariance * scale + np.outer(away, away)
     return _followed(fitted, second if basis is None else basis.T @ second @ basis, whiten)
+
+
+def _factors(groups: Sequence[int], squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The factor of each channel, given the mean squares of all channels; 1 for a group of zeros."""
+    d = len(squares)
+    if sum(groups) != d:
+        raise InputError(f"groups of {' + '.join(map(str, groups))} channels are not the {d} channels of the tokens")
+    sums = [part.sum() for part in np.split(squares, np.cumsum(groups)[:-1])]
+    return np.repeat([np.sqrt(d / (len(groups) * total)) if total > 0 else 1.0 for total in sums], groups)
 
 
 def check_whiten(whiten: Any) -> None:

@@ -66,6 +66,7 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
     options = {
         "backbone": origin.backbone,
         "layer": origin.config["layer"],
+        "class_channels": origin.config.get("beside", {}).get("class", False),
         "channels": fitted.get("components") or origin.config["channels"],
         "reduce": "pca" if fitted.get("components") else "avgpool",
         "token_pool": tuple(pool) if pool else None,
@@ -96,13 +97,16 @@ def open_backbone_like(origin: TokenOrigin, options: dict[str, Any]) -> Backbone
     """
     told: list[str] = []
     for size in _sizes(origin.config["preprocessing"], options):
-        backbone = open_backbone(options["backbone"], layer=options["layer"], **size)
+        backbone = open_backbone(
+            options["backbone"], layer=options["layer"], class_channels=options["class_channels"], **size
+        )
         made = {
             **origin.config,
             "backbone": backbone.spec.partition("@")[0],
             "weights": backbone.weights_hash,
             "layer": backbone.layer,
             "preprocessing": backbone.preprocessing,
+            **({"beside": backbone.channels} if backbone.channels else {}),
         }
         told = differences(origin.config, made)
         if not told:

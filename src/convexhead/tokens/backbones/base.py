@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 State = dict[str, Tensor]
 ImageSize = int | tuple[int, int] | None
 """Side of a square input in pixels, or ``(height, width)``; None is the backbone's own."""
+
+
+Layer = int | None | Sequence[int | None]
+"""An inner block, None for the last map, or several of these."""
 
 
 class TokenBatch(NamedTuple):
@@ -44,7 +49,10 @@ class Backbone(nn.Module):
     spec
         The string that opens it.
     layer
-        Index of the inner block whose output is taken, or None for the final map.
+        Index of the inner block whose output is taken, or None for the final map; a list of several.
+    channels
+        Of several layers side by side, or with the class token: ``groups``, the number of channels of each, and
+        ``class``, whether the last group is the class token's. Else empty.
     weights_hash
         SHA-256 over names, types and values of all weights; empty without weights.
     preprocessing
@@ -52,9 +60,10 @@ class Backbone(nn.Module):
     """
 
     spec: str
-    layer: int | None
+    layer: Layer
     weights_hash: str
     preprocessing: dict[str, Any]
+    channels: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB image to uint8 ``(3, height, width)``. Safe to call from several threads."""
@@ -67,6 +76,19 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: normalisation statistics and dropout must not depend on the caller."""
         return super().train(False)
+
+
+def layers_in_words(layer: Layer, class_channels: bool) -> str:
+    """Which layers, for people: ``block 4``, ``block 4 and last map with class token``; empty of the last map alone.
+
+    >>> layers_in_words([4, None], True)
+    'block 4 and last map with class token'
+    """
+    several = list(layer) if isinstance(layer, Sequence) else [layer]
+    words = " and ".join("last map" if each is None else f"block {each}" for each in several)
+    if class_channels:
+        return f"{words} with class token"
+    return "" if layer is None else words
 
 
 def hash_state(state: State) -> str:

@@ -80,6 +80,8 @@ class NetworkBackbone(Backbone):
 
     model: nn.Module
 
+    layer: int | None
+
     def __init__(self, spec: str, layer: int | None, model: nn.Module) -> None:
         super().__init__()
         self.spec = spec

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose, require
-from convexhead.tokens.backbones.base import Backbone, ImageSize
+from convexhead.tokens.backbones.base import Backbone, ImageSize, Layer
 
 
 def open_backbone(
@@ -26,7 +26,8 @@ def open_backbone(
     *,
     transform: Callable[[Any], Tensor] | None = None,
     name: str | None = None,
-    layer: int | None = None,
+    layer: Layer = None,
+    class_channels: bool = False,
     image_size: ImageSize = None,
     crop_pct: float | None = None,
 ) -> Backbone:
@@ -41,7 +42,9 @@ def open_backbone(
         Of a module: makes its input ``(c, height, width)`` of an RGB image; what both are called.
     layer
         Inner block to take, counted from 0 (a stage for networks that timm divides into stages); None
-        takes the final map.
+        takes the final map. Several, such as ``[4, None]``: their channels stand side by side, see `BesideBackbone`.
+    class_channels
+        Put the channels of the class token beside those of every token.
     image_size
         Side of the square input in pixels, or (height, width); None is the backbone's own. Resizing and cropping keep
         their proportion; a transformers processor that cannot give such squares is refused.
@@ -63,7 +66,7 @@ def open_backbone(
         Weights are neither in the local cache nor to be had from the hub.
     """
     if isinstance(spec, nn.Module) and not isinstance(spec, Backbone):
-        if (layer, image_size, crop_pct) != (None, None, None):
+        if (layer, image_size, crop_pct, class_channels) != (None, None, None, False):
             raise InputError("layer, image_size and crop_pct are for named backbones: module and transform decide them")
         require("PIL", "images")
         from convexhead.tokens.backbones.module_backbone import ModuleBackbone
@@ -72,9 +75,17 @@ def open_backbone(
     if transform is not None or (name is not None and isinstance(spec, str)):
         raise InputError("transform and name go with a module of your own as backbone: leave them out")
     if isinstance(spec, Backbone):
-        if (layer, image_size, crop_pct) != (None, None, None):
+        if (layer, image_size, crop_pct, class_channels) != (None, None, None, False):
             raise InputError("layer, image_size and crop_pct need the name of a backbone, not an open one")
         return spec
+    if class_channels or isinstance(layer, (list, tuple)):
+        from convexhead.tokens.backbones.beside import BesideBackbone
+
+        layers = layer if isinstance(layer, (list, tuple)) else [layer]
+        if len(layers) > 1 or class_channels:
+            parts = [open_backbone(spec, layer=each, image_size=image_size, crop_pct=crop_pct) for each in layers]
+            return BesideBackbone(parts, class_channels)
+        (layer,) = layers
     scheme, _, rest = spec.partition(":")
     if scheme == "module":
         raise InputError(f"{spec!r} was a module of your own: in Python give it and its transform, or an open backbone")

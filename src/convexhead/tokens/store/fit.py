@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from convexhead.tokens.fit_reduction import add_metric, fit_reduction
 from convexhead.tokens.reduce import Reduction
@@ -18,6 +18,7 @@ class Fit(TypedDict):
     standardize: bool
     components: int | None
     constant: bool
+    groups: NotRequired[list[int]]
 
 
 def store_reduction(folder: Path, manifest: Manifest, fit: Fit | Reduction) -> None:

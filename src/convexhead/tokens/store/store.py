@@ -98,6 +98,7 @@ class TokenStore:
             "source": manifest.source,
             "backbone": manifest.backbone,
             "layer": config["layer"],
+            "class_channels": config.get("beside", {}).get("class", False),
             "preprocessing": config["preprocessing"],
             "dtype": config["dtype"],
             "images": {name: split.count for name, split in manifest.splits.items()},
