@@ -79,11 +79,9 @@ def extract(
         ``(images, labels)`` or ``(images, labels, names)``; it is read once, into a temporary file of tokens.
     backbone, layer, class_channels, image_size, crop_pct
         See `open_backbone`; ``backbone`` is None with ``like``. Several layers weigh alike, see `fit_reduction`.
-    out
-        Folder of the store.
-    like
-        A store, or a run that was fitted on one: all settings, the fitted reduction and the order of the classes are
-        taken from there, and options that say something else are refused.
+    out, like
+        Folder of the store. A store, or a run that was fitted on one, from which all settings, the fitted reduction
+        and the order of the classes are taken; options that say something else are refused.
     channels, reduce, token_pool
         Channels to keep, None keeps all; how: ``"avgpool"`` (None) averages neighbours before they are written,
         ``"pca"`` writes all and keeps the leading principal components of the train tokens when they are read; the
@@ -103,14 +101,13 @@ def extract(
     Raises
     ------
     ConvexHeadError
-        An argument or an image cannot be used; ``out`` holds something else; or ``out`` cannot be written, where
-        finished shards are kept. See also `open_backbone` and `open_source`.
+        Arguments or an image that cannot be used, or an ``out`` that holds something else or cannot be written.
     """
     asked = {
-        "backbone": backbone, "layer": list(layer) if isinstance(layer, tuple) else layer,
-        "class_channels": class_channels, "image_size": image_size, "crop_pct": crop_pct, "channels": channels,
-        "reduce": reduce, "token_pool": token_pool, "standardize": standardize, "constant": constant, "dtype": dtype,
-        "void": void, "class_names": class_names,
+        "backbone": backbone, "layer": list(layer) if isinstance(layer, tuple) else layer, "image_size": image_size,
+        "class_channels": class_channels, "crop_pct": crop_pct, "channels": channels, "reduce": reduce, "dtype": dtype,
+        "token_pool": token_pool, "standardize": standardize, "constant": constant, "void": void,
+        "class_names": class_names,
     }  # fmt: skip
     _check(reduce, dtype, {"channels": channels, "batch_size": batch_size, "shard_size": shard_size})
 

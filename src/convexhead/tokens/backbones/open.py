@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from convexhead.errors import InputError, choose, require
 from convexhead.tokens.backbones.base import Backbone, ImageSize, Layer
+from convexhead.tokens.backbones.beside import BesideBackbone
 
 
 def open_backbone(
@@ -40,11 +42,9 @@ def open_backbone(
         already, which the rest cannot change.
     transform, name
         Of a module: makes its input ``(c, height, width)`` of an RGB image; what both are called.
-    layer
-        Inner block to take, counted from 0 (a stage for networks that timm divides into stages); None
-        takes the final map. Several, such as ``[4, None]``: their channels stand side by side, see `BesideBackbone`.
-    class_channels
-        Put the channels of the class token beside those of every token.
+    layer, class_channels
+        Inner block to take, counted from 0 (a stage for networks that timm divides into stages); None takes the final
+        map. Several, such as ``[4, None]``, stand side by side in the channels, perhaps with the class token.
     image_size
         Side of the square input in pixels, or (height, width); None is the backbone's own. Resizing and cropping keep
         their proportion; a transformers processor that cannot give such squares is refused.
@@ -65,8 +65,9 @@ def open_backbone(
     HubError
         Weights are neither in the local cache nor to be had from the hub.
     """
+    given = (layer, image_size, crop_pct, class_channels) != (None, None, None, False)
     if isinstance(spec, nn.Module) and not isinstance(spec, Backbone):
-        if (layer, image_size, crop_pct, class_channels) != (None, None, None, False):
+        if given:
             raise InputError("layer, image_size and crop_pct are for named backbones: module and transform decide them")
         require("PIL", "images")
         from convexhead.tokens.backbones.module_backbone import ModuleBackbone
@@ -75,28 +76,17 @@ def open_backbone(
     if transform is not None or (name is not None and isinstance(spec, str)):
         raise InputError("transform and name go with a module of your own as backbone: leave them out")
     if isinstance(spec, Backbone):
-        if (layer, image_size, crop_pct, class_channels) != (None, None, None, False):
+        if given:
             raise InputError("layer, image_size and crop_pct need the name of a backbone, not an open one")
         return spec
-    if class_channels or isinstance(layer, (list, tuple)):
-        from convexhead.tokens.backbones.beside import BesideBackbone
-
-        layers = layer if isinstance(layer, (list, tuple)) else [layer]
-        if len(layers) > 1 or class_channels:
-            parts = [open_backbone(spec, layer=each, image_size=image_size, crop_pct=crop_pct) for each in layers]
-            return BesideBackbone(parts, class_channels)
-        (layer,) = layers
+    if class_channels or isinstance(layer, Sequence):
+        at = partial(open_backbone, spec, image_size=image_size, crop_pct=crop_pct)
+        return _beside([at(layer=k) for k in (layer if isinstance(layer, Sequence) else [layer])], class_channels)
     scheme, _, rest = spec.partition(":")
     if scheme == "module":
         raise InputError(f"{spec!r} was a module of your own: in Python give it and its transform, or an open backbone")
     choose("backbone", scheme, ["packaged", "timm", "hf", "patches"])
-    if isinstance(image_size, (tuple, list)):
-        height, width = image_size
-        image_size = (height, width) if height != width else height
-    if image_size is not None and np.min(image_size) < 1:
-        raise InputError(f"image_size={image_size} must be a positive number of pixels")
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise InputError(f"crop_pct={crop_pct} must be above 0 and at most 1")
+    image_size = _checked(image_size, crop_pct)
     # Imported here because Pillow, timm and transformers are optional and slow to import.
     require("PIL", "images")
     settings: dict[str, Any] = {"layer": layer, "image_size": image_size, "crop_pct": crop_pct}
@@ -111,3 +101,22 @@ def open_backbone(
     from convexhead.tokens.backbones.timm_weights import open_packaged, open_timm
 
     return open_timm(rest, **settings) if scheme == "timm" else open_packaged(rest, **settings)
+
+
+def _beside(parts: Sequence[Backbone], class_channels: bool) -> Backbone:
+    """Several layers side by side, or one layer, perhaps with its class token."""
+    if not parts:
+        raise InputError("layer=[] names no layer: give one or more, or None for the last map")
+    return parts[0] if len(parts) == 1 and not class_channels else BesideBackbone(parts, class_channels)
+
+
+def _checked(image_size: ImageSize, crop_pct: float | None) -> ImageSize:
+    """The size, one number for a square, once it and the crop are found to be possible."""
+    if isinstance(image_size, (tuple, list)):
+        height, width = image_size
+        image_size = (height, width) if height != width else height
+    if image_size is not None and np.min(image_size) < 1:
+        raise InputError(f"image_size={image_size} must be a positive number of pixels")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise InputError(f"crop_pct={crop_pct} must be above 0 and at most 1")
+    return image_size
