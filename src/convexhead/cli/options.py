@@ -107,7 +107,7 @@ BACKBONES = (
 class SeveralNumbers(TyperCommand):
     """Reads ``--shots 1 2 4`` as ``--shots 1,2,4``."""
 
-    taking = ("--shots", "--fractions", "--beta-ratios", "--layer")
+    taking = ("--shots", "--fractions", "--beta-ratios", "--layer", "--whiten")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined: list[str] = []
