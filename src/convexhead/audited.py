@@ -99,12 +99,13 @@ class Audited:
 def understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, intercept: Any) -> Audited:
     """The weights, in whichever form they come; ``shape`` is that of the tokens of a sample."""
     if not isinstance(weights, (Model, HeadModule)):
-        return _of_factors(weights, spec.make_head(*shape), spec.activation, gates, intercept)
-    if gates is not None or intercept is not None:
-        raise InputError("gates and intercept go with factors: a module or an estimator has its own")
+        queries = None if spec.queries is None else _numbers(spec.queries, "queries")
+        return _of_factors(weights, spec.make_head(*shape, queries=queries), spec.activation, gates, intercept)
+    if any(given is not None for given in (gates, spec.queries, intercept)):
+        raise InputError("gates, queries and intercept go with factors: a module or an estimator has its own")
     if isinstance(weights, Model):
         of = weights.spec
-        head = of.make_head(*shape) if weights.any_length else weights.head
+        head = weights.head.of_length(shape[0]) if weights.any_length else weights.head
         return Audited(head, of.activation, weights.gates, weights.atoms, of.fit_intercept, of, weights.classes)
     if weights.reduction is not None:
         raise InputError(

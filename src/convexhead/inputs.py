@@ -149,12 +149,12 @@ LARGEST_TARGET = 1e100
 """Largest target, and inverse of the smallest. Derived: beyond, squares leave the range of float64."""
 
 
-def as_gates(gates: Any) -> torch.Tensor:
-    """Explicit gates as a float64 tensor; their shape is the activation's to check."""
+def as_weights(values: Any, name: str) -> torch.Tensor:
+    """Explicit gates or queries as a float64 tensor; their shape is for who uses them to check."""
     with told_plainly():
-        array = np.asarray(plain(gates, "gates"))
+        array = np.asarray(plain(values, name))
         if array.dtype.kind not in "biufO":
-            raise InputError(f"gates must be real numbers, got an array of {array.dtype}")
+            raise InputError(f"{name} must be real numbers, got an array of {array.dtype}")
         return torch.as_tensor(array.astype(np.float64))
 
 

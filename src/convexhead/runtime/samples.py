@@ -188,13 +188,23 @@ class Samples:
 
     @property
     def mix_bounds(self) -> Tensor:
-        """``a_i (n,)`` in float64, of `Head.mix_bound`: one pass over the tokens the first time, in any precision."""
+        """``a_i (n,)`` in float64, of `Head.mix_bound`."""
+        return self.activation.head.mix_bound(self._token_norms)
+
+    @property
+    def operations(self) -> float:
+        """Of `Head.operations`."""
+        return self.activation.head.operations(float(self._token_norms.max()))
+
+    @property
+    def _token_norms(self) -> Tensor:
+        """``‖X_i‖_F (n,)``: one pass over the tokens the first time, in any precision."""
         if not self.norms:
             norms = torch.empty(len(self), dtype=torch.float64, device=self.device)
             for rows, X in self._tokens(0, len(self), self.batch_size(self._workspace)):
-                norms[rows] = _norms(X.double().flatten(1))
+                norms[rows] = _norms(self.activation.head.present(X.double()).flatten(1))
             self.norms.append(norms)
-        return self.activation.head.mix_bound(self.norms[0])
+        return self.norms[0]
 
     # -- the same samples otherwise -----------------------------------------------------------------------------------
     def astype(self, dtype: torch.dtype, *, reuse: bool) -> Samples:
