@@ -41,11 +41,12 @@ def head_of(
     grid: tuple[int, int] | None = None,
     n_blocks: int = 2,
     variant: str = "shared",
+    places: bool = True,
 ) -> Head:
-    """A head, whose queries are random where it has some: content and places, the first zero."""
+    """A head. Its queries, where it has some, are random, of content and with ``places`` of these; the first is zero."""
     own: dict[str, Any] = {"outputs": variant}
     if name == "attentive":
-        queries = torch.randn(QUERIES, d + s, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        queries = torch.randn(QUERIES, d + s * places, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         queries[0] = 0
         own = {"queries": queries, "query_norm": variant if variant in VARIANTS[name] else "all"}
     return make_head(name, s, d, pool=pool, grid=grid, n_blocks=n_blocks, **own)

@@ -108,7 +108,7 @@ class Attentive(Head):
     def present(self, X: Tensor) -> Tensor:
         return X.masked_fill(self._is_absent(X), 0.0) if self.any_length else X
 
-    def _is_absent(self, X: Float[Tensor, "b s d"]) -> Tensor:
+    def _is_absent(self, X: Tensor) -> Tensor:
         return torch.eq(X, self.absent).all(2, keepdim=True)
 
     def mix_bound(self, norms: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ class Attentive(Head):
         S += float(places.abs().max()) if places.shape[1] else 0.0
         return super().operations(largest) + 4 * (self.d + 4) * S + 2 * self.s + 32
 
-    def maps(self, X: Float[Tensor, "b s d"]) -> Float[Tensor, "b s J"]:
-        """``softmax(X q_j + π_j)`` over a sample's own tokens."""
+    def maps(self, X: Tensor) -> Tensor:
+        """``softmax(X q_j + π_j)`` over a sample's own tokens, ``(b, s, d) -> (b, s, J)``."""
         queries = self.queries.to(X.device, X.dtype)
         scores = self.present(X) @ queries[:, : self.d].T
         if self.any_length:
