@@ -43,7 +43,7 @@ def head_of(
     variant: str = "shared",
     places: bool = True,
 ) -> Head:
-    """A head. Its queries, where it has some, are random, of content and with ``places`` of these; the first is zero."""
+    """A head. Its queries, where it has some, are random, of content and with ``places`` of place; the first is 0."""
     own: dict[str, Any] = {"outputs": variant}
     if name == "attentive":
         queries = torch.randn(QUERIES, d + s * places, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
