@@ -19,7 +19,6 @@ from convexhead.experiments.splits import backbone_of
 from convexhead.program.heads import HEADS
 from convexhead.runtime.hardware import environment
 from convexhead.runtime.progress import Notify, silent, solver_detail
-from convexhead.tokens.fit_reduction import check_whiten
 from convexhead.tokens.store.files import make_folder, write_atomic, writer_lock
 from convexhead.tokens.store.manifest import digest_json
 
@@ -88,10 +87,7 @@ def probe(
     require("matplotlib", "report")
     chosen = _methods(heads, baselines)
     budgets = budgets_of(shots, fractions, draws)
-    for each in whiten:
-        check_whiten(each)
-    metrics = tuple(dict.fromkeys(whiten)) or (0.0,)
-    settings = ProbeSettings(cv=cv, beta_ratios=tuple(beta_ratios), whiten=metrics, tol=tol, seed=seed)
+    settings = ProbeSettings(cv=cv, beta_ratios=tuple(beta_ratios), whiten=tuple(whiten), tol=tol, seed=seed)
     if leaderboard is not None:
         board.known_ids(Path(leaderboard))
     out = Path(out)

@@ -39,6 +39,7 @@ from convexhead.experiments.splits import Part
 from convexhead.metrics import Predictions
 from convexhead.persistence import load
 from convexhead.runtime.clock import now
+from convexhead.tokens.fit_reduction import check_whiten
 from convexhead.tokens.store.fit import whitened
 from convexhead.tokens.store.manifest import digest_json
 from convexhead.tokens.store.view import SplitView
@@ -78,6 +79,12 @@ class ProbeSettings:
     whiten: tuple[float, ...] = (0.0,)
     tol: float = 1e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.whiten:
+            raise InputError("whiten=() names no metric to choose from: give 0 for the tokens as they are")
+        for each in self.whiten:
+            check_whiten(each)
 
 
 @dataclass
