@@ -27,7 +27,7 @@ from convexhead.reading import supervision, tokens_of
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 from convexhead.spec import Spec
-from convexhead.targets import Targets, every_token, read_classes, read_numbers
+from convexhead.targets import Targets, as_labels, every_token, read_classes, read_numbers
 
 OF_CLASSES = (CrossEntropy.name, BinaryCrossEntropy.name)
 """Losses of classes; the others are of measurements."""
@@ -81,7 +81,7 @@ class Audited:
             y = padded_like(mask, y, spec.ignore_index if classified else 0.0)
         inputs.check_lengths(tokens, len(inputs.plain(y, "y")))
         if classified:
-            targets = read_classes(y, spec, self.head.s, sample_weight, self.classes, mask)
+            targets = read_classes(as_labels(y, spec), spec, self.head.s, sample_weight, self.classes, mask)
             present = targets.Y.shape[2]
             if targets.Y.dtype == torch.bool and self.head.r == 1:  # the training saw all of them
                 present = int(targets.Y.flatten(0, 1).any(0).sum())
