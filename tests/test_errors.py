@@ -210,9 +210,7 @@ def test_saving_never_replaces_something_else(tmp_path):
 
 def test_a_save_that_fails_keeps_the_old_model(saved, monkeypatch):
     before = ch.load(saved).predict(X)
-    monkeypatch.setattr(
-        "convexhead.model_folder.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr("convexhead.model_folder.to_bytes", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         fit(beta_ratio=0.9).save(saved)
     np.testing.assert_array_equal(ch.load(saved).predict(X), before)

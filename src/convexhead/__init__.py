@@ -11,6 +11,7 @@ from convexhead._version import __version__
 if TYPE_CHECKING:
     from convexhead.audit import certify
     from convexhead.certificate.certificate import Certificate
+    from convexhead.deploy import attach
     from convexhead.errors import ConvexHeadError, FileFormatError, HubError, InputError, MissingExtraError
     from convexhead.estimators import ConvexHeadClassifier
     from convexhead.estimators_cv import ConvexHeadClassifierCV, ConvexHeadRegressorCV
@@ -32,6 +33,7 @@ __all__ = [
     "MissingExtraError",
     "TokenStore",
     "__version__",
+    "attach",
     "beta_max",
     "certify",
     "load",
@@ -49,6 +51,7 @@ HOMES = {
     "InputError": "errors",
     "MissingExtraError": "errors",
     "TokenStore": "tokens",
+    "attach": "deploy",
     "beta_max": "path",
     "certify": "audit",
     "load": "persistence",

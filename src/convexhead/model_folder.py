@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_bytes
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.store.manifest import digest_json
@@ -28,14 +28,16 @@ Config = dict[str, Any]
 Tensors = dict[str, NDArray[Any]]
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, *, overwrite: bool = True) -> None:
     """Refuse a place that a model cannot be saved in, before hours of training are spent on it.
 
     Raises
     ------
     InputError
-        ``path`` is something else than a model folder.
+        ``path`` is something else than a model folder; or it is one, and none may be replaced.
     """
+    if not overwrite and (path / "config.json").is_file():
+        raise InputError(f"{path} holds a trained head already: choose another path, or replace it with overwrite=True")
     if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not a model folder: choose another path")
 
@@ -53,13 +55,14 @@ def write(path: Path, config: Config, tensors: Tensors) -> None:
     check_target(path)
     config = {"format": FORMAT, "version": VERSION, **config}
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    fresh = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    fresh.mkdir()  # this and open() obey the umask; files of tempfile and safetensors are for their owner alone
     try:
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, fresh / "weights.safetensors")
-        config["weights_sha256"] = hashlib.sha256((fresh / "weights.safetensors").read_bytes()).hexdigest()
+        weights = to_bytes({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+        config["weights_sha256"] = hashlib.sha256(weights).hexdigest()
         config["checksum"] = digest_json(config)
+        (fresh / "weights.safetensors").write_bytes(weights)
         (fresh / "config.json").write_text(json.dumps(config, indent=1))
-        fresh.chmod(0o755)
         old = path.with_name(f".{path.name}-replaced")
         if path.exists():
             _keep_others(path, fresh)

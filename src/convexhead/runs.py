@@ -67,6 +67,7 @@ def fit(
     whiten: float = 0.0,
     cv: int | None = None,
     checkpoint_minutes: float | None = None,
+    overwrite: bool = False,
     notify: Notify = silent,
     command: Sequence[str] = (),
     **parameters: Any,
@@ -80,7 +81,9 @@ def fit(
     store : path
         Folder of a token store.
     out : path
-        Folder of the run; a run that is there is replaced.
+        Folder of the run.
+    overwrite : bool
+        Replace a run that is there. Where a checkpoint is gone on from, it is replaced all the same.
     whiten : float
         ``a`` in [0, 1], how far to whiten the tokens. The metric is fitted on all training images, see
         `convexhead.tokens.whitened`, and the run keeps it in its reduction.
@@ -104,9 +107,10 @@ def fit(
         that it has.
     """
     out = Path(out)
-    check_target(out)
-    ranks = join_ranks()
     folder = out.with_name(f"{out.name}.checkpoint")
+    resumes = checkpoint_minutes is not None and folder.is_dir()
+    check_target(out, overwrite=overwrite or resumes)
+    ranks = join_ranks()
     notify("reading tokens")
     train = _train_of(store, whiten, ranks)
     parameters |= {"distributed": ranks.size > 1}
@@ -173,6 +177,7 @@ def path(
     out: str | Path | None = None,
     *,
     whiten: float = 0.0,
+    overwrite: bool = False,
     beta_ratios: Sequence[float] = DEFAULT_RATIOS,
     validation: float = 0.2,
     refit: bool = False,
@@ -197,7 +202,7 @@ def path(
         Train the head that is saved on all training images, the held-out ones too, at the chosen β/β_max.
     random_state : int
         Of the held-out images, gates and random starts.
-    whiten, notify, command
+    whiten, overwrite, notify, command
         As for `fit`. The held-out images count in the metric, as they do in the standardisation; their labels do not.
     **parameters
         Of `ConvexHeadClassifier`.
@@ -205,7 +210,7 @@ def path(
     if not 0 < validation < 1:
         raise InputError(f"validation must be a share between 0 and 1, got {validation:g}")
     if out is not None:
-        check_target(Path(out))
+        check_target(Path(out), overwrite=overwrite)
     ratios = sorted(set(beta_ratios), reverse=True)
     notify("reading tokens", 0, len(ratios))
     train = _train_of(store, whiten)
@@ -242,8 +247,8 @@ def path(
 
 
 def _refitted(chosen: ConvexHeadClassifier, train: Any, callback: Callable[[Any], None]) -> ConvexHeadClassifier | None:
-    """The same head trained on ``train``, with its gates or queries; None if Ctrl-C came before its certificate."""
-    again = clone(chosen).set_params(gates=chosen.gates_, queries=chosen.queries_)
+    """The same head trained on ``train``, with the same gates; None if Ctrl-C came before its certificate."""
+    again = clone(chosen).set_params(gates=chosen.gates_)
     try:
         with interrupts.answer(Answer.RAISE):
             again.fit(train, callback=callback)
@@ -257,6 +262,7 @@ def adam(
     out: str | Path,
     *,
     whiten: float = 0.0,
+    overwrite: bool = False,
     n_heads: int = 20,
     lr: float = 0.01,
     epochs: int = 60,
@@ -276,10 +282,10 @@ def adam(
         Of Adam.
     random_state : int
         Of gates, start and order of the images.
-    store, out, whiten, notify, command, **parameters
+    store, out, whiten, overwrite, notify, command, **parameters
         As for `fit`.
     """
-    check_target(Path(out))
+    check_target(Path(out), overwrite=overwrite)
     notify("reading tokens", 0, epochs)
     clf, result = fit_by_adam(
         ConvexHeadClassifier(random_state=random_state, **parameters), _train_of(store, whiten), n_heads=n_heads, lr=lr,

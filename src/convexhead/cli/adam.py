@@ -20,14 +20,10 @@ from convexhead.cli.options import (
     Gates,
     Head,
     Json,
-    KeyDim,
     Out,
     Outputs,
+    Overwrite,
     Pool,
-    Queries,
-    QueryNorm,
-    QueryPosition,
-    QueryScale,
     Seed,
     Store,
     Whiten,
@@ -60,14 +56,10 @@ def adam(
     n_gates: Gates = 50,
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
-    n_queries: Queries = 192,
-    query_scale: QueryScale = 2.0,
-    query_position: QueryPosition = True,
-    key_dim: KeyDim = None,
-    query_norm: QueryNorm = "all",
     fit_intercept: FitIntercept = False,
     seed: Seed = 0,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train the same head by Adam, the usual non-convex way; `audit` then says how far from optimal it stopped."""
@@ -77,10 +69,8 @@ def adam(
         clf, result = runs.adam(
             store, out, n_heads=n_heads, lr=lr, epochs=epochs, batch_size=batch_size, head=head, activation=activation,
             beta=beta, beta_ratio=beta_ratio, pool=pool_of(pool), whiten=whiten, n_gates=n_gates, n_blocks=n_blocks,
-            outputs=outputs, n_queries=n_queries, query_scale=query_scale,
-            query_position=query_position, key_dim=key_dim, query_norm=query_norm,
-            fit_intercept=fit_intercept, random_state=seed, device=device, notify=notify,
-            command=typed_command(),
+            outputs=outputs, fit_intercept=fit_intercept, random_state=seed, device=device, overwrite=overwrite,
+            notify=notify, command=typed_command(),
         )  # fmt: skip
     folder = escape(str(out))
     emit(

@@ -21,14 +21,10 @@ from convexhead.cli.options import (
     Gates,
     Head,
     Json,
-    KeyDim,
     Out,
     Outputs,
+    Overwrite,
     Pool,
-    Queries,
-    QueryNorm,
-    QueryPosition,
-    QueryScale,
     Seed,
     Smoothing,
     Solver,
@@ -78,11 +74,6 @@ def fit(
     n_gates: Gates = 50,
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
-    n_queries: Queries = 192,
-    query_scale: QueryScale = 2.0,
-    query_position: QueryPosition = True,
-    key_dim: KeyDim = None,
-    query_norm: QueryNorm = "all",
     fit_intercept: FitIntercept = False,
     class_weight: ClassWeight = None,
     label_smoothing: Smoothing = 0.0,
@@ -93,6 +84,7 @@ def fit(
     checkpoint: Checkpoint = None,
     seed: Seed = 0,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train a head on the training images to a certified global optimum; under torchrun, with all its processes."""
@@ -102,11 +94,10 @@ def fit(
         clf = runs.fit(
             store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, cv=cv,
             pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
-            n_queries=n_queries, query_scale=query_scale,
-            query_position=query_position, key_dim=key_dim, query_norm=query_norm,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
             max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
-            random_state=seed, device=device, checkpoint_minutes=checkpoint, notify=notify, command=typed_command(),
+            random_state=seed, device=device, checkpoint_minutes=checkpoint, overwrite=overwrite, notify=notify,
+            command=typed_command(),
         )  # fmt: skip
     if not speaks_for_all():
         return
@@ -137,7 +128,7 @@ def fit(
     if interrupts.received is not None:
         if certificate.converged:
             raise Stopped(f"the head was finished and is saved in {out}")
-        more = "the same command trains it anew"
+        more = "the same command with --overwrite trains it anew"
         if checkpoint is not None:
             more = "the same command goes on from its checkpoint"
         raise Stopped(f"the best head so far is saved in {out}, with the gap that it has; {more}")
@@ -158,17 +149,13 @@ def path(
     n_gates: Gates = 50,
     n_blocks: Blocks = 4,
     outputs: Outputs = "shared",
-    n_queries: Queries = 192,
-    query_scale: QueryScale = 2.0,
-    query_position: QueryPosition = True,
-    key_dim: KeyDim = None,
-    query_norm: QueryNorm = "all",
     fit_intercept: FitIntercept = False,
     class_weight: ClassWeight = None,
     label_smoothing: Smoothing = 0.0,
     solver: Solver = "auto",
     seed: Seed = 0,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train a head at each β of a falling grid, each from the one before, and choose β on held-out images."""
@@ -181,10 +168,9 @@ def path(
         found = runs.path(
             store, out, beta_ratios=ratios(beta_ratios), validation=validation, refit=refit, head=head,
             activation=activation, pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks,
-            outputs=outputs, n_queries=n_queries, query_scale=query_scale,
-            query_position=query_position, key_dim=key_dim, query_norm=query_norm,
-            fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing,
-            solver=solver, random_state=seed, device=device, notify=notify, command=typed_command(),
+            outputs=outputs, fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing,
+            solver=solver, random_state=seed, device=device, overwrite=overwrite, notify=notify,
+            command=typed_command(),
         )  # fmt: skip
     best, held = found.chosen["beta_ratio"], found.n_held_out
     n = found.n_train + held if found.refitted else found.n_train
@@ -213,5 +199,6 @@ def path(
     if interrupts.received is not None:
         saved = "nothing was saved without --out" if out is None else f"the best head so far is saved in {out}"
         saved += ", not trained on the held-out images" if refit and not found.refitted else ""
+        again = "" if out is None else " with --overwrite"
         solved = f"{len(found.rows)} of {found.n_ratios} β are done"
-        raise Stopped(f"{solved}, {saved}; run the same command again for all")
+        raise Stopped(f"{solved}, {saved}; run the same command again{again} for all")

@@ -17,13 +17,12 @@ Run = Annotated[
     Path, Argument(metavar="RUN", help="Folder of a trained head, made by `convexhead fit`, `path` or `adam`.")
 ]
 Out = Annotated[Path, Option("--out", help="Folder to write.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the run that is in the folder already.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object instead of a table, and no progress.")]
 Device = Annotated[str, Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
 
 # -- a head ------------------------------------------------------------------------------------------------------------
-Head = Annotated[
-    str, Option(help="How tokens are mixed: self-attention, attentive, mlp-mixer, fno, block-fno, mlp or linear.")
-]
+Head = Annotated[str, Option(help="How tokens are mixed: self-attention, mlp-mixer, fno, block-fno, mlp or linear.")]
 Activation = Annotated[
     str,
     Option(
@@ -66,19 +65,6 @@ Blocks = Annotated[int, Option("--n-blocks", help="Channel groups of block-fno."
 Outputs = Annotated[
     str, Option(help="Whether each channel group of block-fno writes all outputs (shared) or its own (grouped).")
 ]
-Queries = Annotated[int, Option("--n-queries", help="Queries of the attentive head to sample from the tokens.")]
-QueryScale = Annotated[
-    float, Option(help="Standard deviation of the scores of sampled queries within an image: how sharp their maps are.")
-]
-QueryPosition = Annotated[
-    bool, Option("--query-position/--no-query-position", help="Whether sampled maps also depend on the place.")
-]
-KeyDim = Annotated[
-    int | None, Option(help="Leading principal directions of the tokens that sampled queries lie in; default: all.")
-]
-QueryNorm = Annotated[
-    str, Option(help="One nuclear norm over the weights of all queries (all), or one for each of them (each).")
-]
 FitIntercept = Annotated[bool, Option(help="Add an intercept, which is not penalised.")]
 ClassWeight = Annotated[
     str | None,
@@ -113,6 +99,9 @@ Sides = Annotated[
     ),
 ]
 TokenPool = Annotated[int | None, Option(help="Average the token grid down to this many tokens a side.")]
+OwnBackbone = Annotated[
+    str | None, Option("--backbone", help="The backbone of the run, where its weights lie elsewhere now.")
+]
 BACKBONES = (
     "packaged:efficientnet-lite0, timm:NAME, timm:NAME@FILE (weights of your own, .safetensors or .pth), hf:NAME, or "
     "patches:K (squares of K x K raw pixels)"
@@ -122,7 +111,7 @@ BACKBONES = (
 class SeveralNumbers(TyperCommand):
     """Reads ``--shots 1 2 4`` as ``--shots 1,2,4``."""
 
-    taking = ("--shots", "--fractions", "--beta-ratios", "--layer", "--whiten")
+    taking = ("--shots", "--fractions", "--beta-ratios", "--layer")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined: list[str] = []

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from convexhead.cli.entry import NOTHING, command
 from convexhead.cli.extract import BatchSize, SkipBroken
-from convexhead.cli.options import Device, Json, Run
+from convexhead.cli.options import Device, Json, OwnBackbone, Run
 from convexhead.cli.output import emit, errors
 from convexhead.cli.progress import shown_progress
 from convexhead.errors import InputError
@@ -34,7 +34,6 @@ OutFile = Annotated[
 ]
 Top = Annotated[int | None, Option(help="Classes to tell of each image; default: the probabilities of all.")]
 Split = Annotated[str | None, Option(help="Which images of a store, or of a source with splits; default: all.")]
-Backbone = Annotated[str | None, Option(help="The backbone of the run, where its weights lie elsewhere now.")]
 
 
 @command(NOTHING)
@@ -44,7 +43,7 @@ def predict(
     out: OutFile = None,
     top: Top = None,
     split: Split = None,
-    backbone: Backbone = None,
+    backbone: OwnBackbone = None,
     batch_size: BatchSize = None,
     skip_broken: SkipBroken = False,
     device: Device = "auto",

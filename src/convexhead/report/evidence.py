@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_bytes
 
 from convexhead.errors import ConvexHeadError, FileFormatError, InputError
 from convexhead.interpret import head_lift, spectra
@@ -180,7 +181,8 @@ def _absolute(source: str) -> str:
 # -- on disk -----------------------------------------------------------------------------------------------------------
 def write(evidence: Evidence, folder: Path) -> None:
     """Put ``evidence`` beside the model in ``folder``, bound to its weights."""
-    save_file({k: np.ascontiguousarray(v) for k, v in evidence.arrays.items()}, folder / "evidence.safetensors")
+    arrays = to_bytes({name: np.ascontiguousarray(array) for name, array in evidence.arrays.items()})
+    write_atomic(folder / "evidence.safetensors", arrays)
     about = evidence.about | {"weights": sha256_file(folder / "weights.safetensors")}
     write_atomic(folder / "evidence.json", json.dumps(about, indent=1).encode())
 

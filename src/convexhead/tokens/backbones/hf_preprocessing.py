@@ -58,7 +58,7 @@ def choose_pixels(spec: str, processor: Any, image_size: int | None, native: Any
         The processor gives no single RGB image, or not of ``image_size``.
     """
     config = processor.to_dict()
-    images = [_test_image(w, h) for w, h in TEST_SIZES]
+    images = [test_image(w, h) for w, h in TEST_SIZES]
     expected = [_processed(spec, processor, image, {}) for image in images]
     try:
         settings = read_preprocessing(spec, config, None)
@@ -66,14 +66,8 @@ def choose_pixels(spec: str, processor: Any, image_size: int | None, native: Any
         settings = read_preprocessing(spec, config, image_size)
     except (InputError, KeyError, TypeError, ValueError):  # settings that ours do not have
         agree = False
-    side = native if isinstance(native, int) else 224
-    square = _test_image(side, side)
     if agree:
-        prepared = resize_and_crop(square, settings)
-        mean, std = _on_bytes(settings)
-        return Pixels(
-            lambda image: resize_and_crop(image, settings), mean, std, settings, (prepared.shape[1], prepared.shape[2])
-        )
+        return pixels_of_settings(settings, native)
 
     options = _scaled(spec, config, image_size) if image_size is not None else {}
     for image in images:
@@ -83,14 +77,27 @@ def choose_pixels(spec: str, processor: Any, image_size: int | None, native: Any
                 f"the image processor of {spec!r} makes {shape[1]}x{shape[2]} pixels where image_size={image_size} "
                 "is asked for: omit image_size"
             )
-    prepared = _processed(spec, processor, square, options)
+    prepared = _processed(spec, processor, _square(native), options)
     settings = {"processor": json.loads(json.dumps(config, sort_keys=True, default=str)), "image_size": image_size}
     one = torch.ones(3, 1, 1)
     size = (prepared.shape[1], prepared.shape[2])
     return Pixels(lambda image: _processed(spec, processor, image, options), 0 * one, one, settings, size)
 
 
-def _test_image(width: int, height: int) -> Image.Image:
+def pixels_of_settings(settings: dict[str, Any], native: Any) -> Pixels:
+    """Return our own preprocessing, for a network whose own images are ``native`` pixels a side."""
+    prepared = resize_and_crop(_square(native), settings)
+    mean, std = _on_bytes(settings)
+    size = (prepared.shape[1], prepared.shape[2])
+    return Pixels(lambda image: resize_and_crop(image, settings), mean, std, settings, size)
+
+
+def _square(native: Any) -> Image.Image:
+    side = native if isinstance(native, int) else 224
+    return test_image(side, side)
+
+
+def test_image(width: int, height: int) -> Image.Image:
     """Return waves of several lengths in three unequal colours, which show scaling, cropping and their order."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / a + phase) * np.cos(y / b) for a, b, phase in ((9, 14, 0.0), (23, 11, 1.0), (6, 31, 2.0))]
