@@ -28,6 +28,12 @@ calls: Counter[Callable[..., Any]] = Counter()
 """Calls of each function in the running test; each test begins with none."""
 
 
+@functools.cache
+def _whole(thing: Any) -> Any:
+    """The function with all its checks. (What torch compiles can refer to a cache by name, but not hold one.)"""
+    return jaxtyped(thing, typechecker=beartype)
+
+
 def checked(thing: Any) -> Any:
     """A function or a dataclass whose first calls are checked."""
     if isinstance(thing, type):
@@ -35,16 +41,12 @@ def checked(thing: Any) -> Any:
             thing.__init__ = checked(thing.__init__)
         return thing
 
-    @functools.cache
-    def whole() -> Any:
-        return jaxtyped(thing, typechecker=beartype)
-
     @functools.wraps(thing)
     def check(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or calls[thing] >= CALLS:
             return thing(*args, **kwargs)
         calls[thing] += 1
-        return whole()(*args, **kwargs)
+        return _whole(thing)(*args, **kwargs)
 
     return check
 

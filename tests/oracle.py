@@ -314,6 +314,7 @@ def dense_program(
     gates: np.ndarray | None = None,
     groups: int = 1,
     outputs: str = "shared",
+    queries: np.ndarray | None = None,
     intercept: bool = False,
 ) -> DenseProgram:
     """Write out every block's linear map: gate-major, then channel group.
@@ -323,8 +324,18 @@ def dense_program(
     X : ndarray (n, s, d)
     Y : ndarray (n, r, c)
     gates : ndarray (J, *mixing_shape), or (J, groups, *mixing_shape) for block-FNO, or None
+    queries : ndarray (J, d + s) or None
+        Of the attentive head: one block each, or with outputs "all" one for all.
     """
     (n, s, d), c = X.shape, Y.shape[-1]
+    if queries is not None:
+        basis = np.eye(d)
+        maps = [
+            np.array([[reference.attend(x, u, queries, j)[0, 0] for u in basis] for x in X])
+            for j in range(len(queries))
+        ]
+        maps = [np.concatenate(maps, axis=1)] if outputs == "all" else maps
+        return DenseProgram(maps, [slice(0, c)] * len(maps), Y, loss, 1, intercept=intercept)
     shape = mixing_shape(head, s, d, groups)
     basis = np.eye(math.prod(shape)).reshape(-1, *shape)
     every_gate: Sequence[np.ndarray | None] = [None] if gates is None else list(gates)

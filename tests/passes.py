@@ -6,23 +6,19 @@ import torch
 
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
-from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from kinds import cases, head_of
 
 N, S, D, C = 61, 6, 4, 3
-CASES = [
-    (name, activation)
-    for name in HEADS
-    for activation in ("linear", "gated-relu")
-    if (name, activation) != ("linear", "gated-relu")
-]
+CASES = list(dict.fromkeys(case[:2] for case in cases("linear", "gated-relu")))
 
 
 def problem_on(X, name, activation, pool="mean", **options):
     generator = torch.Generator().manual_seed(0)
-    head = make_head(name, S, D, pool=pool, grid=(2, 3), n_blocks=2)
+    pool = "mean" if name == "attentive" else pool  # it pools by its queries
+    head = head_of(name, S, D, pool=pool, grid=(2, 3))
     gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
     Y = torch.eye(C)[torch.randint(0, C, (N,), generator=generator)].unsqueeze(1).bool()
     return Problem(

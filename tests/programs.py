@@ -12,18 +12,12 @@ from convexhead.certificate.certify import Certificate
 from convexhead.drive import solve
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
-from convexhead.program.heads import HEADS, make_head
 from convexhead.program.losses import make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from kinds import cases, head_of
 
-CASES = [
-    (name, activation, outputs)
-    for name in HEADS
-    for activation in ("linear", "gated-relu")
-    for outputs in (("shared", "grouped") if name == "block-fno" else ("shared",))
-    if not (name == "linear" and activation == "gated-relu")
-]
+CASES = cases("linear", "gated-relu")
 MIXING = [case for case in CASES if case[0] != "linear"]
 POOLS = ("mean", "cls", "none")
 LOSSES = ("cross-entropy", "squared", "huber")
@@ -66,6 +60,7 @@ def make_instance(
 ) -> Instance:
     """Gaussian tokens times ``scale``, targets that depend on them, ``beta = ratio · beta_max``."""
     rng = np.random.default_rng(seed)
+    pool = "mean" if name == "attentive" else pool  # it pools by its queries
     s, groups = grid[0] * grid[1], 2 if name == "block-fno" else 1
     X = rng.normal(size=(n, s, d))
     r = s if pool == "none" else 1
@@ -77,7 +72,7 @@ def make_instance(
         Y = np.eye(c)[label]
     else:
         Y = target_scale * scores
-    head = make_head(name, s, d, pool=pool, grid=grid, n_blocks=groups, outputs=outputs)
+    head = head_of(name, s, d, pool=pool, grid=grid, n_blocks=groups, variant=outputs)
     gates = None
     if activation == "gated-relu":
         gates = sample_gates(head, n_gates, torch.Generator().manual_seed(seed))
@@ -98,6 +93,7 @@ def make_instance(
         gates=None if gates is None else gates.numpy(),
         groups=groups,
         outputs=outputs,
+        queries=None if head.queries is None else head.queries.numpy(),
         intercept=intercept,
     )
     return Instance(problem, replace(dense, beta=ratio * dense.beta_max()))

@@ -50,6 +50,17 @@ def mix(
     return A @ X / len(X) if name == "self-attention" else A
 
 
+def attend(X: np.ndarray, U: np.ndarray, queries: np.ndarray, block: int) -> np.ndarray:
+    """``Σ_j φ_j(X)ᵀ U_j`` of the attentive head, ``U (J, d)``; of one query for ``U (d,)``: ``(1, 1)``."""
+    d, total = X.shape[1], 0.0
+    of_query = {block: U} if U.ndim == 1 else dict(enumerate(U))
+    for j, u in of_query.items():
+        scores = [x @ queries[j, :d] + (queries[j, d + t] if queries.shape[1] > d else 0.0) for t, x in enumerate(X)]
+        weights = np.exp(np.array(scores) - max(scores))
+        total += sum(w * (x @ u) for w, x in zip(weights / weights.sum(), X, strict=True))
+    return np.array([[total]])
+
+
 def pool(M: np.ndarray, how: str) -> np.ndarray:
     """``P M``."""
     return {"mean": M.mean(0, keepdims=True), "cls": M[:1], "none": M}[how]

@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 import convexhead as ch
 from convexhead.path import best
 from convexhead.program.losses import Squared
+from kinds import pooled
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 6, 4))
@@ -24,21 +25,26 @@ CASES = [
     for outputs in (("shared", "grouped") if head == "block-fno" else ("shared",))
     if not (head == "linear" and activation == "gated-relu")
 ]
+CASES += [("attentive", "linear", "all"), ("attentive", "linear", "each")]
 
 
 def classifier(head="self-attention", activation="linear", outputs="shared", **parameters):
     defaults = {"beta_ratio": 0.25, "n_gates": 5, "n_blocks": 2, "random_state": 0, "tol": 1e-5}
-    return ch.ConvexHeadClassifier(head, activation=activation, outputs=outputs, **{**defaults, **parameters})
+    if head == "attentive":
+        defaults |= {"n_queries": 3, "query_norm": outputs}
+    else:
+        defaults["outputs"] = outputs
+    return ch.ConvexHeadClassifier(head, activation=activation, **{**defaults, **parameters})
 
 
 @pytest.mark.parametrize("intercept", [False, True])
-@pytest.mark.parametrize("pool", ["mean", "cls"])
-@pytest.mark.parametrize(("head", "activation", "outputs"), CASES)
+@pytest.mark.parametrize(("head", "activation", "outputs", "pool"), pooled(CASES, "mean", "cls"))
 def test_fitted_weights_are_what_the_certificate_says(head, activation, outputs, pool, intercept, tmp_path):
     clf = classifier(head, activation, outputs, pool=pool, fit_intercept=intercept).fit(X, Y)
     certificate = clf.certificate_
     assert certificate.converged
-    assert certificate.scope == ("global" if activation == "linear" else "sampled-gates")
+    scope = "sampled-queries" if head == "attentive" else "global"
+    assert certificate.scope == (scope if activation == "linear" else "sampled-gates")
     # The objective, from public attributes alone.
     p = clf.predict_proba(X)
     loss = -np.log(p[np.arange(60), np.searchsorted(clf.classes_, Y)]).mean()
@@ -46,7 +52,7 @@ def test_fitted_weights_are_what_the_certificate_says(head, activation, outputs,
         penalty = (clf.coef_**2).sum() / 2
         assert clf.coef_.shape == (4, 4)
     else:
-        blocks = 5 ** (activation != "linear") * (2 if head == "block-fno" else 1)
+        blocks = 5 ** (activation != "linear") * (2 if head == "block-fno" else 3 if outputs == "each" else 1)
         assert len(clf.mixing_) == len(clf.values_) == len(clf.singular_values_) == blocks
         penalty = sum(s.sum() for s in clf.singular_values_)
         for U, V, s in zip(clf.mixing_, clf.values_, clf.singular_values_, strict=True):

@@ -25,6 +25,7 @@ CASES = {
     "gated": {"head": "mlp", "activation": "gated-relu", "n_gates": 3, "beta_ratio": 0.3, "fit_intercept": True},
     "grouped": {"head": "block-fno", "outputs": "grouped", "n_blocks": 2, "beta_ratio": 0.1},
     "linear": {"head": "linear", "beta_ratio": 0.1},
+    "attentive": {"head": "attentive", "n_queries": 3, "beta_ratio": 0.3},
 }
 
 
@@ -69,6 +70,11 @@ def test_outputs_are_the_formula_of_the_public_weights(name):
             np.einsum("nsd,kd,kc,ns->nc", X, U, V[:, 0], X @ g >= 0) / 4
             for g, U, V in zip(clf.gates_, clf.mixing_, clf.values_, strict=True)
         )
+    elif name == "attentive":
+        q, places = clf.queries_[:, :4], clf.queries_[:, 4:]
+        weights = np.exp(np.einsum("nsd,jd->nsj", X, q) + places.T)
+        means = np.einsum("nsj,nsd->njd", weights / weights.sum(1, keepdims=True), X)
+        expected = np.einsum("njd,kjd,kc->nc", means, clf.mixing_[0], clf.values_[0][:, 0])
     elif name == "linear":
         expected = X.mean(1) @ clf.coef_
     else:

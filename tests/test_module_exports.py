@@ -7,16 +7,14 @@ import torch
 
 from convexhead.modules import HeadModule
 from convexhead.program.activations import ACTIVATIONS, sample_gates
-from convexhead.program.heads import HEADS, make_head
+from convexhead.program.heads import HEADS
+from kinds import cases, head_of, pooled
 
 S, D, C = 6, 4, 4
 CASES = [
-    (name, activation, pool, any_length)
-    for name, head in HEADS.items()
-    for activation in ACTIVATIONS
-    for pool in ("mean", "cls", "none")
-    for any_length in ([False, True] if head.any_length else [False])
-    if head.learns_mixing or activation == "linear"
+    (*case, any_length)
+    for case in pooled(list(dict.fromkeys(case[:2] for case in cases(*ACTIVATIONS))), "mean", "cls", "none")
+    for any_length in ([False, True] if HEADS[case[0]].any_length or case[0] == "attentive" else [False])
 ]
 
 
@@ -33,7 +31,7 @@ def build(case):
     """The network of a case, tokens to export it with, and others: of another batch, and another length if it may."""
     name, activation, pool, any_length = case
     generator = torch.Generator().manual_seed(1)
-    head = make_head(name, S, D, pool=pool, grid=(2, 3), n_blocks=2, outputs="grouped")
+    head = head_of(name, S, D, pool=pool, grid=(2, 3), variant="grouped", places=not any_length)
     gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
     module = HeadModule(head, activation, gates, 5, C, intercept=True, any_length=any_length).eval()
     with torch.no_grad():

@@ -12,27 +12,24 @@ from convexhead.errors import InputError
 from convexhead.modules import HeadModule
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
-from convexhead.program.heads import HEADS, make_head
+from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from kinds import cases, head_of, pooled
 
 N, S, D, C = 6, 6, 4, 4
-CASES = [
-    (name, activation, outputs)
-    for name in HEADS
-    for activation in ("linear", "gated-relu")
-    for outputs in (("shared", "grouped") if name == "block-fno" else ("shared",))
-    if not (name == "linear" and activation == "gated-relu")
-]
+CASES = cases("linear", "gated-relu")
 every_case = pytest.mark.parametrize(("name", "activation", "outputs"), CASES)
-every_pool = pytest.mark.parametrize("pool", ["mean", "cls", "none"])
+every_pooled_case = pytest.mark.parametrize(
+    ("name", "activation", "outputs", "pool"), pooled(CASES, "mean", "cls", "none")
+)
 
 
 def build(name, activation, outputs, pool="mean", *, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     X = torch.randn(N, S, D, generator=generator, dtype=dtype)
-    head = make_head(name, S, D, pool=pool, grid=(2, 3), n_blocks=2, outputs=outputs)
+    head = head_of(name, S, D, pool=pool, grid=(2, 3), variant=outputs)
     gates = sample_gates(head, 3, generator) if activation == "gated-relu" else None
     Y = torch.softmax(torch.randn(N, head.r, C, generator=generator, dtype=torch.float64), -1)
     problem = Problem(
@@ -55,8 +52,7 @@ def module_of(problem, gates, atoms, **options):
     return HeadModule.from_atoms(problem.head, name, gates, atoms, **{"dtype": torch.float64, **options})
 
 
-@every_pool
-@every_case
+@every_pooled_case
 def test_forward_is_the_librarys_function(name, activation, outputs, pool):
     problem, gates, atoms = build(name, activation, outputs, pool)
     f = module_of(problem, gates, atoms)(problem.operator.X)
@@ -64,8 +60,7 @@ def test_forward_is_the_librarys_function(name, activation, outputs, pool):
     torch.testing.assert_close(f.view(N, -1, C), problem.outputs(atoms), rtol=1e-10, atol=1e-10)
 
 
-@every_pool
-@every_case
+@every_pooled_case
 def test_tokens_may_lie_in_memory_as_they_like(name, activation, outputs, pool):
     problem, gates, atoms = build(name, activation, outputs, pool)
     module, X = module_of(problem, gates, atoms), problem.operator.X
@@ -78,8 +73,7 @@ def test_tokens_may_lie_in_memory_as_they_like(name, activation, outputs, pool):
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
-@every_pool
-@every_case
+@every_pooled_case
 def test_autograd_is_the_librarys_gradient(name, activation, outputs, pool):
     problem, gates, atoms = build(name, activation, outputs, pool)
     module = module_of(problem, gates, atoms)
@@ -155,7 +149,7 @@ def test_reduction_is_applied_to_raw_tokens(constant, with_basis):
 
 @every_case
 def test_start_is_balanced_seeded_and_of_order_one(name, activation, outputs):
-    head = make_head(name, 16, 8, n_blocks=2, outputs=outputs)
+    head = head_of(name, 16, 8, variant=outputs)
     gates = None
     if activation == "gated-relu":
         gates = sample_gates(head, 5, torch.Generator().manual_seed(0))

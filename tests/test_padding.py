@@ -28,7 +28,11 @@ def outputs_written_out(model, samples, pool):
     """``f_i`` of each sample from its own tokens alone."""
     found = []
     for X in samples:
-        if model.head.name == "linear":
+        if model.head.name == "attentive":
+            weights = np.exp(X @ model.queries.numpy().T)
+            means = (weights / weights.sum(0)).T @ X
+            f = np.einsum("jd,kjd,kc->c", means, model.mixing[0], model.values[0][:, 0])[None]
+        elif model.head.name == "linear":
             f = X @ model.coef
         else:
             f = np.zeros((len(X), model.n_outputs))
@@ -44,12 +48,15 @@ def outputs_written_out(model, samples, pool):
 
 
 CASES = [(head, pool) for head in ("self-attention", "mlp", "linear") for pool in ("mean", "cls", None)]
+CASES.append(("attentive", "mean"))
+QUERIES = {"n_queries": 3, "query_position": False, "random_state": 0}
+"""Of the attentive head, whose maps of places need one grid for all."""
 
 
 @pytest.mark.parametrize(("head", "pool"), CASES)
 def test_a_sample_is_its_own_tokens_and_no_more(head, pool):
     y = TOKEN_LABELS if pool is None else LABELS
-    settings = {"pool": pool, "beta": BETA, "tol": 1e-7, "fit_intercept": True}
+    settings = {"pool": pool, "beta": BETA, "tol": 1e-7, "fit_intercept": True, **QUERIES}
     clf = ch.ConvexHeadClassifier(head, **settings).fit(SAMPLES, y)
     wanted = outputs_written_out(clf.model_, SAMPLES, pool)
     f = clf.decision_function(SAMPLES)
@@ -98,6 +105,30 @@ def test_attention_is_certified_and_audited_for_the_samples_own_tokens(tmp_path)
     assert ch.certify(read, SAMPLES, LABELS, beta=0.01, lower_bound=clf.certificate_).converged
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_a_zero_token_counts_and_padding_does_not(offset):
+    """Of the attentive head: zeros are tokens, which a softmax counts; far from 0 tokens are moved to be solved."""
+    samples = [offset + X * (np.arange(len(X)) % 3 < 2)[:, None] for X in SAMPLES]
+    settings = {"beta": BETA, "tol": 1e-6, "fit_intercept": True, **QUERIES}
+    clf = ch.ConvexHeadClassifier("attentive", **settings).fit(samples, LABELS)
+    q, rows = clf.queries_ @ np.eye(2), []
+    for X in samples:
+        weights = np.exp((X - offset) @ q.T)
+        rows.append(((weights / weights.sum(0)).T @ X).ravel())
+    rows = np.stack(rows) - offset
+    Z, b = cp.Variable((rows.shape[1], 3)), cp.Variable((1, 3))
+    f = rows @ Z + np.ones((12, 1)) @ b
+    loss = cp.sum(cp.log_sum_exp(f, axis=1)) - cp.sum(cp.multiply(np.eye(3)[LABELS], f))
+    problem = cp.Problem(cp.Minimize(loss / 12 + BETA * cp.normNuc(Z)))
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10, tol_feas=1e-10)
+    assert clf.certificate_.converged
+    assert clf.certificate_.primal == pytest.approx(problem.value, rel=2e-6)
+    assert clf.certificate_.dual <= problem.value * (1 + 1e-8)
+    audited = ch.certify(clf, samples, LABELS)
+    assert audited.identity == clf.certificate_.identity
+    assert audited.primal == pytest.approx(clf.certificate_.primal, rel=1e-9)
+
+
 def test_equal_lengths_are_ordinary_tokens():
     X = RNG.normal(size=(12, 4, 2))
     plain = ch.ConvexHeadClassifier(beta=BETA, tol=1e-6).fit(X, LABELS)
@@ -131,6 +162,11 @@ def test_gated_and_relu_heads_take_any_length():
 
 REFUSED = {
     "a head of positions": (lambda: ch.ConvexHeadClassifier("fno").fit(SAMPLES, LABELS), "by their position"),
+    "maps of places": (lambda: ch.ConvexHeadClassifier("attentive").fit(SAMPLES, LABELS), "query_position=False"),
+    "queries of places": (
+        lambda: ch.ConvexHeadClassifier("attentive", queries=np.ones((2, 7))).fit(SAMPLES, LABELS),
+        "by their position",
+    ),
     "no tokens": (lambda: ch.ConvexHeadClassifier().fit(ARRAY, LABELS, mask=np.zeros((12, 5), bool)), "no tokens"),
     "another mask": (lambda: ch.ConvexHeadClassifier().fit(ARRAY, LABELS, mask=MASK[:, :4]), "mask"),
     "a mask of numbers": (lambda: ch.ConvexHeadClassifier().fit(ARRAY, LABELS, mask=2 * MASK), "True where a token"),

@@ -29,7 +29,8 @@ NAMES = {
     "convexhead.interpret": {
         "ClusterFigures", "Filters", "FittedHead", "choose_n_clusters", "cluster_figures", "cluster_tokens",
         "effective_rank", "fourier_filters", "head_contributions", "head_lift", "mixing_matrix",
-        "principal_embedding", "retained_directions", "spectra", "token_contributions", "token_embedding",
+        "principal_embedding", "query_maps", "query_strengths",
+        "retained_directions", "spectra", "token_contributions", "token_embedding",
     },
     "convexhead.report": {"csv_rows", "markdown_table", "methods", "render", "terminal_table"},
     "convexhead.certificate": {"Certificate", "certify_atoms"},
@@ -39,6 +40,7 @@ NAMES = {
 }  # fmt: skip
 SETTINGS = {
     "head", "activation", "beta", "beta_ratio", "pool", "grid", "n_gates", "gates", "n_blocks", "outputs",
+    "n_queries", "queries", "query_scale", "query_position", "key_dim", "query_norm",
     "fit_intercept", "tol", "max_heads", "max_time", "max_memory", "random_state", "device", "distributed", "solver",
     "verbose", "loss",
 }  # fmt: skip
@@ -58,7 +60,7 @@ PARAMETERS = {
     ch.beta_max: {"X", "y", "sample_weight", "loss", "parameters"},
     ch.certify: {
         "weights", "X", "y", "sample_weight", "beta", "head", "activation", "pool", "grid", "gates", "n_blocks",
-        "outputs", "intercept", "loss", "tol", "lower_bound", "device", "random_state",
+        "outputs", "queries", "query_norm", "intercept", "loss", "tol", "lower_bound", "device", "random_state",
     },
     ch.regularization_path: {
         "X", "y", "sample_weight", "beta_ratios", "X_val", "y_val", "loss", "patience", "search_tol", "callback",
@@ -69,7 +71,7 @@ PARAMETERS = {
 }  # fmt: skip
 FITTED = {
     "beta_", "beta_max_", "certificate_", "gates_", "grid_", "history_", "intercept_", "mixing_", "model_",
-    "n_features_in_", "n_heads_", "n_outputs_", "n_tokens_", "origin_", "reduction_", "singular_values_",
+    "n_features_in_", "n_heads_", "n_outputs_", "n_tokens_", "origin_", "queries_", "reduction_", "singular_values_",
     "stop_reason_", "values_",
 }  # fmt: skip
 CLASSIFIER = {"classes_", "class_names_", "decision_function", "labels_of", "predict_proba"}

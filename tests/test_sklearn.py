@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 @parametrize_with_checks(
     [
         # Weighted and repeated samples give the same optimum, and fits that end near it give nearly the same.
-        cls(head, fit_intercept=True, tol=1e-10)
+        cls(head, fit_intercept=True, tol=1e-10, n_queries=3)
         for cls in (ch.ConvexHeadClassifier, ch.ConvexHeadRegressor)
-        for head in ("mlp", "linear")
+        for head in ("mlp", "linear", "attentive")
     ]
 )
 def test_check_estimator(estimator, check):

@@ -15,7 +15,7 @@ import convexhead as ch
 from convexhead.cli import adam, fit
 from convexhead.estimator_base import HeadEstimator
 from convexhead.program.losses import Huber
-from convexhead.spec import OF_CLASSIFIERS, Spec
+from convexhead.spec import OF_CLASSIFIERS, OF_QUERIES, Spec
 
 DEFAULTS = {each.name: each.default for each in fields(Spec)}
 RNG = np.random.default_rng(0)
@@ -84,6 +84,12 @@ WRONG = {
     "gates": np.zeros((1, 1)),
     "n_blocks": 1.5,
     "outputs": "split",
+    "n_queries": 2.5,
+    "queries": "all",
+    "query_scale": 0,
+    "query_position": "no",
+    "key_dim": 0,
+    "query_norm": "none",
     "fit_intercept": "yes",
     "class_weight": {0: -1.0},
     "label_smoothing": 1.0,
@@ -108,6 +114,8 @@ def test_every_setting_is_tried():
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_setting_is_refused_by_name(name):
     settings = {"activation": "gated-relu", "head": "mlp", name: WRONG[name]}
+    if name in OF_QUERIES:
+        settings = {"head": "attentive", name: WRONG[name]}
     reg = (ch.ConvexHeadClassifier if name in OF_CLASSIFIERS else ch.ConvexHeadRegressor)(**settings)
     with pytest.raises(ch.InputError, match=name):
         reg.fit(X, Y.astype(float))
@@ -137,7 +145,7 @@ def test_saved_models_hold_the_settings_by_name(tmp_path):
     clf = ch.ConvexHeadClassifier("mlp", beta_ratio=0.5, grid=(2, 2), tol=0.01, random_state=3).fit(X, Y)
     clf.save(tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "config.json").read_text())["parameters"]
-    assert saved.keys() == clf.get_params().keys() - {"gates", "loss", *OF_CLASSIFIERS}  # these only if set
+    assert saved.keys() == clf.get_params().keys() - {"gates", "queries", "loss", *OF_CLASSIFIERS}  # these only if set
     assert clone(ch.load(tmp_path / "model")).get_params() == clf.get_params()
     settings = {"loss": "binary-cross-entropy", "pos_weight": [1.0, 3.0]}
     other = {"class_weight": {0: 1.0, 1: 2.5}, "label_smoothing": 0.1, "ignore_index": 9}

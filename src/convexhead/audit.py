@@ -50,6 +50,8 @@ def certify(
     gates: Any = None,
     n_blocks: int = 4,
     outputs: str = "shared",
+    queries: Any = None,
+    query_norm: str = "all",
     intercept: Any = None,
     loss: str | Loss | None = None,
     tol: float = 1e-3,
@@ -87,7 +89,7 @@ def certify(
         ``β`` of the objective. For weights trained with weight decay ``λ`` in the loss ``(λ/2)‖θ‖²``, ``β = λ``.
         None: that of the model, or what follows from an estimator's ``C`` or ``alpha``. With one output for two
         classes, β is that of ``mean loss + (β/2)‖w‖²``, and twice that in the certificate, which is for two outputs.
-    head, activation, pool, grid, gates, n_blocks, outputs, intercept
+    head, activation, pool, grid, gates, n_blocks, outputs, queries, query_norm, intercept
         What the factors are of; a module or an estimator knows. ``intercept (c,)``: the bias that was trained with
         them, None where there was none. ``pool`` says which tokens a linear head of others reads.
     loss : str, Loss or None
@@ -106,7 +108,7 @@ def certify(
     _check_reference(lower_bound)
     spec = Spec(
         head=head, activation=activation, loss=loss or "cross-entropy", beta=beta, pool=pool, grid=grid,
-        n_blocks=n_blocks, outputs=outputs, tol=tol, device=device,
+        n_blocks=n_blocks, outputs=outputs, queries=queries, query_norm=query_norm, tol=tol, device=device,
     )  # fmt: skip
     posed = _pose(weights, X, y, sample_weight, spec, loss, gates, intercept, random_state)
     return posed.certificate(lower_bound)

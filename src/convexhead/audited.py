@@ -27,7 +27,7 @@ from convexhead.reading import supervision, tokens_of
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 from convexhead.spec import Spec
-from convexhead.targets import Targets, every_token, read_classes, read_numbers
+from convexhead.targets import Targets, as_labels, every_token, read_classes, read_numbers
 
 OF_CLASSES = (CrossEntropy.name, BinaryCrossEntropy.name)
 """Losses of classes; the others are of measurements."""
@@ -81,7 +81,7 @@ class Audited:
             y = padded_like(mask, y, spec.ignore_index if classified else 0.0)
         inputs.check_lengths(tokens, len(inputs.plain(y, "y")))
         if classified:
-            targets = read_classes(y, spec, self.head.s, sample_weight, self.classes, mask)
+            targets = read_classes(as_labels(y, spec), spec, self.head.s, sample_weight, self.classes, mask)
             present = targets.Y.shape[2]
             if targets.Y.dtype == torch.bool and self.head.r == 1:  # the training saw all of them
                 present = int(targets.Y.flatten(0, 1).any(0).sum())
@@ -99,12 +99,13 @@ class Audited:
 def understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, intercept: Any) -> Audited:
     """The weights, in whichever form they come; ``shape`` is that of the tokens of a sample."""
     if not isinstance(weights, (Model, HeadModule)):
-        return _of_factors(weights, spec.make_head(*shape), spec.activation, gates, intercept)
-    if gates is not None or intercept is not None:
-        raise InputError("gates and intercept go with factors: a module or an estimator has its own")
+        queries = None if spec.queries is None else _numbers(spec.queries, "queries")
+        return _of_factors(weights, spec.make_head(*shape, queries=queries), spec.activation, gates, intercept)
+    if any(given is not None for given in (gates, spec.queries, intercept)):
+        raise InputError("gates, queries and intercept go with factors: a module or an estimator has its own")
     if isinstance(weights, Model):
         of = weights.spec
-        head = of.make_head(*shape) if weights.any_length else weights.head
+        head = weights.head.of_length(shape[0]) if weights.any_length else weights.head
         return Audited(head, of.activation, weights.gates, weights.atoms, of.fit_intercept, of, weights.classes)
     if weights.reduction is not None:
         raise InputError(

@@ -94,7 +94,7 @@ def choose_beta(
     Parameters
     ----------
     estimator : ConvexHeadClassifier or ConvexHeadRegressor
-        Its gates are drawn once, on all tokens, and are the same in all folds.
+        Its gates or queries are drawn once, on all tokens, and are the same in all folds.
     X, y, sample_weight
         As for its ``fit``; ``y`` is not None.
     beta_ratios, cv, scoring, groups
@@ -110,12 +110,14 @@ def choose_beta(
     ratios, scorer = grid_of(beta_ratios), _scorer(estimator, scoring)
     ranks = ranks_of(estimator)
     task = pose(estimator, X, y, sample_weight, to_solve=True, run="cross-validation", beta_ratios=ratios)
-    classes, gates, head = task.data.classes, getattr(task.problem.activation, "gates", None), task.problem.head
+    classes, head = task.data.classes, task.problem.head
+    drawn = {"gates": getattr(task.problem.activation, "gates", None), "queries": head.queries}
     largest = 1.0 if head.learns_mixing else math.inf  # a linear head is never zero: its penalty is squared
     del task  # with its tokens
     part = _Part(type(estimator)(**estimator.get_params(deep=False)), classes)
-    if gates is not None:
-        part.estimator.set_params(gates=gates.cpu().numpy())
+    for name, tensor in drawn.items():
+        if tensor is not None:
+            part.estimator.set_params(**{name: tensor.cpu().numpy()})
     if sample_weight is not None:
         given = np.full(len(y), sample_weight) if np.isscalar(sample_weight) else sample_weight
         sample_weight = np.asarray(inputs.plain(given, "sample_weight"))

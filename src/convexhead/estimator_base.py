@@ -84,6 +84,7 @@ class HeadEstimator(BaseEstimator):
     coef_ = View(lambda model: model.coef)
     intercept_ = View(lambda model: read_only(model.atoms.intercept.numpy()))
     gates_ = View(lambda model: None if model.gates is None else read_only(model.gates.numpy()), optional=True)
+    queries_ = View(lambda model: None if model.queries is None else read_only(model.queries.numpy()), optional=True)
     history_ = View(lambda model: model.history)
     stop_reason_ = View(lambda model: model.stop_reason)
     n_tokens_ = View(lambda model: model.head.s)

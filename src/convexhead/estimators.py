@@ -34,7 +34,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
 
     Parameters
     ----------
-    head : {"self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear"}
+    head : {"self-attention", "attentive", "mlp-mixer", "fno", "block-fno", "mlp", "linear"}
         How tokens are mixed.
     activation : {"linear", "gated-relu", "relu"}
         With ``"gated-relu"`` the program is convex for the given gates, and the certificate is for them. ``"relu"``
@@ -60,6 +60,18 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Channel groups of block-fno.
     outputs : {"shared", "grouped"}
         Whether every group of block-fno writes all outputs, or each its own share.
+    n_queries : int
+        Queries of the attentive head to sample from the tokens, the mean token's included.
+    queries : array (J, d) or (J, d + s), or None
+        Explicit queries; the last ``s`` columns are log-weights of places. None: sampled.
+    query_scale : float
+        ``κ`` of sampled queries: the standard deviation of their scores within a sample.
+    query_position : bool
+        Whether sampled maps also depend on the place on the grid.
+    key_dim : int or None
+        Leading principal directions of the tokens that sampled queries lie in; None: all.
+    query_norm : {"all", "each"}
+        One nuclear norm over the weights of all queries, which share latent directions then, or one for each query.
     fit_intercept : bool
         Add an unpenalised ``b``.
     class_weight : dict, "balanced" or None
@@ -83,7 +95,8 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Bytes for tokens and what is made of them; stored tokens beyond are read again in each pass. None: half of
         what is free.
     random_state : int, RandomState or None
-        Of sampled gates and of random starts. The optimum does not depend on it, for given gates.
+        Of sampled gates and queries and of random starts. The optimum does not depend on it, for given gates or
+        queries.
     device : str
         ``"auto"``, ``"cpu"``, ``"cuda"``, …
     distributed : bool
@@ -109,6 +122,8 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Of the linear head, in place of these two.
     intercept_ : ndarray (c,)
     gates_ : ndarray or None
+    queries_ : ndarray (J, d) or (J, d + s), or None
+        Of the attentive head, as ``queries`` takes them.
     classes_ : ndarray (c,)
     history_ : list of dict
         ``seconds``, ``objective``, ``gap`` (the solver's estimate), ``heads``.
@@ -148,6 +163,12 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         gates: Any = None,
         n_blocks: int = 4,
         outputs: str = "shared",
+        n_queries: int = 192,
+        queries: Any = None,
+        query_scale: float = 2.0,
+        query_position: bool = True,
+        key_dim: int | None = None,
+        query_norm: str = "all",
         fit_intercept: bool = False,
         class_weight: Any = None,
         label_smoothing: float = 0.0,
@@ -174,6 +195,12 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         self.gates = gates
         self.n_blocks = n_blocks
         self.outputs = outputs
+        self.n_queries = n_queries
+        self.queries = queries
+        self.query_scale = query_scale
+        self.query_position = query_position
+        self.key_dim = key_dim
+        self.query_norm = query_norm
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
         self.label_smoothing = label_smoothing

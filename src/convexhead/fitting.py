@@ -28,6 +28,8 @@ from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head
+from convexhead.program.heads.attentive import Attentive, sample_queries
+from convexhead.program.heads.base import resolve_grid
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.losses import make_loss
 from convexhead.program.operator import Operator
@@ -280,7 +282,7 @@ def draw_seed(spec: Spec, ranks: Ranks) -> int:
 def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Task:
     X, Y, loss = data.tokens, data.targets, make_loss(spec.loss)
     generator, device = torch.Generator().manual_seed(seed), inputs.pick_device(spec.device)
-    head = spec.make_head(X.shape[1], X.shape[2], grid=data.grid)
+    head = spec.make_head(*X.shape[1:], grid=data.grid, queries=_make_queries(spec, data, generator))
     X = X if data.padded is None else data.padded.scaled(head)
     gates = _make_gates(spec, head, X, generator)
     if spec.activation == "relu" and ranks.size > 1:
@@ -309,11 +311,30 @@ def precision(shape: Sequence[int], tol: float) -> torch.dtype:
     return torch.float64 if math.prod(shape) <= SMALL_TOKENS or tol < TIGHT else torch.float32
 
 
+def _make_queries(spec: Spec, data: Data, generator: torch.Generator) -> torch.Tensor | None:
+    if spec.head != Attentive.name:
+        return None
+    if spec.queries is not None:
+        return inputs.as_weights(spec.queries, "queries")
+    if data.padded is not None and spec.query_position:
+        raise InputError(
+            "maps of places need samples of the same number of tokens: pass query_position=False for samples of "
+            "different numbers"
+        )
+    X = data.tokens
+    if data.padded is not None:
+        X = data.padded.tokens.masked_fill(~data.padded.mask.unsqueeze(2), Attentive.absent)
+    grid = resolve_grid(X.shape[1], data.grid if spec.grid is None else spec.grid)
+    return sample_queries(
+        X, grid, spec.n_queries, generator, scale=spec.query_scale, position=spec.query_position, key_dim=spec.key_dim
+    )
+
+
 def _make_gates(spec: Spec, head: Head, X: Tokens, generator: torch.Generator) -> torch.Tensor | None:
     if spec.activation != "gated-relu":
         return None
     if spec.gates is not None:
-        return inputs.as_gates(spec.gates)
+        return inputs.as_weights(spec.gates, "gates")
     if spec.n_gates == "all":
         return all_gates(head, X if isinstance(X, torch.Tensor) else X.read())
     return sample_patterns(head, X, int(spec.n_gates), generator)

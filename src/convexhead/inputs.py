@@ -149,12 +149,12 @@ LARGEST_TARGET = 1e100
 """Largest target, and inverse of the smallest. Derived: beyond, squares leave the range of float64."""
 
 
-def as_gates(gates: Any) -> torch.Tensor:
-    """Explicit gates as a float64 tensor; their shape is the activation's to check."""
+def as_weights(values: Any, name: str) -> torch.Tensor:
+    """Explicit gates or queries as a float64 tensor; their shape is for who uses them to check."""
     with told_plainly():
-        array = np.asarray(plain(gates, "gates"))
+        array = np.asarray(plain(values, name))
         if array.dtype.kind not in "biufO":
-            raise InputError(f"gates must be real numbers, got an array of {array.dtype}")
+            raise InputError(f"{name} must be real numbers, got an array of {array.dtype}")
         return torch.as_tensor(array.astype(np.float64))
 
 
@@ -245,9 +245,10 @@ def check_lengths(X: Tokens, targets: int) -> None:
 
 def check_informative(X: Tokens) -> None:
     """Raise if all samples are the same: no head can tell them apart."""
-    first, step = X[:1], chunk_rows(X, CHUNK_BYTES["cpu"])
-    # Reads until two samples differ, hence one chunk as a rule.
-    if len(X) > 1 and all(bool((X[i : i + step] == first).all()) for i in range(0, len(X), step)):
+    first, step = X[:2], chunk_rows(X, CHUNK_BYTES["cpu"])
+    if len(X) == 1 or not torch.equal(first[0], first[1]):
+        return  # as a rule nothing more is read
+    if all(bool((X[i : i + step] == first[:1]).all()) for i in range(0, len(X), step)):
         raise InputError("the tokens are constant: every sample is the same, so no head can tell samples apart")
 
 

@@ -99,6 +99,11 @@ class Model:
         return make_activation(self.spec.activation, self.head, self.gates)
 
     @property
+    def queries(self) -> Float[Tensor, "J m"] | None:
+        """Of the attentive head; None of the others."""
+        return self.head.queries
+
+    @property
     def n_outputs(self) -> int:
         """``c``."""
         return self.atoms.V.shape[2]
@@ -169,7 +174,7 @@ class Model:
         if not isinstance(X, Padded):
             tokens = inputs.as_tokens(self.as_fitted_on(X), n_channels=self.head.d)
             X = Padded(tokens, np.ones(tokens.shape[:2], bool))
-        head = self.spec.make_head(X.tokens.shape[1], self.head.d)
+        head = self.head.of_length(X.tokens.shape[1])
         if X.tokens.shape[2] != self.head.d:
             raise InputError(f"X has {X.tokens.shape[2]} features, but this head was fitted with {self.head.d}")
         activation, parts = make_activation(self.spec.activation, head, self.gates), []

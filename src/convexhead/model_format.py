@@ -16,6 +16,7 @@ from convexhead.model_folder import Config, Tensors
 from convexhead.program.atoms import Atoms
 from convexhead.program.blocks import atoms_from_blocks
 from convexhead.program.heads import Head
+from convexhead.program.heads.attentive import Attentive
 from convexhead.spec import OF_CLASSIFIERS, Spec
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.store.origin import TokenOrigin
@@ -76,8 +77,9 @@ def described(model: Model) -> tuple[Config, Tensors]:
 
 
 def _parameters(model: Model) -> dict[str, Any]:
-    """The settings by name; gates lie beside the weights."""
-    values = {each.name: getattr(model.spec, each.name) for each in fields(Spec) if each.name != "gates"}
+    """The settings by name; gates and queries lie beside the weights."""
+    beside = ("gates", "queries")
+    values = {each.name: getattr(model.spec, each.name) for each in fields(Spec) if each.name not in beside}
     for each in fields(Spec):
         if each.name in OF_CLASSIFIERS and (model.classes is None or values[each.name] == each.default):
             del values[each.name]
@@ -94,6 +96,8 @@ def _tensors(model: Model) -> Tensors:
     tensors = {"intercept": model.atoms.intercept.numpy()}
     if model.gates is not None:
         tensors["gates"] = model.gates.numpy()
+    if model.queries is not None:
+        tensors["queries"] = model.queries.numpy()
     if model.coef is not None:
         tensors["coef"] = model.coef
     else:
@@ -135,7 +139,8 @@ def restored(config: Config, tensors: Tensors) -> dict[str, Any]:
     if classes is not None:
         classes = np.array(classes["values"], dtype=np.dtype(classes["dtype"]))
     _check_tensors(spec, tensors, n_outputs, shape[1], None if classes is None else len(classes))
-    head = spec.make_head(*shape, grid=tuple(config["grid"]))
+    queries = torch.tensor(tensors["queries"]) if "queries" in tensors else None
+    head = spec.make_head(*shape, grid=tuple(config["grid"]), queries=queries)
     if list(head.grid) != config["grid"]:
         raise ValueError(f"grid {config['grid']} of a head on the grid {head.grid}")
     names = config.get("feature_names")
@@ -188,9 +193,9 @@ def _certificate(config: Config, spec: Spec) -> Certificate:
     if config["version"] == 1:
         values = {**values, "identity": None, "beta": None, "tol": None}
     certificate = Certificate(**values)
-    gated = spec.activation == "gated-relu"
-    if gated != (certificate.scope == "sampled-gates"):
-        raise ValueError(f"scope {certificate.scope!r} of a {spec.activation} head")
+    given = {"sampled-gates": spec.activation == "gated-relu", "sampled-queries": spec.head == Attentive.name}
+    if any(is_so != (certificate.scope == scope) for scope, is_so in given.items()):
+        raise ValueError(f"scope {certificate.scope!r} of a {spec.activation} {spec.head} head")
     if certificate.converged and certificate.tol is None and certificate.relative_gap > spec.tol:
         raise ValueError(f"converged at relative_gap {certificate.relative_gap!r} > tol {spec.tol!r}")
     return certificate

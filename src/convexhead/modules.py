@@ -6,6 +6,7 @@
     V  `values`     (k, e, c)            a parameter
     b  `intercept`  (c,)                 a parameter where an intercept is used, else None
     g  `gates`      (J, *gate_shape)     a buffer of the gated ReLU, float64 whatever the module's precision
+    q  `queries`    (J, d [+ s])         a buffer of the attentive head, float64 as the gates
        `block`      (k,)                 a buffer: the block of each atom, gate · n_groups + channel group
 
 The mathematics is the library's own (`heads`, `activation`) and autograd works through it: a convex solution
@@ -25,6 +26,9 @@ from convexhead.errors import InputError, choose
 from convexhead.program.activations import ACTIVATIONS, make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import Head
+
+EXACT = ("gates", "queries", "reduction")
+"""Buffers that keep their precision."""
 
 
 @runtime_checkable
@@ -103,6 +107,7 @@ class HeadModule(nn.Module):
     fitted_behind: Any = None
     block: Tensor
     gates: Tensor | None
+    queries: Tensor | None
     mixing: Tensor
     output_mask: Tensor | None
 
@@ -121,10 +126,11 @@ class HeadModule(nn.Module):
         seed: int | None = 0,
     ) -> None:
         super().__init__()
-        self.head, self.any_length = head, any_length
+        self._head, self.any_length = head, any_length
         self.activation_name = choose("activation", activation, ACTIVATIONS)
         if (gates is None) != (activation != "gated-relu"):
             raise InputError("gates go with activation='gated-relu', and only with it")
+        self.register_buffer("queries", None if head.queries is None else head.queries.clone())
         self.register_buffer("gates", None if gates is None else gates.detach().double().clone())
         n_blocks = make_activation(activation, head, self.gates).n_blocks
         if isinstance(block, int):
@@ -200,6 +206,11 @@ class HeadModule(nn.Module):
         b = V.new_zeros(V.shape[-1]) if self.intercept is None else self.intercept.detach().clone()
         return Atoms(self.mixing.detach().clone(), V, self.block.clone(), b)
 
+    @property
+    def head(self) -> Head:
+        """How tokens are mixed, by the queries that the module has now."""
+        return self._head.asking(self.queries)
+
     # -- the network ----------------------------------------------------------------------------------------
     def forward(self, tokens: Float[Tensor, "b s d"], mask: Bool[Tensor, "b s"] | None = None) -> Tensor:
         """Outputs ``(b, c)``, or ``(b, s, c)`` with pool "none"; ``(b, d)`` is one token a sample.
@@ -225,7 +236,7 @@ class HeadModule(nn.Module):
         head = self.head.of_length(X.shape[1])
         if mask is not None:  # see `convexhead.padding`
             alpha = (head.s / mask.sum(1).double()) ** (head.divisions / (3 if head.reads_tokens else 1))
-            X = X.masked_fill(~mask.unsqueeze(2), 0.0) * alpha.to(X.dtype)[:, None, None]
+            X = (X * alpha.to(X.dtype)[:, None, None]).masked_fill(~mask.unsqueeze(2), head.absent)
         f = self._outputs(X, head)
         return f if head.pool == "none" else f.squeeze(1)
 
@@ -314,8 +325,8 @@ class HeadModule(nn.Module):
         return self.head.d if self.reduction is None else len(self.reduction.mean)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadModule:
-        """Casting leaves gates and reduction alone: a mask must not depend on the precision of a pass."""
-        exact = {name: buffer for name, buffer in self.named_buffers() if name.split(".")[0] in ("gates", "reduction")}
+        """Casting leaves gates, queries and reduction alone: a map must not depend on the precision of a pass."""
+        exact = {name: buffer for name, buffer in self.named_buffers() if name.split(".")[0] in EXACT}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             owner = self.get_submodule(name.rpartition(".")[0])

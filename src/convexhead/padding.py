@@ -9,6 +9,9 @@ tokens times
 
 give exactly the outputs of the sample's own tokens. So program and certificate are those of ordinary tokens. The factor
 is made in float64: the program that is solved is that of tokens rounded to it.
+
+A softmax does not sum over zero tokens as if they were not there. For the attentive head a token that is not there is a
+row of ``−∞`` (`Head.absent`), which no token that is there can be, and its weight is 0.
 """
 
 from __future__ import annotations
@@ -85,13 +88,14 @@ class Padded:
         if not head.any_length:
             raise InputError(
                 f"head={head.name!r} mixes tokens by their position, so all samples need the same number of tokens: "
-                "use 'self-attention', 'mlp' or 'linear'"
+                "use 'self-attention', 'mlp', 'linear', or 'attentive' with query_position=False"
             )
         if head.pool == "cls" and not bool(self.mask[:, 0].all()):
             raise InputError("pool='cls' reads token 0, which the mask leaves out of some sample")
         divisions, degree = head.divisions, 3 if head.reads_tokens else 1
         alpha = (head.s / self.mask.sum(1).double()) ** (divisions / degree)
-        return self.tokens.double() * alpha[:, None, None]
+        scaled = self.tokens.double() * alpha[:, None, None]
+        return scaled.masked_fill(~self.mask.unsqueeze(2), head.absent)
 
     def weights(self, given: Any = None) -> Any:
         """Weights of tokens ``(n, s)``, or as fine as those given, 0 where there is none."""

@@ -46,6 +46,12 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         gates: Any = None,
         n_blocks: int = 4,
         outputs: str = "shared",
+        n_queries: int = 192,
+        queries: Any = None,
+        query_scale: float = 2.0,
+        query_position: bool = True,
+        key_dim: int | None = None,
+        query_norm: str = "all",
         fit_intercept: bool = False,
         solver: str = "auto",
         tol: float = 1e-3,
@@ -68,6 +74,12 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         self.gates = gates
         self.n_blocks = n_blocks
         self.outputs = outputs
+        self.n_queries = n_queries
+        self.queries = queries
+        self.query_scale = query_scale
+        self.query_position = query_position
+        self.key_dim = key_dim
+        self.query_norm = query_norm
         self.fit_intercept = fit_intercept
         self.solver = solver
         self.tol = tol

@@ -247,8 +247,8 @@ def path(
 
 
 def _refitted(chosen: ConvexHeadClassifier, train: Any, callback: Callable[[Any], None]) -> ConvexHeadClassifier | None:
-    """The same head trained on ``train``, with the same gates; None if Ctrl-C came before its certificate."""
-    again = clone(chosen).set_params(gates=chosen.gates_)
+    """The same head trained on ``train``, with its gates or queries; None if Ctrl-C came before its certificate."""
+    again = clone(chosen).set_params(gates=chosen.gates_, queries=chosen.queries_)
     try:
         with interrupts.answer(Answer.RAISE):
             again.fit(train, callback=callback)

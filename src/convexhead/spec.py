@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from convexhead.errors import InputError, choose
 from convexhead.program.activations import ACTIVATIONS
 from convexhead.program.heads import HEADS, Head, make_head
+from convexhead.program.heads.attentive import QUERY_NORMS
 from convexhead.program.heads.base import POOLS
 from convexhead.program.heads.block_fno import OUTPUTS
 from convexhead.program.losses import LOSSES, Loss
@@ -29,7 +31,9 @@ Check = Callable[[str, Any], Any]
 """Takes a setting's name and value; returns the value in its plain type, or raises `InputError`."""
 OF_CLASSIFIERS = ("class_weight", "label_smoothing", "pos_weight", "ignore_index")
 """Settings that only classifiers have."""
-LATER = ("loss", "solver", *OF_CLASSIFIERS)
+OF_QUERIES = ("n_queries", "queries", "query_scale", "query_position", "key_dim", "query_norm")
+"""Settings of the attentive head."""
+LATER = ("loss", "solver", *OF_CLASSIFIERS, *OF_QUERIES)
 """Settings that checkpoints do not mention where they have their default: they were added later."""
 
 
@@ -136,8 +140,8 @@ class Spec:
     Raises
     ------
     InputError
-        A value that is not possible. What depends on the data (``grid``, ``gates``) or on the machine (``device``) is
-        refused where it meets them, and ``random_state`` where it is drawn from.
+        A value that is not possible. What depends on the data (``grid``, ``gates``, ``queries``) or on the machine
+        (``device``) is refused where it meets them, and ``random_state`` where it is drawn from.
     """
 
     head: str = field(default="self-attention", metadata=_rule(_one_of(HEADS)))
@@ -151,6 +155,12 @@ class Spec:
     gates: Any = field(default=None, metadata=_rule(_as_given))
     n_blocks: int = field(default=4, metadata=_rule(_count()))
     outputs: str = field(default="shared", metadata=_rule(_one_of(OUTPUTS)))
+    n_queries: int = field(default=192, metadata=_rule(_count()))
+    queries: Any = field(default=None, metadata=_rule(_as_given))
+    query_scale: float = field(default=2.0, metadata=_rule(_positive(optional=False)))
+    query_position: bool = field(default=True, metadata=_rule(_flag))
+    key_dim: int | None = field(default=None, metadata=_rule(_count(None)))
+    query_norm: str = field(default="all", metadata=_rule(_one_of(QUERY_NORMS)))
     fit_intercept: bool = field(default=False, metadata=_rule(_flag))
     class_weight: Any = field(default=None, metadata=_rule(_class_weight))
     label_smoothing: float = field(default=0.0, metadata=_rule(_share))
@@ -179,8 +189,18 @@ class Spec:
             if not each.metadata["may_change"] and not (each.name in LATER and getattr(self, each.name) == each.default)
         }
 
-    def make_head(self, n_tokens: int, n_channels: int, *, grid: tuple[int, int] | None = None) -> Head:
-        """The head for tokens ``(n_tokens, n_channels)``, which lie on ``grid`` unless the settings name one."""
+    def make_head(
+        self,
+        n_tokens: int,
+        n_channels: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        queries: Tensor | None = None,
+    ) -> Head:
+        """The head for tokens ``(n_tokens, n_channels)``, which lie on ``grid`` unless the settings name one.
+
+        ``queries`` are those of an attentive head, explicit or sampled.
+        """
         return make_head(
             self.head,
             n_tokens,
@@ -189,4 +209,6 @@ class Spec:
             grid=grid if self.grid is None else self.grid,
             n_blocks=self.n_blocks,
             outputs=self.outputs,
+            queries=queries,
+            query_norm=self.query_norm,
         )

@@ -69,7 +69,7 @@ def every_token(spec: Spec) -> bool:
 
 # -- classes ----------------------------------------------------------------------------------------------------------
 def read_classes(
-    y: Any,
+    y: Array,
     spec: Spec,
     n_tokens: int,
     weights: Any = None,
@@ -81,8 +81,9 @@ def read_classes(
     Parameters
     ----------
     y : array
-        Labels ``(n,)``; with ``pool=None`` ``(n, s)``, of which ``ignore_index`` does not count. Or probabilities of
-        classes ``(n, c)``, with ``pool=None`` ``(n, s, c)``; for binary cross-entropy each in [0, 1].
+        As `as_labels` returns it. Labels ``(n,)``; with ``pool=None`` ``(n, s)``, of which ``ignore_index`` does not
+        count. Or probabilities of classes ``(n, c)``, with ``pool=None`` ``(n, s, c)``; for binary cross-entropy each
+        in [0, 1].
     n_tokens : int
         ``s``.
     weights : array, number or None
@@ -97,8 +98,7 @@ def read_classes(
     InputError
         Labels or weights that cannot be used, or that do not fit together.
     """
-    y = as_labels(y, spec)
-    shape = tuple(y.shape)
+    shape = y.shape
     labelled = y.ndim == (2 if every_token(spec) else 1) and not is_multilabel(spec)
     r = n_tokens if every_token(spec) else 1
     if not labelled and y.ndim != (3 if every_token(spec) else 2):

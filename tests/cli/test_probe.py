@@ -19,6 +19,7 @@ import convexhead as ch
 from convexhead.experiments import probe_fits
 from convexhead.experiments.probe_data import Budget
 from convexhead.metrics import Predictions, calibration_error
+from convexhead.tokens import whitened
 
 pytest.importorskip("PIL")
 from PIL import Image
@@ -127,6 +128,29 @@ def test_smaller_budgets_take_the_ratio_of_all_images(probed):
                 beta_max = ch.load(out / row["run"]).beta_max_
                 assert row["beta"] == pytest.approx(whole["chosen"] * beta_max)
     assert {row["chosen"] for row in rows_of(out, method="k-nn", budget="1 a class")} == {1}
+
+
+def test_metrics_are_chosen_with_beta(probed, tmp_path, capsys):
+    store = ch.TokenStore.open(probed[0] / "tokens")
+    options = ("--baselines", "", "--heads", "mlp", "--cv", 3, "--beta-ratios", "0.3,0.1", "--tol", 0.01, "--shots", 2)
+    assert call("probe", store.path, *options, "--draws", 1, "--whiten", 0, 1, "--out", tmp_path / "both") == 0
+    train = store["train"]
+    folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(train.labels, train.labels))
+    for head in ("linear", "mlp"):
+        by_hand = {
+            whiten: ch.ConvexHeadClassifierCV(head, beta_ratios=[0.3, 0.1], cv=folds, tol=1e-2, random_state=0).fit(
+                whitened(train, whiten)
+            )
+            for whiten in (0.0, 1.0)
+        }
+        best = max(by_hand, key=lambda whiten: (by_hand[whiten].scores_.mean(0).max(), -whiten))
+        (row,) = rows_of(tmp_path / "both", method=head, budget="all")
+        assert (row["whiten"], row["chosen"]) == (best, by_hand[best].beta_ratio_)
+        assert row["top1"] == pytest.approx(by_hand[best].score(store["test"]))
+        (small,) = rows_of(tmp_path / "both", method=head, budget="2 a class")
+        saved = ch.load(tmp_path / "both" / small["run"])
+        assert saved.reduction_.identity == whitened(train, best).reduction.identity
+    assert "whiten must be a number" in refusal(capsys, store.path, "--whiten", "0,2", "--out", tmp_path / "x")
 
 
 def test_smaller_draws_are_parts_of_larger_ones():

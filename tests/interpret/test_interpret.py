@@ -22,6 +22,8 @@ from convexhead.interpret import (
     head_lift,
     mixing_matrix,
     principal_embedding,
+    query_maps,
+    query_strengths,
     retained_directions,
     spectra,
     token_contributions,
@@ -30,8 +32,9 @@ from convexhead.interpret import (
 from convexhead.interpret.spectra import AXES
 from convexhead.program.activations import GatedReLU, LinearActivation, sample_gates
 from convexhead.program.atoms import Atoms
-from convexhead.program.heads import HEADS, make_head
-from reference import mix, pool, preactivation
+from convexhead.program.heads import HEADS
+from kinds import cases, head_of, pooled
+from reference import attend, mix, pool, preactivation
 
 N, S, D, C = 7, 4, 6, 3
 
@@ -49,7 +52,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 def fitted_head(name: str, activation: str = "linear", pool: str = "mean", k: int = 5) -> FittedHead:
     """A head with random weights; two blocks a channel group where gates are fixed."""
-    head = make_head(name, S, D, n_blocks=2, pool=pool)
+    head = head_of(name.removesuffix("-each"), S, D, pool=pool, variant="each" if name.endswith("-each") else "shared")
     k = k if head.learns_mixing else 1
     if activation == "gated-relu":
         maker = GatedReLU(head, sample_gates(head, 2, torch.Generator().manual_seed(3)))
@@ -75,6 +78,10 @@ def reference_parts(fitted: FittedHead, X: np.ndarray) -> np.ndarray:
                 if head.name == "self-attention":
                     A = (preactivation(head.name, x, u, head.grid, group) * mask)[:, [t]]
                     part = A @ x[[t]] / S
+                elif head.name == "attentive":
+                    at = np.arange(S) == t
+                    out[i, t, k] = (attend_at(x, u, head.queries.numpy(), int(atoms.block[k]), at) @ v)[0]
+                    continue
                 elif head.name == "linear":
                     part = mix("linear", alone, u, grid=head.grid)
                 else:
@@ -83,12 +90,24 @@ def reference_parts(fitted: FittedHead, X: np.ndarray) -> np.ndarray:
     return out
 
 
-CELLS = [(name, a) for name in HEADS for a in ("linear", "gated-relu", "relu") if name != "linear" or a == "linear"]
+def attend_at(x: np.ndarray, u: np.ndarray, queries: np.ndarray, block: int, at: np.ndarray) -> np.ndarray:
+    """What the attentive head reads of one token: the maps are of all of them, and the others are made zero."""
+    total = 0.0
+    for j, own in {block: u}.items() if u.ndim == 1 else enumerate(u):
+        weights = np.exp(x @ queries[j, :D] + queries[j, D:])
+        total += float(weights @ np.where(at, x @ own, 0.0) / weights.sum())
+    return np.array([[total]])
+
+
+CELLS = list(dict.fromkeys(case[:2] for case in cases("linear", "gated-relu", "relu")))
+CELLS.append(("attentive-each", "linear"))
 
 
 # -- contributions -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize(("name", "activation"), CELLS)
+@pytest.mark.parametrize(
+    ("name", "activation", "pooling"),
+    [case for case in pooled(CELLS, "mean", "cls") if case != ("attentive-each", "linear", "cls")],
+)
 def test_contributions_are_exact_shares_of_the_logits(name, activation, pooling):
     fitted, X = fitted_head(name, activation, pooling), draw(N, S, D)
     parts = head_contributions(fitted, X)
@@ -100,12 +119,17 @@ def test_contributions_are_exact_shares_of_the_logits(name, activation, pooling)
         for k, (u, v) in enumerate(zip(fitted.atoms.U.numpy(), fitted.atoms.V.numpy(), strict=True)):
             gate = None if gates is None else gates[k].numpy()
             group = int(fitted.group[k])
+            if fitted.head.queries is not None:
+                logits += (attend(X[i].numpy(), u, fitted.head.queries.numpy(), group) @ v)[0]
+                continue
             mixed = mix(name, X[i].numpy(), u, grid=fitted.head.grid, group=group, gate=gate)
             logits += (pool(mixed, pooling) @ v)[0]
         np.testing.assert_allclose(parts[i].sum((0, 1)), logits, atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "activation"), [cell for cell in CELLS if cell[1] != "relu"])
+@pytest.mark.parametrize(
+    ("name", "activation"), [cell for cell in CELLS if cell[1] != "relu" and cell[0] != "attentive-each"]
+)
 def test_contributions_of_a_fitted_estimator_sum_to_its_decision_function(name, activation):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(60, S, D)), np.arange(60) % C
@@ -138,9 +162,26 @@ def test_lift_is_the_difference_of_class_means(name, activation):
     assert not lift[:, 2].any()
 
 
+# -- queries -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["attentive", "attentive-each"])
+def test_maps_and_strengths_of_queries(name):
+    fitted, X = fitted_head(name), draw(N, S, D)
+    queries = fitted.head.queries
+    scores = torch.einsum("nsd,jd->nsj", X, queries[:, :D]) + queries[:, D:].T
+    torch.testing.assert_close(query_maps(fitted, X), scores.exp() / scores.exp().sum(1, keepdim=True))
+    Z = torch.zeros(len(queries), D, C, dtype=torch.float64)
+    for U, V, j in zip(fitted.atoms.U, fitted.atoms.V, fitted.atoms.block, strict=True):
+        if U.ndim == 1:
+            Z[j] += torch.outer(U, V[0])
+        else:
+            Z += torch.einsum("jd,c->jdc", U, V[0])
+    torch.testing.assert_close(query_strengths(fitted), Z.flatten(1).norm(dim=1))
+    with pytest.raises(InputError, match="only the attentive head"):
+        query_maps(fitted_head("mlp"), X)
+
+
 # -- spectra and filters -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("activation", ["linear", "gated-relu", "relu"])
-@pytest.mark.parametrize("name", [name for name in HEADS if name != "linear"])
+@pytest.mark.parametrize(("name", "activation"), [cell for cell in CELLS if cell[0] != "linear"])
 def test_spectra_are_those_of_the_dense_tensor(name, activation):
     fitted = fitted_head(name, activation)
     head, atoms = fitted.head, fitted.atoms
@@ -153,7 +194,7 @@ def test_spectra_are_those_of_the_dense_tensor(name, activation):
     size = head.mixing_size
     Z = torch.cat([torch.linalg.svdvals(T.reshape(size, -1)) for T in dense]).sort(descending=True).values
     _same(found.pop("Z"), Z)
-    for axis, axis_name in enumerate(AXES[name]):
+    for axis, axis_name in enumerate(AXES[head.name][-(dense.ndim - 1) :]):
         if axis_name:
             _same(found.pop(axis_name), torch.linalg.svdvals(dense.movedim(axis + 1, 0).flatten(1)))
     assert not found
@@ -198,7 +239,7 @@ def test_fourier_filters(name):
 
 
 # -- embedding and clusters --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "attentive"])  # its maps read all channels
 def test_what_the_retained_directions_leave_out_does_not_matter(name):
     """Weights built on three of six channels: the head is the same on tokens projected on its directions."""
     fitted = fitted_head(name)

@@ -47,6 +47,7 @@ CASES = {
     "single precision": {"head": "fno", "tol": 1e-3, **GATED},
     "grouped": {"head": "block-fno", "tol": 1e-7, "n_blocks": 5, "beta_ratio": 0.3},
     "ridge": {"head": "linear", "tol": 1e-7, "fit_intercept": True},
+    "attentive": {"head": "attentive", "tol": 1e-7, "n_queries": 4, "beta_ratio": 0.3, "fit_intercept": True},
 }
 
 

@@ -19,7 +19,7 @@ from convexhead.dual_norm.norm import NormOracle
 from convexhead.dual_norm.scores import scores_of
 from convexhead.program.activations import ReLU
 from convexhead.program.atoms import Atoms
-from convexhead.program.heads import HEADS, make_head
+from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy, Squared
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
@@ -27,8 +27,7 @@ from convexhead.program.problem import Problem
 from convexhead.solvers import Stop, base, relu
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.monitor import Monitor
-
-MIXING = [name for name in HEADS if name != "linear"]
+from kinds import MASKED
 
 
 def build(name, seed, *, c=1, n=6, s=1, d=2, pool="mean", intercept=False):
@@ -72,7 +71,7 @@ def test_scalar_optimum_is_cvxpys(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 def test_descent_in_cones_keeps_the_pattern(name):
     """Nothing crosses a hyperplane, the objective falls, and the weights are stationary where no constraint binds."""
     problem, beta = build(name, 0, c=2, s=2, d=2), 0.05
@@ -148,7 +147,7 @@ def test_intercept():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 def test_large_problems_are_estimated_and_say_so(name, tmp_path):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(60, 9, 8)), np.arange(60) % 3
@@ -236,7 +235,7 @@ def test_audit_of_weights_that_others_trained():
         assert audit.dual <= ours.primal <= audit.primal * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 def test_twin_is_the_same_network(name):
     problem = build(name, 0, c=2, s=4, d=2)
     module = make_network(problem, 4, seed=0)
@@ -283,7 +282,7 @@ def check_fit(X, y, name, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("what", DEGENERATE)
 def test_degenerate_inputs(name, what):
     X, y = degenerate(what)
@@ -294,7 +293,7 @@ def test_degenerate_inputs(name, what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("what", DEGENERATE)
 def test_degenerate_inputs_with_all_patterns(name, what):
     """Every pattern once, also where few are left; drawing cannot find more."""

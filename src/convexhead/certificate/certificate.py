@@ -10,7 +10,12 @@ from typing import Any
 from convexhead.errors import InputError
 from convexhead.program.identity import PARTS, differences
 
-SCOPES = {"global": "global optimum", "sampled-gates": "optimum for these gates", "estimated": "global optimum"}
+SCOPES = {
+    "global": "global optimum",
+    "sampled-gates": "optimum for these gates",
+    "sampled-queries": "optimum for these queries",
+    "estimated": "global optimum",
+}
 """Scopes of a gap, and the words for each in a sentence."""
 SAME_BETA = 1e-12
 """Relative difference up to which two values of β are equal. Derived: writing β in decimal digits changes less."""
@@ -36,9 +41,9 @@ class Certificate:
         Probability, over the random starts, that the raised value is not a bound; 0 for an exact SVD.
     scope : str
         What the gap is to. ``"global"``: the optimum over all heads of this kind. ``"sampled-gates"``: that of the
-        program with these gates. ``"estimated"``: a ReLU head too large for a tight proof, or one whose pre-activations
-        float64 cannot tell apart well enough; ``dual``, ``gap`` and ``relative_gap`` are still proven, but loose, and
-        the last fields say what a search suggests.
+        program with these gates, and ``"sampled-queries"``: with these queries. ``"estimated"``: a ReLU head too large
+        for a tight proof, or one whose pre-activations float64 cannot tell apart well enough; ``dual``, ``gap`` and
+        ``relative_gap`` are still proven, but loose, and the last fields say what a search suggests.
     converged : bool
         Whether ``relative_gap ≤ tol``; never where ``scope`` is ``"estimated"``.
     bound : str

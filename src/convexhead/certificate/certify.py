@@ -270,7 +270,7 @@ def _certificate(
     primal, norm = model.primal, bound.norm
     gap = max(primal - bound.value, 0.0)
     relative = relative_to(gap, primal)
-    scope = "global" if problem.operator.masks is None else "sampled-gates"
+    scope = problem.head.scope if problem.operator.masks is None else "sampled-gates"
     searched: dict[str, Any] = {}
     if norm is not None:
         if norm.refuted or (norm.loose and relative > tol):

@@ -73,7 +73,8 @@ def chain(problem: Problem) -> float:
     rows = min(n * head.r, max(batch, head.least_batch * head.r))
     # Softmax residuals do not sum to 0 over the classes but for rounding, relative to a 1-norm.
     classes = math.sqrt(problem.c) * summing(problem.c)
-    return rows + n + 8 * (head.s + head.d) + 2 * problem.c + classes + 64
+    operations = problem.ranks.largest(problem.operator.samples.operations)[0]
+    return rows + n + operations + 2 * problem.c + classes + 64
 
 
 class DualPoint:
@@ -283,7 +284,7 @@ def error_of_objective(
         The sum of the objective's terms, none of which is negative.
     """
     head = problem.head
-    operations = 8 * (head.s + head.d) + atoms * head.value_rows + 64
+    operations = problem.operator.samples.operations + atoms * head.value_rows + 64
     mixed = problem.operator.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
     delta = operations * UNIT * (mixed + f.abs().flatten(1).amax(1))
     slope = problem.losses.weigh(q).abs().flatten(1).sum(1)

@@ -22,7 +22,9 @@ Json = Annotated[bool, Option("--json", help="Print one JSON object instead of a
 Device = Annotated[str, Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
 
 # -- a head ------------------------------------------------------------------------------------------------------------
-Head = Annotated[str, Option(help="How tokens are mixed: self-attention, mlp-mixer, fno, block-fno, mlp or linear.")]
+Head = Annotated[
+    str, Option(help="How tokens are mixed: self-attention, attentive, mlp-mixer, fno, block-fno, mlp or linear.")
+]
 Activation = Annotated[
     str,
     Option(
@@ -64,6 +66,19 @@ Gates = Annotated[int, Option("--n-gates", help="Gates to sample for --activatio
 Blocks = Annotated[int, Option("--n-blocks", help="Channel groups of block-fno.")]
 Outputs = Annotated[
     str, Option(help="Whether each channel group of block-fno writes all outputs (shared) or its own (grouped).")
+]
+Queries = Annotated[int, Option("--n-queries", help="Queries of the attentive head to sample from the tokens.")]
+QueryScale = Annotated[
+    float, Option(help="Standard deviation of the scores of sampled queries within an image: how sharp their maps are.")
+]
+QueryPosition = Annotated[
+    bool, Option("--query-position/--no-query-position", help="Whether sampled maps also depend on the place.")
+]
+KeyDim = Annotated[
+    int | None, Option(help="Leading principal directions of the tokens that sampled queries lie in; default: all.")
+]
+QueryNorm = Annotated[
+    str, Option(help="One nuclear norm over the weights of all queries (all), or one for each of them (each).")
 ]
 FitIntercept = Annotated[bool, Option(help="Add an intercept, which is not penalised.")]
 ClassWeight = Annotated[
@@ -111,7 +126,7 @@ BACKBONES = (
 class SeveralNumbers(TyperCommand):
     """Reads ``--shots 1 2 4`` as ``--shots 1,2,4``."""
 
-    taking = ("--shots", "--fractions", "--beta-ratios", "--layer")
+    taking = ("--shots", "--fractions", "--beta-ratios", "--layer", "--whiten")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined: list[str] = []

@@ -47,6 +47,15 @@ Grid = Annotated[
         help="The grid of β as shares of β_max, separated by commas. It goes on where the best lies at its edge.",
     ),
 ]
+Metrics = Annotated[
+    str,
+    Option(
+        "--whiten",
+        metavar="A",
+        help="How far to whiten the tokens, see fit. Of several, such as 0 0.5, each head takes the best by "
+        "cross-validation.",
+    ),
+]
 Shots = Annotated[str, Option(help="Train on so many images of each class too, such as: 1 2 4 8 16.")]
 Fractions = Annotated[str, Option(help="Train on such shares of each class too, such as: 0.1 0.5.")]
 Draws = Annotated[int, Option(help="Random choices of images for each number of --shots and --fractions.")]
@@ -68,6 +77,7 @@ def probe(
     baselines: Baselines = "k-nn,attentive-probe",
     cv: Folds = 3,
     beta_ratios: Grid = "0.3,0.1,0.03,0.01",
+    whiten: Metrics = "0",
     tol: Tol = 1e-3,
     shots: Shots = "",
     fractions: Fractions = "",
@@ -87,6 +97,7 @@ def probe(
             token_pool=token_pool,
             channels=channels, reduce=None if reduce is None else reduce.value, heads=names(heads),
             baselines=names(baselines), cv=cv, beta_ratios=ratios(beta_ratios), tol=tol,
+            whiten=ratios(whiten, "--whiten"),
             shots=counts(shots, "--shots") if shots else (),
             fractions=ratios(fractions, "--fractions") if fractions else (),
             draws=draws, seed=seed, device=device, leaderboard=leaderboard, notify=notify, command=typed_command(),

@@ -245,8 +245,8 @@ def _tune(
 
 
 def problem_of(model: ConvexHeadClassifier, train: Part) -> Problem:
-    """The training problem of a fitted head, its gates included."""
-    same = ConvexHeadClassifier(**{**model.get_params(), "gates": model.gates_})
+    """The training problem of a fitted head, with its gates or queries."""
+    same = ConvexHeadClassifier(**{**model.get_params(), "gates": model.gates_, "queries": model.queries_})
     return pose(same, train.tokens, train.labels).problem
 
 

@@ -36,6 +36,7 @@ def probe(
     baselines: Sequence[str] = BASELINES,
     cv: int = 3,
     beta_ratios: Sequence[float] = RATIOS,
+    whiten: Sequence[float] = (0.0,),
     tol: float = 1e-3,
     shots: Sequence[int] = (),
     fractions: Sequence[float] = (),
@@ -61,7 +62,7 @@ def probe(
     heads, baselines : sequence of str
         The linear head is always one of them: the others are tested against it. Baselines: ``"k-nn"``,
         ``"attentive-probe"``.
-    cv, beta_ratios, tol, seed, device
+    cv, beta_ratios, whiten, tol, seed, device
         See `ProbeSettings`; the device is for backbone and heads.
     shots, fractions : sequence of int, of float
         Label efficiency: train on so many images of each class too, or on such shares of it, at what all train images
@@ -86,7 +87,7 @@ def probe(
     require("matplotlib", "report")
     chosen = _methods(heads, baselines)
     budgets = budgets_of(shots, fractions, draws)
-    settings = ProbeSettings(cv=cv, beta_ratios=tuple(beta_ratios), tol=tol, seed=seed)
+    settings = ProbeSettings(cv=cv, beta_ratios=tuple(beta_ratios), whiten=tuple(whiten), tol=tol, seed=seed)
     if leaderboard is not None:
         board.known_ids(Path(leaderboard))
     out = Path(out)

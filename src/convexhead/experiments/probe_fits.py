@@ -3,7 +3,8 @@
 =====================  =============================================================================================
 method                 what is chosen, on the same stratified folds of the train images
 =====================  =============================================================================================
-a head                 ``β/β_max``, by the mean accuracy over the folds (`ConvexHeadClassifierCV`)
+a head                 ``β/β_max`` and the metric of the tokens, by the mean accuracy over the folds
+                       (`ConvexHeadClassifierCV`)
 ``k-nn``               ``k``, by the same; neighbours of the mean token by cosine, weighted by distance
 ``attentive-probe``    learning rate and weight decay, by the accuracy on the first fold alone, for it is dear
 =====================  =============================================================================================
@@ -16,7 +17,7 @@ settings: the same fit is never made twice.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +39,8 @@ from convexhead.experiments.splits import Part
 from convexhead.metrics import Predictions
 from convexhead.persistence import load
 from convexhead.runtime.clock import now
+from convexhead.tokens.fit_reduction import check_whiten
+from convexhead.tokens.store.fit import whitened
 from convexhead.tokens.store.manifest import digest_json
 from convexhead.tokens.store.view import SplitView
 
@@ -63,6 +66,8 @@ class ProbeSettings:
         Folds.
     beta_ratios : tuple of float
         The grid of ``β/β_max``, which goes on where the best lies at its edge.
+    whiten : tuple of float
+        Metrics of the tokens to choose from, see `convexhead.tokens.whitened`; each costs all the fits of one.
     tol : float
         Certified relative gap.
     seed : int
@@ -71,8 +76,15 @@ class ProbeSettings:
 
     cv: int = 3
     beta_ratios: tuple[float, ...] = RATIOS
+    whiten: tuple[float, ...] = (0.0,)
     tol: float = 1e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.whiten:
+            raise InputError("whiten=() names no metric to choose from: give 0 for the tokens as they are")
+        for each in self.whiten:
+            check_whiten(each)
 
 
 @dataclass
@@ -109,13 +121,18 @@ class Fits:
     def __init__(self, data: ProbeData, settings: ProbeSettings, folder: RunFolder, device: str) -> None:
         self.data, self.settings, self.folder, self._device = data, settings, folder, device
         self._folds = data.folds(settings.cv, settings.seed)
+        self._reductions: dict[float, Any] = {}
 
     def fit(self, method: str, budget: Budget, of_all: Fit | None, told: Told) -> Fit:
         """Train ``method``; ``of_all`` is its fit on all images, from which a smaller budget takes what was chosen."""
         rows = budget.rows(self.data.labels, self.settings.seed)
         view = self.data.train if budget.is_all else self.data.train.subset(rows)
         chosen = None if of_all is None else of_all.piece.record["chosen"]
-        facts = {**asdict(self.settings), "method": method, "train": view.identity, "chosen": chosen}
+        metrics = self.settings.whiten if of_all is None else (of_all.piece.record.get("whiten", 0.0),)
+        facts = {
+            **asdict(self.settings), "method": method, "train": view.identity, "chosen": chosen,
+            "whiten": () if method in BASELINES else metrics,
+        }  # fmt: skip
         slug = budget.title.replace(" ", "-").replace("%", "-percent")
         name = f"{method}-{slug}-{digest_json(facts)[:10]}"
 
@@ -124,13 +141,16 @@ class Fits:
                 return self._neighbours(view, chosen)
             if method == "attentive-probe":
                 return self._attentive(view, chosen, name)
-            return self._head(method, view, chosen, name, told)
+            return self._head(method, view, chosen, metrics, name, told)
 
         return Fit(method, budget, rows, self.folder.once(name, make))
 
     # -- the methods ------------------------------------------------------------------------------------------------
-    def _head(self, head: str, view: SplitView, ratio: float | None, name: str, told: Told) -> Piece:
+    def _head(
+        self, head: str, view: SplitView, ratio: float | None, metrics: Sequence[float], name: str, told: Told
+    ) -> Piece:
         began = now()
+        views = {each: view.reduced(self._reduction(each)) for each in metrics}
         common: dict[str, Any] = {
             "tol": self.settings.tol, "random_state": self.settings.seed, "device": self._device,
         }  # fmt: skip
@@ -138,18 +158,24 @@ class Fits:
             warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows every gap
             model: ConvexHeadClassifier
             if ratio is None:
-                model = ConvexHeadClassifierCV(
-                    head, beta_ratios=self.settings.beta_ratios, cv=self._folds, **common
-                ).fit(view, callback=told)  # fmt: skip
+                found = {
+                    whiten: ConvexHeadClassifierCV(
+                        head, beta_ratios=self.settings.beta_ratios, cv=self._folds, **common
+                    ).fit(each, callback=told)
+                    for whiten, each in views.items()
+                }  # fmt: skip
+                best = max(found, key=lambda each: (found[each].scores_.mean(0).max(), -each))
+                model, metrics = found[best], (best,)
                 ratio, record = model.beta_ratio_, self._by_folds(float(model.scores_.mean(0).max()))
             else:
-                model = ConvexHeadClassifier(head, beta_ratio=ratio, **common).fit(view, callback=told)
+                model = ConvexHeadClassifier(head, beta_ratio=ratio, **common).fit(views[metrics[0]], callback=told)
                 record = {"chosen_by": "all train images"}
         model.save(self.folder.model(name))
         return Piece(
             record
             | {
                 "chosen": ratio,
+                "whiten": metrics[0],
                 "beta": model.beta_,
                 "beta_max": model.beta_max_,
                 "heads": model.n_heads_,
@@ -158,6 +184,12 @@ class Fits:
                 "seconds": now() - began,
             }
         )
+
+    def _reduction(self, whiten: float) -> Any:
+        """Of the tokens in a metric, which is fitted on all train images, as the standardisation is."""
+        if whiten not in self._reductions:
+            self._reductions[whiten] = whitened(self.data.train, whiten).reduction
+        return self._reductions[whiten]
 
     def _neighbours(self, view: SplitView, k: int | None) -> Piece:
         began, X, y = now(), self.data.vectors(view), np.asarray(view.labels)

@@ -26,7 +26,7 @@ def row_of(
 
     ``low`` and ``high`` bound ``top1``, see `bootstrap_interval`. ``gained``, ``lost`` and ``p_value`` compare with the
     linear head on the same images, see `mcnemar`; the linear head itself has none. ``chosen`` is β/β_max of a head, k
-    of the neighbours, learning rate and weight decay of the attentive probe.
+    of the neighbours, learning rate and weight decay of the attentive probe; ``whiten`` a head's metric of the tokens.
     """
     record, budget = fit.piece.record, fit.budget
     certificate = record.get("certificate", {})
@@ -59,6 +59,7 @@ def row_of(
         "heads": record.get("heads"),
         "beta": record.get("beta"),
         "chosen": record["chosen"],
+        "whiten": record.get("whiten"),
         "chosen_by": record["chosen_by"],
         "cv_accuracy": record.get("cv_accuracy"),
         "seconds": record["seconds"],

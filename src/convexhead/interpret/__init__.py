@@ -10,6 +10,7 @@ from convexhead.interpret.contributions import head_contributions, head_lift, to
 from convexhead.interpret.embedding import principal_embedding, retained_directions, token_embedding
 from convexhead.interpret.filters import Filters, fourier_filters, mixing_matrix
 from convexhead.interpret.fitted import FittedHead
+from convexhead.interpret.queries import query_maps, query_strengths
 from convexhead.interpret.spectra import effective_rank, spectra
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "head_lift",
     "mixing_matrix",
     "principal_embedding",
+    "query_maps",
+    "query_strengths",
     "retained_directions",
     "spectra",
     "token_contributions",

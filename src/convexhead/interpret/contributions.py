@@ -11,11 +11,15 @@ and tokens enter this last, linearly, at one place, where the sum over tokens is
 
       C_i[t, k] = (1/s) S_ik[t] x_tᵀ V_k                 (the attention paid to ``t`` times what ``t`` says)
 
+* the attentive head reads tokens by its maps ``a_j``, which do not depend on weights
+
+      C_i[t, k] = Σ_j a_ij[t] x_tᵀ u_kj v_k               (how much query ``j`` looks at ``t`` times what ``t`` says)
+
 * every other head has a pre-activation that is linear in the tokens. With ``X_i^(t)``, all tokens but ``t`` zero,
 
       C_i[t, k] = P (D_k ⊙ pre(X_i^(t), U_k)) V_k         (what ``t`` sends to all tokens that pooling reads)
 
-In both cases ``Σ_{t,k} C_i[t, k] = f_i − b`` with nothing approximated. The masks are those of the whole sample: a
+In all cases ``Σ_{t,k} C_i[t, k] = f_i − b`` with nothing approximated. The masks are those of the whole sample: a
 contribution is a share of the logit, not what the logit would lose without the token.
 """
 
@@ -30,6 +34,7 @@ from torch import Tensor
 
 from convexhead.errors import InputError
 from convexhead.interpret.fitted import FittedHead, as_fitted
+from convexhead.interpret.queries import query_maps
 
 BATCH_NUMBERS = 4_000_000
 """Float64 numbers of workspace that a batch of samples may take. Chosen by hand: 32 MB."""
@@ -129,6 +134,9 @@ def _mixed_parts(fitted: FittedHead, X: Float[Tensor, "n s d"]) -> Iterator[Floa
         yield X.new_zeros(len(X), head.s, 0, head.value_rows)
         return
     for x in X.split(_step(fitted, atoms.V.shape[2])):
+        if head.queries is not None:
+            yield _looked_at_parts(fitted, x)
+            continue
         masks = None if gates is None else (head.preactivation(head.prepare(x), gates, group) >= 0).double()
         split = _read_parts if head.reads_tokens else _linear_parts
         yield split(fitted, x, masks)
@@ -141,6 +149,14 @@ def _read_parts(fitted: FittedHead, x: Tensor, masks: Tensor | None) -> Tensor:
     S = head.pool_rows(A if masks is None else A * masks)
     each = torch.eye(head.s, dtype=x.dtype)
     return torch.cat([head.read(data, S * only) for only in each], dim=1)
+
+
+def _looked_at_parts(fitted: FittedHead, x: Tensor) -> Tensor:
+    """Split at the maps: weight ``t`` of each query's times what the atom's weights for that query read of ``t``."""
+    maps, U = query_maps(fitted, x), fitted.atoms.U
+    if U.ndim == 2:  # an atom has one query
+        return (maps[:, :, fitted.group] * (x @ U.T)).unsqueeze(3)
+    return torch.einsum("bsj,kjd,bsd->bsk", maps, U, x).unsqueeze(3)
 
 
 def _linear_parts(fitted: FittedHead, x: Tensor, masks: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ and bound by how much any pre-activation changes (for the Mixer and the probe: a
 | self-attention | query and key channels | ``Σ_kl ⟨V_k, V_l⟩ (U_k U_lᵀ + U_kᵀ U_l)``: what tokens are compared by |
 | mlp-mixer | value channels | ``U`` acts on positions, ``V`` alone on channels |
 | fno, block-fno, mlp, linear | channels | of the filters, neurons or the probe; channel groups side by side |
+| attentive | channels | of what is read by its maps, which compare tokens with queries besides |
 """
 
 from __future__ import annotations
@@ -56,11 +57,10 @@ def _directions(model: Any, energy: float) -> tuple[Float[Tensor, "d r"], Float[
         raise InputError(f"energy must be in (0, 1], got {energy!r}")
     fitted = as_fitted(model)
     head, atoms, group = fitted.head, fitted.features, fitted.group
-    width = head.d // head.n_groups
     gram = atoms.V.new_zeros(head.d, head.d)
     for g in torch.unique(group).tolist():
         sides = unfoldings(head.name, atoms.select(group == g))
-        channels = slice(g * width, (g + 1) * width)
+        channels = head.channels_of(g)
         for axis in TOKEN_AXES.get(head.name, ("channels",)):
             gram[channels, channels] += sides[axis] @ sides[axis].T
     strength, Q = torch.linalg.eigh(gram)

@@ -26,13 +26,15 @@ from convexhead.program.atoms import Atoms, balance
 
 AXES: dict[str, tuple[str, ...]] = {
     "self-attention": ("query channels", "key channels", "value channels", "outputs"),
+    "attentive": ("queries", "channels", "", "outputs"),
     "mlp-mixer": ("mixed tokens", "tokens", "value channels", "outputs"),
     "fno": ("shifts", "channels", "", "outputs"),
     "block-fno": ("shifts", "channels", "", "outputs"),
     "mlp": ("channels", "", "outputs"),
     "linear": ("channels", "outputs"),
 }
-"""Names of the axes of ``U``, then of ``V``; empty for an axis of one entry."""
+"""Names of the axes of ``U``, then of ``V``; empty for an axis of one entry. A block of an attentive head that is one
+query's lacks the first."""
 
 
 def spectra(model: Any) -> dict[str, Float[Tensor, " m"]]:
@@ -73,7 +75,7 @@ def unfoldings(head: str, atoms: Atoms) -> dict[str, Float[Tensor, "a m"]]:
     mixed = (_whiten(V, atoms.block).T @ U).view(len(atoms), *atoms.U.shape[1:])
     valued = (_whiten(U, atoms.block).T @ V).view(len(atoms), *atoms.V.shape[1:])
     axes = [(part, axis) for part in (mixed, valued) for axis in range(1, part.ndim)]
-    named = zip(AXES[head], axes, strict=True)
+    named = zip(AXES[head][-len(axes) :], axes, strict=True)
     return {name: part.movedim(axis, 0).flatten(1) for name, (part, axis) in named if name}
 
 

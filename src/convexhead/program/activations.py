@@ -104,10 +104,10 @@ class LinearActivation:
         return self.head.gradient_cost(c, gates=0)
 
     def gradient(self, batches: Iterable[tuple[Data, Tensor]], block: Tensor) -> Tensor:
-        return self.head.gradient(batches)
+        return self.head.gradient(batches, block)
 
     def workspace(self, k: int) -> int:
-        return k * self.head.r * self.head.value_rows
+        return self.head.linear_workspace(k)
 
 
 class GatedReLU:
@@ -124,7 +124,7 @@ class GatedReLU:
     convex: ClassVar[bool] = True
 
     def __init__(self, head: Head, gates: Float[Tensor, "J ..."]) -> None:
-        _check_mixing(head)
+        _check_masks(head)
         if gates.ndim == 0 or tuple(gates.shape[1:]) != head.gate_shape or not len(gates):
             raise InputError(
                 f"gates have shape {tuple(gates.shape)}, but this head needs (J, "
@@ -219,7 +219,7 @@ class ReLU:
     convex: ClassVar[bool] = False
 
     def __init__(self, head: Head) -> None:
-        _check_mixing(head)
+        _check_masks(head)
         self.head = head
         self.n_blocks = head.n_groups
 
@@ -259,9 +259,9 @@ class ReLU:
         return self.head.workspace(k)
 
 
-def _check_mixing(head: Head) -> None:
-    if not head.learns_mixing:
-        raise InputError("the linear head takes activation='linear' only; use head='mlp' for one with a ReLU")
+def _check_masks(head: Head) -> None:
+    if not head.takes_masks:
+        raise InputError(f"the {head.name} head takes activation='linear' only; use head='mlp' for one with a ReLU")
 
 
 def make_activation(name: str, head: Head, gates: Tensor | None) -> Activation:

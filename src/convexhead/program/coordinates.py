@@ -3,7 +3,8 @@
 With ``X' = 2⁻ᵏ (X − 1 μᵀ)`` and ``Y' = Y − ν`` the program keeps its optimum, value for value:
 
 * a power of two only renames the weights. Outputs are of degree ``g`` in the tokens (3 for self-attention, else 1), so
-  ``Z' = 2^{kg} Z`` and ``β' = 2^{−kg} β``; for the linear head ``W' = 2^k W`` and ``β' = 2^{−2k} β``;
+  ``Z' = 2^{kg} Z`` and ``β' = 2^{−kg} β``; for the linear head ``W' = 2^k W`` and ``β' = 2^{−2k} β``. Not so of the
+  attentive head, whose scores would change (an origin does not change its maps);
 * an origin ``μ`` of the tokens goes into an unpenalised intercept, ``b' = b + 𝒜(1 μᵀ)(Z)``, wherever outputs are linear
   in the tokens and those of constant tokens are the same for every sample and row: linear activation, every head but
   self-attention, and the Mixer only under one pooled output. A mask depends on the tokens, so gates forbid it;
@@ -84,13 +85,15 @@ class Coordinates:
             tokens = X.double()
         else:
             tokens = X[torch.linspace(0, len(X) - 1, looked_at, dtype=torch.float64).long().unique()].double()
-        origin = _origin(tokens.flatten(0, 1)) if fit_intercept and moves_into_intercept(head, activation) else None
+        tokens = tokens.flatten(0, 1)
+        tokens = tokens[tokens.isfinite().all(1)] if math.isinf(head.absent) else tokens  # those that there are
+        origin = _origin(tokens) if fit_intercept and moves_into_intercept(head, activation) else None
         size = float((tokens if origin is None else tokens - origin).abs().max())
         exponent = 2 * round(math.log2(size) / 2) if 0 < size < math.inf else 0
         return cls(
             origin,
             _origin(Y.double().flatten(0, 1)) if fit_intercept and type(loss) in OF_DIFFERENCES else None,
-            exponent if abs(exponent) > PLAIN_EXPONENTS else 0,
+            exponent if head.homogeneous and abs(exponent) > PLAIN_EXPONENTS else 0,
             degree=3 if head.reads_tokens else 1,
             penalty_degree=2 if not head.learns_mixing else 3 if head.reads_tokens else 1,
             n_tokens=head.s,

@@ -8,7 +8,7 @@ is the same number for every β. Parts are short texts. Arrays are known by the 
 
     tokens, targets   of the values as float64 numbers, whatever type holds them: float32 tokens and their exact float64
                       copies are equal, as are labels of other names with the same one-hot rows, and 0 equals −0
-    gates             the same; their number, order and exact values count
+    gates             the same; their number, order and exact values count. Of the attentive head: its queries
     loss              its name and parameters; of a loss of one's own also its code and class attributes
     grid              only of heads that read it; pool: only where there are several tokens
 
@@ -59,7 +59,8 @@ FILES = "by-files"
 
 def identify(problem: Problem) -> dict[str, str]:
     """The parts of a problem's identity: those of `PARTS`."""
-    head, ranks, gates = problem.head, problem.ranks, getattr(problem.activation, "gates", None)
+    head, ranks = problem.head, problem.ranks
+    gates = getattr(problem.activation, "gates", head.queries)
     return {
         "tokens": problem.operator.stored or digest_rows(problem.operator.X, ranks),
         "targets": digest_rows(problem.targets, ranks),
@@ -82,7 +83,8 @@ def differences(reference: Mapping[str, object], problem: Mapping[str, object]) 
     for part, words in STATED.items():
         if reference.get(part) != problem.get(part):
             told.append(f"another {words}: {reference.get(part)} instead of {problem.get(part)}")
-    for part, words in HASHED.items():
+    of_queries = {"gates": "queries"} if reference.get("head") == problem.get("head") == "attentive" else {}
+    for part, words in {**HASHED, **of_queries}.items():
         both = [str(texts.get(part, "none")) for texts in (reference, problem)]
         if both[0] != both[1]:
             shapes = [text.split(" ")[0] for text in both]

@@ -132,13 +132,13 @@ class CrossEntropy(Loss):
     name = "cross-entropy"
     separates = "rows"
 
-    # log Σ exp f − ⟨y, f⟩ = log1p(Σ_{k ≠ top} exp(f_k − f_top)) + Σ_k y_k (f_top − f_k): however small, nothing cancels
+    # log Σ exp f − ⟨y, f⟩ = log1p(Σ_{k ≠ top} exp(f_k − f_top)) − Σ_k y_k (f_k − f_top): however small, nothing cancels
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         f, y, dim = _classes_along(f, y)
         top, at = f.max(dim, keepdim=True)
-        below = top - f
-        others = below.neg().exp().scatter(dim, at, 0.0).sum(dim)
-        return (others.log1p() + (y * below).sum(dim)).sum(-1)
+        below = f - top
+        others = below.exp().scatter(dim, at, 0.0).sum(dim)
+        return (others.log1p() - (y * below).sum(dim)).sum(-1)
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         # Of a class whose probability is nearly 1 the difference has lost what the others still know.

@@ -236,7 +236,7 @@ class Problem:
 
     def mean(self, values: Float[Tensor, " n"]) -> float:
         """``(1/n) Σ_i`` over all samples, in float64."""
-        return float(self.sum(values.double().sum())[0]) / self.n
+        return float(self.sum(values.sum(dtype=torch.float64))[0]) / self.n
 
     def mean_of(
         self, function: Callable[[SampleLosses, Tensor], Float[Tensor, " b"]], x: Float[Tensor, "n r c"]

@@ -31,6 +31,7 @@ ACTIVATIONS = {
 }
 HEADS = {
     "self-attention": ("#d55e00", "o"),
+    "attentive": ("#56b4e9", "X"),
     "mlp-mixer": ("#0072b2", "s"),
     "fno": ("#009e73", "^"),
     "block-fno": ("#e69f00", "D"),

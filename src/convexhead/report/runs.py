@@ -76,7 +76,7 @@ def read_run(
 
 def describe(model: Any, name: str) -> dict[str, Any]:
     """What the model alone tells."""
-    params = {key: value for key, value in model.get_params(deep=False).items() if key != "gates"}
+    params = {key: value for key, value in model.get_params(deep=False).items() if key not in ("gates", "queries")}
     run: dict[str, Any] = {
         "name": name,
         "head": model.head,
@@ -140,6 +140,7 @@ def certificate_in_words(model: Any) -> str:
     where = {
         "global": f"the global optimum: no weights whatever, with any number of heads, {more}",
         "sampled-gates": f"the optimum for these gates: no weights with the same gates {more}",
+        "sampled-queries": f"the optimum for these queries: no weights with the same queries {more}",
     }[c.scope]
     chance = probability(c.failure_probability)
     doubt = f" The bound may fail with a probability of {chance}." if c.failure_probability else ""

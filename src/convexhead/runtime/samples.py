@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from copy import copy
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -188,13 +187,23 @@ class Samples:
 
     @property
     def mix_bounds(self) -> Tensor:
-        """``a_i (n,)`` in float64, of `Head.mix_bound`: one pass over the tokens the first time, in any precision."""
+        """``a_i (n,)`` in float64, of `Head.mix_bound`."""
+        return self.activation.head.mix_bound(self._token_norms)
+
+    @property
+    def operations(self) -> float:
+        """Of `Head.operations`."""
+        return self.activation.head.operations(float(self._token_norms.max()))
+
+    @property
+    def _token_norms(self) -> Tensor:
+        """``‖X_i‖_F (n,)``: one pass over the tokens the first time, in any precision."""
         if not self.norms:
             norms = torch.empty(len(self), dtype=torch.float64, device=self.device)
             for rows, X in self._tokens(0, len(self), self.batch_size(self._workspace)):
-                norms[rows] = _norms(X.double().flatten(1))
+                norms[rows] = _norms(self.activation.head.present(X.double()).flatten(1))
             self.norms.append(norms)
-        return self.activation.head.mix_bound(self.norms[0])
+        return self.norms[0]
 
     # -- the same samples otherwise -----------------------------------------------------------------------------------
     def astype(self, dtype: torch.dtype, *, reuse: bool) -> Samples:
@@ -233,8 +242,9 @@ class Samples:
 
 def _norms(X: Tensor) -> Tensor:
     """2-norms of rows, whose squares need not be in the range of floats."""
-    norms = X.norm(dim=1)
-    if not bool(((norms > 1e-140) & (norms < 1e140)).all()):
+    norms = torch.linalg.vector_norm(X, dim=1)
+    smallest, largest_norm = norms.aminmax()
+    if not 1e-140 < float(smallest) <= float(largest_norm) < 1e140:
         largest = X.abs().amax(1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
         norms = largest[:, 0] * (X / largest).norm(dim=1)
     return norms * (1 + 1e-12)
@@ -250,12 +260,19 @@ def default_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2
     free = float("inf")
-    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if meminfo.exists():
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-        free = float(line.split()[1]) * 1024
+    if meminfo := _text("/proc/meminfo"):
+        free = float(meminfo.partition("MemAvailable:")[2].split(maxsplit=1)[0]) * 1024
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2
-    if (cgroup / "memory.max").exists() and (limit := (cgroup / "memory.max").read_text().strip()) != "max":
-        free = min(free, float(limit) - float((cgroup / "memory.current").read_text()))
+    if (limit := _text("/sys/fs/cgroup/memory.max").strip()) not in ("", "max"):
+        free = min(free, float(limit) - float(_text("/sys/fs/cgroup/memory.current")))
     return free / 2 / local_ranks()[1]
+
+
+def _text(path: str) -> str:
+    """What a file of the system says; nothing where there is none."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""

@@ -73,8 +73,10 @@ class DensePasses:
 
     def outputs(self, Z: Float[Tensor, "j w q"], b: Float[Tensor, " c"]) -> Float[Tensor, "n r c"]:
         """``f`` at dense weights."""
-        f = Z.reshape(-1, self.problem.c).T.to(self.features.dtype) @ self.features
-        return (f + b.unsqueeze(1)).T.view(self.problem.Y.shape)
+        f = (Z.reshape(-1, self.problem.c).T.to(self.features.dtype) @ self.features).to(b.dtype)
+        if self.problem.fit_intercept:
+            f += b.unsqueeze(1)
+        return f.T.view(self.problem.Y.shape)
 
     def gradient(self, R: Float[Tensor, "n r c"]) -> Float[Tensor, "j w q"]:
         """``𝒜_j*(R)`` of every block."""
@@ -87,10 +89,10 @@ class DensePasses:
         """``‖Φ‖₂``, estimated from below by the power method."""
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(len(self.features), generator=generator).to(self.features)
-        tiny = torch.finfo(v.dtype).tiny  # normalize takes 1e-12, above what attention makes of small tokens
+        tiny = torch.finfo(v.dtype).tiny
         for _ in range(steps):
-            v = self.features @ (torch.nn.functional.normalize(v, dim=0, eps=tiny) @ self.features)
-        return float(v.norm()) ** 0.5
+            v = self.features @ ((v / torch.linalg.vector_norm(v).clamp_min(tiny)) @ self.features)
+        return float(torch.linalg.vector_norm(v)) ** 0.5
 
     def matrices(self, atoms: Atoms) -> Float[Tensor, "j w q"]:
         """``Z_j = Σ_k u_k v_kᵀ`` for atoms with rotated mixing weights ``(k, w)``."""

@@ -159,13 +159,13 @@ class Fista(Solver):
     def _proximal_step(self, FY: float, G: Float[Tensor, "j w q"], gb: Float[Tensor, " c"] | None) -> bool:
         """Take a step from the extrapolated point and extrapolate anew; False where no step is short enough."""
         precision = self.dense.features.dtype
-        Y, yb = self._Y, self._yb
+        Y, yb, slope = self._Y, self._yb, G.flatten()
         for _ in range(self.trials):
             Z = self._prox(Y - G / self.L, self.beta / self.L)
             b = yb if gb is None else yb - gb / self.L
             f = self._outputs(Z, b)
             moved = (Z - Y).flatten()
-            square, along = float(moved @ moved), float(G.flatten() @ moved)
+            square, along = float(moved @ moved), float(slope @ moved)
             if gb is not None:
                 square, along = square + float((b - yb).square().sum()), along + float(gb @ (b - yb))
             decrease = self._rough(f) - FY - along  # an accurate value would not help: FY is none
@@ -183,7 +183,8 @@ class Fista(Solver):
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         weight, self._momentum = (momentum - 1) / following, following
         self._Y, self._fY = torch.add(Z, last, alpha=weight), torch.lerp(self._f, f, 1 + weight)
-        self._yb = b + weight * (b - self.b)
+        if gb is not None:
+            self._yb = b + weight * (b - self.b)
         self.Z, self.b, self._f = Z, b, f
         return True
 

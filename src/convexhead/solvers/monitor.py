@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import FrameType
 
 from torch import Tensor
@@ -46,7 +46,7 @@ class Progress:
 
     def to_dict(self) -> dict[str, float]:
         """Return plain values, for JSON."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 @dataclass

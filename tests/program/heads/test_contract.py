@@ -9,19 +9,16 @@ import torch
 import reference
 from convexhead.errors import InputError
 from convexhead.program.activations import make_activation, sample_gates
-from convexhead.program.heads import HEADS, make_head
+from convexhead.program.heads import make_head
+from convexhead.program.heads.attentive import Attentive
 from convexhead.program.losses import Squared
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from kinds import cases, head_of, pooled
 
 GRIDS = [(2, 3), (6, 1), (1, 6)]
-CASES = [
-    (name, activation, outputs)
-    for name in HEADS
-    for activation in ("linear", "gated-relu", "relu")
-    for outputs in (("shared", "grouped") if name == "block-fno" else ("shared",))
-    if name != "linear" or activation == "linear"
-]
+CASES = cases("linear", "gated-relu", "relu")
+POOLS = ("mean", "cls", "none")
 N, D, C, GATES = 7, 4, 4, 3
 
 
@@ -29,7 +26,7 @@ def build(name, activation, outputs, pool, grid, *, d=D, reuse=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     s = grid[0] * grid[1]
     X = torch.randn(N, s, d, generator=generator, dtype=torch.float64)
-    head = make_head(name, s, d, pool=pool, grid=grid, n_blocks=2, outputs=outputs)
+    head = head_of(name, s, d, pool=pool, grid=grid, variant=outputs)
     gates = sample_gates(head, GATES, generator) if activation == "gated-relu" else None
     Y = torch.randn(N, head.r, C, generator=generator, dtype=torch.float64)
     problem = Problem(Operator(X, head, make_activation(activation, head, gates), reuse=reuse), Y, Squared())
@@ -54,6 +51,9 @@ def reference_outputs(problem, atoms, gates):
                 gate = gate[group] if head.n_groups > 1 else gate
             if not problem.activation.convex:
                 gate = U  # a ReLU is gated by its own pre-activation
+            if head.name == "attentive":
+                f[i] += reference.attend(X, U, head.queries.numpy(), j) @ V
+                continue
             M = reference.mix(head.name, X, U, grid=head.grid, group=group, gate=gate)
             f[i] += reference.pool(M, head.pool) @ V
     return f
@@ -61,8 +61,7 @@ def reference_outputs(problem, atoms, gates):
 
 @pytest.mark.parametrize("reuse", [True, False], ids=["prepared", "streamed"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
-@pytest.mark.parametrize(("name", "activation", "outputs"), CASES)
+@pytest.mark.parametrize(("name", "activation", "outputs", "pool"), pooled(CASES, *POOLS))
 def test_outputs_are_the_formula(name, activation, outputs, pool, grid, reuse):
     for d in (D, 16):  # attention takes another path where d >= 2 s
         problem, atoms, gates = build(name, activation, outputs, pool, grid, d=d, reuse=reuse)
@@ -70,8 +69,7 @@ def test_outputs_are_the_formula(name, activation, outputs, pool, grid, reuse):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
-@pytest.mark.parametrize(("name", "activation", "outputs"), CASES)
+@pytest.mark.parametrize(("name", "activation", "outputs", "pool"), pooled(CASES, *POOLS))
 def test_adjoints(name, activation, outputs, pool, grid):
     """``⟨R, 𝒜_j(u vᵀ)⟩ = ⟨𝒜_j*(R) v, u⟩ = ⟨𝒜_j*(R)ᵀ u, v⟩`` for every atom, in one number each."""
     problem, atoms, _ = build(name, activation, outputs, pool, grid)
@@ -88,8 +86,9 @@ def test_adjoints(name, activation, outputs, pool, grid):
         assert abs(float((left[k] * one.V[0]).sum()) - expected) <= 1e-10 * scale
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
-@pytest.mark.parametrize(("name", "activation", "outputs"), [case for case in CASES if case[1] != "relu"])
+@pytest.mark.parametrize(
+    ("name", "activation", "outputs", "pool"), pooled([case for case in CASES if case[1] != "relu"], *POOLS)
+)
 def test_dense_materialisation(name, activation, outputs, pool):
     """The feature matrix and the gradient matrix say the same as the factored passes."""
     problem, atoms, _ = build(name, activation, outputs, pool, (2, 3))
@@ -157,6 +156,12 @@ def test_mean_pooled_linear_fno_is_the_mlp_on_mean_tokens():
             lambda: make_activation("gated-relu", make_head("linear", 4, 4), torch.ones(1)),
             "activation='linear' only",
         ),
+        (lambda: make_activation("relu", head_of("attentive", 4, 4), None), "activation='linear' only"),
+        (lambda: make_head("attentive", 4, 4), "needs the queries"),
+        (lambda: Attentive(4, 4, queries=torch.zeros(2, 5)), "needs \\(J, 4\\)"),
+        (lambda: Attentive(4, 4, queries=torch.full((2, 8), torch.inf)), "NaN or infinity"),
+        (lambda: Attentive(4, 4, queries=torch.zeros(2, 4), pool="cls"), "pools tokens by its queries"),
+        (lambda: Attentive(4, 4, queries=torch.zeros(2, 4), query_norm="both"), "unknown query_norm"),
     ],
 )
 def test_errors(make, message):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+from torch import Tensor
+
 from convexhead.errors import InputError, choose
+from convexhead.program.heads.attentive import Attentive
 from convexhead.program.heads.base import POOLS, Head, resolve_grid
 from convexhead.program.heads.block_fno import OUTPUTS, BlockFNO
 from convexhead.program.heads.fno import FNO
@@ -14,7 +17,8 @@ from convexhead.program.heads.mlp import MLP
 from convexhead.program.heads.mlp_mixer import MLPMixer
 from convexhead.program.heads.self_attention import SelfAttention
 
-HEADS: dict[str, type[Head]] = {head.name: head for head in (SelfAttention, MLPMixer, FNO, BlockFNO, MLP, Linear)}
+KINDS = (SelfAttention, Attentive, MLPMixer, FNO, BlockFNO, MLP, Linear)
+HEADS: dict[str, type[Head]] = {head.name: head for head in KINDS}
 
 
 def make_head(
@@ -26,14 +30,24 @@ def make_head(
     grid: Any = None,
     n_blocks: Any = 4,
     outputs: Any = "shared",
+    queries: Tensor | None = None,
+    query_norm: str = "all",
 ) -> Head:
-    """Build the head called ``name`` from what a user passes; ``n_blocks`` and ``outputs`` concern block-FNO alone."""
+    """Build the head called ``name`` from what a user passes.
+
+    ``n_blocks`` and ``outputs`` concern block-FNO alone, ``queries`` and ``query_norm`` the attentive head, which needs
+    them.
+    """
     head = HEADS[choose("head", name, HEADS)]
-    own = {}
+    own: dict[str, Any] = {}
     if head is BlockFNO:
         if not isinstance(n_blocks, numbers.Integral) or isinstance(n_blocks, bool):
             raise InputError(f"n_blocks must be a positive integer, got {n_blocks!r}")
         own = {"n_blocks": int(n_blocks), "outputs": choose("outputs", outputs, OUTPUTS)}
+    if head is Attentive:
+        if queries is None:
+            raise InputError("head='attentive' needs the queries of its maps: pass queries=, (J, d)")
+        own = {"queries": queries, "query_norm": query_norm}
     return head(n_tokens, n_channels, pool=choose("pool", pool, POOLS), grid=resolve_grid(n_tokens, grid), **own)
 
 

@@ -71,14 +71,24 @@ class Head(ABC):
     """False for the linear head: nothing to mix, one atom, and a squared Frobenius penalty on V alone."""
     reads_tokens: ClassVar[bool] = False
     """Whether `read` takes the tokens again; else ``pre`` is linear in them."""
+    takes_masks: ClassVar[bool] = True
+    """Whether there is a pre-activation, which masks of a ReLU can act on; else the activation is linear."""
+    homogeneous: ClassVar[bool] = True
+    """Whether tokens times a number give outputs times a power of it."""
+    scope: ClassVar[str] = "global"
+    """What a certificate of the convex program is for, see `convexhead.certificate.certificate.SCOPES`."""
     reads_grid: ClassVar[bool] = False
     """Whether the head uses the grid of the tokens; else the grid is only kept for pictures."""
-    any_length: ClassVar[bool] = False
+    any_length: bool = False
     """Whether samples may have different numbers of tokens: no weight belongs to a position."""
+    absent: ClassVar[float] = 0.0
+    """What stands in the place of a token that a sample does not have: see `convexhead.padding`."""
     least_batch: ClassVar[int] = 8
     """Least number of samples in a batch of a pass, so that the fixed cost of a batch is repaid. Chosen by hand."""
     value_rows: int
     mixing_shape: tuple[int, ...]
+    queries: Float[Tensor, "J m"] | None = None
+    """Fixed weights that the maps of the attentive head are made of; None of the others."""
 
     def __init__(
         self, n_tokens: int, n_channels: int, *, pool: str = "mean", grid: tuple[int, int] | None = None
@@ -104,6 +114,10 @@ class Head(ABC):
         other.__dict__.update(self.__dict__)
         other.s, other.grid = n_tokens, (n_tokens, 1)
         return other
+
+    def asking(self, queries: Float[Tensor, "J m"] | None) -> Head:
+        """The same head with other queries of the same shape; they may be parameters that are trained."""
+        return self
 
     @property
     def divisions(self) -> int:
@@ -131,9 +145,21 @@ class Head(ABC):
         """
         return norms / math.sqrt(self.s) if self.pool == "mean" else norms
 
+    def present(self, X: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+        """The tokens with zeros in place of those that are `absent`."""
+        return X
+
+    def operations(self, largest: float) -> float:
+        """Operations that a term passes through into a mixed token, in tokens with ``‖X‖_F`` of at most ``largest``."""
+        return 8.0 * (self.s + self.d)
+
     def output_mask(self, n_outputs: int) -> Bool[Tensor, "g c"] | None:
         """Which outputs each channel group writes; None where all write all."""
         return None
+
+    def channels_of(self, group: int) -> slice:
+        """The channels of the tokens that a channel group reads."""
+        return slice(0, self.d)
 
     def mask_values(self, V: Float[Tensor, "k e c"], block: Int[Tensor, " k"]) -> Float[Tensor, "k e c"]:
         """``V`` with zeros in the outputs that the channel group of its block does not write."""
@@ -158,6 +184,10 @@ class Head(ABC):
         self, data: Data, T: Float[Tensor, "b r k e"], group: Int[Tensor, " k"]
     ) -> Float[Tensor, "k ..."]:
         """Adjoint of `linear_mix` in ``U``, summed over the batch."""
+
+    def linear_workspace(self, k: int) -> int:
+        """Numbers held per sample while ``k`` atoms are mixed."""
+        return k * self.r * self.value_rows
 
     # -- with any activation ----------------------------------------------------------------------------------------
     @property
@@ -270,8 +300,10 @@ class Head(ABC):
         """The cost of `gradient`, with ``gates`` of `gated_gradient`, for ``c`` outputs; None where there is none."""
         return None
 
-    def gradient(self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"]]]) -> Float[Tensor, "1 p ec"]:
-        """``𝒜*(R)`` for the identity activation, from batches of samples and their ``R``."""
+    def gradient(
+        self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"]]], group: Int[Tensor, " j"]
+    ) -> Float[Tensor, "j p ec"]:
+        """``𝒜_j*(R)`` of rising channel groups for the identity activation, from batches of samples and their ``R``."""
         raise NotImplementedError
 
     def gated_gradient(self, batches: Iterable[tuple[Data, Float[Tensor, "b r c"], Tensor]]) -> Float[Tensor, "j p ec"]:

@@ -47,6 +47,9 @@ class BlockFNO(Head):
     def mix_bound(self, norms: Tensor) -> Tensor:
         return self._fno.mix_bound(norms)
 
+    def channels_of(self, group: int) -> slice:
+        return slice(group * self.width, (group + 1) * self.width)
+
     @property
     def score_width(self) -> int:
         return 1
@@ -122,7 +125,7 @@ class BlockFNO(Head):
         """What an FNO of channel group ``g`` would prepare."""
         if "spectrum" in data:
             return {"spectrum": data["spectrum"][:, g]}
-        return {key: value[..., g * self.width : (g + 1) * self.width] for key, value in data.items()}
+        return {key: value[..., self.channels_of(g)] for key, value in data.items()}
 
     def _to_groups(self, mix: Callable[..., Tensor], data: Data, U: Tensor, group: Tensor, *, atom_dim: int) -> Tensor:
         """``mix(data, U, atoms)`` of the data and the ``atoms`` of each channel group, in the atoms' order."""

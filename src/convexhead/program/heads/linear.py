@@ -19,6 +19,7 @@ class Linear(Head):
     name = "linear"
     any_length = True
     learns_mixing = False
+    takes_masks = False
 
     def __init__(self, n_tokens: int, n_channels: int, **options: object) -> None:
         super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]

@@ -129,7 +129,7 @@ class SelfAttention(Head):
             return GradientCost((self.s + c) * pairs / (self.s * d), 2 * self.s * d + d * d)
         return GradientCost(pairs * c / (2 * d + c), d * d + d * c)
 
-    def gradient(self, batches: Iterable[tuple[Data, Tensor]]) -> Tensor:
+    def gradient(self, batches: Iterable[tuple[Data, Tensor]], group: Tensor) -> Tensor:
         total: Tensor | None = None
         for data, R in batches:
             if total is None:
