@@ -180,6 +180,7 @@ def test_the_page_shows_pixels(store, masks, run, tmp_path):
     assert f"mean IoU is <strong>{100 * scores.mean_iou:.1f}%</strong>" in page
     assert page.count("data:image/jpeg") == 5
     assert "--whiten 0.5" in page
+    assert "--void 255 --class-names a,b,c" in page
     assert render_runs([run]) == page
     moved = masks.rename(masks.with_name("elsewhere"))
     try:

@@ -240,7 +240,10 @@ def _making(about: dict[str, Any]) -> dict[str, Any]:
             for row in rows
         ],
         "at_edge": EDGES.get(about.get("at_edge") or ""),
-        "commands": [*_extraction(about["tokens"]), *([about["command"]] if about["command"] else [])],
+        "commands": [
+            *_extraction(about["tokens"], about["classes"]),
+            *([about["command"]] if about["command"] else []),
+        ],
         "store": about["tokens"],
         "layers": layers_in_words(about["tokens"]["layer"], about["tokens"].get("class_channels", False)),
         "environment": about["environment"],
@@ -261,7 +264,17 @@ def _layers(layer: Any) -> Any:
     return ",".join("last" if each is None else str(each) for each in layer) if isinstance(layer, list) else layer
 
 
-def _extraction(tokens: dict[str, Any]) -> list[str]:
+def _masks(void: int | None, classes: list[str]) -> list[str]:
+    """The options that say what the numbers in masks mean, of classes that have names."""
+    words = [] if void is None else ["--void", str(void)]
+    if all(name.isdecimal() for name in classes):
+        return words
+    before = len(classes) if void is None else min(void, len(classes))
+    names = [*classes[:before], *([] if before == len(classes) else ["void"]), *classes[before:]]
+    return [*words, "--class-names", ",".join(names)]
+
+
+def _extraction(tokens: dict[str, Any], classes: list[str]) -> list[str]:
     """The command that makes the same tokens; none of those that were imported, which somebody else made."""
     if "imported" in tokens["preprocessing"]:
         return []
@@ -281,6 +294,7 @@ def _extraction(tokens: dict[str, Any]) -> list[str]:
     }
     words = ["convexhead", "extract", tokens["source"]]
     words += [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    words += _masks(tokens["masks"]["void"], classes) if tokens.get("masks") else []
     words += ["--class-channels"] if tokens.get("class_channels") else []
     words += ["--constant"] if fitted.get("constant") else []
     words += [] if fitted.get("standardize", True) else ["--no-standardize"]

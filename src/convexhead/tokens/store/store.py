@@ -101,6 +101,7 @@ class TokenStore:
             "class_channels": config.get("beside", {}).get("class", False),
             "preprocessing": config["preprocessing"],
             "dtype": config["dtype"],
+            "masks": config.get("masks"),
             "images": {name: split.count for name, split in manifest.splits.items()},
             "broken": {name: split.broken for name, split in manifest.splits.items()},
             "found": manifest.found,
