@@ -38,6 +38,7 @@ from convexhead.experiments.cells import (
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, choose_images, chosen_splits, hold_out
 from convexhead.experiments.tuning import tune
+from convexhead.report.methods import COLUMNS
 from convexhead.tokens import TokenStore, extract, open_source
 
 pytestmark = pytest.mark.slow
@@ -137,6 +138,9 @@ def test_files_of_a_run(finished):
     kept = json.loads((out / "results.json").read_text())
     assert without_times(kept["methods"]) == without_times(results["methods"])
     assert (out / "methods.md").read_text().count("\n") == len(rows) + 2
+    table = (out / "index.html").read_text().split('id="methods"')[1].split("</table>")[0]
+    for line in table.split("<tr")[2:]:
+        assert line.count("<td") + line.count("<th") == len(COLUMNS)
 
 
 def test_sizes_are_parts_of_one_another(finished, store):

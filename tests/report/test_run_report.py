@@ -464,6 +464,17 @@ def test_nothing_is_wider_than_the_screen(visit, page_text, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_captions_say_what_is_true_and_what_was_predicted(visit, page_text, truth):
+    captions = visit(page_text).locator("button.tile + .caption").all_inner_texts()
+    arrays = truth.kept.arrays
+    expected = []
+    for row in arrays["sample"]:
+        label, predicted = (CLASSES[arrays[name][row]] for name in ("labels", "predicted"))
+        expected.append(f"{label}, right" if label == predicted else f"true: {label}, predicted: {predicted}")
+    assert captions == expected
+    assert any(told.startswith("true") for told in captions)
+
+
 def test_print_leaves_the_controls_out(visit, page_text):
     page = visit(page_text)
     page.emulate_media(media="print")
@@ -504,6 +515,9 @@ def test_several_runs_side_by_side(visit, work):
     page = visit(render_runs([work / "adam", work / "mixer"]))
     rows = page.locator("#compare ~ .scroll tbody tr")
     assert [name.strip() for name in rows.locator("th").all_inner_texts()] == ["adam", "mixer"]
+    assert page.locator("h1").inner_text() == "2 runs compared"
+    page.set_viewport_size({"width": 1200, "height": 900})
+    assert page.locator(".scroll.many").evaluate("table => table.scrollWidth <= table.clientWidth")
     assert "Adam" in rows.nth(0).inner_text()
     assert page.locator("article").count() == 2
     page.locator("nav a").nth(1).click()

@@ -155,7 +155,7 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
         made["spectra"].append(
             draw.add(
                 f"{own}-spectrum-{axis.replace(' ', '-')}",
-                "Singular values of Z" if axis == "Z" else f"along {axis}",
+                "Singular values of Z" if axis == "Z" else f"Singular values along {axis}",
                 run_figures.spectrum(axis, series, along_beta=True),
                 f"Singular values, {axis}. Effective rank: {ranks}.",
             )
@@ -231,7 +231,7 @@ def _comparison(runs: list[dict[str, Any]], draw: Figures) -> list[dict[str, Any
         made.append(
             draw.add(
                 f"spectra-{axis.replace(' ', '-')}",
-                "Singular values of Z" if axis == "Z" else f"along {axis}",
+                "Singular values of Z" if axis == "Z" else f"Singular values along {axis}",
                 run_figures.spectrum(axis, [(run["name"], run["spectra"][axis]) for run in runs], along_beta=False),
                 "Effective rank: "
                 + ", ".join(f"{run['name']} {run['effective_ranks'][axis]:.1f}" for run in runs)
