@@ -8,16 +8,18 @@ it is right for any backbone, and one that does something else is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from convexhead.errors import InputError
+from convexhead.errors import InputError, require
 from convexhead.tokens.reduce import pool_grid
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Array = NDArray[np.float64]
 STEPS = 16
@@ -52,8 +54,10 @@ def measure_window(prepare: Callable[[Image.Image], Tensor], size: tuple[int, in
     if min(size) < 8:
         raise InputError(f"images of {width}x{height} pixels are too small for masks: 8 pixels a side are needed")
 
+    image = require("PIL.Image", "images")
+
     def prepared(levels: Array) -> Array:
-        grey = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        grey = image.fromarray(levels.astype(np.uint8)).convert("RGB")
         return prepare(grey)[0].double().numpy()
 
     black, white = (prepared(np.full((height, width), level)) for level in (0.0, 255.0))
