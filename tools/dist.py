@@ -35,7 +35,7 @@ def main() -> None:
     given = parser.parse_args()
     if not given.url.startswith("https://"):
         parser.error("--url: say where the repository can be read, as in https://github.com/OWNER/convexhead")
-    version = re.findall(r'"(.+)"', (ROOT / "src" / "convexhead" / "_version.py").read_text())[0]
+    version = re.findall(r'^__version__ = "(.+)"', (ROOT / "src" / "convexhead" / "_version.py").read_text(), re.M)[0]
     out = given.out.resolve()
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
