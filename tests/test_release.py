@@ -68,9 +68,14 @@ def test_wheel_works_with_the_core_dependencies_alone(tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel]
     subprocess.run(install, check=True)
-    told = subprocess.run([python, "-m", "convexhead", "--version"], check=True, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = subprocess.run(
+        [python, "-m", "convexhead", "--version"], check=True, capture_output=True, text=True, env=env
+    )
     assert told.stdout.strip() == ch.__version__
-    installed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+    installed = subprocess.run(
+        [python, "-m", "pip", "list"], check=True, capture_output=True, text=True, env=env
+    ).stdout
     assert not {"pillow", "matplotlib", "torchvision"} & set(installed.lower().split())
-    fitted = subprocess.run([python, "-c", FIT], check=True, capture_output=True, text=True, cwd=tmp_path)
+    fitted = subprocess.run([python, "-c", FIT], check=True, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert fitted.stdout.split() == ["True", ch.__version__]
