@@ -111,7 +111,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     certificate_ : Certificate
         How far from the global optimum the model is, at most.
     beta_, beta_max_ : float
-        The weight used, and the smallest weight at which the optimum is zero.
+        The weight used, and the smallest weight at which the optimum is zero (see `beta_max` for a ReLU).
     n_heads_ : int
         Heads found: the rank of the solution over all blocks.
     singular_values_ : list of ndarray

@@ -39,6 +39,12 @@ def beta_max(X: Any, y: Any = None, sample_weight: Any = None, *, loss: str | No
         None: classification with cross-entropy.
     **parameters
         Of `ConvexHeadClassifier` or `ConvexHeadRegressor`: ``head``, ``activation``, ``pool``, …
+
+    Returns
+    -------
+    float
+        Of a ReLU head for which there is no tight bound, the largest weight at which a search found a better model
+        than zero: the true one is not smaller.
     """
     template = _estimator(loss, parameters)
     with ranks_of(template).all_or_none():

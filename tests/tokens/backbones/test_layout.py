@@ -237,8 +237,13 @@ def corners(backbone: nn.Module, x: Tensor, grid: tuple[int, int]) -> None:
             assert abs(most % w - j) <= 1 + w // 8, (most, i, j)
 
 
-# Families whose features are no map or sequence of an RGB image's tokens, or of tokens in no order.
-REFUSED = {"coat": "list", "crossvit": "list", "efficientvim": "list"}
+# Families whose features are no map or sequence of an RGB image's tokens, or of tokens in no order. Without training
+# all tokens of a LeViT are the same.
+REFUSED = {"coat": "list", "crossvit": "list", "efficientvim": "list", "levit": "row by row"}
+
+
+# Families whose smallest model is large: fewer blocks, on smaller images.
+CUT = {"deepseek_vit": ({"depth": 2}, 168), "gemma4_vit": ({"depth": 2}, 192)}
 
 
 @pytest.mark.table
@@ -255,6 +260,12 @@ def test_timm() -> None:
     assert not wrong
 
 
+def near(a: Tensor, b: Tensor) -> None:
+    """Equal to rounding in float32, whatever the scale of an untrained network's features."""
+    assert a.shape == b.shape
+    assert (a - b).norm() <= 1e-3 * b.norm(), float((a - b).norm() / b.norm())
+
+
 def check_timm(family: str) -> None:
     from timm.models._registry import _module_to_models
 
@@ -268,8 +279,9 @@ def check_timm(family: str) -> None:
             sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
     name = min(sizes, key=sizes.__getitem__)
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0).eval()
-    config = timm.data.resolve_data_config({}, model=model)
+    fewer, side = CUT.get(family, ({}, None))
+    model = timm.create_model(name, num_classes=0, **fewer).eval()
+    config = timm.data.resolve_data_config({"input_size": (3, side, side)} if side else {}, model=model)
     _, h, w = config["input_size"]
     try:
         backbone = TimmBackbone(f"timm:{name}", model, None, config, "")
@@ -282,12 +294,12 @@ def check_timm(family: str) -> None:
     with torch.no_grad():
         got, again = backbone(x), backbone(x[1:])
         plain = model.forward_features((x.float() - backbone.mean) / backbone.std)
-    torch.testing.assert_close(again.tokens, got.tokens[1:], rtol=1e-2, atol=1e-3)
+    near(again.tokens, got.tokens[1:])
     if plain.ndim == 3:
         n = getattr(model, "num_prefix_tokens", None)
         assert got.prefix.shape[1] == (n if n is not None else plain.shape[1] - got.grid[0] * got.grid[1])
-        torch.testing.assert_close(torch.cat([got.prefix, got.tokens], dim=1), plain, rtol=1e-3, atol=1e-3)
+        near(torch.cat([got.prefix, got.tokens], dim=1), plain)
     else:
         maps = plain.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else plain
-        torch.testing.assert_close(got.tokens, maps.flatten(2).transpose(1, 2), rtol=1e-2, atol=1e-3)
+        near(got.tokens, maps.flatten(2).transpose(1, 2))
     assert got.grid[0] * got.grid[1] == got.tokens.shape[1]
