@@ -15,7 +15,7 @@ from pathlib import Path
 
 import convexhead as ch
 from common import Row, Table, hardware
-from convexhead.experiments.cells import Cell, fit_path, train_twins
+from convexhead.experiments.cells import Cell, fit_path, train_with_adam
 from convexhead.experiments.cifar100 import SCALES
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits, chosen_splits
@@ -27,8 +27,8 @@ SCALE = SCALES["10k"]
 def rows(splits: Splits, folder: RunFolder, cell: Cell, atoms: int) -> list[tuple[Piece, Piece]]:
     """Runs of Adam, each with the convex head's piece."""
     path = folder.once(f"{cell.name}/path", lambda: fit_path(splits, SCALE.path, cell, folder))
-    (twin,) = train_twins(splits, replace(SCALE.twins, heads=(atoms,), seeds=(0,)), cell, folder)
-    return [(path, run) for run in twin.tuned.tried]
+    (adam,) = train_with_adam(splits, replace(SCALE.adam, heads=(atoms,), seeds=(0,)), cell, folder)
+    return [(path, run) for run in adam.tuned.tried]
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def fit(train: Any, y: Any, ratio: float) -> ch.ConvexHeadClassifier:
     return ch.ConvexHeadClassifier(beta_ratio=ratio, tol=2e-3, random_state=0, grid=(7, 7)).fit(train, y)
 
 
-def twin(train: Any, y: Any, beta: float, seed: int) -> ch.ConvexHeadClassifier:
+def by_adam(train: Any, y: Any, beta: float, seed: int) -> ch.ConvexHeadClassifier:
     template = ch.ConvexHeadClassifier(beta=beta, grid=(7, 7))
     return fit_by_adam(template, train, y, n_heads=20, lr=0.01, epochs=100, batch_size=256, seed=seed)[0]
 
@@ -236,7 +236,7 @@ def main() -> None:
     convex = {}
     for ratio in RATIOS:
         convex[ratio] = fit(X, y, ratio)
-        adam = twin(X, y, convex[ratio].beta_, seed=0)
+        adam = by_adam(X, y, convex[ratio].beta_, seed=0)
         for model, name in ((convex[ratio], "convex"), (adam, "Adam")):
             rows.append(rank_row(model, name, ratio, data))
             rows.append(clustering(token_embedding(model, sample), name, ratio))
@@ -246,10 +246,10 @@ def main() -> None:
     model = convex[SHOWN]
     rows += truncated(model, data) + parts(model, data)
     halves = [fit(X[i::2], y[i::2], SHOWN) for i in (0, 1)]
-    twins = [twin(X, y, model.beta_, seed) for seed in (0, 1)]
+    both = [by_adam(X, y, model.beta_, seed) for seed in (0, 1)]
     rows += overlap(halves[0], halves[1], "convex, two halves of the images")
-    rows += overlap(model, twins[0], "convex and Adam, all images")
-    rows += overlap(twins[0], twins[1], "two seeds of Adam, all images")
+    rows += overlap(model, both[0], "convex and Adam, all images")
+    rows += overlap(both[0], both[1], "two seeds of Adam, all images")
     machine = hardware("scikit-learn", "matplotlib")
     print("written:", write_csv("interpretation", [row | machine for row in rows]))
     pictures(model, store, data, source)

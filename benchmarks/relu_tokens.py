@@ -123,9 +123,9 @@ def main() -> None:
         tuning = tune_learning_rate(lambda lr: train(lr, SEEDS[0]), (0.003, 0.01, 0.03))
         for run in (tuning.best, *(train(tuning.learning_rate, seed) for seed in SEEDS[1:])):
             trained = task.model(run.module.to_atoms(), None, [], "", run.optimizer)
-            twin = ch.ConvexHeadClassifier.from_model(trained)
+            same = ch.ConvexHeadClassifier.from_model(trained)
             note(
-                head, "Adam, relu", run.seed, run.convex_objective, twin, run.seconds,
+                head, "Adam, relu", run.seed, run.convex_objective, same, run.seconds,
                 beta=beta, heads=n_heads, learning_rate=run.learning_rate,
             )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ ROOT = Path(__file__).parents[1] / "src"
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 80
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}
 """Names with an underscore that are public all the same: of every NamedTuple, and `os._exit`."""
+NOT_OUR_WORDS = {"witness", "peaks", "climbers", "lanes", "learn", "settle", "tidy", "forming", "twin", "twins"}
+"""Words that no name of ours is made of: the field has others."""
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "convexhead").rglob("*.py"))
@@ -32,6 +35,7 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
             yield from walk(child)
 
 
+@cache
 def imports(module: str) -> set[str]:
     """The package's modules that a module imports anywhere, in functions too."""
     found = set()
@@ -105,6 +109,18 @@ def test_nobody_asks_which_solver_it_is(module):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
             asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
             assert not asked & solvers, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_names_are_words_of_the_field(module):
+    named = [
+        getattr(node, "name", None) or getattr(node, "arg", None) or getattr(node, "id", "")
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.arg)
+        or isinstance(getattr(node, "ctx", None), ast.Store)
+    ]
+    words = {name: set(re.findall("[a-z]+", re.sub("([A-Z])", r"_\1", name).lower())) for name in named}
+    assert not [name for name in named if words[name] & NOT_OUR_WORDS]
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -70,7 +70,7 @@ class Draw:
         """The certificate that a problem of this size would not meet by itself."""
         with pytest.MonkeyPatch.context() as patch:
             if self.krylov:
-                patch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
+                patch.setattr(convexhead.certificate.certify, "worth_decomposing", lambda *_: False)
             yield
 
 

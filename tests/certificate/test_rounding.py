@@ -230,7 +230,7 @@ def tokens_problem(name: str, scale: float, *, dtype: torch.dtype = torch.float6
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "block-fno"])
 def test_tokens_beyond_the_range_of_their_products_give_honest_bounds(name, scale, krylov, monkeypatch):
     if krylov:
-        monkeypatch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
+        monkeypatch.setattr(convexhead.certificate.certify, "worth_decomposing", lambda *_: False)
     problem = tokens_problem(name, scale)
     certificate = certify_atoms(problem, problem.empty(), 1.0, tol=1e-3)
     # At Z = 0 and the best intercept the objective is the entropy of the classes: no optimum is above.
@@ -242,7 +242,7 @@ def test_tokens_beyond_the_range_of_their_products_give_honest_bounds(name, scal
 
 
 def test_single_precision_directions_that_overflow_do_not_reach_the_bound(monkeypatch):
-    monkeypatch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
+    monkeypatch.setattr(convexhead.certificate.certify, "worth_decomposing", lambda *_: False)
     problem = tokens_problem("self-attention", 1e13, dtype=torch.float32)  # cubes beyond float32
     atoms = problem.empty().to("cpu", torch.float64)
     atoms = replace(

@@ -26,14 +26,14 @@ from convexhead.baselines.attentive_probe import AttentiveProbe
 from convexhead.errors import ConvexHeadError, FileFormatError, InputError
 from convexhead.experiments import cifar100, comparison, rows
 from convexhead.experiments.cells import (
+    AdamSettings,
     Cell,
     PathSettings,
-    TwinSettings,
     fit_path,
     preferred,
     problem_of,
-    restore_twin,
-    train_twins,
+    restore_network,
+    train_with_adam,
 )
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, choose_images, chosen_splits, hold_out
@@ -116,7 +116,7 @@ def test_a_reported_objective_is_that_of_the_kept_weights(finished, photos):
             atoms = 1 if row["head"] == "linear" else 20
             kept = f"{name}/l2-{atoms}-lr{row['twin']['learning_rate']:g}-seed{run['seed']}"
             piece = RunFolder(out).once(kept, pytest.fail)
-            module = restore_twin(model, piece.tensors)
+            module = restore_network(model, piece.tensors)
             assert objectives(problem, module.to_atoms(), model.beta_)[0] == pytest.approx(run["objective"], rel=1e-5)
             logits = module(torch.from_numpy(splits.load_test().tokens[:])).detach().numpy()
             right = (logits.argmax(1) == splits.load_test().labels).mean()
@@ -159,7 +159,7 @@ def test_test_images_are_read_once_after_selection(store, tmp_path):
         (Cell("mlp", "linear"), Cell("linear", "linear")),
         ("mean-token", "k-nn", "attentive-probe"),
         PathSettings(beta_ratios=(0.3, 0.1)),
-        TwinSettings(heads=(3,), epochs=1, learning_rates=(0.01, 0.03), seeds=(0, 1)),
+        AdamSettings(heads=(3,), epochs=1, learning_rates=(0.01, 0.03), seeds=(0, 1)),
     )
     splits = chosen_splits(store, TokenChoice(channels=5))
     load_test, read_at = splits.load_test, []
@@ -189,7 +189,7 @@ def test_test_images_are_read_once_after_selection(store, tmp_path):
 def test_choices_do_not_depend_on_test_images(store, tmp_path):
     """Other test labels change the test columns only."""
     settings = comparison.Settings(
-        (Cell("mlp", "linear"),), ("mean-token",), PathSettings((0.3, 0.1)), TwinSettings(heads=(3,), epochs=1)
+        (Cell("mlp", "linear"),), ("mean-token",), PathSettings((0.3, 0.1)), AdamSettings(heads=(3,), epochs=1)
     )
     splits = chosen_splits(store, TokenChoice(channels=5))
     test = splits.load_test()
@@ -271,7 +271,7 @@ def test_bad_input_says_what_to_do(photos, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_twin_below_the_bound_is_an_error(finished):
+def test_a_run_below_the_bound_is_an_error(finished):
     out, _ = finished
     piece = RunFolder(out).once("linear-linear/path", pytest.fail)
     certificate = piece.record["certificate"]
@@ -372,11 +372,11 @@ def test_published_scale_and_every_cell():
     settings = cifar100._settings(cifar100.SCALES["2k"], True, (), (), {}, {})
     names = [cell.name for cell in settings.cells]
     assert len(names) == len(set(names)) == 19  # six linear, five gated, five ReLU, three grouped
-    assert settings.twins.heads == (5, 20, 50)
-    assert len(settings.twins.learning_rates) >= 4
-    assert len(settings.twins.seeds) == settings.twins.tuning_seeds == 3
+    assert settings.adam.heads == (5, 20, 50)
+    assert len(settings.adam.learning_rates) >= 4
+    assert len(settings.adam.seeds) == settings.adam.tuning_seeds == 3
     assert cifar100.SCALES["full"].path.n_gates == 50
-    # 18 cells with twins of three sizes and AdamW, the linear head with two, each of 5 x 3 runs; the test images.
+    # 18 cells with Adam's runs of three sizes and AdamW, the linear head with two, each of 5 x 3 runs; the test images.
     some = replace(settings, probes=())
     assert some.pieces() == 19 + 15 * (18 * 4 + 2) + 1
     part = cifar100._settings(cifar100.SCALES["2k"], True, ("block-fno",), ("relu",), {}, {})
@@ -390,8 +390,8 @@ def test_published_scale_and_every_cell():
 def test_adamw_takes_the_number_of_heads_that_validation_prefers(tmp_path, store):
     splits, cell, folder = chosen_splits(store, TokenChoice(channels=9)), Cell("mlp", "linear"), RunFolder(tmp_path)
     fit_path(splits, PathSettings((0.1,)), cell, folder)
-    settings = TwinSettings(heads=(1, 4), seeds=(0,), learning_rates=(0.03,), epochs=30, batch_size=16, adamw=True)
-    few, many, other = train_twins(splits, settings, cell, folder)
+    settings = AdamSettings(heads=(1, 4), seeds=(0,), learning_rates=(0.03,), epochs=30, batch_size=16, adamw=True)
+    few, many, other = train_with_adam(splits, settings, cell, folder)
     assert (few.n_heads, many.n_heads) == (1, 4)
     assert other.optimizer == "decoupled"
     assert preferred([few, many]).n_heads == other.n_heads == 4  # one head cannot tell the classes apart

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 import convexhead as ch
 from convexhead import runs
 from convexhead.errors import InputError
-from convexhead.experiments.cells import Cell, PathSettings, TwinSettings, fit_path
+from convexhead.experiments.cells import AdamSettings, Cell, PathSettings, fit_path
 from convexhead.experiments.cifar100 import run_cifar100
 from convexhead.experiments.compare import compare_heads
 from convexhead.experiments.run_folder import RunFolder
@@ -144,10 +144,10 @@ def test_what_was_read_before_is_what_is_read_now(digits):
 
 
 def test_adam_trains_on_pooled_tokens_of_the_same_problem(digits, tmp_path):
-    from convexhead.experiments.cells import train_twins
+    from convexhead.experiments.cells import train_with_adam
 
     _, splits, record = chosen_head(digits, tmp_path, token_pool=2)
-    settings = TwinSettings(heads=(3,), seeds=(0,), learning_rates=(0.03,), epochs=2, batch_size=64)
-    (twin,) = train_twins(splits, settings, CELL, RunFolder(tmp_path))
-    assert twin.tuned.runs[0].record["identity"] == record["certificate"]["identity"]
-    assert twin.tuned.runs[0].record["convex_objective"] >= record["certificate"]["dual"]
+    settings = AdamSettings(heads=(3,), seeds=(0,), learning_rates=(0.03,), epochs=2, batch_size=64)
+    (adam,) = train_with_adam(splits, settings, CELL, RunFolder(tmp_path))
+    assert adam.tuned.runs[0].record["identity"] == record["certificate"]["identity"]
+    assert adam.tuned.runs[0].record["convex_objective"] >= record["certificate"]["dual"]

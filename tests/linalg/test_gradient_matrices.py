@@ -7,7 +7,7 @@ import torch
 
 from convexhead.linalg import deflation
 from convexhead.linalg.deflation import spectral_norm
-from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
@@ -68,12 +68,12 @@ def test_products_with_formed_matrices(name, activation, dtype):
 def test_norm_from_eigenvalues_and_from_krylov(name, activation, monkeypatch):
     problem, R = build(name, activation)
     G = GradientMatrices(problem.operator, R)
-    assert worth_forming(G)
+    assert worth_decomposing(G)
     exact = float(
         torch.linalg.matrix_norm(problem.operator.gradient_matrices(R, torch.arange(problem.n_blocks)), 2).max()
     )
     assert formed_norm(G) == pytest.approx(exact, rel=1e-12)
-    monkeypatch.setattr(deflation, "worth_forming", lambda G: False)
+    monkeypatch.setattr(deflation, "worth_decomposing", lambda G: False)
     assert spectral_norm(problem.operator, R, torch.Generator().manual_seed(0)) == pytest.approx(exact, rel=1e-5)
     single, _ = build(name, activation, dtype=torch.float32)
     searched = spectral_norm(problem.operator, R, torch.Generator().manual_seed(0), fast=single.operator)

@@ -87,7 +87,7 @@ def test_certificates_hold_for_the_models_of_a_cpu(name, activation):
     assert cpu.dual <= gpu.primal
 
 
-def test_a_twin_trained_on_a_gpu_scores_tokens_of_a_cpu():
+def test_a_head_trained_by_adam_on_a_gpu_scores_tokens_of_a_cpu():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(100, 6, 4)).astype(np.float32), rng.integers(0, 3, 100)
     clf = ch.ConvexHeadClassifier(head="mlp", beta_ratio=0.2, random_state=0, device="cuda")

@@ -38,7 +38,7 @@ COLORS = ((0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0))
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Images with a square of their class's colour somewhere, their tokens, a path, a Mixer, and Adam's twin."""
+    """Images with a square of their class's colour somewhere, their tokens, a path, a Mixer, and Adam's run."""
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("work")
     for split, count in (("train", 24), ("test", 12)):
@@ -530,18 +530,18 @@ def test_several_runs_side_by_side(visit, work):
 
 
 def test_a_head_by_adam_is_told_its_distance_from_the_optimum_of_its_problem():
-    def run(name, problem, primal, dual, *, is_twin):
+    def run(name, problem, primal, dual, *, by_adam):
         return {
             "name": name,
             "problem": problem,
-            "is_twin": is_twin,
+            "by_adam": by_adam,
             "certificate": {"primal": primal, "dual": dual},
         }
 
     runs = [
-        run("adam", 1, 1.02, 0.9, is_twin=True),
-        run("convex", 1, 1.0, 0.999, is_twin=False),
-        run("other adam", 2, 3.0, 1.0, is_twin=True),
+        run("adam", 1, 1.02, 0.9, by_adam=True),
+        run("convex", 1, 1.0, 0.999, by_adam=False),
+        run("other adam", 2, 3.0, 1.0, by_adam=True),
     ]
     distances_in_words(runs)
     assert runs[0]["distance"] == (

@@ -195,7 +195,7 @@ def test_the_slack_covers_hard_spectra(order, starts):
 @pytest.mark.parametrize(("name", "activation", "outputs"), MIXING)
 def test_the_krylov_certificate_is_below_the_optimum(name, activation, outputs, monkeypatch):
     """The route that large problems take, on ones small enough to know the truth."""
-    monkeypatch.setattr(convexhead.certificate.certify, "worth_forming", lambda *_: False)
+    monkeypatch.setattr(convexhead.certificate.certify, "worth_decomposing", lambda *_: False)
     wide = name in (
         "self-attention",
         "mlp-mixer",

@@ -236,7 +236,7 @@ def test_audit_of_weights_that_others_trained():
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_twin_is_the_same_network(name):
+def test_network_is_the_same_function(name):
     problem = build(name, 0, c=2, s=4, d=2)
     module = make_network(problem, 4, seed=0)
     assert module.activation_name == "relu"

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from convexhead.experiments.cells import TwinSettings, finite, network_scores, top
+from convexhead.experiments.cells import AdamSettings, finite, network_scores, top
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned, tune
@@ -128,7 +128,7 @@ def _tokens(part: Part, device: torch.device) -> Tokens:
     return (tokens.read() if isinstance(tokens, StoredTokens) else tokens).to(device)
 
 
-def tune_attentive_probe(splits: Splits, settings: TwinSettings, folder: RunFolder) -> Tuned:
+def tune_attentive_probe(splits: Splits, settings: AdamSettings, folder: RunFolder) -> Tuned:
     """Learning rate and weight decay chosen on the validation part, the best over several seeds."""
     return tune(
         folder,

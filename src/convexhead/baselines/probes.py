@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from convexhead.baselines.attentive_probe import AttentiveProbe, tune_attentive_probe
-from convexhead.experiments.cells import TwinSettings, network_scores
+from convexhead.experiments.cells import AdamSettings, network_scores
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned
@@ -35,7 +35,7 @@ INVERSE_WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NEIGHBOURS = (1, 5, 10, 20, 50)
 
 
-def fit_probe(name: str, splits: Splits, settings: TwinSettings, folder: RunFolder) -> Tuned:
+def fit_probe(name: str, splits: Splits, settings: AdamSettings, folder: RunFolder) -> Tuned:
     """Tune the probe ``name`` (a key of `PROBES`) on the validation part."""
     if name == "attentive-probe":
         return tune_attentive_probe(splits, settings, folder)

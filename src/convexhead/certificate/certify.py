@@ -32,7 +32,7 @@ from convexhead.certificate.dual import DualPoint, error_of_objective
 from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.dual_norm.norm import DualNorm, NormOracle
 from convexhead.errors import InputError
-from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
 from convexhead.program.atoms import Atoms
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.loss_check import check_loss
@@ -183,7 +183,7 @@ def _spectral(
 ) -> LowerBound:
     """From the largest singular value of gradient matrices, decomposed or not."""
     G = GradientMatrices(dual.problem.operator, dual.R)
-    if worth_forming(G):
+    if worth_decomposing(G):
         return LowerBound(dual.spectral(formed_norm(G)), "singular values")
     fast = GradientMatrices(problem.operator, dual.R.to(problem.dtype)) if dual.in_single_range else G
     bound = KrylovBound(G, fast, model.directions, tol, failure_probability, generator)

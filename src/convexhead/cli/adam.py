@@ -96,7 +96,7 @@ def adam(
 
 @command(KEPT, name="twin", hidden=True)
 @functools.wraps(adam)
-def twin(**arguments: Any) -> None:
+def adam_by_its_old_name(**arguments: Any) -> None:
     """The name of `adam` until version 0.1."""
     warnings.warn(
         "`convexhead twin` is now called `convexhead adam`; the old name goes with 0.3, after May 2027",

@@ -1,7 +1,7 @@
 """One cell of a table: a head with an activation, trained to a certified optimum and, beside it, the usual way.
 
 1. `fit_path`: a warm-started path over β, whose validation accuracy chooses β;
-2. `train_twins`: the same head with m atoms trained by Adam at that β, the learning rate chosen, over several seeds.
+2. `train_with_adam`: the same head with m atoms by Adam at that β, the learning rate chosen, over several seeds.
 
 Every fit and every training run is a piece of its own, kept in the run's folder.
 """
@@ -89,15 +89,15 @@ class PathSettings:
 
 
 @dataclass(frozen=True)
-class TwinSettings:
-    """How their non-convex twins are trained.
+class AdamSettings:
+    """How the same heads are trained by Adam.
 
     Attributes
     ----------
     heads : tuple of int
         ``m``, the numbers of atoms; none: as many as the convex head found, and at least ``spare_heads``.
     seeds : tuple of int
-        Of start and order; none: no twins.
+        Of start and order; none: no runs.
     tuning_seeds : int
         Seeds that every learning rate is tried with; the others are run at the best one only.
     learning_rates : tuple of float
@@ -182,9 +182,9 @@ def channel_groups(channels: int, outputs: int = 0, wanted: int = 4) -> int:
     return max(b for b in range(1, wanted + 1) if channels % b == 0 and outputs % b == 0)
 
 
-# -- its twins --------------------------------------------------------------------------------------------------------
+# -- the same head by Adam -------------------------------------------------------------------------------------------
 @dataclass
-class Twin:
+class AdamRuns:
     """The runs of one optimiser (``"l2"`` or ``"decoupled"``) with ``n_heads`` atoms."""
 
     optimizer: str
@@ -192,8 +192,8 @@ class Twin:
     tuned: Tuned
 
 
-def train_twins(splits: Splits, settings: TwinSettings, cell: Cell, folder: RunFolder) -> list[Twin]:
-    """One `Twin` for each number of atoms, and AdamW's, at the β of the cell's chosen convex head."""
+def train_with_adam(splits: Splits, settings: AdamSettings, cell: Cell, folder: RunFolder) -> list[AdamRuns]:
+    """One `AdamRuns` for each number of atoms, and AdamW's, at the β of the cell's chosen convex head."""
     if not settings.seeds:
         return []
     model = load(folder.model(cell.name))
@@ -202,19 +202,19 @@ def train_twins(splits: Splits, settings: TwinSettings, cell: Cell, folder: RunF
     if cell.head == "linear":
         numbers = (1,)  # it has no atoms to number
 
-    def twin(how: str, m: int) -> Twin:
-        return Twin(
+    def runs(how: str, m: int) -> AdamRuns:
+        return AdamRuns(
             how, m, _tune(problem, model, splits.validation, settings, how, m, f"{cell.name}/{how}-{m}", folder)
         )
 
-    twins = [twin("l2", m) for m in numbers]
-    return [*twins, twin("decoupled", preferred(twins).n_heads)] if settings.adamw else twins
+    coupled = [runs("l2", m) for m in numbers]
+    return [*coupled, runs("decoupled", preferred(coupled).n_heads)] if settings.adamw else coupled
 
 
-def preferred(twins: list[Twin]) -> Twin:
-    """The twin of the same objective whose number of atoms validation prefers."""
-    same = [twin for twin in twins if twin.optimizer == "l2"]
-    return max(same, key=lambda twin: mean(twin.tuned.runs, "validation_accuracy"))
+def preferred(adam: list[AdamRuns]) -> AdamRuns:
+    """Those of the same objective whose number of atoms validation prefers."""
+    same = [runs for runs in adam if runs.optimizer == "l2"]
+    return max(same, key=lambda runs: mean(runs.tuned.runs, "validation_accuracy"))
 
 
 def mean(pieces: Sequence[Piece], key: str) -> float:
@@ -227,7 +227,7 @@ def _tune(
     problem: Callable[[], Problem],
     model: ConvexHeadClassifier,
     validation: Part,
-    settings: TwinSettings,
+    settings: AdamSettings,
     optimizer: str,
     n_heads: int,
     name: str,
@@ -254,7 +254,7 @@ def _train(
     problem: Problem,
     model: ConvexHeadClassifier,
     validation: Part,
-    settings: TwinSettings,
+    settings: AdamSettings,
     optimizer: str,
     n_heads: int,
     lr: float,
@@ -290,8 +290,8 @@ def _train(
     )
 
 
-def restore_twin(model: ConvexHeadClassifier, weights: dict[str, torch.Tensor]) -> HeadModule:
-    """The network that a run of `train_twins` left, from its weights and the gates of its convex head."""
+def restore_network(model: ConvexHeadClassifier, weights: dict[str, torch.Tensor]) -> HeadModule:
+    """The network that a run of `train_with_adam` left, from its weights and the gates of its convex head."""
     gates = model.model_.gates
     module = HeadModule(
         model.model_.head,

@@ -4,7 +4,7 @@ Sahiner et al. (ICML 2022) train self-attention, MLP-Mixer, FNO, block-FNO, MLP 
 frozen gMLP-S/16, 100 classes, 50 gates. Here every convex head comes with a certificate, every non-convex one with its
 spread over seeds and with what tuning it cost, and nothing is chosen on test images.
 
-    images -> tokens -> [ path over β -> twins at that β ] for every cell, probes -> test images, once -> page
+    images -> tokens -> [ path over β -> Adam at that β ] for every cell, probes -> test images, once -> page
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from convexhead.errors import InputError, choose, require
-from convexhead.experiments.cells import Cell, PathSettings, TwinSettings
+from convexhead.experiments.cells import AdamSettings, Cell, PathSettings
 from convexhead.experiments.comparison import run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.rows import Results
@@ -46,7 +46,7 @@ class Scale:
     images: TokenChoice
     cells: tuple[Cell, ...]
     path: PathSettings
-    twins: TwinSettings
+    adam: AdamSettings
     jobs: int
 
 
@@ -54,7 +54,7 @@ LINEAR = cells_of(PRIORITY, ["linear"])
 GATED = cells_of(PRIORITY, ["gated-relu"])
 RELU = cells_of(PRIORITY, ["relu"])
 RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
-TWINS = TwinSettings(
+ADAM = AdamSettings(
     spare_heads=20,
     learning_rates=(0.001, 0.003, 0.01, 0.03, 0.1),
     chosen_by="validation",
@@ -66,21 +66,21 @@ SCALES = {
         TokenChoice(classes=20, train=80, test=20, token_pool=7, channels=64),
         cells=(*LINEAR, *GATED),
         path=PathSettings(RATIOS, patience=1, n_gates=4),
-        twins=TWINS,
+        adam=ADAM,
         jobs=2,
     ),
     "10k": Scale(
         TokenChoice(train=80, test=20, token_pool=7, channels=100),
         cells=(*LINEAR, *cells_of(("self-attention", "mlp", "fno"), ["gated-relu"])),
         path=PathSettings(RATIOS, patience=1, n_gates=8),
-        twins=TWINS,
+        adam=ADAM,
         jobs=2,
     ),
     "full": Scale(
         TokenChoice(validation=0.1, token_pool=7, channels=100),
         cells=tuple(LINEAR),
         path=PathSettings(RATIOS, patience=1, n_gates=50, tol=5e-3),
-        twins=replace(TWINS, epochs=30, batch_size=256),
+        adam=replace(ADAM, epochs=30, batch_size=256),
         jobs=1,
     ),
 }
@@ -119,7 +119,7 @@ def run_cifar100(
     scale : {"full", "10k", "2k"}
         50,000 + 10,000 images; 80 + 20 of each class; 80 + 20 of each of the first 20 classes.
     every_cell : bool
-        Every head with every activation, and for every twin each learning rate with each seed and 5, 20 and 50 atoms;
+        Every head with every activation, and for Adam each learning rate with each seed and 5, 20 and 50 atoms;
         by AdamW too, with the number of atoms that validation prefers.
     heads, activations
         Cells to keep; none: the scale's own.
@@ -143,8 +143,8 @@ def run_cifar100(
     require("matplotlib", "report")
     chosen = SCALES[choose("scale", scale, SCALES)]
     choice = replace(chosen.images, **_given(token_pool=token_pool, channels=channels))
-    twins = _given(epochs=epochs, tuning_seeds=tuning_seeds)
-    settings = _settings(chosen, every_cell, heads, activations, _given(n_gates=n_gates), twins)
+    adam = _given(epochs=epochs, tuning_seeds=tuning_seeds)
+    settings = _settings(chosen, every_cell, heads, activations, _given(n_gates=n_gates), adam)
 
     RunFolder(out).check()
     store = _open_tokens(out, images, backbone, layer, image_size, tokens, choice, notify)
@@ -173,15 +173,15 @@ def _settings(
     heads: tuple[str, ...],
     activations: tuple[str, ...],
     path: dict[str, Any],
-    twins: dict[str, Any],
+    adam: dict[str, Any],
 ) -> Settings:
     """Cells, probes and how they are trained."""
-    cells, tuning = scale.cells, scale.twins
+    cells, tuning = scale.cells, scale.adam
     if every_cell:
         grouped = [Cell("block-fno", activation, "grouped") for activation in ("linear", "gated-relu", "relu")]
         cells = (*LINEAR, *GATED, *RELU, *grouped)
         tuning = replace(tuning, heads=(5, 20, 50), tuning_seeds=len(tuning.seeds), adamw=True)
-    tuning = replace(tuning, **twins)
+    tuning = replace(tuning, **adam)
     if not 1 <= tuning.tuning_seeds <= len(tuning.seeds):
         raise InputError(f"tuning_seeds must be 1 to {len(tuning.seeds)} (Adam's seeds), got {tuning.tuning_seeds}")
     for head in heads:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convexhead.errors import InputError, choose, require
-from convexhead.experiments.cells import PathSettings, TwinSettings
+from convexhead.experiments.cells import AdamSettings, PathSettings
 from convexhead.experiments.comparison import run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.rows import Results
@@ -62,7 +62,7 @@ def compare_heads(
     settings = Settings(
         cells=cells,
         path=PathSettings(beta_ratios=tuple(beta_ratios), n_gates=n_gates, tol=tol),
-        twins=TwinSettings(seeds=tuple(range(seeds))),
+        adam=AdamSettings(seeds=tuple(range(seeds))),
     )
     splits = splits_of_store(TokenStore.open(store))
     results = run(splits, settings, out, title=f"Every head on {Path(store).name}", notify=notify)

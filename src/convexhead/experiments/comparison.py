@@ -1,4 +1,4 @@
-"""Every head on the same tokens: certified, tuned on a validation split, beside its non-convex twins and probes.
+"""Every head on the same tokens: certified, tuned on a validation split, beside Adam's runs of it and probes.
 
 1. Every cell (`cells`) and every probe (`probes`) is trained and tuned without the test images.
 2. At the very end these are read, once, and everything that was chosen is scored on them.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from convexhead.baselines.probes import fit_probe, probe_scores
-from convexhead.experiments.cells import network_scores, restore_twin, top
+from convexhead.experiments.cells import network_scores, restore_network, top
 from convexhead.experiments.rows import Results, results_of
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits
@@ -59,7 +59,7 @@ def run(
         notify("training", folder.count(), total)
         if jobs > 1:
             train_in_processes(splits, settings, folder, jobs, lambda: notify("training", folder.count(), total))
-        probes = {name: fit_probe(name, splits, settings.twins, folder) for name in settings.probes}
+        probes = {name: fit_probe(name, splits, settings.adam, folder) for name in settings.probes}
         trained = [train_cell(splits, settings, folder, cell) for cell in settings.cells]
         notify("test images", folder.count(), total)
         test = folder.once("test", lambda: score_test(splits, folder, probes, trained))
@@ -84,7 +84,7 @@ def score_test(splits: Splits, folder: RunFolder, probes: dict[str, Tuned], trai
     for each in trained:
         model = load(folder.model(each.cell.name))
         keep(each.path.name, model.predict_proba(test.tokens))
-        for twin in each.twins:
-            for piece in twin.tuned.runs:
-                keep(piece.name, network_scores(restore_twin(model, piece.tensors), test.tokens))
+        for adam in each.adam:
+            for piece in adam.tuned.runs:
+                keep(piece.name, network_scores(restore_network(model, piece.tensors), test.tokens))
     return Piece(scores)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from convexhead.errors import require
-from convexhead.experiments.cells import PathSettings, TwinSettings
+from convexhead.experiments.cells import AdamSettings, PathSettings
 from convexhead.experiments.comparison import run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.run_folder import RunFolder
@@ -67,7 +67,7 @@ def run_demo(out: Path, *, seeds: int = 3, notify: Notify = silent) -> dict[str,
         **EXTRACTION,  # type: ignore[arg-type]
     )
     splits = splits_of_store(store)
-    settings = Settings(path=PATH, twins=TwinSettings(seeds=tuple(range(seeds))))
+    settings = Settings(path=PATH, adam=AdamSettings(seeds=tuple(range(seeds))))
     results = run(splits, settings, out, title="Handwritten digits, every head", notify=notify)
     results["dataset"]["name"] = "scikit-learn digits"
     results["reproduce"] = ["make demo", f"convexhead demo --out {out.name}"]

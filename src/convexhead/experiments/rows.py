@@ -9,7 +9,7 @@ from typing import Any
 
 from convexhead.baselines.probes import PROBES
 from convexhead.errors import ConvexHeadError
-from convexhead.experiments.cells import Twin, mean
+from convexhead.experiments.cells import AdamRuns, mean
 from convexhead.experiments.run_folder import Piece
 from convexhead.experiments.splits import Splits
 from convexhead.experiments.training import Settings, Trained
@@ -66,31 +66,31 @@ def results_of(
 
 
 def _row(each: Trained, scores: dict[str, Any]) -> dict[str, Any]:
-    """A cell with its main twin."""
-    twin = each.main_twin
+    """A cell with Adam's runs of its head."""
+    adam = each.main_adam
     return {
         **each.path.record,
         "test_accuracy": scores[each.path.name][0],
         "test_top5": scores[each.path.name][1],
-        "twin": None if twin is None else _twin_row(twin, each.path.record["certificate"], scores),
+        "twin": None if adam is None else _adam_row(adam, each.path.record["certificate"], scores),
     }
 
 
-def _twin_row(twin: Twin, certificate: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+def _adam_row(adam: AdamRuns, certificate: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     kept = ("seed", "learning_rate", "objective", "seconds", "history")
 
     def run(piece: Piece) -> dict[str, Any]:
         excess = excess_of(piece, certificate)
         return {key: piece.record[key] for key in kept} | {"relative_excess": excess}
 
-    record = twin.tuned.runs[0].record
+    record = adam.tuned.runs[0].record
     return {
         "optimizer": record["optimizer"],
-        "n_heads": twin.n_heads,
+        "n_heads": adam.n_heads,
         "learning_rate": record["learning_rate"],
-        "tuning_seconds": twin.tuned.seconds,
-        "runs": [run(piece) | {"test_accuracy": scores[piece.name][0]} for piece in twin.tuned.runs],
-        "tried": [run(piece) for piece in twin.tuned.tried],
+        "tuning_seconds": adam.tuned.seconds,
+        "runs": [run(piece) | {"test_accuracy": scores[piece.name][0]} for piece in adam.tuned.runs],
+        "tried": [run(piece) for piece in adam.tuned.tried],
     }
 
 
@@ -122,7 +122,7 @@ def excess_of(piece: Piece, certificate: dict[str, Any]) -> float | None:
 
 
 def _cell_methods(each: Trained, scores: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat row for the convex head, and one for each of its twins."""
+    """One flat row for the convex head, and one for each width of Adam's runs."""
     record = each.path.record
     certificate = record["certificate"]
     about = {"head": record["head"], "activation": record["activation"]}
@@ -143,23 +143,23 @@ def _cell_methods(each: Trained, scores: dict[str, Any]) -> list[dict[str, Any]]
         parameters=record["parameters"],
     )
     rows = [convex]
-    for twin in each.twins:
+    for adam in each.adam:
         excess, of_all = (
             [value for piece in pieces if (value := excess_of(piece, certificate)) is not None]
-            for pieces in (twin.tuned.runs, twin.tuned.tried)
+            for pieces in (adam.tuned.runs, adam.tuned.tried)
         )
         rows.append(
             _method(
                 **about,
-                method=twin.tuned.runs[0].record["optimizer"],
-                heads=twin.n_heads,
-                learning_rate=twin.tuned.runs[0].record["learning_rate"],
-                **_tuned_values(twin.tuned, scores),
+                method=adam.tuned.runs[0].record["optimizer"],
+                heads=adam.n_heads,
+                learning_rate=adam.tuned.runs[0].record["learning_rate"],
+                **_tuned_values(adam.tuned, scores),
                 excess_median=statistics.median(excess) if excess else None,
                 excess_worst=max(excess, default=None),
                 excess_best=min(of_all, default=None),
-                convex_seconds_ratio=record["seconds"] / twin.tuned.seconds,
-                parameters=twin.tuned.runs[0].record["parameters"],
+                convex_seconds_ratio=record["seconds"] / adam.tuned.seconds,
+                parameters=adam.tuned.runs[0].record["parameters"],
             )
         )
     return rows

@@ -20,7 +20,15 @@ from threadpoolctl import threadpool_limits
 from convexhead.baselines.attentive_probe import OPTIONS
 from convexhead.baselines.probes import fit_probe
 from convexhead.errors import ConvexHeadError
-from convexhead.experiments.cells import Cell, PathSettings, Twin, TwinSettings, fit_path, preferred, train_twins
+from convexhead.experiments.cells import (
+    AdamRuns,
+    AdamSettings,
+    Cell,
+    PathSettings,
+    fit_path,
+    preferred,
+    train_with_adam,
+)
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.program.heads import HEADS
@@ -45,15 +53,15 @@ class Settings:
     cells: tuple[Cell, ...] = tuple(cells_of())
     probes: tuple[str, ...] = ("mean-token",)
     path: PathSettings = field(default_factory=PathSettings)
-    twins: TwinSettings = field(default_factory=TwinSettings)
+    adam: AdamSettings = field(default_factory=AdamSettings)
 
     def pieces(self) -> int:
         """How many pieces of work the run has, the last one the test images."""
-        probes = sum(self.twins.runs(len(OPTIONS)) if name == "attentive-probe" else 1 for name in self.probes)
-        a_twin = self.twins.runs(len(self.twins.learning_rates))
-        numbers = [1 if cell.head == "linear" else max(1, len(self.twins.heads)) for cell in self.cells]
-        twins = a_twin * sum(number + self.twins.adamw for number in numbers)
-        return probes + len(self.cells) + twins + 1
+        probes = sum(self.adam.runs(len(OPTIONS)) if name == "attentive-probe" else 1 for name in self.probes)
+        each = self.adam.runs(len(self.adam.learning_rates))
+        numbers = [1 if cell.head == "linear" else max(1, len(self.adam.heads)) for cell in self.cells]
+        adam = each * sum(number + self.adam.adamw for number in numbers)
+        return probes + len(self.cells) + adam + 1
 
 
 @dataclass
@@ -62,17 +70,17 @@ class Trained:
 
     cell: Cell
     path: Piece
-    twins: list[Twin]
+    adam: list[AdamRuns]
 
     @property
-    def main_twin(self) -> Twin | None:
+    def main_adam(self) -> AdamRuns | None:
         """Adam on the same objective, with the number of atoms that validation prefers."""
-        return preferred(self.twins) if self.twins else None
+        return preferred(self.adam) if self.adam else None
 
 
 def train_cell(splits: Splits, settings: Settings, folder: RunFolder, cell: Cell) -> Trained:
     path = folder.once(f"{cell.name}/path", lambda: fit_path(splits, settings.path, cell, folder))
-    return Trained(cell, path, train_twins(splits, settings.twins, cell, folder))
+    return Trained(cell, path, train_with_adam(splits, settings.adam, cell, folder))
 
 
 # -- several cells at a time ------------------------------------------------------------------------------------------
@@ -142,4 +150,4 @@ def _work(task: Cell | str) -> None:
     if isinstance(task, Cell):
         train_cell(splits, settings, folder, task)
     else:
-        fit_probe(task, splits, settings.twins, folder)
+        fit_probe(task, splits, settings.adam, folder)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_forming
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
 from convexhead.linalg.krylov import BlockKrylov, project_out
 from convexhead.program.atoms import Atoms
 from convexhead.program.operator import Operator
@@ -272,7 +272,7 @@ def spectral_norm(
     ``fast`` is the same operator in a lower precision, in which most of the search is done.
     """
     G = GradientMatrices(operator, R)
-    if worth_forming(G):
+    if worth_decomposing(G):
         return formed_norm(G)
     blocks = torch.arange(operator.n_blocks, device=operator.device)
     start = G.random_start(blocks, min(4 if len(blocks) == 1 else 2, G.order), generator)

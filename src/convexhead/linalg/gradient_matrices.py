@@ -103,7 +103,7 @@ class GradientMatrices:
         return x.view(len(blocks), b, m).transpose(1, 2)
 
 
-def worth_forming(G: GradientMatrices) -> bool:
+def worth_decomposing(G: GradientMatrices) -> bool:
     """Forming takes `order` products a block at most, and a decomposition; Krylov iteration some tens to hundreds."""
     if _cheap_to_form(G):
         return G.order <= FORMED_ORDER and G.p * G.q <= MOST_FORMED  # formed block by block

@@ -26,7 +26,7 @@ def render(results: Results) -> str:
     rows = results["rows"]
     return template.render(
         results=results,
-        table=[(row, tables.cells(row), tables.twin_summary(row), tables.diverged(row)) for row in rows],
+        table=[(row, tables.cells(row), tables.adam_summary(row), tables.diverged(row)) for row in rows],
         baseline=results.get("baseline"),
         best=max(rows, key=lambda row: row["validation_accuracy"], default=None),
         failure=max((row["certificate"]["failure_probability"] for row in rows), default=0.0),
@@ -34,7 +34,7 @@ def render(results: Results) -> str:
         methods=[(row, methods.cells(row)) for row in results.get("methods", [])],
         method_columns=methods.COLUMNS,
         early=[row for row in rows if not row["certificate"]["converged"]],
-        twins=[row["twin"] for row in rows if row.get("twin")],
+        adam_rows=[row["twin"] for row in rows if row.get("twin")],
         gallery=_gallery(results),
         commands=[command_line(line) for line in results["reproduce"]],
         **_figures(results, require("markupsafe", "report").Markup),
@@ -133,7 +133,7 @@ def _said_convergence(row: Row) -> str:
         f"{figures.name_of(row)}: the convex solve ends after {tables.seconds(row['fit_seconds'])} "
         f"within {tables.gap(certificate)} of the optimum"
     )
-    worst = tables.twin_summary(row)["excess_worst"]
+    worst = tables.adam_summary(row)["excess_worst"]
     return text + ("." if worst is None else f"; Adam's worst run ends {tables.relative(worst)} above it.")
 
 

@@ -81,7 +81,7 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "name": name,
         "head": model.head,
         "activation": model.activation,
-        "is_twin": model.model_.optimizer is not None,
+        "by_adam": model.model_.optimizer is not None,
         "stopped": model.stop_reason_,
         "certificate": model.certificate_.to_dict(),
         "words": certificate_in_words(model),
@@ -163,7 +163,7 @@ def distances_in_words(runs: list[dict[str, Any]]) -> None:
         run["distance"] = None
         solved = [
             other for other in runs
-            if run["is_twin"] and run["problem"] and other["problem"] == run["problem"] and not other["is_twin"]
+            if run["by_adam"] and run["problem"] and other["problem"] == run["problem"] and not other["by_adam"]
         ]  # fmt: skip
         if solved:
             own = run["certificate"]["primal"]

@@ -88,7 +88,7 @@ def diverged(row: Row) -> int:
     return len(runs) - len(_of_runs(row, "relative_excess"))
 
 
-def twin_summary(row: Row) -> dict[str, float | None]:
+def adam_summary(row: Row) -> dict[str, float | None]:
     """Mean and spread of accuracy, median and worst excess, and mean seconds of Adam's runs; None: no run."""
     accuracies, excess = _of_runs(row, "test_accuracy"), _of_runs(row, "relative_excess")
     duration = _of_runs(row, "seconds")
@@ -110,15 +110,15 @@ def gap(certificate: Mapping[str, Any]) -> str:
 
 def cells(row: Row) -> list[str]:
     """One row of the table as text, in the order of `COLUMNS`."""
-    certificate, twin = row["certificate"], twin_summary(row)
+    certificate, adam = row["certificate"], adam_summary(row)
     early = not certificate["converged"] and certificate["scope"] != "estimated"
     distance = gap(certificate) + (" (stopped early)" if early else "")
-    spread = accuracy(twin["accuracy_mean"])
-    if twin["accuracy_sd"] is not None:
-        spread += f" ± {100 * twin['accuracy_sd']:.1f}"
+    spread = accuracy(adam["accuracy_mean"])
+    if adam["accuracy_sd"] is not None:
+        spread += f" ± {100 * adam['accuracy_sd']:.1f}"
     excess = NOTHING
-    if twin["excess_worst"] is not None:
-        excess = f"{relative(twin['excess_median'])}, {relative(twin['excess_worst'])}"
+    if adam["excess_worst"] is not None:
+        excess = f"{relative(adam['excess_median'])}, {relative(adam['excess_worst'])}"
     if count := diverged(row):
         excess += f" ({count} diverged)"
     return [
@@ -130,7 +130,7 @@ def cells(row: Row) -> list[str]:
         seconds(row["seconds"]),
         spread,
         excess,
-        seconds(twin["seconds"]),
+        seconds(adam["seconds"]),
     ]
 
 
@@ -174,14 +174,14 @@ def csv_rows(results: Results) -> list[dict[str, Any]]:
     proof = ("primal", "dual", "relative_gap", "sigma_slack", "failure_probability", "scope", "converged")
     rows = []
     for row in results["rows"]:
-        twin = row.get("twin") or {}
+        adam = row.get("twin") or {}
         rows.append(
             {key: row[key] for key in own}
             | {key: row["certificate"][key] for key in proof}
             | {key: row[key] for key in more}
-            | {f"adam_{key}": value for key, value in twin_summary(row).items()}
-            | {f"adam_{key}": twin.get(key) for key in ("n_heads", "learning_rate")}
-            | {"adam_runs": len(twin.get("runs", [])), "adam_diverged": diverged(row)}
+            | {f"adam_{key}": value for key, value in adam_summary(row).items()}
+            | {f"adam_{key}": adam.get(key) for key in ("n_heads", "learning_rate")}
+            | {"adam_runs": len(adam.get("runs", [])), "adam_diverged": diverged(row)}
         )
     if baseline := results.get("baseline"):
         keys = ("validation_accuracy", "test_accuracy", "seconds")
