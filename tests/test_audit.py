@@ -329,7 +329,7 @@ def test_what_is_another_program_is_refused_in_words():
     assert ch.certify(liblinear, X, two).converged
     with pytest.raises(NotFittedError, match="not fitted"):
         ch.certify(LogisticRegression(), X, y)
-    with pytest.raises(ch.InputError, match="gates and intercept go with factors"):
+    with pytest.raises(ch.InputError, match="gates, queries and intercept go with factors"):
         ch.certify(liblinear, X, two, intercept=[0.0])
     with pytest.raises(ch.InputError, match="not among the classes"):
         ch.certify(RidgeClassifier().fit(X, two), X, y)

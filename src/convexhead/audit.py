@@ -9,23 +9,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from sklearn.exceptions import NotFittedError
+from torch import Tensor
 
 from convexhead import inputs
-from convexhead.audited import understood
+from convexhead.audited import Audited, of_probe, understood
 from convexhead.certificate.certificate import Certificate, relative_to
 from convexhead.certificate.certify import certify_atoms
-from convexhead.drive import solve
+from convexhead.drive import Solution, solve
+from convexhead.dual_norm.query_bound import ascend_queries
 from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import precision
+from convexhead.foreign.attentive import AttentiveProbe
 from convexhead.foreign.estimators import own_features
-from convexhead.foreign.read import read_linear_head
+from convexhead.foreign.read import read_head
 from convexhead.model import Model
 from convexhead.modules import HeadModule
 from convexhead.padding import Padded, as_padded
 from convexhead.program.atoms import Atoms
-from convexhead.program.losses import Loss
+from convexhead.program.heads.attentive import Attentive
+from convexhead.program.losses import Loss, make_loss
 from convexhead.program.problem import Problem
 from convexhead.reading import split_for, tokens_of
 from convexhead.runtime.surroundings import undisturbed
@@ -33,6 +38,8 @@ from convexhead.spec import Spec
 
 OF_REFERENCE = "that of the reference"
 """First words of ``bound`` in a certificate whose dual value comes from a reference."""
+STARTS = 64
+"""Random queries from which a search for a missing one starts. Chosen by hand."""
 
 
 @undisturbed()
@@ -79,7 +86,9 @@ def certify(
         log loss, ``RidgeClassifier`` or ``RidgeClassifierCV`` of scikit-learn, or what has their names and attributes;
         a pipeline that ends in one, which is audited on the features that its last step sees; a `torch.nn.Linear`; a
         state dict with one linear layer; or the path of an ``.npz``, ``.safetensors`` or ``.pth`` file with such
-        weights. A path of a folder is a saved model. `convexhead.foreign` says which program each of them is.
+        weights. A path of a folder is a saved model. Attentive probes of others, as modules, state dicts or files:
+        learned queries, at most linear keys and values, a linear classifier. Their values are certified for their
+        queries. `convexhead.foreign` says which program each of them is.
     X, y, sample_weight
         The training data, with the weights that the training had, as for `ConvexHeadClassifier.fit` (labels) or
         `ConvexHeadRegressor.fit` (float targets with ``loss`` other than cross-entropy). Labels are matched by name
@@ -115,6 +124,22 @@ def certify(
 
 
 @dataclass(frozen=True, eq=False)
+class MissingQuery:
+    """A query that is rewarded at the optimum for the queries at hand: above 1, adding it lowers the objective.
+
+    Attributes
+    ----------
+    query : Tensor (d,)
+        As long as the longest of the queries at hand, at most.
+    reward : float
+        ``‖Σ_i φ_q(X_i) R_iᵀ‖₂ / β``. A search found it: others may be rewarded more.
+    """
+
+    query: Float[Tensor, " d"]
+    reward: float
+
+
+@dataclass(frozen=True, eq=False)
 class Audit:
     """Two statements about a trained head, which are not to be confused.
 
@@ -130,7 +155,9 @@ class Audit:
     beta : float
         ``β`` of the certificate.
     told : str or None
-        Of a linear head of others: the program in words.
+        Of a head of others: the program in words.
+    missing : MissingQuery or None
+        Of an attentive head with one norm a query: the best query that a search found beside its own.
     """
 
     proven: Certificate | None
@@ -138,6 +165,7 @@ class Audit:
     certificate: Certificate
     beta: float
     told: str | None = None
+    missing: MissingQuery | None = None
 
     @property
     def distance(self) -> tuple[float, float] | None:
@@ -174,19 +202,23 @@ def audit(
     reference : Certificate or None
         As ``lower_bound`` of `certify`.
     find_optimum : bool
-        Find the certified optimum where there is no reference and the gap is above ``tol``, if the head is linear:
-        it is cheap there.
+        Find the certified optimum where there is no reference and the gap is above ``tol``, if the head is linear or
+        attentive: it is cheap there. Of an attentive head with one norm a query also search for a query that it lacks.
     """
     _check_reference(reference)
     spec = Spec(loss=loss or "cross-entropy", beta=beta, pool=pool, tol=tol, device=device)
     posed = _pose(weights, X, y, sample_weight, spec, loss, None, None, random_state)
-    linear = not posed.problem.head.learns_mixing
-    proven = posed.certificate(None) if linear or reference is None else None
-    if reference is None and linear and find_optimum and proven is not None and not proven.converged:
-        reference = posed.optimum()
+    head, atoms, missing = posed.problem.head, posed.atoms, None
+    cheap = not head.learns_mixing or isinstance(head, Attentive)
+    proven = posed.certificate(None) if not head.learns_mixing or reference is None else None
+    if reference is None and cheap and find_optimum and proven is not None and not proven.converged:
+        optimum = posed.optimum()
+        reference, atoms = optimum.certificate, optimum.atoms
+    if isinstance(head, Attentive) and find_optimum:
+        missing = posed.missing(head, atoms)
     sharpest = proven if reference is None else posed.certificate(reference)
     assert sharpest is not None
-    return Audit(proven, reference, sharpest, posed.beta, posed.told)
+    return Audit(proven, reference, sharpest, posed.beta, posed.told, missing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,11 +247,26 @@ class _Posed:
             generator=None if self.seed is None else torch.Generator().manual_seed(self.seed),
         )
 
-    def optimum(self) -> Certificate:
-        """The certificate of the optimum that a solver finds."""
+    def optimum(self) -> Solution:
+        """The optimum that a solver finds, with its certificate."""
         problem = self.problem.astype(precision(self.problem.operator.X.shape, self.tol))
         generator = torch.Generator().manual_seed(self.seed or 0)
-        return solve(problem, problem.coordinates.beta(self.beta), tol=self.tol, generator=generator).certificate
+        return solve(problem, problem.coordinates.beta(self.beta), tol=self.tol, generator=generator)
+
+    def missing(self, head: Attentive, atoms: Atoms) -> MissingQuery | None:
+        """The best query that a search finds from those of the head and from random tokens, no longer than they are."""
+        own, X = head.queries, self.problem.operator.tokens()
+        rho = float(own.norm(dim=1).max())
+        if head.query_norm != "each" or own.shape[1] != head.d or rho == 0 or not bool(X.isfinite().all()):
+            return None
+        problem = self.problem.astype(torch.float64, reuse=True)
+        q = problem.losses.dual_point(problem.outputs(atoms.to(problem.device, torch.float64)))
+        R = problem.losses.weigh(q)[:, 0] / problem.n
+        pick = torch.randint(X[..., 0].numel(), (STARTS,), generator=torch.Generator().manual_seed(self.seed or 0))
+        tokens = X.flatten(0, 1)[pick.to(X.device)].double()
+        random = rho * torch.nn.functional.normalize(tokens - X.double().mean((0, 1)))
+        value, query = ascend_queries(X, R, rho, torch.cat([random, own.to(random)]))
+        return MissingQuery(query.cpu(), value / problem.coordinates.beta(self.beta))
 
 
 def _pose(
@@ -244,9 +291,14 @@ def _pose(
         beta = model.beta if beta is None else beta
     elif isinstance(weights, HeadModule):
         X = _plain(split_for(X, weights.head.name, weights.head.pool))
-    elif (found := read_linear_head(weights, X)) is not None:
-        if gates is not None or intercept is not None:
-            raise InputError(f"gates and intercept go with factors: {found.name} has its own")
+    elif (found := read_head(weights, X)) is not None:
+        if any(given is not None for given in (gates, spec.queries, intercept)):
+            raise InputError(f"gates, queries and intercept go with factors: {found.name} has its own")
+        if isinstance(found, AttentiveProbe):
+            X = _plain(X)
+            audited = of_probe(found, tokens_of(X)[0].shape[1:])
+            told = found.told(make_loss(spec.loss).name, math.nan if beta is None else beta)
+            return _posed(audited, X, y, sample_weight, spec, loss, beta, told, seed)
         spec = replace(spec, head="linear", activation="linear")
         X = _plain(split_for(X, spec.head, spec.pool))
         program = found.program(X, y, sample_weight, beta=beta, loss=loss)
@@ -255,12 +307,26 @@ def _pose(
         classes, loss, beta, told = program.classes, program.loss, program.beta, program.told
     else:
         X = _plain(split_for(X, spec.head, spec.pool))
-    if beta is None:
-        raise InputError("beta must be a positive number, got None: an audit is at the weight of the training")
     shape = tokens_of(X)[0].shape[1:]
     audited = understood(weights if model is None else model, spec, shape, gates, intercept)
     if classes is not None:
         audited = replace(audited, classes=classes)
+    return _posed(audited, X, y, sample_weight, spec, loss, beta, told, seed)
+
+
+def _posed(
+    audited: Audited,
+    X: Any,
+    y: Any,
+    sample_weight: Any,
+    spec: Spec,
+    loss: str | Loss | None,
+    beta: float | None,
+    told: str | None,
+    seed: int | None,
+) -> _Posed:
+    if beta is None:
+        raise InputError("beta must be a positive number, got None: an audit is at the weight of the training")
     problem = audited.problem(X, y, sample_weight, loss, inputs.pick_device(spec.device))
     return _Posed(problem, audited.atoms, float(beta), spec.tol, told, seed)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from convexhead import inputs
 from convexhead.errors import InputError
+from convexhead.foreign.attentive import AttentiveProbe
 from convexhead.foreign.linear_head import numbers
 from convexhead.model import Model
 from convexhead.modules import HeadModule
@@ -20,6 +21,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.blocks import atoms_from_blocks
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head
+from convexhead.program.heads.attentive import Attentive
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy, Loss, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
@@ -114,6 +116,18 @@ def understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, int
         )
     has_intercept = weights.intercept is not None
     return Audited(weights.head, weights.activation_name, weights.gates, weights.to_atoms(), has_intercept)
+
+
+def of_probe(probe: AttentiveProbe, shape: tuple[int, ...]) -> Audited:
+    """The values of an attentive probe of others, for its queries."""
+    J, d, m = probe.V.shape
+    if d != shape[1]:
+        raise InputError(f"{probe.name} reads tokens of {d} channels, but these have {shape[1]}")
+    head = Attentive(shape[0], d, queries=probe.queries, query_norm="each")
+    b = probe.W.new_zeros(probe.W.shape[2]) if probe.intercept is None else probe.intercept
+    block = torch.arange(J).repeat_interleave(m)
+    atoms = Atoms(probe.V.mT.reshape(J * m, d), probe.W.reshape(J * m, 1, -1), block, b)
+    return Audited(head, "linear", None, atoms, probe.intercept is not None)
 
 
 def _numbers(values: Any, what: str) -> torch.Tensor:

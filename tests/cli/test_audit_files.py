@@ -113,3 +113,19 @@ def test_runs_of_adam_are_told_their_distance(store, tmp_path, capsys):
     words = " ".join(capsys.readouterr().out.split())
     assert "proven from these weights alone: objective" in words
     assert "give that run with --reference" in words
+
+
+def test_an_attentive_probe_is_audited_with_what_it_lacks(store, tmp_path, capsys):
+    d = ch.TokenStore.open(store)["train"].read().shape[2]
+    torch.manual_seed(0)
+    state = {"queries": torch.randn(2, d), "values": torch.randn(2, d, 2), "head.weight": torch.randn(3, 4)}
+    torch.save(state, tmp_path / "probe.pth")
+    assert call("audit", tmp_path / "probe.pth", store) == 1
+    assert "beta must be" in capsys.readouterr().err
+    found = call_json(capsys, "audit", tmp_path / "probe.pth", store, "--beta", 0.01)
+    assert "2 queries" in found["program"]
+    assert found["certificate"]["scope"] == "sampled-queries"
+    assert 0 < found["distance"]["at_least"] <= found["distance"]["at_most"]
+    assert len(found["missing"]["query"]) == d
+    assert call("audit", tmp_path / "probe.pth", store, "--beta", 0.01) == 0
+    assert "query" in capsys.readouterr().out

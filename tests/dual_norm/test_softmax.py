@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from convexhead.dual_norm.ball import cover
-from convexhead.dual_norm.query_bound import largest_read
+from convexhead.dual_norm.query_bound import largest_reward
 from convexhead.dual_norm.softmax import Reads
 
 KINDS = [
@@ -45,7 +45,7 @@ def nasty(kind, rng):
         case "equal tokens":
             X = np.broadcast_to(X[:, :1], X.shape).copy()
         case "masked":
-            X[:, -1], pi = 1e9, rng.normal(size=(n, s))
+            X[:, -1], pi = 1e9, np.tile(rng.normal(size=s), (n, 1))
             pi[:, -1] = -math.inf
     return X, pi[:, : X.shape[1]]
 
@@ -87,7 +87,11 @@ def test_no_query_reads_more_than_the_bound(kind):
             R -= R.mean(0)
         E = np.linalg.qr(rng.normal(size=(X.shape[2], min(k, X.shape[2]))))[0]
         tX, tR, tE, tpi = tensors(X, R, E, pi)
-        found = largest_read(tX, tR, tE, rho, log_weights=tpi, rtol=1e-2, most_cells=most)
+        absent = (tpi == -math.inf).unsqueeze(2)
+        places = tpi[:1] if kind == "masked" else None
+        found = largest_reward(
+            tX.masked_fill(absent, -math.inf), tR, tE, rho, places=places, rtol=1e-2, most_cells=most
+        )
         assert max(found.lower, attained(X, R, E, rho, pi, rng)) <= found.upper, (kind, seed)
         assert float(found.z.norm()) <= rho
         own = np.linalg.norm(read(X, R, E, found.z.numpy()[None], pi)[0].astype(float), 2)
@@ -134,12 +138,12 @@ def test_cells_cover_the_ball(k):
     z *= 3.0 * rng.uniform(size=(150, 1)) / np.linalg.norm(z, axis=1, keepdims=True)
     z[:50] *= 3.0 / np.linalg.norm(z[:50], axis=1, keepdims=True)
     cells = cover(k, 3.0, torch.zeros(()).double())
-    for step in range(9):
+    for _ in range(9):
         z0, F = cells.boxes()
         points = torch.from_numpy(z).unsqueeze(1) - z0
         coordinates = torch.linalg.solve(F.transpose(1, 2), points.unsqueeze(3)).squeeze(3)
         assert bool((coordinates.abs().amax(2) <= 1 + 1e-9).any(1).all())
-        cells = cells.halve(torch.full((len(cells),), step % k))
+        cells = cells.halve(torch.eye(k).double())
 
 
 def problem(n=30, s=6, d=4, k=2, c=3, seed=0):
@@ -152,24 +156,24 @@ def problem(n=30, s=6, d=4, k=2, c=3, seed=0):
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("rtol", [0.05, 1e-3])
 def test_the_interval_closes(k, rtol):
-    found = largest_read(*problem(k=k), 2.0, rtol=rtol)
+    found = largest_reward(*problem(k=k), 2.0, rtol=rtol)
     assert found.lower <= found.upper <= found.lower * (1 + rtol) * (1 + 1e-6)
 
 
 def test_a_search_that_is_late_has_a_bound():
     X, R, E = problem()
-    whole = largest_read(X, R, E, 4.0)
-    assert largest_read(X, R, E, 4.0, late=lambda: True).upper == math.inf
+    whole = largest_reward(X, R, E, 4.0)
+    assert largest_reward(X, R, E, 4.0, late=lambda: True).upper == math.inf
     calls = itertools.count()
-    hurried = largest_read(X, R, E, 4.0, late=lambda: next(calls) >= 1)
+    hurried = largest_reward(X, R, E, 4.0, late=lambda: next(calls) >= 1)
     assert hurried.cells < whole.cells
     assert whole.lower <= hurried.upper < math.inf
 
 
 def test_a_bound_that_is_enough_ends_the_search():
     X, R, E = problem()
-    whole = largest_read(X, R, E, 4.0)
-    lax = largest_read(X, R, E, 4.0, enough=2 * whole.upper)
+    whole = largest_reward(X, R, E, 4.0)
+    lax = largest_reward(X, R, E, 4.0, enough=2 * whole.upper)
     assert lax.cells < whole.cells
     assert whole.lower <= lax.upper <= 2 * whole.upper
 
@@ -177,15 +181,15 @@ def test_a_bound_that_is_enough_ends_the_search():
 def test_starts_are_ascended():
     """A start that is the maximiser is found at once."""
     X, R, E = problem()
-    whole = largest_read(X, R, E, 4.0)
-    told = largest_read(X, R, E, 4.0, starts=whole.z.unsqueeze(0), most_cells=0)
+    whole = largest_reward(X, R, E, 4.0)
+    told = largest_reward(X, R, E, 4.0, starts=whole.z.unsqueeze(0), most_cells=0)
     assert told.lower == pytest.approx(whole.lower, rel=1e-9)
 
 
 @pytest.mark.parametrize("scale", [2.0**-80, 1.0, 2.0**80])
 def test_scales_change_nothing(scale):
     X, R, E = problem()
-    plain, scaled = largest_read(X, R, E, 4.0), largest_read(X * scale, R / scale, E, 4.0 / scale)
+    plain, scaled = largest_reward(X, R, E, 4.0), largest_reward(X * scale, R / scale, E, 4.0 / scale)
     assert scaled.cells == plain.cells
     assert scaled.upper == pytest.approx(plain.upper, rel=1e-12)
     torch.testing.assert_close(scaled.z * scale, plain.z)
@@ -193,4 +197,23 @@ def test_scales_change_nothing(scale):
 
 def test_without_residuals_nothing_is_read():
     X, R, E = problem()
-    assert largest_read(X, 0 * R, E, 4.0).upper == 0
+    assert largest_reward(X, 0 * R, E, 4.0).upper == 0
+
+
+def test_every_map_over_places_is_bounded():
+    X, R, E = problem()
+    places = torch.tensor([[0.0] * 6, [0.0, -3, -3, -3, -3, -3], [-1.0, 0, -1, -2, -3, -4]]).double()
+    each = [largest_reward(X, R, E, 2.0, places=place.unsqueeze(0)) for place in places]
+    found = largest_reward(X, R, E, 2.0, places=places)
+    best = max(range(3), key=lambda place: each[place].lower)
+    assert found.place == best
+    assert found.lower == pytest.approx(each[best].lower, rel=1e-9)
+    assert max(part.lower for part in each) <= found.upper <= max(part.upper for part in each) * (1 + 1e-9)
+    assert found.cells < sum(part.cells for part in each)
+    assert largest_reward(X, R, E, 2.0, places=places, most_cells=1).upper == math.inf
+
+
+def test_samples_of_different_length_read_their_own_tokens():
+    X, R, E = problem()
+    padded = torch.cat([X, torch.full((len(X), 2, 4), -math.inf).double()], 1)
+    assert largest_reward(padded, R, E, 2.0).upper == pytest.approx(largest_reward(X, R, E, 2.0).upper, rel=1e-9)

@@ -20,8 +20,8 @@ Weights = Annotated[
     Path,
     Argument(
         metavar="RUN|FILE",
-        help="Folder of a trained head, or a linear head of others in a file: .npz with coef_ and intercept_, "
-        ".safetensors or .pth with weight and bias.",
+        help="Folder of a trained head, or a head of others in a file: .npz with coef_ and intercept_, .safetensors or "
+        ".pth with the weights of a linear layer or of an attentive probe.",
     ),
 ]
 Reference = Annotated[
@@ -89,5 +89,7 @@ def audit(
             "run": None if reference is None else str(reference), "primal": known.primal, "dual": known.dual
         }  # fmt: skip
         result["distance"] = {"at_least": found.distance[0], "at_most": found.distance[1]}
+    if found.missing is not None:
+        result["missing"] = {"reward": found.missing.reward, "query": found.missing.query.tolist()}
     whose = "found here" if reference is None else f"of {escape(str(reference))}"
     emit(result, as_json, *audit_lines(found, whose))

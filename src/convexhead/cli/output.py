@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from convexhead.certificate.certificate import Certificate
     from convexhead.tokens import TokenStore
 
+LACKS = 1.01
+"""Reward of a query, in units of its price, above which it is said to be missing. Chosen by hand."""
+
 errors = Console(stderr=True, highlight=False)
 
 
@@ -91,6 +94,13 @@ def audit_lines(audit: Audit, whose: str) -> list[str]:
                 "the true distance may be far smaller: this bound is loose for weights away from the optimum; "
                 "fit the same problem and give that run with --reference to know it"
             )
+    if audit.missing is not None:
+        reward = audit.missing.reward
+        lines.append(
+            f"it lacks a query: one of its length is rewarded {reward:.3g} times its price"
+            if reward > LACKS
+            else f"no query of its length that a search found would lower the objective (the best: {reward:.3g})"
+        )
     return lines
 
 

@@ -82,8 +82,14 @@ class Cells:
         across = (self.hi / nearest * WIDER).view(-1, 1, 1) * self.half.unsqueeze(2) * across
         return ((inner + self.hi) / 2).unsqueeze(1) * u, torch.cat([along.unsqueeze(1), across], 1)
 
-    def halve(self, side: Int[Tensor, " b"]) -> Cells:
-        """Each cell cut in two across a side of its box."""
+    def halve(self, metric: Float[Tensor, "k k"]) -> Cells:
+        """Each cell cut in two across its longest side, as ``‖v‖² = vᵀ metric v`` measures them.
+
+        Outwards a cell is as long as its radii say. What its box adds to that is there because the cell is wide.
+        """
+        z, F = self.boxes()
+        F[:, 0] = ((self.hi - self.lo) / 2 / z.norm(dim=1)).unsqueeze(1) * z
+        side = torch.einsum("bak,kl,bal->ba", F, metric, F).argmax(1)
         middle = (self.lo + self.hi) / 2
         lo, hi = torch.where(side == 0, middle, self.lo), torch.where(side == 0, middle, self.hi)
         cut = torch.nn.functional.one_hot(side, self.half.shape[1] + 1)[:, 1:].to(self.half) * self.half / 2

@@ -1,8 +1,9 @@
-"""The largest norm that a softmax query of a ball reads under a residual, by branch and bound: a proof.
+"""The dual norm of the attentive head over all queries of a ball, by branch and bound: a proof.
 
-    h(R) = max_{‖z‖ ≤ ρ} ‖ Σ_i φ_{Ez}(X_i) R_iᵀ ‖₂,      φ_q(X) = Xᵀ softmax(X q + π)
+    h(R) = max_{‖z‖ ≤ ρ, π} ‖ Σ_i φ_{Ez,π}(X_i) R_iᵀ ‖₂,      φ_{q,π}(X) = Xᵀ softmax(X q + π)
 
-The ball is covered by cells (`ball`); in each the norm has a bound that is exact to third order in the size of the
+the largest reward that any query can have. There are finitely many log-weights of places ``π``: one bound for each. The
+ball is covered by cells (`ball`); in each the norm has a bound that is exact to third order in the size of the
 cell (`softmax`). Cells whose bound is not above the largest value found are done; the others are halved, those with
 the largest bounds first. Every state gives a valid bound, so the search may stop at any time. Values are found by a
 short ascent from the cells that promise most.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -24,10 +25,16 @@ from convexhead.runtime.clock import never
 
 MAX_KEYS = 4
 """Largest dimension of keys in which branch and bound covers the ball. Chosen by hand: the work grows exponentially."""
+MOST_CELLS = 100_000
+"""Cells that are bounded at most. Chosen by hand: some minutes for a thousand small samples."""
+ROUNDED = 1e-9
+"""Relative amount by which the ball is taken larger: queries are in it up to rounding only. Chosen by hand."""
+INSIDE = 1 - 2 * ROUNDED
+"""Share of that larger radius at which found queries end: they are in the ball itself."""
+ASCENTS = 8
+"""Queries that are ascended from at a time. Chosen by hand."""
 ASCENT = 40
 """Steps of an ascent, at most. Chosen by hand."""
-INSIDE = 1 - 4 * torch.finfo(torch.float64).eps
-"""Share of the radius at which points stay inside the ball for all rounding."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class QueryNorm:
         The largest value found, in float64.
     z : Tensor (k,)
         Where.
+    place : int
+        Which of the log-weights of places.
     cells : int
         Cells that were bounded.
     """
@@ -49,34 +58,37 @@ class QueryNorm:
     upper: float
     lower: float
     z: Float[Tensor, " k"]
+    place: int
     cells: int
 
 
-def largest_read(
+def largest_reward(
     X: Float[Tensor, "n s d"],
     R: Float[Tensor, "n c"],
     E: Float[Tensor, "d k"],
     rho: float,
     *,
-    log_weights: Float[Tensor, "#n s"] | None = None,
+    places: Float[Tensor, "m s"] | None = None,
     starts: Float[Tensor, "b k"] | None = None,
     rtol: float = 1e-3,
     enough: float = 0.0,
-    most_cells: int = 100_000,
+    most_cells: int = MOST_CELLS,
     late: Callable[[], bool] = never,
 ) -> QueryNorm:
     """Bound ``h(R)``.
 
     Parameters
     ----------
-    X, R : Tensor (n, s, d), (n, c)
-        Tokens and residuals.
+    X : Tensor (n, s, d)
+        Tokens; rows of ``−∞`` are tokens that a sample does not have.
+    R : Tensor (n, c)
+        Residuals.
     E : Tensor (d, k)
-        Queries are ``E z``; ``k ≤ MAX_KEYS``.
+        Queries are ``E z``; any numbers, ``k ≤ MAX_KEYS``.
     rho : float
-        The ball's radius.
-    log_weights : Tensor (n, s) or (1, s), or None
-        ``π``; −∞ takes a token out.
+        The ball's radius. The ball is taken larger by `ROUNDED`.
+    places : Tensor (m, s) or None
+        Log-weights of places, each on its own; None: none.
     starts : Tensor (b, k) or None
         Queries ``z`` that a search has found.
     rtol : float
@@ -84,14 +96,46 @@ def largest_read(
     enough : float
         An upper bound that need not be improved on.
     most_cells : int
-        Cells to bound at most.
+        Cells to bound at most, over all log-weights.
     late : callable () -> bool
         Whether to end with the bound at hand.
     """
-    reads = Reads.of(X, R, E, rho, log_weights)
+    X, E = X.double(), E.to(X.device).double()
+    absent = X.isneginf().all(2)
+    known = X.new_zeros(1, X.shape[1]) if places is None else places.to(X)
+    begin = X.new_zeros(1, E.shape[1])
+    begin = begin if starts is None else torch.cat([begin, starts.to(begin)])
+
+    def reads_on(place: int) -> Reads:
+        return Reads.of(X, R, E, rho * (1 + ROUNDED), known[place].expand(len(X), -1).masked_fill(absent, -math.inf))
+
+    found = []
+    for place in range(len(known)):
+        reads = reads_on(place)
+        point = _ascend(reads, begin / reads.unit)
+        found.append((point.value * reads.scale, point.z * reads.unit))
+    # Of one map no bound is needed that is below what another attains.
+    enough = max(enough, max(value for value, _ in found))
+    parts: list[QueryNorm] = []
+    for place, (_, z) in enumerate(found):
+        left = most_cells - sum(part.cells for part in parts)
+        parts.append(_largest(reads_on(place), place, z.unsqueeze(0), rtol, enough, left, late))
+    best = max(parts, key=lambda part: part.lower)
+    return replace(best, upper=max(part.upper for part in parts), cells=sum(part.cells for part in parts))
+
+
+def _largest(
+    reads: Reads,
+    place: int,
+    start: Float[Tensor, "1 k"],
+    rtol: float,
+    enough: float,
+    most_cells: int,
+    late: Callable[[], bool],
+) -> QueryNorm:
+    """`largest_reward` for one of the log-weights."""
     enough = enough / reads.scale - reads.neglected
-    origin = reads.T.new_zeros(1, reads.k)
-    best = _ascend(reads, origin if starts is None else torch.cat([origin, starts.to(origin) / reads.unit]))
+    best = _ascend(reads, start / reads.unit)
     open_cells = cover(reads.k, reads.rho, reads.T)
     bounds = reads.T.new_full((len(open_cells),), math.inf)
     metric = torch.einsum("nsk,nsl,n->kl", reads.T, reads.T, reads.r)
@@ -104,8 +148,7 @@ def largest_read(
             break
         order = bounds.argsort(descending=True)
         cells, parents, order = open_cells.select(order[:batch]), bounds[order[:batch]], order[batch:]
-        F = cells.boxes()[1]
-        cells = cells.halve(torch.einsum("bak,kl,bal->ba", F, metric, F).argmax(1))
+        cells = cells.halve(metric)
         z, F = cells.boxes()
         values, fresh = reads.bound(z, F)
         done += len(z)
@@ -116,7 +159,18 @@ def largest_read(
         bounds = torch.cat([bounds[order], torch.minimum(parents.repeat(2), fresh.nan_to_num(nan=math.inf))])
     upper = max(below, best.value, float(bounds.max()) if len(bounds) else 0.0)
     upper = (upper * (1 + ROUNDING) + reads.neglected) * reads.scale
-    return QueryNorm(upper, best.value * reads.scale, best.z * reads.unit, done)
+    return QueryNorm(upper, best.value * reads.scale, best.z * reads.unit, place, done)
+
+
+def ascend_queries(
+    X: Float[Tensor, "n s d"], R: Float[Tensor, "n c"], rho: float, starts: Float[Tensor, "b d"]
+) -> tuple[float, Float[Tensor, " d"]]:
+    """The largest reward that ascents from the best of some queries reach within ``‖q‖ ≤ rho``, and where."""
+    reads = Reads.of(X, R, torch.eye(X.shape[2]).to(X.device, torch.float64), rho)
+    z = _inside(reads, starts.double() / reads.unit)
+    values = torch.cat([reads.value_and_slope(part)[0] for part in z.split(ASCENTS)])
+    best = _ascend(reads, z[values.argsort(descending=True)[:ASCENTS]])
+    return best.value * reads.scale, best.z * reads.unit
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Linear heads that others trained: scikit-learn's, cuML's, torch's, and files of weights, as programs to certify."""
+"""Heads that others trained, as programs to certify: linear heads of scikit-learn, cuML, torch and files; probes."""

@@ -1,4 +1,4 @@
-"""Linear heads as bare weights: torch's layers and state dicts, and files of them.
+"""Heads as bare weights: torch's layers and state dicts, and files of them.
 
 | from | weights | |
 |---|---|---|
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from convexhead.errors import FileFormatError, InputError
+from convexhead.foreign.attentive import HEADS, AttentiveProbe, has_queries, read_attentive_state
 from convexhead.foreign.linear_head import LinearHead, numbers
 from convexhead.tokens.backbones.weights_file import OF_TORCH, load_tensors
 
@@ -43,15 +44,15 @@ def read_layer(layer: torch.nn.Module) -> LinearHead:
     name = f"this {type(layer).__name__}"
     if not isinstance(layer, torch.nn.Linear) or type(layer).forward is not torch.nn.Linear.forward:
         raise InputError(
-            f"{name} is no plain torch.nn.Linear: what it does before its linear layer is not known here; pass that "
-            "layer, and as X the features that reach it"
+            f"{name} is no plain torch.nn.Linear, nor an attentive probe with queries: what it does before its linear "
+            "layer is not known here; pass that layer, and as X the features that reach it"
         )
     bias = None if layer.bias is None else numbers(layer.bias, f"the bias of {name}")
     return LinearHead(name, numbers(layer.weight, f"the weight of {name}"), bias)
 
 
-def read_state(state: Mapping[str, Any], name: str = "this state dict") -> LinearHead:
-    """The head of a state dict with a single linear layer, under whatever prefix.
+def read_state(state: Mapping[str, Any], name: str = "this state dict") -> LinearHead | AttentiveProbe:
+    """The head of a state dict with a single linear layer, or with queries and what reads by them, under any prefix.
 
     Raises
     ------
@@ -59,6 +60,8 @@ def read_state(state: Mapping[str, Any], name: str = "this state dict") -> Linea
         There is another number of linear layers, or something besides.
     """
     tensors = dict(_tensors(state))
+    if has_queries(tensors):
+        return read_attentive_state(tensors, name)
     layers = [key.removesuffix("weight") for key in tensors if _is_last(key, "weight") and tensors[key].ndim == 2]
     if len(layers) != 1:
         some = f" ({', '.join(map(repr, layers[:4]))}{', …' if len(layers) > 4 else ''})" if layers else ""
@@ -87,11 +90,11 @@ def _tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             if str(key) not in TRAINING:
                 yield from _tensors(value, f"{prefix}{key}.")
-        elif isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim:
+        elif _is_last(key, HEADS) or (isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim):
             yield f"{prefix}{key}", torch.as_tensor(value)
 
 
-def read_file(path: Path) -> LinearHead:
+def read_file(path: Path) -> LinearHead | AttentiveProbe:
     """The head in a file of weights.
 
     Raises
@@ -99,7 +102,7 @@ def read_file(path: Path) -> LinearHead:
     FileFormatError
         The file is of no known kind, damaged, or would have to be unpickled.
     InputError
-        What it holds is no linear head.
+        What it holds is no such head.
     """
     name, kind = repr(str(path)), path.suffix.lower()
     if not path.is_file():
