@@ -1,6 +1,6 @@
 """CamVid from images to mean IoU: certified heads with an output for every token, beside scikit-learn and Adam.
 
-    python benchmarks/camvid.py IMAGES [--backbone SPEC] [--layer N] [--heads linear mlp ...]
+    python benchmarks/camvid.py IMAGES [--backbone SPEC] [--layer N ...] [--heads linear mlp ...]
 
 ``IMAGES`` holds ``train/``, ``val/`` and ``test/`` with ``images/`` and ``labels/``; 11 is void. β is chosen by the
 mean IoU of ``val``; of the Mixer and self-attention by the accuracy of its tokens, since only the chosen one of these
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images")
     parser.add_argument("--backbone", default="packaged:efficientnet-lite0")
-    parser.add_argument("--layer", type=int, default=None)
+    parser.add_argument("--layer", nargs="+", default=["last"], help="blocks, or last; several stand side by side")
     parser.add_argument("--channels", type=int, default=None)
     parser.add_argument("--image-size", type=int, nargs=2, default=(288, 384))
     parser.add_argument("--heads", nargs="+", default=list(HEADS))
@@ -129,12 +129,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=None)
     options = parser.parse_args()
     began = now()
+    layers = [None if each == "last" else int(each) for each in options.layer]
     store = extract(
-        options.images, options.backbone, options.store, layer=options.layer, image_size=tuple(options.image_size),
+        options.images, options.backbone, options.store, layer=layers, image_size=tuple(options.image_size),
         crop_pct=1.0, channels=options.channels, reduce=None if options.channels is None else "pca", constant=True,
         void=11, class_names=NAMES,
     )  # fmt: skip
-    tokens = {"backbone": options.backbone, "layer": "last" if options.layer is None else options.layer,
+    tokens = {"backbone": options.backbone, "layer": " ".join(options.layer),
               "pixels": "x".join(map(str, options.image_size)), "channels": options.channels or "all"}  # fmt: skip
     print(f"{store}: {spent(began)}", flush=True)
     table = Table("camvid", [*tokens, "head", "method"], hardware("scikit-learn", "timm"))

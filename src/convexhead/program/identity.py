@@ -14,8 +14,8 @@ is the same number for every β. Parts are short texts. Arrays are known by the 
 
 Samples are hashed in blocks that are cut by their number and their size alone, so every number of processes finds the
 same text. Tokens of a store are read and hashed as they come out, and equal the same tokens in an array, but for one
-case: principal components are products in single precision, whose last bits depend on how many samples are read at a
-time. Such tokens are known by the checksums of the store's files and of its reduction.
+case: principal components and whitened tokens are products in single precision, whose last bits depend on how many
+samples are read at a time. Such tokens are known by the checksums of the store's files and of its reduction.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def differences(reference: Mapping[str, object], problem: Mapping[str, object]) 
             shapes = [text.split(" ")[0] for text in both]
             told.append(f"other {words}" + (f": {shapes[0]} instead of {shapes[1]}" if shapes[0] != shapes[1] else ""))
             if shapes[0] == shapes[1] and (FILES in both[0]) != (FILES in both[1]):
-                told[-1] += " (principal components of a store equal only themselves: pass the store, not an array)"
+                told[-1] += " (principal components and whitened tokens of a store equal only themselves: pass the store)"
     return told
 
 

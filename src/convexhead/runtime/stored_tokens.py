@@ -44,7 +44,8 @@ class StoredTokens:
     def checksum(self) -> str | None:
         """What the files of a store say of these tokens, where values depend on how many are read at a time.
 
-        None where the values themselves tell: only principal components are products, whose rounding may differ.
+        None where the values themselves tell: only principal components and whitened tokens are products, whose
+        rounding may differ.
         """
         reduction = getattr(self._source, "reduction", None)
         return None if reduction is None or reduction.basis is None else str(self._source.tokens_identity)
@@ -84,7 +85,7 @@ class StoredTokens:
 
     def decoded(self) -> StoredTokens:
         """These tokens as they come out of reading, in a temporary file that goes with the process: where decoding
-        takes long (principal components) and leaves less than was stored, it pays to do it only once."""
+        takes long (a product) and leaves less than was stored, it pays to do it only once."""
         reduction = getattr(self._source, "reduction", None)
         if reduction is None or reduction.basis is None or 2 * self.shape[2] > len(reduction.mean):
             return self
