@@ -90,7 +90,7 @@ def differences(reference: Mapping[str, object], problem: Mapping[str, object]) 
             shapes = [text.split(" ")[0] for text in both]
             told.append(f"other {words}" + (f": {shapes[0]} instead of {shapes[1]}" if shapes[0] != shapes[1] else ""))
             if shapes[0] == shapes[1] and (FILES in both[0]) != (FILES in both[1]):
-                told[-1] += " (principal components and whitened tokens of a store equal only themselves: pass the store)"
+                told[-1] += " (PCA or whitened tokens of a store equal only themselves: pass the store, not an array)"
     return told
 
 
