@@ -49,6 +49,7 @@ myst_heading_anchors = 4
 
 autosummary_generate = True
 autodoc_typehints = "none"
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
@@ -108,6 +109,7 @@ ELSEWHERE = {
 def write_commands(app: Sphinx) -> None:
     """Write `cli.md`: what `--help` says, for all commands on one page."""
     command = typer.main.get_command(convexhead.cli.app)
+    command.commands = {name: one for name, one in command.commands.items() if not one.hidden}
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="convexhead", title="Command line")
     text = re.sub(r"^\* `-?-?(install|show)-completion`.*\n", "", text, flags=re.M)
     (DOCS / "cli.md").write_text(text)

@@ -59,14 +59,26 @@ def test_core_needs_no_extra(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+def test_lowest_versions_are_those_of_the_package():
+    """(The patch release of scipy is the first that has wheels.)"""
+    tomllib = pytest.importorskip("tomllib")
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lowest = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints-lowest.txt").read_text(), re.M))
+    stated = dict(dependency.split(">=") for dependency in dependencies)
+    assert stated.keys() == lowest.keys()
+    for name, version in stated.items():
+        assert f"{lowest[name]}.".startswith(f"{version}."), name
+
+
 @pytest.mark.table
-def test_wheel_works_with_the_core_dependencies_alone(tmp_path):
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-lowest.txt"])
+def test_wheel_works_with_the_core_dependencies_alone(tmp_path, constraints):
     subprocess.run([sys.executable, DIST, "--url", "https://example.org/o/r", "--out", tmp_path / "dist"], check=True)
     assert len(list((tmp_path / "dist").glob(f"convexhead-{ch.__version__}.tar.gz"))) == 1
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel]
+    install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / constraints, wheel]
     subprocess.run(install, check=True)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     told = subprocess.run(
