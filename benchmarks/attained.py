@@ -9,6 +9,7 @@ it is false whatever was rounded. The linear head has the penalty ``(β/2)‖V�
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,10 @@ class Program:
         Weight of the ones of binary cross-entropy.
     mask : ndarray (n, s) or None
         Which tokens there are; the others are zeros in ``X``.
+    queries : ndarray (J, d) or (J, d + s), or None
+        Of the attentive head.
+    each : bool
+        Whether each of them has a block of its own.
     """
 
     head: str
@@ -59,9 +64,13 @@ class Program:
     weights: np.ndarray | None = None
     positive: float = 1.0
     mask: np.ndarray | None = None
+    queries: np.ndarray | None = None
+    each: bool = False
 
     @property
     def groups(self) -> int:
+        if self.queries is not None and self.each:
+            return len(self.queries)
         return self.n_blocks if self.head == "block-fno" else 1
 
     @property
@@ -78,7 +87,21 @@ class Program:
             "block-fno": (s, d // self.n_blocks),
             "mlp": (d,),
             "linear": (),
+            "attentive": (d,) if self.queries is None or self.each else (len(self.queries), d),
         }[self.head]
+
+    @cached_property
+    def maps(self) -> np.ndarray:
+        """``(n, s, J)`` of the attentive head, in extended precision."""
+        assert self.queries is not None
+        wide, d = np.longdouble, self.X.shape[2]
+        scores = np.einsum("nsd,jd->nsj", self.X.astype(wide), self.queries[:, :d].astype(wide))
+        if self.queries.shape[1] > d:
+            scores = scores + self.queries[:, d:].T
+        there = True if self.mask is None else self.mask[..., None]
+        scores = np.where(there, scores, -np.inf)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
 
     @property
     def value_rows(self) -> int:
@@ -124,6 +147,12 @@ def outputs(program: Program, X: Array, weights: Any, einsum: Any) -> Array:
         if not len(mine):
             continue
         group, U, V = j % program.groups, weights.U[mine], weights.V[mine]
+        if program.head == "attentive":
+            maps = like(program.maps, X)
+            read = einsum("ns,nsd->nd", maps[:, :, group], X) if program.each else einsum("nsj,nsd->njd", maps, X)
+            scores_of = einsum("nd,kd->nk", read, U) if program.each else einsum("njd,kjd->nk", read, U)
+            f = f + einsum("nk,kec->nc", scores_of, V)[:, None]
+            continue
         if program.head == "linear":
             f = f + einsum("nse,kec->nsc", X, V)
             continue
@@ -135,6 +164,8 @@ def outputs(program: Program, X: Array, weights: Any, einsum: Any) -> Array:
         if program.head == "self-attention":
             A = einsum("nkst,ntd->nksd", A, X) / s
         f = f + (einsum("nkse,kec->nsc", A, V) if A.ndim == 4 else einsum("nks,kec->nsc", A, V))
+    if program.head == "attentive":
+        return f[:, :1] + weights.b
     count = X.shape[1] if program.mask is None else like(program.mask.sum(1).reshape(-1, 1, 1), X)
     return {"mean": f.sum(1)[:, None] / count, "cls": f[:, :1], "none": f}[program.pool] + weights.b
 
@@ -211,7 +242,10 @@ def objective(
     size = Weights(abs(W.U), abs(W.V), W.block, abs(W.b))
     largest = float(np.max(outputs(replace(program, activation="linear", gates=None), abs(X), size, einsum)))
     slope = float(np.max(abs(f - Y))) if program.loss == "squared" else max(program.positive, 1.0)
-    return float(value), 1e-17 * largest * max(slope, 1.0) * program.Y.shape[-1] + ROUNDING * abs(float(value))
+    lost = 1e-17
+    if program.queries is not None:  # scores are sums of products of this size, and weights their exponentials
+        lost += 1e-18 * float(abs(X).max() * abs(program.queries[:, : X.shape[2]]).sum(1).max()) * X.shape[2]
+    return float(value), lost * largest * max(slope, 1.0) * program.Y.shape[-1] + ROUNDING * abs(float(value))
 
 
 def search(
@@ -223,7 +257,7 @@ def search(
     its ``U`` and ``V`` share that factor. With an intercept, heads that are linear in the tokens see them centred.
     """
     X, shift = program.X.astype(np.float64), np.zeros(program.X.shape[2])
-    if program.intercept and program.activation == "linear" and program.head in ("linear", "mlp"):
+    if program.intercept and program.activation == "linear" and program.head in ("linear", "mlp", "attentive"):
         shift = X.mean((0, 1))
         X = (program.X.astype(np.longdouble) - shift.astype(np.longdouble)).astype(np.float64)
         X = _there(program, X)
@@ -275,6 +309,7 @@ def _shifted(program: Program, shift: Array, W: Weights) -> Weights:
     wide = [part.astype(np.longdouble) for part in (shift, W.U, W.V, W.b)]
     t, U, V, b = wide
     along = np.ones(len(V)) if program.head == "linear" else U @ t
+    along = along.sum(1) if along.ndim > 1 else along  # over the queries
     V = np.einsum("e,kec->kc", t, V) if program.head == "linear" else V[:, 0]
     return replace(W, b=(b + along @ V).astype(np.float64))
 

@@ -40,7 +40,7 @@ from common import cpu_name, versions, write_csv
 from convexhead.errors import ConvexHeadError
 from convexhead.padding import Padded
 
-HEADS = ("self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear")
+HEADS = ("self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear", "attentive")
 PATIENCE, BRIEF = 60, 0.7
 """Seconds of a processor after which a trial hangs, and seconds after which its fit is told to end.
 
@@ -96,7 +96,7 @@ def draw(rng: np.random.Generator, activations: tuple[str, ...]) -> tuple[Progra
     """A problem: its formulas, its targets as an estimator takes them, the estimator's parameters, the geometry."""
     n, s, d, c = (int(rng.integers(*limits)) for limits in ((4, 18), (1, 5), (1, 5), (1, 4)))
     head, activation = str(rng.choice(HEADS)), str(rng.choice(activations))
-    if head == "linear":
+    if head in ("linear", "attentive"):
         activation = "linear"
     n_blocks, grouped = 1, False
     if head == "block-fno":
@@ -133,13 +133,24 @@ def draw(rng: np.random.Generator, activations: tuple[str, ...]) -> tuple[Progra
         }[head]  # fmt: skip
         gates = rng.normal(size=(int(rng.integers(1, 4)), *shape))
     intercept = bool(rng.random() < 0.4)
-    program = Program(head, activation, pool, loss, grid, n_blocks, grouped, gates, intercept, X, Y)
+    queries, each = None, bool(rng.random() < 0.5)
+    if head == "attentive":
+        pool = "mean"
+        Y = Y[:, :1]
+        y = y if loss == "cross-entropy" else Y[:, 0]
+        queries = rng.normal(size=(int(rng.integers(1, 4)), d + s * int(rng.integers(2))))
+        queries[:, :d] *= 10.0 ** rng.integers(-2, 3) / max(np.abs(X).max(), 1e-30)
+    program = Program(
+        head, activation, pool, loss, grid, n_blocks, grouped, gates, intercept, X, Y, queries=queries, each=each
+    )
     parameters: dict[str, Any] = {
         "head": head, "activation": activation, "pool": pool, "grid": grid, "n_blocks": n_blocks,
         "outputs": "grouped" if grouped else "shared", "gates": gates, "fit_intercept": intercept,
         "beta_ratio": float(10 ** rng.uniform(-4, 0.1)), "tol": float(10.0 ** rng.choice([-2, -3, -5])),
         "random_state": int(rng.integers(2**31)), "max_time": BRIEF,
     }  # fmt: skip
+    if head == "attentive":
+        parameters |= {"queries": queries, "query_norm": "each" if each else "all"}
     if loss != "cross-entropy":
         parameters["loss"] = loss
     return program, y, parameters, geometry
@@ -150,10 +161,13 @@ def draw_weighted(rng: np.random.Generator) -> tuple[Program, dict[str, Any], di
     program, _, parameters, geometry = draw(rng, ("linear", "gated-relu", "relu"))
     parameters.pop("loss", None)
     n, s, _ = program.X.shape
-    ragged = program.head in ("self-attention", "mlp", "linear") and s > 1 and bool(rng.random() < 0.3)
+    ragged = program.head in ("self-attention", "mlp", "linear", "attentive") and s > 1 and bool(rng.random() < 0.3)
     mask = np.arange(s) < rng.integers(1, s + 1, size=n)[:, None] if ragged else None
     X = program.X if mask is None else np.where(mask[..., None], program.X, 0)
-    every = bool(rng.random() < 0.4)
+    every = program.head != "attentive" and bool(rng.random() < 0.4)
+    if ragged and program.queries is not None:  # of content alone
+        parameters["queries"] = program.queries[:, : program.X.shape[2]]
+        program = replace(program, queries=parameters["queries"])
     r, c = s if every else 1, max(2, program.Y.shape[-1])
     if program.head == "block-fno" and program.grouped and c % program.n_blocks:
         c = program.n_blocks * (1 + c // program.n_blocks)
@@ -277,8 +291,8 @@ def audit(rng: np.random.Generator) -> tuple[str, str]:
     with torch.no_grad():
         for part in module.parameters():
             part.mul_(float(rng.choice([0.0, 1.0, rng.normal()])))
-    names = ("head", "activation", "pool", "grid", "gates", "n_blocks", "outputs")
-    given = {name: parameters[name] for name in names}
+    names = ("head", "activation", "pool", "grid", "gates", "n_blocks", "outputs", "queries", "query_norm")
+    given = {name: parameters[name] for name in names if name in parameters}
     mixing, values, b = [], [], np.zeros(program.Y.shape[-1])
     for U, V in zip(getattr(fitted, "mixing_", [None]), getattr(fitted, "values_", [None]), strict=True):
         scale = float(rng.choice([0.0, 1.0, 3.0]))
