@@ -28,13 +28,15 @@ from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head
-from convexhead.program.heads.attentive import Attentive, sample_queries
+from convexhead.program.heads.attentive import Attentive
 from convexhead.program.heads.base import resolve_grid
+from convexhead.program.heads.query_ball import QueryBall, sample_queries
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.losses import make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
 from convexhead.program.problem import Problem
+from convexhead.query_search import find_queries
 from convexhead.reading import Data
 from convexhead.runtime.checkpoint import Checkpoint
 from convexhead.runtime.clock import after, never
@@ -140,8 +142,8 @@ class Task:
         if not solution.certificate.converged:
             _warn(solution, self.spec.tol)
         history = [row.to_dict() for row in solution.history]
-        atoms = self.problem.leave(solution.atoms)
-        return self.model(atoms, solution.certificate, history, solution.stop.value), solution
+        model = self.model(self.problem.leave(solution.atoms), solution.certificate, history, solution.stop.value)
+        return (without_idle_queries(model) if self.spec.searches_queries else model), solution
 
     @undisturbed()
     def approach(
@@ -209,6 +211,17 @@ class Task:
         return column_r_squared(Y, f, self.data.weights)
 
 
+def without_idle_queries(model: Model) -> Model:
+    """The same function with the queries that it uses, or with one where that is none."""
+    assert model.queries is not None
+    used, block = torch.unique(model.atoms.block, return_inverse=True)
+    used = used if len(used) else torch.zeros(1, dtype=torch.int64)
+    head = model.spec.make_head(
+        model.head.s, model.head.d, grid=model.head.grid, queries=model.queries[used], ball=model.head.ball
+    )
+    return replace(model, head=head, atoms=replace(model.atoms, block=block))
+
+
 # -- from an estimator and data to a task ------------------------------------------------------------------------------
 @undisturbed()
 def pose(
@@ -249,8 +262,9 @@ def fit(
         spec, data = _agreed(estimator, X, y, sample_weight, run="fit", checkpoint=folder)
         if checkpoint is None:
             return _task(spec, data, ranks, draw_seed(spec, ranks), True).solve(callback=callback)[0]
-        if spec.activation == "relu":
-            raise InputError("activation='relu' has no checkpoints: leave checkpoint out")
+        if spec.activation == "relu" or spec.searches_queries:
+            what = "activation='relu'" if spec.activation == "relu" else "queries='search'"
+            raise InputError(f"{what} has no checkpoints: leave checkpoint out")
         saved = Checkpoint(checkpoint, {**spec.facts(), **data.fingerprint}, minutes=minutes, ranks=ranks)
         task = _task(spec, data, ranks, saved.notes.setdefault("seed", draw_seed(spec, ranks)), True)
         if "beta_max" in saved.notes:
@@ -280,10 +294,38 @@ def draw_seed(spec: Spec, ranks: Ranks) -> int:
 
 
 def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Task:
-    X, Y, loss = data.tokens, data.targets, make_loss(spec.loss)
-    generator, device = torch.Generator().manual_seed(seed), inputs.pick_device(spec.device)
-    head = spec.make_head(*X.shape[1:], grid=data.grid, queries=_make_queries(spec, data, generator))
-    X = X if data.padded is None else data.padded.scaled(head)
+    generator = torch.Generator().manual_seed(seed)
+    if spec.searches_queries:
+        return _searched_task(spec, data, ranks, generator, to_solve)
+    head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=_make_queries(spec, data, generator))
+    return Task(spec, data, _problem(spec, data, ranks, head, generator, to_solve), generator)
+
+
+def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Generator, to_solve: bool) -> Task:
+    """The task over the queries that a search finds at the β of the settings."""
+    if ranks.size > 1 or not to_solve:
+        raise InputError(
+            "queries='search' finds queries for one β, in one process: fit with it, and sample queries for all else"
+        )
+    ball = _query_ball(spec, data)
+
+    def pose_for(queries: torch.Tensor) -> Problem:
+        head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=queries, ball=ball)
+        return _problem(spec, data, ranks, head, generator, True)
+
+    def beta_of(largest: float) -> float:
+        return spec.beta if spec.beta is not None else spec.beta_ratio * largest
+
+    found, largest = find_queries(pose_for, ball, beta_of, spec.tol, generator, after(spec.max_time))
+    task = Task(spec, data, pose_for(ball.queries(found.z, found.place)), generator)
+    task.beta_max = largest
+    return task
+
+
+def _problem(spec: Spec, data: Data, ranks: Ranks, head: Head, generator: torch.Generator, to_solve: bool) -> Problem:
+    """The problem of a head; where it is ``to_solve``, in the coordinates that serve a solver best."""
+    Y, loss, device = data.targets, make_loss(spec.loss), inputs.pick_device(spec.device)
+    X = data.tokens if data.padded is None else data.padded.scaled(head)
     gates = _make_gates(spec, head, X, generator)
     if spec.activation == "relu" and ranks.size > 1:
         raise InputError("activation='relu' is solved in one process: start it without torchrun")
@@ -303,7 +345,7 @@ def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Ta
     )
     weights = None if data.weights is None else data.weights[rows]
     problem = Problem(operator, Y[rows], loss, weights=weights, fit_intercept=spec.fit_intercept)
-    return Task(spec, data, problem.in_coordinates(coordinates), generator)
+    return problem.in_coordinates(coordinates)
 
 
 def precision(shape: Sequence[int], tol: float) -> torch.dtype:
@@ -312,22 +354,30 @@ def precision(shape: Sequence[int], tol: float) -> torch.dtype:
 
 
 def _make_queries(spec: Spec, data: Data, generator: torch.Generator) -> torch.Tensor | None:
+    """Explicit or sampled queries of the attentive head; None for the others."""
     if spec.head != Attentive.name:
         return None
     if spec.queries is not None:
         return inputs.as_weights(spec.queries, "queries")
+    return sample_queries(_query_ball(spec, data), _present_tokens(data), spec.n_queries, generator)
+
+
+def _query_ball(spec: Spec, data: Data) -> QueryBall:
     if data.padded is not None and spec.query_position:
         raise InputError(
             "maps of places need samples of the same number of tokens: pass query_position=False for samples of "
             "different numbers"
         )
-    X = data.tokens
-    if data.padded is not None:
-        X = data.padded.tokens.masked_fill(~data.padded.mask.unsqueeze(2), Attentive.absent)
-    grid = resolve_grid(X.shape[1], data.grid if spec.grid is None else spec.grid)
-    return sample_queries(
-        X, grid, spec.n_queries, generator, scale=spec.query_scale, position=spec.query_position, key_dim=spec.key_dim
-    )
+    X = _present_tokens(data)
+    grid = resolve_grid(X.shape[1], data.grid if spec.grid is None else spec.grid) if spec.query_position else None
+    return QueryBall.of(X, radius=spec.query_scale, grid=grid, key_dim=spec.key_dim)
+
+
+def _present_tokens(data: Data) -> Tokens:
+    """The tokens, with those that are not there as the attentive head takes them."""
+    if data.padded is None:
+        return data.tokens
+    return data.padded.tokens.masked_fill(~data.padded.mask.unsqueeze(2), Attentive.absent)
 
 
 def _make_gates(spec: Spec, head: Head, X: Tokens, generator: torch.Generator) -> torch.Tensor | None:

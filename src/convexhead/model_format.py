@@ -17,6 +17,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.blocks import atoms_from_blocks
 from convexhead.program.heads import Head
 from convexhead.program.heads.attentive import Attentive
+from convexhead.program.heads.query_ball import QueryBall
 from convexhead.spec import OF_CLASSIFIERS, Spec
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.store.origin import TokenOrigin
@@ -80,6 +81,8 @@ def _parameters(model: Model) -> dict[str, Any]:
     """The settings by name; gates and queries lie beside the weights."""
     beside = ("gates", "queries")
     values = {each.name: getattr(model.spec, each.name) for each in fields(Spec) if each.name not in beside}
+    if model.spec.searches_queries:
+        values["queries"] = model.spec.queries
     for each in fields(Spec):
         if each.name in OF_CLASSIFIERS and (model.classes is None or values[each.name] == each.default):
             del values[each.name]
@@ -98,6 +101,8 @@ def _tensors(model: Model) -> Tensors:
         tensors["gates"] = model.gates.numpy()
     if model.queries is not None:
         tensors["queries"] = model.queries.numpy()
+    if (ball := model.head.ball) is not None:
+        tensors["ball.basis"], tensors["ball.centre"] = ball.basis.numpy(), ball.centre.numpy()
     if model.coef is not None:
         tensors["coef"] = model.coef
     else:
@@ -139,8 +144,13 @@ def restored(config: Config, tensors: Tensors) -> dict[str, Any]:
     if classes is not None:
         classes = np.array(classes["values"], dtype=np.dtype(classes["dtype"]))
     _check_tensors(spec, tensors, n_outputs, shape[1], None if classes is None else len(classes))
-    queries = torch.tensor(tensors["queries"]) if "queries" in tensors else None
-    head = spec.make_head(*shape, grid=tuple(config["grid"]), queries=queries)
+    queries, grid, ball = None, tuple(config["grid"]), None
+    if "queries" in tensors:
+        queries = torch.tensor(tensors["queries"])
+    if spec.searches_queries:
+        basis, centre = torch.tensor(tensors["ball.basis"]), torch.tensor(tensors["ball.centre"])
+        ball = QueryBall(basis, spec.query_scale, grid if spec.query_position else None, centre)
+    head = spec.make_head(*shape, grid=grid, queries=queries, ball=ball)
     if list(head.grid) != config["grid"]:
         raise ValueError(f"grid {config['grid']} of a head on the grid {head.grid}")
     names = config.get("feature_names")
@@ -193,7 +203,10 @@ def _certificate(config: Config, spec: Spec) -> Certificate:
     if config["version"] == 1:
         values = {**values, "identity": None, "beta": None, "tol": None}
     certificate = Certificate(**values)
-    given = {"sampled-gates": spec.activation == "gated-relu", "sampled-queries": spec.head == Attentive.name}
+    given = {
+        "sampled-gates": spec.activation == "gated-relu",
+        "sampled-queries": spec.head == Attentive.name and not spec.searches_queries,
+    }
     if any(is_so != (certificate.scope == scope) for scope, is_so in given.items()):
         raise ValueError(f"scope {certificate.scope!r} of a {spec.activation} {spec.head} head")
     if certificate.converged and certificate.tol is None and certificate.relative_gap > spec.tol:

@@ -23,6 +23,7 @@ from convexhead.program.heads import HEADS, Head, make_head
 from convexhead.program.heads.attentive import QUERY_NORMS
 from convexhead.program.heads.base import POOLS
 from convexhead.program.heads.block_fno import OUTPUTS
+from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.losses import LOSSES, Loss
 from convexhead.runtime.content import described
 from convexhead.solvers.select import NAMES
@@ -31,6 +32,8 @@ Check = Callable[[str, Any], Any]
 """Takes a setting's name and value; returns the value in its plain type, or raises `InputError`."""
 OF_CLASSIFIERS = ("class_weight", "label_smoothing", "pos_weight", "ignore_index")
 """Settings that only classifiers have."""
+SEARCH = "search"
+"""What ``queries`` may be besides an array."""
 OF_QUERIES = ("n_queries", "queries", "query_scale", "query_position", "key_dim", "query_norm")
 """Settings of the attentive head."""
 LATER = ("loss", "solver", *OF_CLASSIFIERS, *OF_QUERIES)
@@ -128,6 +131,10 @@ def _as_given(name: str, value: Any) -> Any:
     return value
 
 
+def _queries(name: str, value: Any) -> Any:
+    return choose(name, value, (SEARCH,)) if isinstance(value, str) else value
+
+
 def _rule(check: Check, *, may_change: bool = False) -> dict[str, Any]:
     """How a field of `Spec` is checked; ``may_change``: a checkpoint may be resumed with another value of it."""
     return {"check": check, "may_change": may_change}
@@ -156,7 +163,7 @@ class Spec:
     n_blocks: int = field(default=4, metadata=_rule(_count()))
     outputs: str = field(default="shared", metadata=_rule(_one_of(OUTPUTS)))
     n_queries: int = field(default=192, metadata=_rule(_count()))
-    queries: Any = field(default=None, metadata=_rule(_as_given))
+    queries: Any = field(default=None, metadata=_rule(_queries))
     query_scale: float = field(default=2.0, metadata=_rule(_positive(optional=False)))
     query_position: bool = field(default=True, metadata=_rule(_flag))
     key_dim: int | None = field(default=None, metadata=_rule(_count(None)))
@@ -189,6 +196,11 @@ class Spec:
             if not each.metadata["may_change"] and not (each.name in LATER and getattr(self, each.name) == each.default)
         }
 
+    @property
+    def searches_queries(self) -> bool:
+        """Whether the queries of an attentive head are found."""
+        return self.head == "attentive" and isinstance(self.queries, str) and self.queries == SEARCH
+
     def make_head(
         self,
         n_tokens: int,
@@ -196,10 +208,11 @@ class Spec:
         *,
         grid: tuple[int, int] | None = None,
         queries: Tensor | None = None,
+        ball: QueryBall | None = None,
     ) -> Head:
         """The head for tokens ``(n_tokens, n_channels)``, which lie on ``grid`` unless the settings name one.
 
-        ``queries`` are those of an attentive head, explicit or sampled.
+        ``queries`` are those of an attentive head, explicit, sampled, or found in a ``ball``.
         """
         return make_head(
             self.head,
@@ -210,5 +223,6 @@ class Spec:
             n_blocks=self.n_blocks,
             outputs=self.outputs,
             queries=queries,
-            query_norm=self.query_norm,
+            query_norm=self.query_norm if ball is None else "each",
+            ball=ball,
         )

@@ -42,14 +42,15 @@ class Certificate:
     scope : str
         What the gap is to. ``"global"``: the optimum over all heads of this kind. ``"sampled-gates"``: that of the
         program with these gates, and ``"sampled-queries"``: with these queries. ``"estimated"``: a ReLU head too large
-        for a tight proof, or one whose pre-activations float64 cannot tell apart well enough; ``dual``, ``gap`` and
-        ``relative_gap`` are still proven, but loose, and the last fields say what a search suggests.
+        for a tight proof, or one whose pre-activations float64 cannot tell apart well enough, or queries that were
+        searched; ``dual``, ``gap`` and ``relative_gap`` are still proven, but loose, and the last fields say what a
+        search suggests.
     converged : bool
         Whether ``relative_gap ≤ tol``; never where ``scope`` is ``"estimated"``.
     bound : str
         How the largest singular value, or a ReLU's dual norm, was bounded.
     estimated_gap : float or None
-        Of a ReLU: the relative gap if the search found the largest reward there is. Not proven.
+        Of these: the relative gap if the search found the largest reward there is. Not proven.
     ascents : int
         Starts of that search.
     rewards : list of float

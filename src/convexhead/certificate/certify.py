@@ -31,9 +31,11 @@ from convexhead.certificate.certificate import Certificate, relative_to
 from convexhead.certificate.dual import DualPoint, error_of_objective
 from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.dual_norm.norm import DualNorm, NormOracle
+from convexhead.dual_norm.query_ascent import STARTS, QueryMaxima, price
 from convexhead.errors import InputError
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
 from convexhead.program.atoms import Atoms
+from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.loss_check import check_loss
 from convexhead.program.problem import Problem
@@ -163,7 +165,10 @@ def certify_atoms(
     if problem.fit_intercept:
         f = f + solve_intercept(exact, f)
     dual = DualPoint(exact, f, beta, model.gradients if f is model.outputs else None)
-    if problem.head.learns_mixing and problem.activation.convex and dual.computable:
+    ball = problem.head.ball
+    if ball is not None and dual.computable:
+        own = _searched(exact, dual, ball, generator, late)
+    elif problem.head.learns_mixing and problem.activation.convex and dual.computable:
         own = _spectral(problem, model, dual, tol, failure_probability, max_steps, generator, found)
     else:
         own = _other(exact, model, dual, tol, generator, oracle, late)
@@ -197,6 +202,18 @@ def _spectral(
         found(bound.deflated.B if G.on_values else bound.deflated.A)
     slack = bound.upper / bound.lower - 1 if bound.lower > 0 else 0.0
     return LowerBound(dual.spectral(bound.upper), "Lanczos from random starts", slack, failure_probability)
+
+
+def _searched(
+    exact: Problem, dual: DualPoint, ball: QueryBall, generator: torch.Generator, late: Callable[[], bool]
+) -> LowerBound:
+    """Over all queries of a ball: what ascents find suggests a bound, and norms of tokens prove one."""
+    assert exact.head.queries is not None
+    z, place = ball.coordinates(exact.head.queries)
+    own = QueryMaxima(torch.zeros(len(z), dtype=torch.float64), z, place, ball.radius)
+    maxima = price(exact.operator, ball, dual.R, own, generator, late=late)
+    norm = DualNorm(dual.size, "norms of tokens", maxima, len(z) + STARTS)
+    return LowerBound(dual.spectral(norm.upper), norm.method, norm=norm)
 
 
 def _other(

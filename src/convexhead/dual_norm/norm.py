@@ -34,6 +34,7 @@ from torch import Tensor
 from convexhead.dual_norm.ascent import LocalMaxima, ascend, starts
 from convexhead.dual_norm.bound import MAX_DIMENSION, ROUNDING, largest_norm
 from convexhead.dual_norm.faces import LIMITS, FacesOfDimension, count_faces, doubt_of, faces, largest_norm_on_faces
+from convexhead.dual_norm.query_ascent import QueryMaxima
 from convexhead.dual_norm.scores import TINY, Form, Scores, scores_of
 from convexhead.program.atoms import Atoms
 from convexhead.program.patterns import EPSILON, MAX_PATTERNS, UnreliableError, cells_and_doubt, most_cells
@@ -62,7 +63,7 @@ class DualNorm:
         Proven, rounding included; infinite where nothing is known.
     method : str
         How it was had; see the module's text.
-    maxima : LocalMaxima
+    maxima : LocalMaxima or QueryMaxima
         What the search found.
     ascents : int
         Starts of the search.
@@ -72,7 +73,7 @@ class DualNorm:
 
     upper: float
     method: str
-    maxima: LocalMaxima
+    maxima: LocalMaxima | QueryMaxima
     ascents: int
     refuted: bool = False
 

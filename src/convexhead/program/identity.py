@@ -8,7 +8,8 @@ is the same number for every β. Parts are short texts. Arrays are known by the 
 
     tokens, targets   of the values as float64 numbers, whatever type holds them: float32 tokens and their exact float64
                       copies are equal, as are labels of other names with the same one-hot rows, and 0 equals −0
-    gates             the same; their number, order and exact values count. Of the attentive head: its queries
+    gates             the same; their number, order and exact values count. Of the attentive head: its queries, or the
+                      ball that they were searched in
     loss              its name and parameters; of a loss of one's own also its code and class attributes
     grid              only of heads that read it; pool: only where there are several tokens
 
@@ -61,6 +62,8 @@ def identify(problem: Problem) -> dict[str, str]:
     """The parts of a problem's identity: those of `PARTS`."""
     head, ranks = problem.head, problem.ranks
     gates = getattr(problem.activation, "gates", head.queries)
+    if head.ball is not None:  # over all queries of the ball
+        gates = head.ball.described()
     return {
         "tokens": problem.operator.stored or digest_rows(problem.operator.X, ranks),
         "targets": digest_rows(problem.targets, ranks),
@@ -71,7 +74,7 @@ def identify(problem: Problem) -> dict[str, str]:
         "loss": describe_loss(problem.loss),
         "pool": head.pool if head.s > 1 else "one token",
         "grid": "x".join(map(str, head.grid)) if head.reads_grid else "not read",
-        "blocks": str(head.n_groups),
+        "blocks": str(head.n_groups) if head.ball is None else "searched",
         "outputs": getattr(head, "outputs", "shared") if head.n_groups > 1 else "shared",
         "intercept": "fitted" if problem.fit_intercept else "none",
     }

@@ -27,7 +27,7 @@ class Stop(enum.Enum):
     TIME = "max_time was reached"
     HEADS = "max_heads was reached before the requested gap"
     INTERRUPTED = "interrupted from the keyboard"
-    SEARCHED = "searches found nothing to improve, but this ReLU head is too large for a proof"
+    SEARCHED = "searches found nothing to improve, but this head is too large for a proof that there is nothing"
     STALLED = "no further progress is possible in floating point"
 
 

@@ -216,6 +216,7 @@ class ExactRounds(ReLUColumnGeneration):
         if objective - dual <= self.target * abs(objective) or self.oracle.method == "faces":
             enough = (1 + 0.1 * self.target) * self.beta
             found = self.oracle.bound(R, maxima, rtol=0.1 * self.target, enough=enough, late=late)
+            assert isinstance(found.maxima, LocalMaxima)
             maxima, dual = found.maxima, self._dual(f, found.upper)
         return maxima, dual
 

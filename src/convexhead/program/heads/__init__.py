@@ -15,6 +15,7 @@ from convexhead.program.heads.fno import FNO
 from convexhead.program.heads.linear import Linear
 from convexhead.program.heads.mlp import MLP
 from convexhead.program.heads.mlp_mixer import MLPMixer
+from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.heads.self_attention import SelfAttention
 
 KINDS = (SelfAttention, Attentive, MLPMixer, FNO, BlockFNO, MLP, Linear)
@@ -32,11 +33,12 @@ def make_head(
     outputs: Any = "shared",
     queries: Tensor | None = None,
     query_norm: str = "all",
+    ball: QueryBall | None = None,
 ) -> Head:
     """Build the head called ``name`` from what a user passes.
 
-    ``n_blocks`` and ``outputs`` concern block-FNO alone, ``queries`` and ``query_norm`` the attentive head, which needs
-    them.
+    ``n_blocks`` and ``outputs`` concern block-FNO alone, ``queries``, ``query_norm`` and ``ball`` the attentive head,
+    which needs the first.
     """
     head = HEADS[choose("head", name, HEADS)]
     own: dict[str, Any] = {}
@@ -47,7 +49,7 @@ def make_head(
     if head is Attentive:
         if queries is None:
             raise InputError("head='attentive' needs the queries of its maps: pass queries=, (J, d)")
-        own = {"queries": queries, "query_norm": query_norm}
+        own = {"queries": queries, "query_norm": query_norm, "ball": ball}
     return head(n_tokens, n_channels, pool=choose("pool", pool, POOLS), grid=resolve_grid(n_tokens, grid), **own)
 
 

@@ -13,12 +13,7 @@ A probe that trains ``Σ_j φ_jᵀ V_j W`` with weight decay, ``V_j (d, m)``, ``
 optimal value of the first, and one that splits its values over the queries, ``Σ_j φ_jᵀ V_j W_j`` ("efficient probing",
 Psomas et al., ICLR 2026), that of the second, if ``m`` is large enough. A query of zeros has the mean of the tokens.
 
-Sampled queries (`sample_queries`) point from the mean of the train tokens to one of them, within the span of the
-leading principal directions where ``key_dim`` is given. Their length is such that the scores ``x·q`` of the tokens of a
-sample vary around their mean with standard deviation ``κ`` (the root of the mean variance over train samples). Near
-``κ = 0`` every map is the mean; from about 5 on most maps read one token. Log-weights of places are a Gaussian's on the
-grid, ``−‖place − μ_j‖² / (2 τ_j²)``, with ``μ_j`` uniform on the grid and ``τ_j`` 1, 2 or 4 cells. The first query is
-zero: the mean of the tokens is always among the features.
+`convexhead.program.heads.query_ball` says which queries there are to sample and to search.
 """
 
 from __future__ import annotations
@@ -32,16 +27,10 @@ from torch import Tensor
 
 from convexhead.errors import InputError, choose
 from convexhead.program.heads.base import Data, GradientCost, Head, mix_features, mix_features_adjoint
-from convexhead.runtime.stored_tokens import Tokens
+from convexhead.program.heads.query_ball import QueryBall
 
 QUERY_NORMS = ("all", "each")
 LINEAR_ONLY = "the attentive head takes activation='linear' only: a softmax makes its maps"
-WIDTHS = (1.0, 2.0, 4.0)
-"""Standard deviations ``τ`` of maps over places, in cells of the grid. Chosen by hand."""
-LOOKED_AT = 2e6
-"""Numbers in the tokens that the metric of sampled queries is measured on. Chosen by hand: any queries are allowed."""
-VISIBLE = 1e-10
-"""Variance of a principal direction, relative to the largest, below which queries leave it out. Chosen by hand."""
 PREPARED = 16
 """Samples are prepared in batches as if each took this part of the numbers it takes. Chosen by hand: a product over few
 samples is slow."""
@@ -55,17 +44,18 @@ class Attentive(Head):
     queries : Tensor (J, d) or (J, d + s)
         ``q_j``, or ``(q_j, π_j)``. Kept in float64.
     query_norm : {"all", "each"}
+    ball : QueryBall or None
+        What the queries were found in: the program is then over all queries of this ball, with a norm for each.
 
     Raises
     ------
     InputError
-        Queries of another shape, or with NaN or infinity; a pooling other than the mean.
+        Queries of another shape, or with NaN or infinity; a pooling other than the mean; a ball and one norm for all.
     """
 
     name = "attentive"
     takes_masks = False
     homogeneous = False
-    scope = "sampled-queries"
     absent = -math.inf
     queries: Float[Tensor, "J m"]
 
@@ -76,10 +66,14 @@ class Attentive(Head):
         *,
         queries: Float[Tensor, "J m"],
         query_norm: str = "all",
+        ball: QueryBall | None = None,
         **options: object,
     ) -> None:
         super().__init__(n_tokens, n_channels, **options)  # type: ignore[arg-type]
         self.query_norm = choose("query_norm", query_norm, QUERY_NORMS)
+        self.ball, self.scope = ball, "sampled-queries" if ball is None else "global"
+        if ball is not None and query_norm == "all":
+            raise InputError("queries are searched one by one, so each has a norm: pass query_norm='each'")
         if self.pool != "mean":
             raise InputError(f"the attentive head pools tokens by its queries: pool={self.pool!r} is not for it")
         if queries.ndim != 2 or queries.shape[1] not in (self.d, self.d + self.s) or not len(queries):
@@ -120,7 +114,8 @@ class Attentive(Head):
         # most that of its exponential, the sum of s weights and twice a score's. Where that exceeds 1, means of tokens
         # still differ by no more than twice the longest: twice the count covers both.
         places = self.queries[:, self.d :]
-        S = largest * float(self.queries[:, : self.d].norm(dim=1).max())
+        longest = float(self.queries[:, : self.d].norm(dim=1).max())
+        S = largest * (longest if self.ball is None else max(longest, self.ball.longest))
         S += float(places.abs().max()) if places.shape[1] else 0.0
         return super().operations(largest) + 4 * (self.d + 4) * S + 2 * self.s + 32
 
@@ -179,84 +174,3 @@ class Attentive(Head):
 
     def preactivation_adjoint(self, data: Data, A: Tensor, group: Tensor) -> Tensor:
         raise InputError(LINEAR_ONLY)
-
-
-def sample_queries(
-    X: Tokens,
-    grid: tuple[int, int],
-    n_queries: int,
-    generator: torch.Generator,
-    *,
-    scale: float,
-    position: bool,
-    key_dim: int | None = None,
-) -> Float[Tensor, "J m"]:
-    """Queries in the directions of tokens, and with ``position`` log-weights of places; see the module's text.
-
-    Parameters
-    ----------
-    X : Tensor (n, s, d) or StoredTokens
-        Rows of ``−∞`` are tokens that a sample does not have.
-    grid : (int, int)
-    n_queries : int
-        ``J``, the mean of the tokens included. Samples of a single token have one map.
-    generator : torch.Generator
-        Decides everything: equal states give equal queries.
-    scale : float
-        ``κ``.
-    position : bool
-        Whether maps also depend on the place.
-    key_dim : int or None
-        Leading principal directions of tokens around the mean of their sample that queries lie in; None: all.
-
-    Returns
-    -------
-    Tensor (J, d) or (J, d + s)
-        float64.
-
-    Raises
-    ------
-    InputError
-        More principal directions than channels.
-    """
-    n, s, d = X.shape
-    if key_dim is not None and key_dim > d:
-        raise InputError(f"key_dim={key_dim} is more than the {d} channels: choose at most {d}, or None for all")
-    if s == 1:
-        return torch.zeros(1, d, dtype=torch.float64)
-    few = min(n, max(1, int(LOOKED_AT // (s * d))))
-    seen = X[torch.linspace(0, n - 1, few, dtype=torch.float64).long().unique()].double().cpu()
-    size = float(seen[seen > -math.inf].abs().max()) or 1.0  # squares must stay in range
-    there = (seen > -math.inf).any(2, keepdim=True)
-    seen = torch.where(there, seen / size, 0.0)
-    inside = torch.where(there, seen - seen.sum(1, keepdim=True) / there.sum(1, keepdim=True), 0.0).flatten(0, 1)
-    variances, directions = torch.linalg.eigh(inside.T @ inside / there.sum())
-    kept = variances > VISIBLE * variances[-1]
-    kept[: d - (key_dim or d)] = False
-    variances, directions = variances[kept], directions[:, kept]
-
-    tokens = _random_tokens(X, n_queries, generator) / size
-    keys = (tokens - seen.sum((0, 1)) / there.sum()) @ directions
-    spread = (keys.square() @ variances).sqrt().unsqueeze(1)
-    queries = torch.where(spread > 0, keys * (scale / spread), 0.0) @ directions.T / size
-    queries[0] = 0
-    if not position:
-        return queries
-    h, w = grid
-    places = torch.cartesian_prod(torch.arange(h).double(), torch.arange(w).double())
-    centre = places[torch.randint(s, (n_queries,), generator=generator)]
-    width = torch.tensor(WIDTHS, dtype=torch.float64)[torch.randint(len(WIDTHS), (n_queries,), generator=generator)]
-    log_weights = -(places - centre.unsqueeze(1)).square().sum(2) / (2 * width.square()).unsqueeze(1)
-    log_weights[0] = 0
-    return torch.cat([queries, log_weights], dim=1)
-
-
-def _random_tokens(X: Tokens, count: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
-    """One token of each of ``count`` random samples."""
-    chosen = X[torch.randint(len(X), (count,), generator=generator)].double().cpu()
-    which = torch.rand(count, generator=generator, dtype=torch.float64)
-    tokens = []
-    for sample, place in zip(chosen, which.tolist(), strict=True):
-        own = sample[(sample > -math.inf).any(1)]
-        tokens.append(own[int(place * len(own))])
-    return torch.stack(tokens)

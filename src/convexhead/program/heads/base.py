@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexhead.errors import InputError, choose
+from convexhead.program.heads.query_ball import QueryBall
 
 Data = dict[str, Tensor]
 """Tensors of the samples that a head needs. The leading dimension of each is the sample."""
@@ -75,7 +76,7 @@ class Head(ABC):
     """Whether there is a pre-activation, which masks of a ReLU can act on; else the activation is linear."""
     homogeneous: ClassVar[bool] = True
     """Whether tokens times a number give outputs times a power of it."""
-    scope: ClassVar[str] = "global"
+    scope: str = "global"
     """What a certificate of the convex program is for, see `convexhead.certificate.certificate.SCOPES`."""
     reads_grid: ClassVar[bool] = False
     """Whether the head uses the grid of the tokens; else the grid is only kept for pictures."""
@@ -89,6 +90,8 @@ class Head(ABC):
     mixing_shape: tuple[int, ...]
     queries: Float[Tensor, "J m"] | None = None
     """Fixed weights that the maps of the attentive head are made of; None of the others."""
+    ball: QueryBall | None = None
+    """What they were searched in; None where they are given."""
 
     def __init__(
         self, n_tokens: int, n_channels: int, *, pool: str = "mean", grid: tuple[int, int] | None = None
