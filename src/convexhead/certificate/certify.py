@@ -211,7 +211,7 @@ def _searched(
     assert exact.head.queries is not None
     z, place = ball.coordinates(exact.head.queries)
     own = QueryMaxima(torch.zeros(len(z), dtype=torch.float64), z, place, ball.radius)
-    maxima = price(exact.operator, ball, dual.R, own, generator, late=late)
+    maxima = price(exact.operator, ball, dual.R, own, generator, starts=STARTS, late=late)
     norm = DualNorm(dual.size, "norms of tokens", maxima, len(z) + STARTS)
     return LowerBound(dual.spectral(norm.upper), norm.method, norm=norm)
 

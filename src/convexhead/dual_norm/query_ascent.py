@@ -23,8 +23,8 @@ from convexhead.runtime.clock import never
 
 NUMBERS = 4_000_000
 """Numbers of workspace that a batch of samples may take. Chosen by hand."""
-STARTS = 64
-"""Sampled starts of a search. Chosen by hand."""
+STARTS = 256
+"""Sampled starts of a search that is to find nothing. Chosen by hand."""
 ITERATIONS = 12
 """Steps of its ascents. Chosen by hand."""
 SAME = 0.05
@@ -126,10 +126,11 @@ def price(
     known: QueryMaxima,
     generator: torch.Generator,
     *,
+    starts: int,
     late: Callable[[], bool] = never,
 ) -> QueryMaxima:
-    """The queries that ``R`` rewards most: ascents from ``known`` ones and from `STARTS` sampled ones."""
-    z, place = ball.sample(operator.X, STARTS, generator)
+    """The queries that ``R`` rewards most: ascents from ``known`` ones and from so many sampled ``starts``."""
+    z, place = ball.sample(operator.X, starts, generator)
     z, place = torch.cat([known.z, z]), torch.cat([known.place, place])
     return ascend_queries(operator, R, ball, z, place, iterations=ITERATIONS, late=late).distinct()
 

@@ -36,13 +36,13 @@ from convexhead.runtime.clock import count_processor_time
 
 
 def cells_of(heads: Iterable[str] = tuple(HEADS), activations: Iterable[str] = ("linear", "gated-relu")) -> list[Cell]:
-    """Every head with every activation; the linear head has the linear one only."""
+    """Every head with every activation that it takes."""
     heads = list(heads)
     return [
         Cell(head, activation)
         for activation in activations
         for head in heads
-        if head != "linear" or activation == "linear"
+        if HEADS[head].takes_masks or activation == "linear"
     ]
 
 
