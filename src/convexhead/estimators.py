@@ -62,10 +62,11 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Whether every group of block-fno writes all outputs, or each its own share.
     n_queries : int
         Queries of the attentive head to sample from the tokens, the mean token's included.
-    queries : array (J, d) or (J, d + s), or None
-        Explicit queries; the last ``s`` columns are log-weights of places. None: sampled.
+    queries : array (J, d) or (J, d + s), "search" or None
+        Explicit queries; the last ``s`` columns are log-weights of places. ``"search"``: found for this β, each with a
+        norm of its own; the certificate is an estimate then. None: sampled.
     query_scale : float
-        ``κ`` of sampled queries: the standard deviation of their scores within a sample.
+        ``κ`` of sampled queries: the standard deviation of their scores within a sample. Found ones have at most this.
     query_position : bool
         Whether sampled maps also depend on the place on the grid.
     key_dim : int or None

@@ -241,6 +241,8 @@ def pose(
     """
     spec, data = _agreed(estimator, X, y, sample_weight, **run)
     ranks = ranks_of(estimator)
+    if spec.searches_queries:
+        raise InputError("queries='search' finds queries for one β: fit with it, and sample queries for all else")
     return _task(spec, data, ranks, draw_seed(spec, ranks), to_solve)
 
 
@@ -296,17 +298,15 @@ def draw_seed(spec: Spec, ranks: Ranks) -> int:
 def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Task:
     generator = torch.Generator().manual_seed(seed)
     if spec.searches_queries:
-        return _searched_task(spec, data, ranks, generator, to_solve)
+        return _searched_task(spec, data, ranks, generator)
     head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=_make_queries(spec, data, generator))
     return Task(spec, data, _problem(spec, data, ranks, head, generator, to_solve), generator)
 
 
-def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Generator, to_solve: bool) -> Task:
+def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Generator) -> Task:
     """The task over the queries that a search finds at the β of the settings."""
-    if ranks.size > 1 or not to_solve:
-        raise InputError(
-            "queries='search' finds queries for one β, in one process: fit with it, and sample queries for all else"
-        )
+    if ranks.size > 1:
+        raise InputError("queries='search' finds queries in one process: start it without torchrun")
     ball = _query_ball(spec, data)
 
     def pose_for(queries: torch.Tensor) -> Problem:
