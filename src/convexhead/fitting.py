@@ -28,14 +28,12 @@ from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head
-from convexhead.program.heads.attentive import Attentive
-from convexhead.program.heads.base import resolve_grid
-from convexhead.program.heads.query_ball import QueryBall, sample_queries
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.losses import make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
 from convexhead.program.problem import Problem
+from convexhead.queries import make_queries, query_ball, without_idle_queries
 from convexhead.query_search import find_queries
 from convexhead.reading import Data
 from convexhead.runtime.checkpoint import Checkpoint
@@ -211,17 +209,6 @@ class Task:
         return column_r_squared(Y, f, self.data.weights)
 
 
-def without_idle_queries(model: Model) -> Model:
-    """The same function with the queries that it uses, or with one where that is none."""
-    assert model.queries is not None
-    used, block = torch.unique(model.atoms.block, return_inverse=True)
-    used = used if len(used) else torch.zeros(1, dtype=torch.int64)
-    head = model.spec.make_head(
-        model.head.s, model.head.d, grid=model.head.grid, queries=model.queries[used], ball=model.head.ball
-    )
-    return replace(model, head=head, atoms=replace(model.atoms, block=block))
-
-
 # -- from an estimator and data to a task ------------------------------------------------------------------------------
 @undisturbed()
 def pose(
@@ -299,7 +286,7 @@ def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Ta
     generator = torch.Generator().manual_seed(seed)
     if spec.searches_queries:
         return _searched_task(spec, data, ranks, generator)
-    head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=_make_queries(spec, data, generator))
+    head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=make_queries(spec, data, generator))
     return Task(spec, data, _problem(spec, data, ranks, head, generator, to_solve), generator)
 
 
@@ -307,7 +294,7 @@ def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Genera
     """The task over the queries that a search finds at the β of the settings."""
     if ranks.size > 1:
         raise InputError("queries='search' finds queries in one process: start it without torchrun")
-    ball = _query_ball(spec, data)
+    ball = query_ball(spec, data)
 
     def pose_for(queries: torch.Tensor) -> Problem:
         head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=queries, ball=ball)
@@ -351,33 +338,6 @@ def _problem(spec: Spec, data: Data, ranks: Ranks, head: Head, generator: torch.
 def precision(shape: Sequence[int], tol: float) -> torch.dtype:
     """What a solver computes in, for tokens of this shape."""
     return torch.float64 if math.prod(shape) <= SMALL_TOKENS or tol < TIGHT else torch.float32
-
-
-def _make_queries(spec: Spec, data: Data, generator: torch.Generator) -> torch.Tensor | None:
-    """Explicit or sampled queries of the attentive head; None for the others."""
-    if spec.head != Attentive.name:
-        return None
-    if spec.queries is not None:
-        return inputs.as_weights(spec.queries, "queries")
-    return sample_queries(_query_ball(spec, data), _present_tokens(data), spec.n_queries, generator)
-
-
-def _query_ball(spec: Spec, data: Data) -> QueryBall:
-    if data.padded is not None and spec.query_position:
-        raise InputError(
-            "maps of places need samples of the same number of tokens: pass query_position=False for samples of "
-            "different numbers"
-        )
-    X = _present_tokens(data)
-    grid = resolve_grid(X.shape[1], data.grid if spec.grid is None else spec.grid) if spec.query_position else None
-    return QueryBall.of(X, radius=spec.query_scale, grid=grid, key_dim=spec.key_dim)
-
-
-def _present_tokens(data: Data) -> Tokens:
-    """The tokens, with those that are not there as the attentive head takes them."""
-    if data.padded is None:
-        return data.tokens
-    return data.padded.tokens.masked_fill(~data.padded.mask.unsqueeze(2), Attentive.absent)
 
 
 def _make_gates(spec: Spec, head: Head, X: Tokens, generator: torch.Generator) -> torch.Tensor | None:
