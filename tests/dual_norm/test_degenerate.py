@@ -15,13 +15,12 @@ from convexhead.dual_norm.norm import NormOracle, _over_patterns, product_of_nor
 from convexhead.dual_norm.scores import Form, _written_as_planes
 from convexhead.program import patterns
 from convexhead.program.activations import ReLU
-from convexhead.program.heads import HEADS, make_head
+from convexhead.program.heads import make_head
 from convexhead.program.losses import Squared
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import cells_and_doubt, most_arrangements
 from convexhead.program.problem import Problem
-
-MIXING = [name for name in HEADS if name != "linear"]
+from kinds import MASKED
 
 
 def few_planes(w, h, q, seed=0):
@@ -66,7 +65,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("what", DEGENERATE)
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 def test_tokens_without_geometry_have_bounds(name, what):
     X = DEGENERATE[what].double()
     head = make_head(name, 4, 2, n_blocks=2)

@@ -12,13 +12,12 @@ from convexhead.dual_norm.faces import count_faces, faces, largest_norm_on_faces
 from convexhead.dual_norm.norm import NormOracle, _over_patterns, product_of_norms
 from convexhead.dual_norm.scores import Form, scores_of
 from convexhead.program.activations import ReLU
-from convexhead.program.heads import HEADS, make_head
+from convexhead.program.heads import make_head
 from convexhead.program.losses import Squared
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import cells
 from convexhead.program.problem import Problem
-
-MIXING = [name for name in HEADS if name != "linear"]
+from kinds import MASKED
 
 
 def build(name, *, n=4, s=4, d=2, c=4, pool="mean", outputs="shared", seed=0, degenerate=False):
@@ -44,7 +43,7 @@ def sphere(w, m=20_000, seed=1):
 
 @pytest.mark.parametrize("outputs", ["shared", "grouped"])
 @pytest.mark.parametrize("pool", ["mean", "cls", "none"])
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 def test_written_out_scores_are_the_passes(name, pool, outputs):
     """Duplicate, zero and opposite tokens included."""
     problem = build(name, pool=pool, outputs=outputs, degenerate=True)
@@ -135,7 +134,7 @@ def test_product_of_norms_is_a_bound(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", ["mean", "cls", "none"])
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", MASKED)
 def test_no_mixing_weight_is_above_the_bound(name, pool):
     for seed, degenerate in ((0, False), (1, True)):
         problem = build(name, pool=pool, s=2, d=2, c=2, seed=seed, degenerate=False)
