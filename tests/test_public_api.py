@@ -20,7 +20,9 @@ NAMES = {
         "InputError", "MissingExtraError", "TokenStore", "__version__", "attach", "beta_max", "certify", "load",
         "regularization_path",
     },
-    "convexhead.deploy": {"ImageModel", "TokenModel", "attach", "export_run"},
+    "convexhead.deploy": {
+        "ImageModel", "Recipe", "TokenModel", "attach", "export_run", "finetune", "pull", "push",
+    },
     "convexhead.tokens": {
         "Backbone", "BrokenImageError", "ImageSource", "Progress", "Reduction", "SplitView", "StoreWriteError",
         "TokenStore", "export_store", "extract", "import_arrays", "merge_stores", "open_backbone", "open_source",

@@ -6,7 +6,7 @@ says what to do), 2 wrong usage, 130 interrupted.
 """
 
 # Importing a module registers its commands; `--help` lists them in this order.
-from convexhead.cli import extract, fit, audit, predict, export, adam, compare, probe, report, store
+from convexhead.cli import extract, fit, audit, predict, export, finetune, hub, adam, compare, probe, report, store
 from convexhead.cli.entry import app, main
 
 __all__ = ["app", "main"]

@@ -278,7 +278,8 @@ def _safetensors(model: Model) -> tuple[bytes, str]:
     """Weights by the names of the formula, float32; gates stay float64."""
     net = TokenModel(model)
     head, names = net.head, {"mixing": "U", "values": "V", "intercept": "b"}
-    arrays = {names.get(name, name): value for name, value in head.state_dict().items()}
+    state = {name.removeprefix("head."): value for name, value in net.state_dict().items()}
+    arrays = {names.get(name, name): value for name, value in state.items()}
     if not model.head.learns_mixing:
         del arrays["U"], arrays["block"]
     arrays["V"] = head.masked_values().detach()

@@ -44,18 +44,21 @@ class TokenModel(nn.Module):
         super().__init__()
         self.head = model.to_module(dtype)
         self.class_names = model.class_names or (None if model.classes is None else [str(c) for c in model.classes])
-        if model.reduction is not None:
-            self.head.reduction = ChannelReduction(model.reduction)
+        self.reduction = None if model.reduction is None else ChannelReduction(model.reduction)
         origin = model.origin
         self.front = int(origin is not None and origin.class_token)
         self.pooled = None if origin is None or origin.token_pool is None else (origin.grid, origin.token_pool)
 
     def forward(self, tokens: Float[Tensor, "b s d"], *mask: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.read(tokens), *mask)
+        return outputs
+
+    def read(self, tokens: Float[Tensor, "b s d"]) -> Float[Tensor, "b t e"]:
+        """Stored tokens as the head takes them."""
         if self.pooled is not None:
             front, patches = tokens[:, : self.front], tokens[:, self.front :]
             tokens = torch.cat([front.float(), pool_grid(patches.float(), *self.pooled)], dim=1)
-        outputs: Tensor = self.head(tokens, *mask)
-        return outputs
+        return tokens if self.reduction is None else self.reduction(tokens)
 
 
 class ImageModel(nn.Module):
@@ -88,6 +91,16 @@ class ImageModel(nn.Module):
         return self.backbone.prepare(image)
 
     def forward(self, images: Shaped[Tensor, "b 3 h w"]) -> Tensor:
+        outputs: Tensor = self.tokens(self.stored(images))
+        return outputs
+
+    def read(self, images: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b s d"]:
+        """The tokens of prepared images as the head reads them."""
+        tokens: Tensor = self.tokens.read(self.stored(images))
+        return tokens
+
+    def stored(self, images: Shaped[Tensor, "b 3 h w"]) -> Float[Tensor, "b s d"]:
+        """The tokens of prepared images as a store holds them, the class token in front if it is read."""
         tokens, prefix, grid = self.backbone(images)
         if self._pool is not None:
             tokens, grid = pool_grid(tokens, grid, self._pool), self._pool
@@ -97,8 +110,7 @@ class ImageModel(nn.Module):
             tokens = torch.cat([prefix[:, :1], tokens], dim=1)
         if self._channels is not None:
             tokens = pool_channels(tokens, self._channels)
-        outputs: Tensor = self.tokens(self._rounded(tokens))
-        return outputs
+        return self._rounded(tokens)
 
     def _rounded(self, tokens: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
         """Tokens as a store holds them. Gradients pass as if nothing was rounded."""
