@@ -30,6 +30,16 @@ clf.save("run")
 assert (ch.load("run").predict(X) == clf.predict(X)).all()
 print("site-packages" in ch.__file__, ch.__version__)
 """
+DEMO = """
+from pathlib import Path
+from convexhead.experiments.demo import run_demo
+try:
+    run_demo(Path("demo"))
+except ch.MissingExtraError as error:
+    assert "pip install 'convexhead[demo]'" in str(error)
+else:
+    raise AssertionError("the demo ran without its packages")
+"""
 
 
 def test_page_on_pypi_has_absolute_links_to_files_of_its_version():
@@ -52,10 +62,10 @@ def test_no_upload_without_an_address(tmp_path):
 
 @pytest.mark.slow
 def test_core_needs_no_extra(tmp_path):
-    """Where the packages of the extras cannot be imported, a fit, its certificate and a saved run work."""
-    hidden = f"import sys; sys.modules |= dict.fromkeys({EXTRAS})\n"
+    """Without packages of extras a fit and a saved run work, and the demo asks for all that it needs at once."""
+    code = f"import sys; sys.modules |= dict.fromkeys({EXTRAS})\n" + FIT + DEMO
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    run = subprocess.run([sys.executable, "-c", hidden + FIT], capture_output=True, text=True, cwd=tmp_path, env=env)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert run.returncode == 0, run.stderr
 
 

