@@ -62,12 +62,14 @@ def column_r_squared(
     Y: Shaped[Tensor, "n r c"], f: Shaped[Tensor, "n r c"], weights: Shaped[Tensor, "n a b"] | None
 ) -> float:
     """The mean R² of the columns, each with its own weights."""
-    Y, f = Y.flatten(1).cpu(), f.flatten(1).cpu()
+    truth, told = Y.flatten(1).numpy(force=True), f.flatten(1).numpy(force=True)
     if weights is None or weights.shape[1:] == (1, 1):
-        return float(r2_score(Y, f, sample_weight=None if weights is None else weights.flatten().cpu()))
-    w = weights.expand(len(Y), weights.shape[1], Y.shape[1] // weights.shape[1]).flatten(1).cpu()
-    columns = [k for k in range(Y.shape[1]) if int((w[:, k] > 0).sum()) > 1]  # one number has no variance
-    scores = [r2_score(Y[:, k], f[:, k], sample_weight=w[:, k]) for k in columns]
+        of_samples = None if weights is None else weights.flatten().numpy(force=True)
+        return float(r2_score(truth, told, sample_weight=of_samples))
+    size = truth.shape[1] // weights.shape[1]
+    w = weights.expand(len(Y), weights.shape[1], size).flatten(1).numpy(force=True)
+    columns = [k for k in range(truth.shape[1]) if int((w[:, k] > 0).sum()) > 1]  # one number has no variance
+    scores = [r2_score(truth[:, k], told[:, k], sample_weight=w[:, k]) for k in columns]
     return float(np.mean(scores)) if scores else float("nan")
 
 
