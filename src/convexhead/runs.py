@@ -11,6 +11,7 @@ reads, and with what a report shows of it (`convexhead.report.evidence`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from convexhead.report import evidence
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
 from convexhead.runtime.ranks import Ranks, join_ranks
+from convexhead.runtime.trackers import track
 from convexhead.solvers.base import Stop
 from convexhead.spec import Spec
 from convexhead.tokens import TokenStore, whitened
@@ -68,6 +70,7 @@ def fit(
     cv: int | None = None,
     checkpoint_minutes: float | None = None,
     overwrite: bool = False,
+    log: str | Path | None = None,
     notify: Notify = silent,
     command: Sequence[str] = (),
     **parameters: Any,
@@ -93,6 +96,8 @@ def fit(
     checkpoint_minutes : float or None
         Minutes between two checkpoints in ``OUT.checkpoint``. The same call goes on from the last one, which is deleted
         when the head is certified.
+    log : str, path or None
+        Where rows of the solver go: a file or a service, see `convexhead.runtime.trackers`.
     notify : callable
         Told of progress, see `convexhead.runtime.progress`.
     command : sequence of str
@@ -122,7 +127,8 @@ def fit(
     with interrupts.answer(Answer.FINISH):
         with interrupts.answer(Answer.RAISE):
             notify("preparing")
-            clf.fit(train, callback=solver_callback(notify, "training"), **saved)
+            with track(log) if log is not None and ranks.rank == 0 else contextlib.nullcontext() as tracker:
+                clf.fit(train, callback=solver_callback(notify, "training", tracker), **saved)
         if ranks.rank == 0:
             notify("saving")
             _save(clf, out, store, command, selection=selection)

@@ -51,6 +51,10 @@ MaxMemory = Annotated[
         help="Gigabytes for tokens; tokens beyond that are read again in each pass. Default: half of the free memory."
     ),
 ]
+Log = Annotated[
+    str | None,
+    Option(help="Where rows of the solver go: FILE.csv, FILE.jsonl, tensorboard:FOLDER or wandb:PROJECT."),
+]
 Checkpoint = Annotated[
     float | None,
     Option(help="Minutes between checkpoints, kept in OUT.checkpoint. The same command goes on from the last one."),
@@ -95,6 +99,7 @@ def fit(
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    log: Log = None,
     as_json: Json = False,
 ) -> None:
     """Train a head on the training images to a certified global optimum; under torchrun, with all its processes."""
@@ -108,8 +113,8 @@ def fit(
             query_position=query_position, key_dim=key_dim, query_norm=query_norm,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
             max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
-            random_state=seed, device=device, checkpoint_minutes=checkpoint, overwrite=overwrite, notify=notify,
-            command=typed_command(),
+            random_state=seed, device=device, checkpoint_minutes=checkpoint, overwrite=overwrite, log=log,
+            notify=notify, command=typed_command(),
         )  # fmt: skip
     if not speaks_for_all():
         return

@@ -50,6 +50,14 @@ def solver_detail(row: SolverRow) -> str:
     return f"objective {row.objective:.6g}, estimated gap {gap:.1e}, {row.heads} heads"
 
 
-def solver_callback(notify: Notify, what: str) -> Callable[[SolverRow], None]:
-    """Make a callback for solvers that passes their steps on to ``notify``."""
-    return lambda row: notify(what, detail=solver_detail(row))
+def solver_callback(
+    notify: Notify, what: str, also: Callable[[SolverRow], None] | None = None
+) -> Callable[[SolverRow], None]:
+    """Make a callback for solvers that passes their steps on to ``notify``, and ``also`` to another one."""
+
+    def callback(row: SolverRow) -> None:
+        notify(what, detail=solver_detail(row))
+        if also is not None:
+            also(row)
+
+    return callback
