@@ -228,8 +228,8 @@ assert "torch" in sys.modules
 
 def test_options_of_fit_are_those_of_the_estimator():
     parameters = inspect.signature(ch.ConvexHeadClassifier).parameters
-    # the store's, an array, torchrun's, the progress line, and what goes with labels that stores do not hold
-    elsewhere = {"grid", "gates", "distributed", "verbose", "loss", "pos_weight", "ignore_index"}
+    # the store's, arrays, torchrun's, the progress line, and what goes with labels that stores do not hold
+    elsewhere = {"grid", "gates", "queries", "distributed", "verbose", "loss", "pos_weight", "ignore_index"}
     options = dict(inspect.signature(fit.fit).parameters)
     assert options.pop("seed").default == 0
     for own in ("store", "out", "checkpoint", "cv", "whiten", "overwrite", "log", "as_json"):
