@@ -35,7 +35,7 @@ class SelfAttention(Head):
 
     @property
     def divisions(self) -> int:
-        return super().divisions + 1
+        return int(self.pool == "mean") + 1  # torch.compile does not follow the property of a super class
 
     @property
     def score_width(self) -> int:
