@@ -56,6 +56,8 @@ def assert_no_worse(audited, reference):
 
 # -- which problem ----------------------------------------------------------------------------------------------------
 GATED = {"activation": "gated-relu", "gates": GATES}
+QUERIES = RNG.normal(size=(2, D))
+ASKED = {"head": "attentive", "queries": QUERIES}
 BLOCKS = {"head": "block-fno", "n_blocks": 2}
 CASES = {  # settings of the reference, what is other, and how the message names it
     "head": ({}, {"head": "mlp"}, "another head: self-attention instead of mlp"),
@@ -66,6 +68,9 @@ CASES = {  # settings of the reference, what is other, and how the message names
     "gates": (GATED, {"gates": GATES * (1 + 1e-12)}, "other gates"),
     "fewer gates": (GATED, {"gates": GATES[:1]}, "other gates: 2x4x4 instead of 1x4x4"),
     "seed of gates": ({"activation": "gated-relu", "n_gates": 3}, {"random_state": 1}, "other gates"),
+    "queries": (ASKED, {"queries": QUERIES * (1 + 1e-12)}, "other queries"),
+    "seed of queries": ({"head": "attentive", "n_queries": 3}, {"random_state": 1}, "other queries"),
+    "norm of queries": (ASKED, {"query_norm": "each"}, "another number of channel groups: 1 instead of 2"),
     "blocks": (BLOCKS, {"n_blocks": 4}, "another number of channel groups: 2 instead of 4"),
     "outputs": (BLOCKS, {"outputs": "grouped"}, "another kind of outputs: shared instead of grouped"),
     "grid": ({"head": "fno", "grid": (2, 3)}, {"grid": (3, 2)}, "another token grid: 2x3 instead of 3x2"),
