@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -262,9 +263,12 @@ def convex(rng: np.random.Generator) -> tuple[str, str]:
     return outcome, f"{program.head}, {program.activation}, {geometry}: {why}"
 
 
-def weighted(rng: np.random.Generator) -> tuple[str, str]:
+def weighted(rng: np.random.Generator, kind: str) -> tuple[str, str]:
     """Weights of samples, tokens and entries; soft and several labels; samples of different length."""
-    program, fit, parameters, what = draw_weighted(rng)
+    drawn = draw_weighted(rng)
+    while kind not in drawn[3].split(", "):
+        drawn = draw_weighted(rng)
+    program, fit, parameters, what = drawn
     model = estimator(parameters).fit(program.X, **fit)
     outcome, why = verdict(model.certificate_, program, weights_of(model, program), model.beta_, rng)
     if outcome != "false":
@@ -563,9 +567,10 @@ def ranks(rng: np.random.Generator) -> tuple[str, str]:
     return "crashed", f"{what}: {printed[0][1][-300:]}"
 
 
+WEIGHTED = ("cross-entropy", "binary-cross-entropy", "squared", "huber", "every token", "ragged")
 KINDS: dict[str, tuple[float, Callable[[np.random.Generator], tuple[str, str]]]] = {
     "convex": (0.24, convex),
-    "weighted": (0.12, weighted),
+    **{f"weighted-{kind.replace(' ', '-')}": (0.02, partial(weighted, kind=kind)) for kind in WEIGHTED},
     "relu": (0.15, relu),
     "audit": (0.08, audit),
     "reference": (0.2, reference),

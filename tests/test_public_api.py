@@ -87,6 +87,7 @@ METHODS = {
     "read",
     "save",
     "score",
+    "validation_score",
     "set_params",
     "to_module",
     "to_spec",

@@ -27,7 +27,7 @@ from convexhead.foreign.estimators import own_features
 from convexhead.foreign.read import read_head
 from convexhead.model import Model
 from convexhead.modules import HeadModule
-from convexhead.padding import Padded, as_padded
+from convexhead.padding import Padded, as_padded, with_lengths
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.attentive import Attentive
 from convexhead.program.losses import Loss, make_loss
@@ -307,6 +307,7 @@ def _pose(
         classes, loss, beta, told = program.classes, program.loss, program.beta, program.told
     else:
         X = _plain(split_for(X, spec.head, spec.pool))
+    X = with_lengths(X)
     shape = tokens_of(X)[0].shape[1:]
     audited = understood(weights if model is None else model, spec, shape, gates, intercept)
     if classes is not None:

@@ -60,7 +60,7 @@ class Audited:
         if not all(bool(torch.isfinite(part).all()) for part in (self.atoms.U, self.atoms.V, self.atoms.intercept)):
             raise InputError("the weights contain NaN or infinity: the training they come from diverged")
         spec = replace(self.spec, loss=loss or self.spec.loss, pool=self.head.pool)
-        y, sample_weight = supervision(X, y, sample_weight, spec.pool)
+        y, sample_weight = supervision(X, y, sample_weight, spec)
         targets = self._targets(tokens, mask, y, spec, sample_weight)
         if isinstance(X, Padded):
             tokens = X.scaled(self.head)

@@ -310,7 +310,9 @@ class _Fold:
 
 
 def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:
-    """The scorer that scikit-learn has for ``scoring``; None: the estimator's own score."""
+    """The scorer that scikit-learn has for ``scoring``; None: the estimator's own."""
+    if scoring is None:
+        return _own_score
     if isinstance(scoring, (list, tuple, set, dict)):
         raise InputError("scoring must be one score, by which β is chosen")
     if isinstance(scoring, str) and scoring not in get_scorer_names():
@@ -319,6 +321,10 @@ def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:
         return _log_loss
     with inputs.told_plainly():
         return check_scoring(estimator, scoring)
+
+
+def _own_score(fitted: HeadEstimator, X: Any, y: Any, sample_weight: Any = None) -> float:
+    return fitted.validation_score(X, y, sample_weight)
 
 
 def _log_loss(fitted: Any, X: Any, y: Any, sample_weight: Any = None) -> float:

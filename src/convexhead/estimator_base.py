@@ -18,8 +18,8 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.fitting import fit
 from convexhead.model import Model, read_only
 from convexhead.modules import HeadModule
-from convexhead.padding import Padded, as_padded
-from convexhead.reading import Data
+from convexhead.padding import Padded, as_padded, with_lengths
+from convexhead.reading import Data, supervision
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
 
@@ -110,7 +110,7 @@ class HeadEstimator(BaseEstimator):
 
     def _checked(self, X: Any, *, reset: bool) -> Any:
         """scikit-learn's checks of names and counts for 2-D input; other tokens are checked when they are opened."""
-        X = as_padded(X)
+        X = with_lengths(as_padded(X))
         X = X if isinstance(X, Padded) else inputs.plain(X, "X")
         if isinstance(X, Padded) or not inputs.is_table(X):
             if reset and hasattr(self, "feature_names_in_"):
@@ -170,6 +170,26 @@ class HeadEstimator(BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return "model_" in vars(self)
 
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
+        """Accuracy or R²."""
+        raise NotImplementedError
+
+    def validation_score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """What β is chosen by on held-out samples: `score`, but of several labels the mean average precision."""
+        return self.score(X, y, sample_weight)
+
+    def _to_compare(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
+        """What predictions are compared with, and weights: ``y``, or a store's own numbered as this head numbers them.
+
+        They are a store's own where ``y`` is None, or where it is equal to what the store says.
+        """
+        X, model = inputs.resolve_store(X), self._fitted()
+        if inputs.is_store(X):
+            named = y is not None and model.origin is not None and model.origin.class_names is not None
+            y = None if named and np.array_equal(y, X.known) else y
+            X = model.as_labelled(X) if y is None else X
+        return supervision(X, y, sample_weight, model.spec)
+
     # -- using the model ----------------------------------------------------------------------------------------------
     def _fitted(self) -> Model:
         """``model_``.
@@ -184,7 +204,10 @@ class HeadEstimator(BaseEstimator):
 
     def _outputs(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
         """``f (n, r, c)`` in float64."""
-        model, X = self._fitted(), as_padded(inputs.resolve_store(X), mask)
+        model, X = self._fitted(), inputs.resolve_store(X)
+        X = as_padded(X, mask)
+        if inputs.is_store(X):  # the model says how it reads one
+            return model.outputs(X, device=self.device)
         return model.outputs(self._checked(X, reset=False), device=self.device)
 
     def as_fitted_on(self, X: Any) -> Any:

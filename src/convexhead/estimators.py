@@ -17,13 +17,14 @@ from sklearn.base import ClassifierMixin
 from convexhead import inputs
 from convexhead.errors import InputError, choose
 from convexhead.estimator_base import HeadEstimator, View
+from convexhead.metrics import average_precision, mean_of_known
 from convexhead.padding import Padded, as_padded, padded_like
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy
-from convexhead.reading import Data, has_masks, labels_of, read_labelled, split_for, supervision
+from convexhead.reading import Data, read_labelled, split_for, supervision
 from convexhead.scores import accuracy
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
-from convexhead.targets import is_multilabel
+from convexhead.targets import as_weights, is_multilabel, true_labels
 
 
 class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
@@ -277,8 +278,9 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
     def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
         """The data of a fit, checked; ``classes``: None for those that ``y`` names."""
         X = split_for(X, self.head, self.pool)
-        y, sample_weight = supervision(X, y, sample_weight, self.pool)
-        return self._named(read_labelled(self._checked(X, reset=True), y, self.to_spec(), sample_weight, classes))
+        spec = self.to_spec()
+        y, sample_weight = supervision(X, y, sample_weight, spec)
+        return self._named(read_labelled(self._checked(X, reset=True), y, spec, sample_weight, classes))
 
     def decision_function(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
         """Logits ``(n, c)``, with ``pool=None`` ``(n, s, c)``; of two classes of samples their difference ``(n,)``."""
@@ -312,21 +314,26 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Of tokens with masks it is against their most frequent label; `convexhead.dense.pixel_scores` is of pixels.
         ``y`` may be left out for a split of a store, whose classes are matched by name.
         """
-        X, model = inputs.resolve_store(X), self._fitted()
-        if y is None and has_masks(X):
-            y, sample_weight = supervision(self.as_fitted_on(X), y, sample_weight, model.spec.pool)
-        y, X = self._true_labels(X, y), as_padded(X, mask)
+        (y, sample_weight), model = self._to_compare(X, y, sample_weight), self._fitted()
+        X = as_padded(inputs.resolve_store(X), mask)
         if model.spec.pool is None and isinstance(X, Padded):
             y = padded_like(X.mask.numpy(), y, model.spec.ignore_index)
             sample_weight = X.weights(sample_weight)
         return accuracy(y, self.predict(X), model.spec, self.classes_, sample_weight)
 
-    def _true_labels(self, X: Any, y: Any) -> Any:
-        """``y``; of a split of a store, if they are its own, numbered as this head numbers them."""
-        named = self._fitted().class_names is not None
-        if inputs.is_store(X) and not has_masks(X) and (y is None or (named and np.array_equal(y, X.labels))):
-            return self.labels_of(X)
-        return labels_of(X, y)
+    def validation_score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """What β is chosen by on held-out samples: `score`, but of several labels the mean average precision.
+
+        That all labels of a sample are right is rare where there are many, and then it tells heads apart badly.
+        """
+        if not is_multilabel(self._fitted().spec):
+            return self.score(X, y, sample_weight)
+        y, sample_weight = self._to_compare(X, y, sample_weight)
+        p, y = self.predict_proba(X), true_labels(y, self.model_.spec, self.classes_)
+        r = 1 if self.model_.spec.pool is not None else y.shape[1]
+        w = as_weights(sample_weight, len(y), r, y.shape[-1], pooled=self.model_.spec.pool is not None)
+        w = np.broadcast_to(w, (len(y), r, y.shape[-1])).reshape(-1, y.shape[-1])
+        return mean_of_known(average_precision(p.reshape(w.shape), y.reshape(w.shape), w))
 
     def labels_of(self, X: Any) -> NDArray[Any]:
         """The labels of a split of a store as this head numbers them; see `Model.labels_of`."""

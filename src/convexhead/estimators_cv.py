@@ -20,7 +20,7 @@ from convexhead.fitting import draw_seed, fit, ranks_of
 from convexhead.model import Model
 from convexhead.padding import Padded, as_padded, padded_like
 from convexhead.program.losses import Loss
-from convexhead.reading import labels_of
+from convexhead.reading import supervision
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.solvers.monitor import Progress
 from convexhead.targets import as_labels
@@ -75,7 +75,7 @@ class _ChoosesBeta(HeadEstimator):
 
     def _scored(self, X: Any, y: Any, sample_weight: Any) -> float:
         """The score that ``scoring`` names."""
-        self._fitted()
+        y, sample_weight = self._to_compare(X, y, sample_weight)
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         with inputs.told_plainly():
             return float(check_scoring(self, self.scoring)(self, X, y, **weights))
@@ -105,7 +105,8 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         The folds, as in all of scikit-learn: an int is that many, stratified by the labels and not shuffled. One split
         that is given is enough.
     scoring : str, callable or None
-        Any scorer of scikit-learn; None: accuracy. Where probabilities matter take ``"neg_log_loss"``.
+        Any scorer of scikit-learn; None: accuracy, and for several labels the mean average precision. Where
+        probabilities matter take ``"neg_log_loss"``.
     refit : bool
         False: choose only, there is no head then.
 
@@ -232,16 +233,16 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         ConvergenceWarning
             As for `ConvexHeadClassifier.fit`.
         """
+        spec = self.to_spec()
         X = as_padded(inputs.resolve_store(X), mask)
-        y = as_labels(_of_tokens(X, labels_of(X, y), self.pool, self.ignore_index))
+        y, sample_weight = supervision(X, y, sample_weight, spec)
+        y = as_labels(_of_tokens(X, y, self.pool, self.ignore_index), spec)
         return self._choose(ConvexHeadClassifier(), X, y, sample_weight, groups, callback)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
         """The score that ``scoring`` names, accuracy where it is None; for a split of a store ``y`` may be left out."""
         X = as_padded(inputs.resolve_store(X), mask)
-        if self.scoring is None:
-            return super().score(X, y, sample_weight)
-        return self._scored(X, self._true_labels(X, y), sample_weight)
+        return super().score(X, y, sample_weight) if self.scoring is None else self._scored(X, y, sample_weight)
 
 
 class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
@@ -324,14 +325,13 @@ class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
         callback: Callable[[Progress], None] | None = None,
     ) -> ConvexHeadRegressorCV:
         """Choose β, then train to the certified optimum; see `ConvexHeadClassifierCV.fit`."""
-        if y is None:
-            raise InputError("This ConvexHeadRegressorCV estimator requires y to be passed, but the target y is None")
         X = as_padded(inputs.resolve_store(X), mask)
+        y, sample_weight = supervision(X, y, sample_weight, self.to_spec())
         with inputs.told_plainly():
             y = np.asarray(inputs.plain(_of_tokens(X, y, self.pool, 0.0), "y"))
         return self._choose(ConvexHeadRegressor(), X, y, sample_weight, groups, callback)
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None, *, mask: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
         """The score that ``scoring`` names; R² where it is None."""
         X = as_padded(inputs.resolve_store(X), mask)
         return super().score(X, y, sample_weight) if self.scoring is None else self._scored(X, y, sample_weight)

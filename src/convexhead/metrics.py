@@ -1,18 +1,21 @@
 """Metrics of classifiers on test images: accuracies, calibration, intervals, paired tests.
 
-All of them are functions of `Predictions`: of each image the true and the predicted class, the rank of the true one,
-and the confidence. That is all that has to be kept of a classifier's outputs.
+Of one class an image they are functions of `Predictions`: of each image the true and the predicted class, the rank of
+the true one, and the confidence. That is all that has to be kept of a classifier's outputs. Of several labels an image
+they are functions of probabilities and indicators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from convexhead.errors import InputError
 
@@ -133,3 +136,34 @@ def mcnemar(first: Predictions, second: Predictions) -> PairedTest:
     lost = int((second.right & ~first.right).sum())
     p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return PairedTest(gained, lost, p_value)
+
+
+# -- several labels an image ------------------------------------------------------------------------------------------
+def average_precision(
+    p: Float[Array, "n c"], truth: Bool[Array, "n c"], sample_weight: Array | None = None
+) -> Float[Array, " c"]:
+    """The average precision of each label, NaN where all images have it or none: ``Σ_k (R_k − R_{k−1}) P_k``."""
+    return _of_each(average_precision_score, p, truth, sample_weight)
+
+
+def auroc(p: Float[Array, "n c"], truth: Bool[Array, "n c"], sample_weight: Array | None = None) -> Float[Array, " c"]:
+    """The area under the ROC curve of each label, NaN where all images have it or none."""
+    return _of_each(roc_auc_score, p, truth, sample_weight)
+
+
+def mean_of_known(values: Float[Array, " c"]) -> float:
+    """The mean of what is no NaN; NaN where there is nothing."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _of_each(score: Callable[..., float], p: Array, truth: Array, sample_weight: Array | None) -> Array:
+    """A score of each column; weights of images ``(n,)`` or of entries ``(n, c)``, of which 0 is as not there."""
+    w = np.ones(p.shape) if sample_weight is None else np.asarray(sample_weight, float)
+    w = np.broadcast_to(w[:, None] if w.ndim == 1 else w, p.shape)
+    found = np.full(p.shape[1], np.nan)
+    for k in range(p.shape[1]):
+        there = w[:, k] > 0
+        if len(np.unique(truth[there, k])) == 2:
+            found[k] = score(truth[there, k], p[there, k], sample_weight=w[there, k])
+    return found

@@ -18,13 +18,13 @@ from convexhead.certificate.certificate import Certificate
 from convexhead.errors import FileFormatError, InputError, warn
 from convexhead.model_format import described, restored
 from convexhead.modules import HeadModule
-from convexhead.padding import Padded
+from convexhead.padding import Padded, with_lengths
 from convexhead.program.activations import Activation, make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.blocks import blocks_of
 from convexhead.program.heads import Head
 from convexhead.program.operator import Operator
-from convexhead.runtime.stored_tokens import CHUNK_BYTES
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, chunk_rows, read_ahead
 from convexhead.runtime.surroundings import undisturbed
 from convexhead.spec import Spec
 from convexhead.tokens.reduce import Reduction
@@ -158,9 +158,10 @@ class Model:
         """
         where = inputs.pick_device((device or self.spec.device) if torch.cuda.is_available() else "cpu")
         atoms, parts = self.atoms.to(where, torch.float64), []
+        X = with_lengths(self.as_fitted_on(X))
         if self.any_length or isinstance(X, Padded):
             return self._outputs_of_any_length(X, atoms, where)
-        for chunk in inputs.token_chunks(self.as_fitted_on(X), n_channels=self.head.d, n_tokens=self.head.s):
+        for chunk in inputs.token_chunks(X, n_channels=self.head.d, n_tokens=self.head.s):
             operator = Operator(chunk, self.head, self.activation, device=where, reuse=False)
             parts.append(operator.outputs(atoms).cpu().numpy())
         return np.concatenate(parts)
@@ -172,13 +173,14 @@ class Model:
                 "numbers of tokens"
             )
         if not isinstance(X, Padded):
-            tokens = inputs.as_tokens(self.as_fitted_on(X), n_channels=self.head.d)
+            tokens = inputs.as_tokens(X, n_channels=self.head.d)
             X = Padded(tokens, np.ones(tokens.shape[:2], bool))
         head = self.head.of_length(X.tokens.shape[1])
         if X.tokens.shape[2] != self.head.d:
             raise InputError(f"X has {X.tokens.shape[2]} features, but this head was fitted with {self.head.d}")
         activation, parts = make_activation(self.spec.activation, head, self.gates), []
-        for chunk in X.scaled(head).split(max(1, int(CHUNK_BYTES["cpu"] // (8 * head.s * head.d)))):
+        tokens = X.scaled(head)
+        for _, chunk in read_ahead(tokens, chunk_rows(tokens, CHUNK_BYTES["cpu"])):
             parts.append(Operator(chunk, head, activation, device=where, reuse=False).outputs(atoms).cpu().numpy())
         return np.concatenate(parts)
 
@@ -231,10 +233,19 @@ class Model:
         InputError
             The head's own labels were not a store's, or it was not trained on a class of this one.
         """
-        X = self.as_fitted_on(X)
+        return np.asarray(self.as_labelled(X).labels)
+
+    def as_labelled(self, X: Any) -> Any:
+        """As `as_fitted_on`, for a split of a store whose own labels or targets are wanted.
+
+        Raises
+        ------
+        InputError
+            The head's own were not a store's.
+        """
         if self.origin is not None and self.origin.class_names is None:
             raise InputError("this head was fitted with labels of the user's own: pass such labels as y")
-        return np.asarray(X.labels)
+        return self.as_fitted_on(X)
 
     @undisturbed()
     def to_module(self, dtype: torch.dtype = torch.float32, *, raw_tokens: bool = False) -> HeadModule:

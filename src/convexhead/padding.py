@@ -28,6 +28,8 @@ from torch import Tensor
 from convexhead import inputs
 from convexhead.errors import InputError
 from convexhead.program.heads.base import Head
+from convexhead.runtime.content import content_hash
+from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 
 
 class Padded:
@@ -46,6 +48,9 @@ class Padded:
         Another shape, a sample without tokens, or tokens that cannot be used.
     """
 
+    source: Any = None
+    """The split of a store that the tokens are of, from which they are read as they are asked for; or None."""
+
     def __init__(self, tokens: Any, mask: Any) -> None:
         with inputs.told_plainly():
             array, there = np.asarray(inputs.plain(tokens, "X")), np.asarray(inputs.plain(mask, "mask"))
@@ -57,12 +62,18 @@ class Padded:
         if empty := np.flatnonzero(~there.any(1)).tolist():
             raise InputError(f"sample {empty[0]} has no tokens: leave it out")
         self.mask: Bool[Tensor, "n s"] = torch.from_numpy(there)
-        self.tokens: Float[Tensor, "n s d"] = inputs.as_tokens(
-            np.where(there[..., None], array, np.zeros((), array.dtype))
-        )
+        self.tokens: Tokens = inputs.as_tokens(np.where(there[..., None], array, np.zeros((), array.dtype)))
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @classmethod
+    def of_store(cls, view: Any) -> Padded:
+        """The samples of a split of a store with lengths; their tokens stay on disk."""
+        padded = cls.__new__(cls)
+        padded.source, padded.mask = view, torch.from_numpy(view.mask)
+        padded.tokens = inputs.open_tokens(view)
+        return padded
 
     @classmethod
     def of_list(cls, samples: Sequence[Any]) -> Padded:
@@ -77,8 +88,8 @@ class Padded:
         tokens[mask] = np.concatenate(arrays)
         return cls(tokens, mask)
 
-    def scaled(self, head: Head) -> Float[Tensor, "n s d"]:
-        """``α_i X_i`` for a head over ``S`` tokens, in float64.
+    def scaled(self, head: Head) -> Tokens:
+        """``α_i X_i (n, s, d)`` for a head over ``S`` tokens, in float64.
 
         Raises
         ------
@@ -94,8 +105,14 @@ class Padded:
             raise InputError("pool='cls' reads token 0, which the mask leaves out of some sample")
         divisions, degree = head.divisions, 3 if head.reads_tokens else 1
         alpha = (head.s / self.mask.sum(1).double()) ** (divisions / degree)
-        scaled = self.tokens.double() * alpha[:, None, None]
+        if isinstance(self.tokens, StoredTokens) and not head.absent:  # as they are read
+            return StoredTokens(_Scaled(self.source, alpha.numpy()), inputs.as_tokens)
+        scaled = self.in_memory().double() * alpha[:, None, None]
         return scaled.masked_fill(~self.mask.unsqueeze(2), head.absent)
+
+    def in_memory(self) -> Float[Tensor, "n s d"]:
+        """All tokens, read where they are a store's."""
+        return self.tokens.read() if isinstance(self.tokens, StoredTokens) else self.tokens
 
     def weights(self, given: Any = None) -> Any:
         """Weights of tokens ``(n, s)``, or as fine as those given, 0 where there is none."""
@@ -107,7 +124,31 @@ class Padded:
 
     def rows(self, kept: NDArray[np.int64]) -> Padded:
         """Some of the samples."""
-        return Padded(self.tokens[kept], self.mask[kept])
+        if self.source is not None:
+            return Padded.of_store(self.source.subset(kept))
+        return Padded(self.tokens[torch.from_numpy(kept)], self.mask[kept])
+
+
+class _Scaled:
+    """Rows of a split of a store, each times a factor, read as they are asked for."""
+
+    def __init__(self, view: Any, alpha: NDArray[np.float64]) -> None:
+        self._view, self._alpha, self.reduction = view, alpha, view.reduction
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    @property
+    def identity(self) -> str:
+        return f"{self._view.identity} x {content_hash(self._alpha)}"
+
+    @property
+    def tokens_identity(self) -> str:
+        return f"{self._view.tokens_identity} x {content_hash(self._alpha)}"
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float64]:
+        scaled: NDArray[np.float64] = self._view[rows].astype(np.float64) * self._alpha[rows][:, None, None]
+        return scaled
 
 
 def is_ragged(X: Any) -> bool:
@@ -118,7 +159,7 @@ def is_ragged(X: Any) -> bool:
 
 
 def as_padded(X: Any, mask: Any = None) -> Any:
-    """`Padded` where samples have different numbers of tokens; anything else unchanged."""
+    """`Padded` where samples of arrays have different numbers of tokens; anything else, stores too, unchanged."""
     if isinstance(X, Padded):
         return X
     if mask is None:
@@ -126,6 +167,14 @@ def as_padded(X: Any, mask: Any = None) -> Any:
     if inputs.is_store(inputs.resolve_store(X)) or is_ragged(X):
         raise InputError("mask goes with an array X (n, s, d); a list of samples says itself how long they are")
     return Padded(X, mask)
+
+
+def with_lengths(X: Any) -> Any:
+    """`Padded` of a split of a store whose samples have different numbers of tokens; anything else unchanged.
+
+    It has to be read as its head reads it before: a `Padded` knows no other store.
+    """
+    return Padded.of_store(X) if getattr(X, "lengths", None) is not None else X
 
 
 def padded_like(mask: NDArray[np.bool_] | None, y: Any, value: Any) -> Any:

@@ -15,7 +15,7 @@ from convexhead.errors import InputError, choose, warn
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.fitting import Task, pose, ranks_of
 from convexhead.model import Model
-from convexhead.padding import as_padded
+from convexhead.padding import as_padded, with_lengths
 from convexhead.reading import tokens_of
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.clock import now
@@ -96,8 +96,8 @@ def regularization_path(
     -------
     list of dict
         One row for each β, as visited: ``beta_ratio``, ``beta``, ``objective``, ``dual``, ``gap``, ``relative_gap``,
-        ``converged``, ``n_heads``, ``train_score``, ``val_score`` (None without held-out data), ``seconds`` and
-        ``model``, the fitted estimator. `best` picks one.
+        ``converged``, ``n_heads``, ``train_score``, ``val_score`` (of `validation_score`; None without held-out data),
+        ``seconds`` and ``model``, the fitted estimator. `best` picks one.
 
     Warns
     -----
@@ -136,7 +136,7 @@ def regularization_path(
 def _agree_on_held_out(task: Task, X_val: Any, y_val: Any) -> None:
     ragged = y_val is None or isinstance(y_val, (list, tuple))  # lists may hold arrays of different length
     task.problem.ranks.agree(
-        lambda: tokens_of(as_padded(X_val)),
+        lambda: tokens_of(with_lengths(as_padded(inputs.resolve_store(X_val)))),
         lambda held: {
             "held-out data (tokens)": inputs.tokens_hash(held[0]),
             "held-out data (mask)": f"sha256:{content_hash(held[1])}",
@@ -213,6 +213,10 @@ class _Path:
     def _row(self, model: Model, proof: dict[str, Any]) -> Row:
         fitted = self.estimator.from_model(model)
         ranks = self.task.problem.ranks
+
+        def held_out() -> float:
+            return fitted.validation_score(self.X_val, self.y_val)
+
         row = {
             "beta_ratio": model.spec.beta_ratio,
             "beta": model.beta,
@@ -221,7 +225,7 @@ class _Path:
             "n_heads": len(model.atoms),
             "train_score": self.task.score(model),
             # One process scores for all, so that they choose alike.
-            "val_score": None if self.X_val is None else ranks.first_does(lambda: fitted.score(self.X_val, self.y_val)),
+            "val_score": None if self.X_val is None else ranks.first_does(held_out),
             "seconds": now() - self.began,
             "model": fitted,
         }

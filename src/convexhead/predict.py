@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from convexhead import inputs
 from convexhead.errors import InputError, require
 from convexhead.estimators import ConvexHeadClassifier
+from convexhead.padding import Padded
 from convexhead.persistence import load
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.progress import Notify, silent
@@ -50,8 +51,8 @@ class Predictions:
     columns : list of str
         ``split`` if there are several, and ``image``. Then ``predicted``, and ``p:CLASS`` for every class; of a head
         for several labels ``predicted`` are all classes with ``p ≥ 1/2``, with ``|`` between. With ``top`` the
-        likeliest classes alone: ``predicted``, ``p``, ``predicted_2``, ``p_2``, … Of a regression ``output``, or
-        ``output_1``, …
+        likeliest classes alone: ``predicted``, ``p``, ``predicted_2``, ``p_2``, … Of a regression the names of the
+        columns that a store has, else ``output``, or ``output_1``, …
     total : int
         Images that there are.
     broken : list of str
@@ -155,8 +156,11 @@ def _stored(views: dict[str, Any]) -> Iterator[Batch]:
     for split, view in views.items():
         files, start = view.files, 0
         for chunk in view.chunks():
-            yield Batch(split, files[start : start + len(chunk)], chunk)
-            start += len(chunk)
+            stop = start + len(chunk)
+            yield Batch(
+                split, files[start:stop], chunk if view.lengths is None else Padded(chunk, view.mask[start:stop])
+            )
+            start = stop
 
 
 Told = tuple[list[str], Callable[[NDArray[np.float32]], list[Row]]]
@@ -188,7 +192,9 @@ def _regressor(head: ConvexHeadRegressor, top: int | None) -> Told:
     if top is not None:
         raise InputError("top is for classifiers: this run holds a regressor, whose outputs are all told")
     c = head.n_outputs_
-    names = ["output"] if c == 1 else [f"output_{k}" for k in range(1, c + 1)]
+    origin = head.model_.origin
+    told = None if origin is None else origin.class_names
+    names = told or (["output"] if c == 1 else [f"output_{k}" for k in range(1, c + 1)])
     return names, lambda tokens: head.predict(tokens).reshape(len(tokens), c).tolist()
 
 

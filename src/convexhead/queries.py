@@ -48,7 +48,7 @@ def _present_tokens(data: Data) -> Tokens:
     """The tokens, with those that are not there as the attentive head takes them."""
     if data.padded is None:
         return data.tokens
-    return data.padded.tokens.masked_fill(~data.padded.mask.unsqueeze(2), Attentive.absent)
+    return data.padded.in_memory().masked_fill(~data.padded.mask.unsqueeze(2), Attentive.absent)
 
 
 def without_idle_queries(model: Model) -> Model:

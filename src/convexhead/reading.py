@@ -15,12 +15,28 @@ from convexhead import inputs
 from convexhead.errors import InputError
 from convexhead.padding import Padded, padded_like
 from convexhead.program.heads import HEADS
+from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy, Huber, Squared, make_loss
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 from convexhead.spec import Spec
 from convexhead.targets import Targets, as_labels, every_token, read_classes, read_numbers
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.store.origin import TokenOrigin
+
+LOSSES = {
+    "classes": (CrossEntropy.name,),
+    "masks": (CrossEntropy.name,),
+    "multi-label": (BinaryCrossEntropy.name,),
+    "regression": (Squared.name, Huber.name),
+}
+"""Losses for what a store knows of its images, the usual one first. A loss of the user's own is for numbers."""
+KNOWN = {
+    "classes": "one class an image",
+    "masks": "a class for every pixel",
+    "multi-label": "several classes an image",
+    "regression": "numbers",
+}
+"""What these are, in words."""
 
 
 @dataclass(eq=False)
@@ -92,9 +108,7 @@ def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None, classes
     inputs.check_lengths(tokens, len(y))
     targets = read_classes(y, spec, tokens.shape[1], sample_weight, classes, mask)
     data = _data(X, tokens, targets, y if targets.kept is None else y[targets.kept])
-    if data.origin is not None and not np.array_equal(y, X.targets if has_masks(X) else X.labels):
-        data.origin = data.origin.without_class_names()
-    return data
+    return _named_by(data, X, y)
 
 
 def read_measured(X: Any, y: Any, spec: Spec, sample_weight: Any = None) -> Data:
@@ -111,6 +125,14 @@ def read_measured(X: Any, y: Any, spec: Spec, sample_weight: Any = None) -> Data
     targets = read_numbers(y, tokens.shape[1], sample_weight, every_token=every_token(spec), mask=mask)
     data = _data(X, tokens, targets, targets.Y)
     data.target_shape = tuple(np.shape(inputs.plain(y, "y"))[1:])
+    return _named_by(data, X, y)
+
+
+def _named_by(data: Data, X: Any, y: Any) -> Data:
+    """``data`` without the store's names of classes or columns where ``y`` is the user's own."""
+    X = X.source if isinstance(X, Padded) else X
+    if data.origin is not None and not np.array_equal(y, X.known):
+        data.origin = data.origin.without_class_names()
     return data
 
 
@@ -128,6 +150,7 @@ def _data(X: Any, tokens: Tokens, targets: Targets, y: NDArray[Any] | Tensor) ->
         X = inputs.some_samples(X if isinstance(tokens, StoredTokens) else tokens, targets.kept)
         tokens = inputs.open_tokens(X) if isinstance(tokens, StoredTokens) else X
     inputs.check_informative(tokens)
+    padded, X = (X, X.source) if isinstance(X, Padded) else (None, X)
     stored = inputs.is_store(X)
     return Data(
         tokens,
@@ -136,10 +159,10 @@ def _data(X: Any, tokens: Tokens, targets: Targets, y: NDArray[Any] | Tensor) ->
         weights=targets.weights,
         counts=targets.counts,
         classes=targets.classes,
-        grid=X.grid if stored else None,
+        grid=X.grid if stored and padded is None else None,
         origin=X.origin() if hasattr(X, "origin") else None,
         reduction=getattr(X, "reduction", None) if stored else None,
-        padded=X if isinstance(X, Padded) else None,
+        padded=padded,
     )
 
 
@@ -163,40 +186,41 @@ def split_for(X: Any, head: str, pool: str | None) -> Any:
 
 def has_masks(X: Any) -> bool:
     """Whether ``X`` is a split of a store of images with masks."""
-    return bool(getattr(X, "has_masks", False))
+    return getattr(X, "task", None) == "masks"
 
 
-def supervision(X: Any, y: Any, sample_weight: Any, pool: str | None) -> tuple[Any, Any]:
-    """Labels and weights of the tokens ``X``: those given, or where ``y`` is None a store's own.
+def supervision(X: Any, y: Any, sample_weight: Any, spec: Spec) -> tuple[Any, Any]:
+    """Labels or targets of the tokens ``X``, and weights: those given, or where ``y`` is None a store's own.
 
     Of images with masks these are the targets of tokens, and their weights times those of samples.
 
     Raises
     ------
     InputError
-        There are none; or an image of a store has a mask and no label, and the head pools its tokens.
+        There are none, or what is known of the images of a store is not what the loss or ``pool`` is for.
     """
-    if y is not None or not has_masks(X):
-        return labels_of(X, y), sample_weight
-    if pool is not None:
-        raise InputError(f"{X!r} has masks: each token has a target, and an image none; use pool=None (--pool none)")
-    if sample_weight is None:
-        return X.targets, X.weights
-    with inputs.told_plainly():
-        w = np.asarray(sample_weight, np.float64)
-        return X.targets, X.weights * (w[:, None] if w.ndim == 1 else w)
-
-
-def labels_of(X: Any, y: Any) -> Any:
-    """Labels of the tokens ``X``: ``y``, or a store's own where it is None.
-
-    Raises
-    ------
-    InputError
-        There are none.
-    """
-    if y is None:
-        if not inputs.is_store(X):
-            raise InputError("This estimator requires y to be passed, but the target y is None")
-        return np.asarray(X.labels)
-    return y
+    X = X.source if isinstance(X, Padded) else X
+    if y is not None:
+        return y, sample_weight
+    if not inputs.is_store(X):
+        raise InputError("This estimator requires y to be passed, but the target y is None")
+    task, loss = getattr(X, "task", "classes"), make_loss(spec.loss).name
+    own = task == "regression" and not any(loss in of for of in LOSSES.values())
+    if loss not in LOSSES[task] and not own:
+        whose = "ConvexHeadRegressor" if task == "regression" else "ConvexHeadClassifier"
+        raise InputError(
+            f"{X!r} has {KNOWN[task]}, and loss={loss!r} is for something else: use loss={LOSSES[task][0]!r} ({whose})"
+        )
+    if task == "masks":
+        if spec.pool is not None:
+            raise InputError(
+                f"{X!r} has masks: each token has a target, and an image none; use pool=None (--pool none)"
+            )
+        if sample_weight is None:
+            return X.targets, X.weights
+        with inputs.told_plainly():
+            w = np.asarray(sample_weight, np.float64)
+            return X.targets, X.weights * (w[:, None] if w.ndim == 1 else w)
+    if spec.pool is None:
+        raise InputError(f"{X!r} has {KNOWN[task]} and its tokens have none: use pool='mean' (--pool mean)")
+    return np.asarray(X.labels if task == "classes" else X.targets), sample_weight

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import RegressorMixin
 
-from convexhead.errors import InputError
+from convexhead import inputs
 from convexhead.estimator_base import HeadEstimator
 from convexhead.padding import Padded, as_padded, padded_like
 from convexhead.program.losses import Loss
-from convexhead.reading import Data, read_measured, split_for
+from convexhead.reading import Data, read_measured, split_for, supervision
 from convexhead.scores import r_squared
 from convexhead.solvers.monitor import Progress
 
@@ -107,8 +107,8 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
         Parameters
         ----------
         X : array, memmap, tensor or split of a TokenStore, (n, s, d) or (n, d); list of arrays (s_i, d)
-        y : array (n,), (n, c), or (n, s, c) with ``pool=None``
-            Targets. Where the weight is 0 anything may stand, NaN too.
+        y : array (n,), (n, c), or (n, s, c) with ``pool=None``; or None
+            Targets. None: the store's own. Where the weight is 0 anything may stand, NaN too.
         sample_weight : array (n,), a number, or None
             ``w``: 2 is the same as the sample twice, 0 as not there. Also of every number in ``y``, and with
             ``pool=None`` ``(n, s)``, of tokens: a mask. The data term is the mean over what has a weight.
@@ -119,19 +119,19 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
 
     def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
         """The data of a fit, checked."""
-        if y is None:
-            raise InputError("This ConvexHeadRegressor estimator requires y to be passed, but the target y is None")
-        tokens = self._checked(split_for(X, self.head, self.pool), reset=True)
-        return self._named(read_measured(tokens, y, self.to_spec(), sample_weight))
+        X, spec = split_for(X, self.head, self.pool), self.to_spec()
+        y, sample_weight = supervision(X, y, sample_weight, spec)
+        return self._named(read_measured(self._checked(X, reset=True), y, spec, sample_weight))
 
     def predict(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
         """Outputs in the shape of the targets that the head was fitted on."""
         f, model = self._outputs(X, mask), self._fitted()
         return f if model.any_length and model.spec.pool is None else f.reshape(len(f), *model.target_shape)
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None, *, mask: Any = None) -> float:
-        """R², averaged over outputs (and tokens)."""
-        X, spec = as_padded(X, mask), self._fitted().spec
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
+        """R², averaged over outputs (and tokens). ``y`` may be left out for a split of a store with numbers."""
+        (y, sample_weight), spec = self._to_compare(X, y, sample_weight), self._fitted().spec
+        X = as_padded(inputs.resolve_store(X), mask)
         if spec.pool is None and isinstance(X, Padded):
             y, sample_weight = padded_like(X.mask.numpy(), y, 0.0), X.weights(sample_weight)
         return r_squared(y, self._outputs(X), spec, sample_weight)

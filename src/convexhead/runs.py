@@ -25,13 +25,14 @@ from convexhead.audit import Audit
 from convexhead.audit import audit as find_audit
 from convexhead.baselines.adam import TrainingResult
 from convexhead.baselines.trained_head import fit_by_adam
-from convexhead.dense import mean_iou, pixel_accuracy, pixel_scores
 from convexhead.errors import InputError
+from convexhead.estimator_choice import Estimator, estimator_for, settings_for
 from convexhead.estimators import ConvexHeadClassifier
-from convexhead.estimators_cv import ConvexHeadClassifierCV
+from convexhead.evaluation import scores_of
 from convexhead.interrupts import Answer, interrupts
 from convexhead.path import DEFAULT_RATIOS, Row, best, grid_edge, regularization_path
 from convexhead.persistence import check_target, load
+from convexhead.reading import LOSSES
 from convexhead.report import evidence
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
@@ -62,11 +63,16 @@ def _train_of(store: str | Path, whiten: float, ranks: Ranks | None = None) -> A
     return train.reduced((ranks or Ranks()).first_does(lambda: whitened(train, whiten).reduction))
 
 
+HELD_OUT = 0.2
+"""Share of the training images that chooses β where nothing else is said, as is usual."""
+
+
 def fit(
     store: str | Path,
     out: str | Path,
     *,
     whiten: float = 0.0,
+    loss: str | None = None,
     cv: int | None = None,
     checkpoint_minutes: float | None = None,
     overwrite: bool = False,
@@ -74,7 +80,7 @@ def fit(
     notify: Notify = silent,
     command: Sequence[str] = (),
     **parameters: Any,
-) -> ConvexHeadClassifier:
+) -> Estimator:
     """Train a head on the training split of a store and save it as the run ``out``.
 
     Under torchrun all processes call this with the same arguments and share the images; the first one writes.
@@ -90,6 +96,9 @@ def fit(
     whiten : float
         ``a`` in [0, 1], how far to whiten the tokens. The metric is fitted on all training images, see
         `convexhead.tokens.whitened`, and the run keeps it in its reduction.
+    loss : str or None
+        None: the usual one of the store, ``"cross-entropy"`` where its images have one class each or masks,
+        ``"binary-cross-entropy"`` where they have several, ``"squared"`` where they have numbers.
     cv : int or None
         Choose β by cross-validation with that many folds, in place of ``beta`` and ``beta_ratio``, and train on all
         images at that β.
@@ -103,13 +112,13 @@ def fit(
     command : sequence of str
         What a report says was typed to have this run.
     **parameters
-        Of `ConvexHeadClassifier`.
+        Of `ConvexHeadClassifier` or `ConvexHeadRegressor`.
 
     Returns
     -------
-    ConvexHeadClassifier
-        The fitted head, with ``cv`` a `ConvexHeadClassifierCV`. After Ctrl-C it is the best one so far, with the gap
-        that it has.
+    ConvexHeadClassifier or ConvexHeadRegressor
+        The fitted head, with ``cv`` a `ConvexHeadClassifierCV` or `ConvexHeadRegressorCV`. After Ctrl-C it is the best
+        one so far, with the gap that it has.
     """
     out = Path(out)
     folder = out.with_name(f"{out.name}.checkpoint")
@@ -118,10 +127,12 @@ def fit(
     ranks = join_ranks()
     notify("reading tokens")
     train = _train_of(store, whiten, ranks)
-    parameters |= {"distributed": ranks.size > 1}
+    parameters = settings_for(train, loss, parameters) | {"distributed": ranks.size > 1}
     saved: dict[str, Any] = {"checkpoint": folder, "checkpoint_minutes": checkpoint_minutes}
     saved = {} if checkpoint_minutes is None else saved
-    clf = ConvexHeadClassifier(**parameters) if cv is None else _cross_validated(cv, parameters, saved)
+    if cv is not None:
+        _check_cross_validated(parameters, saved)
+    clf = estimator_for(parameters, cv)
     selection = None if cv is None else {"folds": cv}
     # A first Ctrl-C ends the solver, and never the writing of what it found.
     with interrupts.answer(Answer.FINISH):
@@ -137,13 +148,12 @@ def fit(
     return clf
 
 
-def _cross_validated(cv: int, parameters: dict[str, Any], saved: dict[str, Any]) -> ConvexHeadClassifierCV:
-    """The estimator that chooses β, in place of the one with these parameters."""
+def _check_cross_validated(parameters: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Refuse, and take out, what cross-validation decides itself."""
     if parameters.pop("beta", None) is not None or parameters.pop("beta_ratio", Spec.beta_ratio) != Spec.beta_ratio:
         raise InputError("cross-validation chooses β: leave beta and beta_ratio out, or cv")
     if saved:
         raise InputError("cross-validation has no checkpoints: leave checkpoint out, or cv")
-    return ConvexHeadClassifierCV(cv=cv, **parameters)
 
 
 @dataclass
@@ -161,8 +171,10 @@ class PathRun:
     n_ratios : int
         β in the grid; more than rows if Ctrl-C ended the path.
     n_train, n_held_out : int
-        Training images that the heads were trained on, and those that chose β.
-    kept : ConvexHeadClassifier
+        Training images that the heads were trained on, and images that chose β.
+    chosen_on : str
+        The split that these are of: ``"train"``, or ``"val"``.
+    kept : ConvexHeadClassifier or ConvexHeadRegressor
         The head that was saved: the chosen one, or with ``refit`` one of the same β/β_max and gates.
     refitted : bool
         Whether that one was trained on all of them. False where Ctrl-C ended the refit before it was certified.
@@ -174,7 +186,8 @@ class PathRun:
     n_ratios: int
     n_train: int
     n_held_out: int
-    kept: ConvexHeadClassifier
+    chosen_on: str
+    kept: Estimator
     refitted: bool
 
 
@@ -185,14 +198,15 @@ def path(
     whiten: float = 0.0,
     overwrite: bool = False,
     beta_ratios: Sequence[float] = DEFAULT_RATIOS,
-    validation: float = 0.2,
+    validation: float | None = None,
+    loss: str | None = None,
     refit: bool = False,
     random_state: int = 0,
     notify: Notify = silent,
     command: Sequence[str] = (),
     **parameters: Any,
 ) -> PathRun:
-    """Train a head along a falling grid of β, choose β on held-out training images, save the chosen head.
+    """Train a head along a falling grid of β, choose β on images that it was not trained on, save the chosen head.
 
     Parameters
     ----------
@@ -202,8 +216,11 @@ def path(
         Folder of the run that the chosen head is saved as; None: nothing is saved.
     beta_ratios : sequence of float
         The grid over ``β/β_max``.
-    validation : float
-        Share of the training images that are held out to choose β by.
+    validation : float or None
+        Share of the training images that are held out to choose β by. None: the store's val split chooses it, or where
+        there is none a fifth of the training images.
+    loss : str or None
+        As for `fit`.
     refit : bool
         Train the head that is saved on all training images, the held-out ones too, at the chosen β/β_max.
     random_state : int
@@ -213,15 +230,17 @@ def path(
     **parameters
         Of `ConvexHeadClassifier`.
     """
-    if not 0 < validation < 1:
+    if validation is not None and not 0 < validation < 1:
         raise InputError(f"validation must be a share between 0 and 1, got {validation:g}")
     if out is not None:
         check_target(Path(out), overwrite=overwrite)
     ratios = sorted(set(beta_ratios), reverse=True)
     notify("reading tokens", 0, len(ratios))
     train = _train_of(store, whiten)
-    each = None if train.has_masks else train.labels  # an image with a mask has no label
-    kept, held = train_test_split(np.arange(len(train)), test_size=validation, stratify=each, random_state=random_state)
+    kept, held = _parts(store, train, validation, random_state)
+    if refit and held.split != "train":
+        raise InputError("the val split chooses β, and all training images are trained on: leave refit out, or give "
+                         "validation=0.2 to hold out training images")  # fmt: skip
     done = 0
 
     def solved(row: Row) -> None:
@@ -236,8 +255,8 @@ def path(
         with interrupts.answer(Answer.RAISE):
             notify("preparing", 0, len(ratios))
             rows = regularization_path(
-                train.subset(np.sort(kept)), beta_ratios=ratios, X_val=train.subset(np.sort(held)),
-                callback=solved, progress=step, random_state=random_state, **parameters,
+                kept, beta_ratios=ratios, X_val=held,
+                callback=solved, progress=step, random_state=random_state, **settings_for(train, loss, parameters),
             )  # fmt: skip
         chosen = best(rows)
         edge = grid_edge(ratios, chosen["beta_ratio"])
@@ -247,12 +266,24 @@ def path(
         model = again or chosen["model"]
         if out is not None:
             notify("saving", len(rows), len(ratios))
-            selection = {"held_out": len(held), "refit": again is not None}
+            selection: dict[str, Any] = {"held_out": len(held), "refit": again is not None}
+            selection |= {} if held.split == "train" else {"split": held.split}
             _save(model, Path(out), store, command, path=rows, at_edge=edge, selection=selection)
-    return PathRun(rows, chosen, edge, len(ratios), len(kept), len(held), model, again is not None)
+    return PathRun(rows, chosen, edge, len(ratios), len(kept), len(held), held.split, model, again is not None)
 
 
-def _refitted(chosen: ConvexHeadClassifier, train: Any, callback: Callable[[Any], None]) -> ConvexHeadClassifier | None:
+def _parts(store: str | Path, train: Any, validation: float | None, random_state: int) -> tuple[Any, Any]:
+    """The images to train on, and those to choose β by."""
+    if validation is None and "val" in TokenStore.open(store).splits:
+        return train, open_split(store, "val").reduced(train.reduction)
+    each = train.labels if train.task == "classes" else None  # others have no label
+    kept, held = train_test_split(
+        np.arange(len(train)), test_size=validation or HELD_OUT, stratify=each, random_state=random_state
+    )
+    return train.subset(np.sort(kept)), train.subset(np.sort(held))
+
+
+def _refitted(chosen: Estimator, train: Any, callback: Callable[[Any], None]) -> Estimator | None:
     """The same head trained on ``train``, with its gates or queries; None if Ctrl-C came before its certificate."""
     again = clone(chosen).set_params(gates=chosen.gates_, queries=chosen.queries_)
     try:
@@ -305,47 +336,14 @@ def adam(
 
 
 def evaluate(run: str | Path, store: str | Path, *, split: str = "test", images: str | None = None) -> dict[str, Any]:
-    """Score a run on a split of a store, whose classes are matched by name.
+    """Score a run on a split of a store, whose classes or columns are matched by name: `evaluation.scores_of`.
 
-    Parameters
-    ----------
-    images : path or None
-        Where images with masks are, if they have moved.
-
-    Returns
-    -------
-    dict
-        ``run``, ``split``, ``images``, and the shares ``top1`` and ``top5``; of images with masks ``mean_iou`` and
-        ``pixel_accuracy`` with 95% intervals over images, ``iou`` of each class, and the share ``unseen`` of pixels.
+    ``images`` says where images with masks are, if they have moved. The result has ``run``, ``split`` and ``images``
+    (their number) beside the scores.
     """
-    clf = load(run)
-    if not isinstance(clf, ConvexHeadClassifier):
-        raise InputError(f"{run} holds a regressor: evaluate scores classifiers")
-    view = open_split(store, split)
-    if view.has_masks:
-        return {"run": str(run), "split": split, "images": len(view), **_scored_pixels(clf, view, store, images)}
-    labels = clf.labels_of(view)
-    probabilities = clf.predict_proba(view)
-    position = {label: i for i, label in enumerate(clf.classes_.tolist())}
-    truth = np.array([position.get(label, -1) for label in labels.tolist()])
-    ranked = np.argsort(-probabilities, axis=1)
-    top1, top5 = (float((ranked[:, :k] == truth[:, None]).any(1).mean()) for k in (1, 5))
-    return {"run": str(run), "split": split, "images": len(truth), "top1": top1, "top5": top5}
-
-
-def _scored_pixels(clf: ConvexHeadClassifier, view: Any, store: str | Path, images: str | None) -> dict[str, Any]:
-    scores = pixel_scores(clf, view, images or TokenStore.open(store).manifest.source)
-    return {
-        "mean_iou": scores.mean_iou,
-        "mean_iou_interval": scores.interval(mean_iou),
-        "pixel_accuracy": scores.accuracy,
-        "pixel_accuracy_interval": scores.interval(pixel_accuracy),
-        "iou": {
-            name: None if np.isnan(iou) else float(iou)
-            for name, iou in zip(scores.class_names, scores.iou, strict=True)
-        },
-        "unseen": scores.unseen,
-    }
+    head, view = load(run), open_split(store, split)
+    place = images or TokenStore.open(store).manifest.source
+    return {"run": str(run), "split": split, "images": len(view), **scores_of(head, view, place)}
 
 
 def audit(
@@ -388,7 +386,7 @@ def audit(
 
 
 def _save(
-    model: ConvexHeadClassifier,
+    model: Estimator,
     out: Path,
     store: str | Path,
     command: Sequence[str],
@@ -396,4 +394,6 @@ def _save(
 ) -> None:
     """The model, and beside it what a report shows of it; ``choice`` says how β was chosen."""
     model.save(out)
+    if model.loss != LOSSES["classes"][0] or model.model_.any_length:  # a report shows classes, and tokens on a grid
+        return
     evidence.write(evidence.collect(model, TokenStore.open(store), command=command, **choice), out)

@@ -36,24 +36,35 @@ NoReference = Annotated[
 
 @command(NOTHING)
 def evaluate(run: Run, store: Store, split: Split = "test", images: Masks = None, as_json: Json = False) -> None:
-    """Measure the accuracy of a trained head on the images of a store."""
+    """Score a trained head on the images of a store: accuracy, mean average precision, R² or mean IoU."""
     from convexhead import runs
 
     with shown_progress(as_json, "scoring"):
         result = runs.evaluate(run, store, split=split, images=images)
-    if "mean_iou" in result:
-        low, high = result["mean_iou_interval"]
-        unseen = f"; {100 * result['unseen']:.2g}% of the pixels were cropped" if result["unseen"] else ""
-        emit(
-            result,
-            as_json,
-            f"{split}: mean IoU [bold]{100 * result['mean_iou']:.1f}%[/] (95%: {100 * low:.1f} to {100 * high:.1f}), "
-            f"pixels right {100 * result['pixel_accuracy']:.1f}% on {result['images']} images{unseen}",
+    emit(result, as_json, f"{split}: {_in_words(result)}")
+
+
+def _in_words(scores: dict[str, Any]) -> str:
+    n = scores["images"]
+    if "mean_iou" in scores:
+        low, high = scores["mean_iou_interval"]
+        unseen = f"; {100 * scores['unseen']:.2g}% of the pixels were cropped" if scores["unseen"] else ""
+        return (
+            f"mean IoU [bold]{100 * scores['mean_iou']:.1f}%[/] (95%: {100 * low:.1f} to {100 * high:.1f}), "
+            f"pixels right {100 * scores['pixel_accuracy']:.1f}% on {n} images{unseen}"
         )
-        return
-    five = f", top-5 {100 * result['top5']:.1f}%" if result["top5"] < 1 else ""
-    top1 = f"top-1 [bold]{100 * result['top1']:.1f}%[/]"
-    emit(result, as_json, f"{split}: {top1}{five} on {result['images']} images")
+    if "mean_ap" in scores:
+        return (
+            f"mean average precision [bold]{100 * scores['mean_ap']:.1f}%[/], AUROC {100 * scores['mean_auroc']:.1f}%, "
+            f"all labels right {100 * scores['exact']:.1f}% on {n} images"
+        )
+    if "r2" in scores:
+        return (
+            f"R² [bold]{scores['r2']:.3f}[/], RMSE {scores['rmse']:.4g}, "
+            f"mean absolute error {scores['mae']:.4g} on {n} images"
+        )
+    five = f", top-5 {100 * scores['top5']:.1f}%" if scores["top5"] < 1 else ""
+    return f"top-1 [bold]{100 * scores['top1']:.1f}%[/]{five} on {n} images"
 
 
 @command(NOTHING)

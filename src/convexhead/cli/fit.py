@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.markup import escape
 from typer import Option
@@ -22,10 +22,12 @@ from convexhead.cli.options import (
     Head,
     Json,
     KeyDim,
+    Loss,
     Out,
     Outputs,
     Overwrite,
     Pool,
+    PosWeight,
     Queries,
     QueryNorm,
     QueryPosition,
@@ -65,7 +67,13 @@ Folds = Annotated[
     Option("--cv", help="Choose β by cross-validation with this many folds, 5 say, and then train on all images."),
 ]
 Refit = Annotated[bool, Option(help="Train the head that is kept again on all training images, held-out ones too.")]
-Validation = Annotated[float, Option(help="Share of the training images that is held out to choose β by.")]
+Validation = Annotated[
+    float | None,
+    Option(
+        help="Share of the training images that is held out to choose β by. Default: the val split chooses it, or "
+        "where there is none a share of 0.2."
+    ),
+]
 
 
 @command("no head was trained yet; with --checkpoint MINUTES the same command goes on from the last checkpoint")
@@ -74,6 +82,7 @@ def fit(
     out: Out,
     head: Head = "self-attention",
     activation: Activation = "linear",
+    loss: Loss = None,
     beta_ratio: BetaRatio = 0.05,
     beta: Beta = None,
     cv: Folds = None,
@@ -91,6 +100,7 @@ def fit(
     fit_intercept: FitIntercept = False,
     class_weight: ClassWeight = None,
     label_smoothing: Smoothing = 0.0,
+    pos_weight: PosWeight = None,
     solver: Solver = "auto",
     max_heads: MaxHeads = None,
     max_time: MaxTime = None,
@@ -107,14 +117,14 @@ def fit(
 
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
-            store, out, head=head, activation=activation, beta=beta, beta_ratio=beta_ratio, cv=cv,
+            store, out, head=head, activation=activation, loss=loss, beta=beta, beta_ratio=beta_ratio, cv=cv,
             pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
-            n_queries=n_queries, query_scale=query_scale,
-            query_position=query_position, key_dim=key_dim, query_norm=query_norm,
-            fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing, solver=solver,
-            max_heads=max_heads, max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory,
-            random_state=seed, device=device, checkpoint_minutes=checkpoint, overwrite=overwrite, log=log,
-            notify=notify, command=typed_command(),
+            n_queries=n_queries, query_scale=query_scale, query_position=query_position, key_dim=key_dim,
+            query_norm=query_norm, fit_intercept=fit_intercept, class_weight=class_weight,
+            label_smoothing=label_smoothing, pos_weight=pos_weight, solver=solver, max_heads=max_heads,
+            max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory, random_state=seed,
+            device=device, checkpoint_minutes=checkpoint, overwrite=overwrite, log=log, notify=notify,
+            command=typed_command(),
         )  # fmt: skip
     if not speaks_for_all():
         return
@@ -136,11 +146,7 @@ def fit(
     if cv is not None:
         result |= {"beta_ratio": clf.beta_ratio_, "beta_ratios": clf.beta_ratios_.tolist()}
         result |= {"scores": clf.scores_.tolist()}
-        best = clf.scores_[:, clf.beta_ratios_.tolist().index(clf.beta_ratio_)].mean()
-        chosen = [
-            f"β/β_max {clf.beta_ratio_:.3g} was chosen by cross-validation: {100 * best:.1f}% on {cv} folds; "
-            f"the head was then trained on all {clf.origin_.images} training images"
-        ]
+        chosen = [_choice(clf, cv)]
     emit(result, as_json, *chosen, certificate_line(certificate), summary)
     if interrupts.received is not None:
         if certificate.converged:
@@ -157,8 +163,9 @@ def path(
     out: BestOut = None,
     head: Head = "self-attention",
     activation: Activation = "linear",
+    loss: Loss = None,
     beta_ratios: BetaRatios = "0.5,0.25,0.12,0.06,0.03,0.015",
-    validation: Validation = 0.2,
+    validation: Validation = None,
     refit: Refit = False,
     pool: Pool = "mean",
     whiten: Whiten = 0.0,
@@ -174,6 +181,7 @@ def path(
     fit_intercept: FitIntercept = False,
     class_weight: ClassWeight = None,
     label_smoothing: Smoothing = 0.0,
+    pos_weight: PosWeight = None,
     solver: Solver = "auto",
     seed: Seed = 0,
     device: Device = "auto",
@@ -189,29 +197,29 @@ def path(
     with shown_progress(as_json) as notify, gaps_are_shown():
         found = runs.path(
             store, out, beta_ratios=ratios(beta_ratios), validation=validation, refit=refit, head=head,
-            activation=activation, pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks,
-            outputs=outputs, n_queries=n_queries, query_scale=query_scale,
+            activation=activation, loss=loss, pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates,
+            n_blocks=n_blocks, outputs=outputs, n_queries=n_queries, query_scale=query_scale,
             query_position=query_position, key_dim=key_dim, query_norm=query_norm,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing,
-            solver=solver, random_state=seed, device=device, overwrite=overwrite,
+            pos_weight=pos_weight, solver=solver, random_state=seed, device=device, overwrite=overwrite,
             notify=notify, command=typed_command(),
         )  # fmt: skip
     best, held = found.chosen["beta_ratio"], found.n_held_out
-    n = found.n_train + held if found.refitted else found.n_train
-    table = Table("β/β_max", "validation", "train", "heads", "objective", "certified gap", "seconds")
+    n, own = found.n_train + held if found.refitted else found.n_train, found.chosen_on != "train"
+    validated = "validation mAP" if found.kept.loss == "binary-cross-entropy" else "validation"
+    table = Table("β/β_max", validated, "train", "heads", "objective", "certified gap", "seconds")
     for row in found.rows:
-        mark = "[bold]" if row is found.chosen else ""
-        table.add_row(
-            f"{mark}{row['beta_ratio']:g}", f"{100 * row['val_score']:.1f}%", f"{100 * row['train_score']:.1f}%",
-            str(row["n_heads"]), f"{row['objective']:.5g}", f"{row['relative_gap']:.1e}", f"{row['seconds']:.1f}",
-        )  # fmt: skip
+        table.add_row(*_cells(row, found))
     result = {
         "rows": [{key: value for key, value in row.items() if key != "model"} for row in found.rows],
         "best": best,
         "at_edge": found.at_edge,
-        "trained_on": {"split": "train", "images": n, "held_out": 0 if found.refitted else held},
+        "trained_on": {"split": "train", "images": n, "held_out": 0 if found.refitted or own else held},
+        "chosen_on": {"split": found.chosen_on, "images": held},
     }
     lines = [f"trained on {n} of the {n + held} training images; the other {held} chose β"]
+    if own:
+        lines = [f"trained on all {n} training images; the {held} images of the split {found.chosen_on} chose β"]
     if found.refitted:
         kept = found.kept
         result["refit"] = {"certificate": kept.certificate_.to_dict(), "beta": kept.beta_, "heads": kept.n_heads_}
@@ -226,3 +234,26 @@ def path(
         again = "" if out is None else " with --overwrite"
         solved = f"{len(found.rows)} of {found.n_ratios} β are done"
         raise Stopped(f"{solved}, {saved}; run the same command again{again} for all")
+
+
+def _cells(row: dict[str, Any], found: Any) -> list[str]:
+    """A row of the table of a path, the chosen one marked."""
+    mark = "[bold]" if row is found.chosen else ""
+    scores = [_score(row[f"{of}_score"], found.kept) for of in ("val", "train")]
+    rest = [f"{row['objective']:.5g}", f"{row['relative_gap']:.1e}", f"{row['seconds']:.1f}"]
+    return [f"{mark}{row['beta_ratio']:g}", *scores, str(row["n_heads"]), *rest]
+
+
+def _choice(clf: Any, cv: int) -> str:
+    """How cross-validation chose β."""
+    best = clf.scores_[:, clf.beta_ratios_.tolist().index(clf.beta_ratio_)].mean()
+    of = " mean average precision" if clf.loss == "binary-cross-entropy" else ""
+    return (
+        f"β/β_max {clf.beta_ratio_:.3g} was chosen by cross-validation: {_score(best, clf)}{of} on {cv} folds; "
+        f"the head was then trained on all {clf.origin_.images} training images"
+    )
+
+
+def _score(value: float, head: Any) -> str:
+    """What chose β, in words: a share in percent, or R²."""
+    return f"{100 * value:.1f}%" if hasattr(head, "classes_") else f"R² {value:.3f}"

@@ -81,6 +81,16 @@ QueryNorm = Annotated[
     str, Option(help="One nuclear norm over the weights of all queries (all), or one for each of them (each).")
 ]
 FitIntercept = Annotated[bool, Option(help="Add an intercept, which is not penalised.")]
+Loss = Annotated[
+    str | None,
+    Option(
+        help="cross-entropy (one class an image), binary-cross-entropy (several), squared or huber (numbers). Default: "
+        "the first of these that fits what the store says of its images."
+    ),
+]
+PosWeight = Annotated[
+    float | None, Option("--pos-weight", help="Weight of the labels that an image has, for binary-cross-entropy.")
+]
 ClassWeight = Annotated[
     str | None,
     Option(help="balanced: every class counts alike, however many images it has. Default: every image."),

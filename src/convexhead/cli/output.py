@@ -112,7 +112,8 @@ def show_store(store: TokenStore, as_json: bool, *lines: str) -> None:
         info,
         as_json,
         f"[bold]{escape(info['path'])}[/]: {counts} images, {info['classes']} classes, "
-        f"{info['tokens']} tokens x {info['channels']} channels, {info['bytes'] / 1e6:.1f} MB",
+        f"{'up to ' * info['lengths']}{info['tokens']} tokens x {info['channels']} channels, "
+        f"{info['bytes'] / 1e6:.1f} MB",
         *lines,
     )
 

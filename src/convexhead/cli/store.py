@@ -33,7 +33,15 @@ SplitFiles = Annotated[list[str] | None, Option("--split", help="SPLIT=FILE, the
 Tokens = Annotated[str | None, Option(help="Name of the array of tokens; default: X, tokens, features, ….")]
 Labels = Annotated[str | None, Option(help="Name of the array of labels; default: y, labels, targets, ….")]
 Names = Annotated[str | None, Option(help="Name of the array of the samples' names; default: names, files, ids, ….")]
-ClassNames = Annotated[Path | None, Option(help="Text file with the name of each class, a line each.")]
+Task = Annotated[
+    str,
+    Option(
+        help="What the labels are: classes (one each), multi-label (a column of ones and zeros for each class), or "
+        "regression (numbers)."
+    ),
+]
+ClassNames = Annotated[Path | None, Option(help="Text file with the name of each class or column, a line each.")]
+AnyLength = Annotated[bool, Option("--any-length", help="Files of class folders may have different numbers of tokens.")]
 Grid = Annotated[str | None, Option(help="Rows x columns of the tokens' grid, as in 16x16; default: a square.")]
 ClassToken = Annotated[
     bool | None, Option("--class-token/--no-class-token", help="Whether the first token is a class token.")
@@ -57,7 +65,9 @@ def import_(
     tokens: Tokens = None,
     labels: Labels = None,
     names: Names = None,
+    task: Task = "classes",
     class_names: ClassNames = None,
+    any_length: AnyLength = False,
     grid: Grid = None,
     class_token: ClassToken = None,
     registers: Registers = 0,
@@ -84,7 +94,9 @@ def import_(
             tokens=tokens,
             labels=labels,
             names=names,
+            task=task,
             class_names=class_names,
+            any_length=any_length,
             grid=None if grid is None else _sides(grid),
             class_token=class_token,
             registers=registers,

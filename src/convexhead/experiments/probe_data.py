@@ -193,7 +193,7 @@ def _split(store: TokenStore, seed: int) -> ProbeData:
         )
     # The store's reduction has seen the images that are held out here.
     kept, held = hold_out(view, HELD_OUT, seed)
-    reduction = fit_reduction(kept.unreduced().chunks(), **store.reduction.options)
+    reduction = fit_reduction(kept.unreduced().tokens_there(), **store.reduction.options)
     told = f"{100 * HELD_OUT:g}% of each class, held out with seed {seed}, since there is no test split"
     return ProbeData(store, kept.reduced(reduction), held.reduced(reduction), told)
 
@@ -201,4 +201,9 @@ def _split(store: TokenStore, seed: int) -> ProbeData:
 def _labels(view: SplitView) -> Rows:
     if view.has_masks:
         raise InputError(f"the split {view.split!r} has {DENSE}")
+    if view.lengths is not None:
+        raise InputError(
+            "the samples have different numbers of tokens, which not all methods of a probe take: use fit, path and "
+            "evaluate on this store"
+        )
     return np.asarray(view.labels)

@@ -23,7 +23,8 @@ from sklearn.utils import compute_sample_weight
 from convexhead import inputs
 from convexhead.errors import InputError
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy, Squared
-from convexhead.reading import labels_of
+from convexhead.reading import supervision
+from convexhead.spec import Spec
 from convexhead.targets import as_labels, as_weights
 
 SOFTMAX, ONE_VS_REST, SIGNS = CrossEntropy.name, BinaryCrossEntropy.name, Squared.name
@@ -164,7 +165,7 @@ class LinearHead:
         return each * _vector(sample_weight, len(X))
 
     def _labels(self, X: Any, y: Any) -> NDArray[Any]:
-        labels = as_labels(labels_of(X, y))
+        labels = as_labels(supervision(X, y, None, Spec())[0])
         if labels.ndim != 1:
             raise InputError(f"{self.name} has one label a sample, but y has the shape {labels.shape}")
         if len(labels) != len(X):

@@ -39,5 +39,5 @@ def read_head(weights: Any, X: Any) -> LinearHead | AttentiveProbe | None:
 def _some(X: Any) -> Tensor:
     """Samples of one length."""
     if isinstance(X, Padded):
-        return X.tokens[:1, X.mask[0]]
+        return X.tokens[:1][:, X.mask[0]]
     return torch.as_tensor(tokens_of(X)[0][:TRIED])

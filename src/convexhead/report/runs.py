@@ -125,6 +125,8 @@ def _trained_on(model: Any, about: dict[str, Any]) -> str | None:
     every = f"all {origin.images} images of the split {origin.split!r}"
     if selection.get("folds"):
         return f"{every}; β was chosen on them by cross-validation with {selection['folds']} folds"
+    if selection.get("split") == "val":
+        return f"{every}; the {selection['held_out']} images of the split 'val' chose β"
     if selection.get("refit"):
         return f"{every}; {selection['held_out']} of them had been held out to choose β, and were trained on after that"
     return every

@@ -90,7 +90,7 @@ class StoredTokens:
         if reduction is None or reduction.basis is None or 2 * self.shape[2] > len(reduction.mean):
             return self
         with tempfile.TemporaryFile(prefix="convexhead-tokens-") as file:
-            out = np.memmap(file, np.float32, "w+", shape=self.shape)
+            out = np.memmap(file, str(self.dtype).removeprefix("torch."), "w+", shape=self.shape)
         for rows, chunk in read_ahead(self, chunk_rows(self, CHUNK_BYTES["cpu"])):
             out[rows] = chunk.numpy()
             out.flush()

@@ -15,14 +15,14 @@ from convexhead.errors import InputError
 from convexhead.tokens.backbones.base import Backbone, TokenBatch
 from convexhead.tokens.geometry import Window, measure_window, patch_targets
 from convexhead.tokens.reduce import pool_channels, pool_grid
-from convexhead.tokens.sources.base import BrokenImageError, ImageSource, MaskSource
+from convexhead.tokens.sources.base import BrokenImageError, ImageSource, MaskSource, TargetSource
 
 
 class Extracted(NamedTuple):
     """Of the images ``rows``, which could be read: ``tokens (k, s, d)``, ``prefix (k, p, d)`` as stored.
 
     Their ``sizes`` are ``(width, height)``. With masks also ``targets (k, s, c)`` and ``weights (k, s)`` of tokens,
-    see `patch_targets`.
+    see `patch_targets`. Where images have different numbers of tokens ``lengths (k,)``, and zeros behind them.
     """
 
     rows: list[int]
@@ -31,6 +31,7 @@ class Extracted(NamedTuple):
     targets: Tensor | None = None
     weights: Tensor | None = None
     sizes: Sequence[tuple[int, int]] = ()
+    lengths: Tensor | None = None
 
 
 @dataclass
@@ -55,6 +56,11 @@ class BatchExtractor:
         self._windows: dict[tuple[int, int], Window] = {}
         self._turn = contextlib.nullcontext() if self.device.type == "cpu" else threading.Lock()
 
+    @property
+    def ragged(self) -> bool:
+        """Whether images have different numbers of tokens."""
+        return bool(getattr(self.source, "ragged", False))
+
     def config(self) -> dict[str, Any]:
         """Return what determines the stored numbers, as JSON values."""
         numbering = getattr(self.source, "numbering", None)  # of its classes, where it is not the source's own
@@ -71,6 +77,8 @@ class BatchExtractor:
             "dtype": self.dtype,
             **({} if numbering is None else {"classes": numbering}),
             **({"masks": {"void": self.source.void}} if isinstance(self.source, MaskSource) else {}),
+            **({"task": self.source.task} if isinstance(self.source, TargetSource) else {}),
+            **({"lengths": True} if self.ragged else {}),
         }
 
     def first(self) -> TokenBatch:
@@ -114,6 +122,9 @@ class BatchExtractor:
         if batch is None or batch.grid != grid:
             raise InputError(f"the images before {last!r} differ in size: {self.unequal}")
         tokens, prefix = self._stored(batch.tokens, last), self._stored(batch.prefix, last)
+        if self.ragged:
+            lengths: Any = self.source
+            return Extracted(rows, tokens, prefix, lengths=torch.from_numpy(lengths.lengths(split)[rows]))
         if not isinstance(self.source, MaskSource):
             return Extracted(rows, tokens, prefix, sizes=sizes)
         made = []

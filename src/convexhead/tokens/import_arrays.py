@@ -8,13 +8,14 @@ from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader
 
-from convexhead.errors import FileFormatError, InputError
+from convexhead.errors import FileFormatError, InputError, choose
 from convexhead.tokens.arrays.imported import Arrangement, ImportedTokens, arrange
 from convexhead.tokens.arrays.roles import find_arrays, holds_arrays
-from convexhead.tokens.arrays.source import TokenArrays, TokenFolder
+from convexhead.tokens.arrays.source import TargetArrays, TokenArrays, TokenFolder
 from convexhead.tokens.extract import extract
 from convexhead.tokens.like import origin_of
 from convexhead.tokens.progress import ProgressCallback
+from convexhead.tokens.sources.base import TASKS
 from convexhead.tokens.sources.open import check_classes
 from convexhead.tokens.store.origin import TokenOrigin
 from convexhead.tokens.store.store import TokenStore
@@ -32,7 +33,9 @@ def import_arrays(
     tokens: str | None = None,
     labels: str | None = None,
     names: str | None = None,
+    task: str = "classes",
     class_names: Sequence[str] | str | Path | None = None,
+    any_length: bool = False,
     grid: tuple[int, int] | None = None,
     class_token: bool | None = None,
     registers: int = 0,
@@ -49,8 +52,8 @@ def import_arrays(
 ) -> TokenStore:
     """Put tokens that were made elsewhere into a store in the folder ``out``.
 
-    Everything that `extract` says of stopping, going on, several processes and other things in ``out`` holds here too.
-    The files are read twice, and never as a whole: first all values are checked, then they are written.
+    What `extract` says of stopping, going on, several processes and other things in ``out`` holds here too. The files
+    are read twice, and never as a whole: first all values are checked, then they are written.
 
     Parameters
     ----------
@@ -59,38 +62,41 @@ def import_arrays(
         each array (``X_train.npy``, ``y_train.npy``). A folder of class folders with a file for each sample. Or of each
         split a file, or files or arrays in the order tokens, labels, names: ``{"train": (X, y), "test": "test.npz"}``;
         or a `DataLoader` that yields these (one alone is train).
-        Tokens are floats ``(n, s, d)``, or ``(n, d)`` for one token a sample; labels are whole numbers or texts.
+        Tokens are floats ``(n, s, d)``, or ``(n, d)`` for one token a sample; labels are whole numbers or texts. Arrays
+        may be padded, with an array ``lengths (n,)``.
     out
         Folder of the store.
     tokens, labels, names
         Names of the arrays, without the split, where they are not called as in `convexhead.tokens.arrays.roles`.
-    class_names
-        What the labels ``0 .. c - 1`` mean, or a text file with a name a line. None: what the arrays' file says, else
-        the distinct labels.
-    grid
-        ``(h, w)`` of the tokens behind those in front; None: a square.
-    class_token
-        Whether the first token is a class token. It must be said where the number of tokens leaves it open.
-    registers
-        Number of register tokens behind the class token.
+    task
+        What the labels are: ``"classes"``, one each; ``"multi-label"``, ``(n, c)`` of ones and zeros, or between, which
+        of several classes a sample has; ``"regression"``, numbers ``(n,)`` or ``(n, c)``.
+    class_names, any_length
+        What labels ``0 .. c - 1``, or columns, mean, or a text file of names. None: what the arrays' file says, else
+        the distinct labels. ``any_length``: files of class folders may have different numbers of tokens.
+    grid, class_token, registers
+        ``(h, w)`` of the tokens behind those in front (None: a square); whether the first token is a class token, which
+        must be said where their number leaves it open; register tokens behind that.
     backbone
         What made the tokens, in words of your own. A head reads another import only if both have the same text here;
         without one, only the store that it was fitted on.
     like
         A store that was imported, or a run on one: take kind, arrangement, reduction and order of classes from there.
-    channels, reduce, token_pool, standardize, constant, shard_size, progress
-        See `extract`.
-    dtype
-        Type in which tokens are written; None keeps theirs (float64 becomes float32).
+    dtype, channels, reduce, token_pool, standardize, constant, shard_size, progress
+        See `extract`; a ``dtype`` of None keeps the tokens' own (float64 becomes float32).
 
     Raises
     ------
     ConvexHeadError
         Arrays that cannot be used, with the name of file and row; see also `extract`.
     """
-    source = _open(arrays, {"tokens": tokens, "labels": labels, "names": names}, class_names)
+    choose("task", task, ("classes", *TASKS))
+    source = _open(arrays, {"tokens": tokens, "labels": labels, "names": names}, class_names, task, any_length)
     origin = None if like is None else origin_of(like)
-    kind, arrangement = _kind(source, backbone, origin), _arrangement(source, grid, class_token, registers, origin)
+    kind, arrangement = (
+        _kind(source, backbone, origin),
+        _arrangement(source, grid, class_token, registers, token_pool, origin),
+    )
     spec = f"imported@{source.spec}" if backbone is None else f"imported:{backbone}"
     network = ImportedTokens(origin.backbone if origin and backbone is None else spec, kind, arrangement)
     if dtype is None and origin is None:
@@ -106,6 +112,8 @@ def _open(
     arrays: Any,
     keys: dict[str, str | None],
     class_names: Sequence[str] | str | Path | None,
+    task: str,
+    any_length: bool,
 ) -> TokenArrays | TokenFolder:
     if isinstance(class_names, (str, Path)):
         class_names = _lines(Path(class_names).expanduser())
@@ -114,8 +122,13 @@ def _open(
         if folder.is_dir() and not holds_arrays(folder):
             if class_names is not None or any(keys.values()):
                 raise InputError(f"{str(arrays)!r} has class folders, which are the labels: leave names and keys out")
-            return check_classes(TokenFolder(arrays))
-    return check_classes(TokenArrays(find_arrays(arrays, keys), None if class_names is None else list(class_names)))
+            if task != "classes":
+                raise InputError(f"{str(arrays)!r} has class folders, one class a sample: task={task!r} needs arrays")
+            return check_classes(TokenFolder(arrays, any_length))
+    if any_length:
+        raise InputError("any_length is for class folders: beside an array of tokens put one called lengths, (n,)")
+    found, names = find_arrays(arrays, keys), None if class_names is None else list(class_names)
+    return check_classes(TokenArrays(found, names)) if task == "classes" else TargetArrays(found, names, task)
 
 
 def _kind(source: TokenArrays | TokenFolder, backbone: str | None, origin: TokenOrigin | None) -> str:
@@ -133,8 +146,16 @@ def _arrangement(
     grid: tuple[int, int] | None,
     class_token: bool | None,
     registers: int,
+    token_pool: int | tuple[int, int] | None,
     origin: TokenOrigin | None,
 ) -> Arrangement:
+    if source.ragged:
+        if (grid, token_pool) != (None, None) or class_token or registers:
+            raise InputError(
+                "samples of different length lie on no grid, and have no tokens in front: leave grid, token_pool, "
+                "class_token and registers out"
+            )
+        return Arrangement((source.shape[0], 1), 0)
     p = None if origin is None else origin.config["preprocessing"].get("tokens in front")
     if origin is None or p is None or (grid, class_token, registers) != (None, None, 0):
         return arrange(source.shape[0], source.n_prefix, grid, class_token, registers)

@@ -14,7 +14,7 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.batches import BatchExtractor, Extracted
 from convexhead.tokens.parallel import map_on_cores
 from convexhead.tokens.progress import ProgressMeter
-from convexhead.tokens.sources.base import MaskSource
+from convexhead.tokens.sources.base import MaskSource, TargetSource
 from convexhead.tokens.store.census import take_census
 from convexhead.tokens.store.files import LOCK, write_atomic
 from convexhead.tokens.store.manifest import MANIFEST, REDUCTION, Manifest, Split, digest_json
@@ -199,8 +199,12 @@ class ExtractionJob:
             s, c = manifest.shape[0], len(source.class_names)
             arrays["targets"] = torch.cat([torch.empty(0, s, c), *(p.targets for p in parts if p.targets is not None)])
             arrays["weights"] = torch.cat([torch.empty(0, s), *(p.weights for p in parts if p.weights is not None)])
+        elif isinstance(source, TargetSource):
+            arrays["targets"] = torch.from_numpy(source.targets(task.split)[rows])
         else:
             arrays["labels"] = torch.from_numpy(source.labels(task.split)[rows])
+        if self.extractor.ragged:
+            arrays["lengths"] = torch.cat([torch.empty(0).long(), *(p.lengths for p in parts if p.lengths is not None)])
         if manifest.n_prefix:
             arrays["prefix"] = prefix[: len(rows)]
         broken = [files[index] for index in sorted(set(task.items) - set(rows))]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.backbones.base import Backbone
 from convexhead.tokens.backbones.open import open_backbone
-from convexhead.tokens.sources.base import ImageSource, MaskSource
+from convexhead.tokens.sources.base import ImageSource, MaskSource, TargetSource
 from convexhead.tokens.store.manifest import MANIFEST
 from convexhead.tokens.store.origin import TokenOrigin, differences
 from convexhead.tokens.store.store import TokenStore
@@ -171,7 +171,7 @@ class Renumbered:
 def number_like(source: ImageSource, origin: TokenOrigin) -> ImageSource:
     """Return ``source`` with its labels numbered as the classes of ``origin`` are, where that has names of them."""
     class_names = origin.class_names
-    if class_names is None:
+    if class_names is None or isinstance(source, TargetSource):  # columns are matched by name when they are read
         return source
     if isinstance(source, MaskSource):
         return source.like(class_names, origin.config.get("masks", {}).get("void"))

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
 
 from convexhead.errors import InputError, require
 from convexhead.tokens.backbones.base import Backbone
@@ -27,11 +24,14 @@ from convexhead.tokens.store.origin import TokenOrigin
 
 
 class Batch(NamedTuple):
-    """Some images of a split, in order; their ``sizes`` are ``(width, height)``, () where the tokens are stored."""
+    """Some images of a split, in order; their ``sizes`` are ``(width, height)``, () where the tokens are stored.
+
+    ``tokens`` are `Padded` where images have different numbers of them.
+    """
 
     split: str
     names: list[str]
-    tokens: Float[NDArray[np.float32], "b s d"]
+    tokens: Any  # Float[NDArray, "b s d"] or Padded
     sizes: Sequence[tuple[int, int]] = ()
 
 

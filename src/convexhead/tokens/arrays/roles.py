@@ -1,4 +1,4 @@
-"""Which array is what: tokens, labels, names and class names of each split, told by their names.
+"""Which array is what: tokens, labels, names, lengths and class names of each split, told by their names.
 
 A name may begin or end with a split: ``X_train``, ``train/tokens``, ``test-labels``. Without one it belongs to train.
 """
@@ -26,6 +26,7 @@ ROLES = {
     "labels": ("y", "labels", "label", "targets", "target"),
     "names": ("names", "name", "files", "file", "filenames", "paths", "path", "ids", "id"),
     "prefix": ("prefix",),
+    "lengths": ("lengths", "length", "n_tokens"),
     "class_names": ("class_names", "classes"),
 }
 """Names, in small letters, that arrays of each role have."""

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 """The names that a split can have, in the order in which splits are listed. ``train`` is always there."""
 
+MULTI_LABEL, REGRESSION = TASKS = ("multi-label", "regression")
+"""What is known of an image other than its class: which of several classes it has, or numbers."""
+
 SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 """Names by which folders and data sets call their splits."""
 
@@ -80,6 +83,19 @@ class MaskSource(ImageSource, Protocol):
         InputError
             It has other classes.
         """
+
+
+@runtime_checkable
+class TargetSource(ImageSource, Protocol):
+    """Images with several classes each, or with numbers, instead of one class: ``labels`` refuses, and says so.
+
+    ``task`` is one of `TASKS`, and ``class_names`` are the names of the targets' columns.
+    """
+
+    task: str
+
+    def targets(self, split: str) -> NDArray[np.float64]:
+        """Return the targets ``(n, c)`` of a split: in [0, 1] for several classes, else any numbers."""
 
 
 def match_splits(what: str, names: Iterable[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from convexhead.errors import InputError, choose, require
-from convexhead.tokens.sources.base import ImageSource, MaskSource
+from convexhead.tokens.sources.base import ImageSource, MaskSource, TargetSource
 
 Source = TypeVar("Source", bound=ImageSource)
 
@@ -103,6 +103,8 @@ def check_classes(source: Source) -> Source:
     InputError
         Names the class.
     """
+    if isinstance(source, TargetSource):
+        return source
     known = set(source.labels("train").tolist())
     for split in source.splits[1:]:
         if strangers := sorted(set(source.labels(split).tolist()) - known):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexhead.tokens.sources.base import ImageSource, MaskSource
+from convexhead.tokens.sources.base import MULTI_LABEL, ImageSource, MaskSource, TargetSource
 
 KEPT_NAMES = 20
 """Largest number of names kept of files left out for one reason; all are counted. Chosen by hand."""
@@ -19,14 +19,19 @@ def take_census(source: ImageSource) -> dict[str, Any]:
     Returns
     -------
     JSON values: ``splits`` maps a split to ``images`` and ``per_class``, one count a class in the order of
-    ``class_names``, or of masks ``pixels`` of every class and then of none; ``left_out`` maps a reason to ``count`` and
-    the first ``names``.
+    ``class_names``; or of masks ``pixels`` of every class and then of none; or of several labels an image
+    ``per_label``, the images that have each. ``left_out`` maps a reason to ``count`` and the first ``names``.
     """
     n_classes = len(source.class_names)
     splits: dict[str, dict[str, Any]] = {}
     for split in source.splits:
         if isinstance(source, MaskSource):
             splits[split] = {"images": len(source.files(split)), "pixels": source.pixels(split).tolist()}
+            continue
+        if isinstance(source, TargetSource):
+            targets = source.targets(split)
+            ones = {"per_label": (targets >= 0.5).sum(0).tolist()} if source.task == MULTI_LABEL else {}
+            splits[split] = {"images": len(targets), **ones}
             continue
         counts = np.bincount(source.labels(split), minlength=n_classes)
         splits[split] = {"images": int(counts.sum()), "per_class": counts.tolist()}
@@ -49,10 +54,11 @@ def join_censuses(censuses: list[dict[str, Any]]) -> dict[str, Any]:
     left_out: dict[str, dict[str, Any]] = {}
     for census in censuses:
         for split, found in census["splits"].items():
-            counts = "pixels" if "pixels" in found else "per_class"
-            before = splits.get(split, {"images": 0, counts: [0] * len(found[counts])})
-            added = [a + b for a, b in zip(before[counts], found[counts], strict=True)]
-            splits[split] = {"images": before["images"] + found["images"], counts: added}
+            added = {"images": found["images"] + splits.get(split, {"images": 0})["images"]}
+            for counts in found.keys() - added.keys():
+                before = splits.get(split, {counts: [0] * len(found[counts])})
+                added[counts] = [a + b for a, b in zip(before[counts], found[counts], strict=True)]
+            splits[split] = added
         for reason, more in census["left_out"].items():
             so_far = left_out.get(reason, {"count": 0, "names": []})
             names = [*so_far["names"], *more["names"]][:KEPT_NAMES]
@@ -75,6 +81,11 @@ def census_lines(census: dict[str, Any], class_names: Sequence[str] = ()) -> lis
                 for name, count in zip([*class_names, "void"], found["pixels"], strict=True)
             ]
             lines.append(f"{split}: {found['images']} images with masks; pixels: {', '.join(shares)}")
+            continue
+        if "per_class" not in found:
+            each = found.get("per_label")
+            spread = "" if each is None else f" with {len(each)} labels, each of {min(each)} to {max(each)} images"
+            lines.append(f"{split}: {found['images']} images{spread or ' with numbers'}")
             continue
         counts = found["per_class"]
         spread = f"{min(counts)} to {max(counts)} a class (median {np.median(counts):g})"

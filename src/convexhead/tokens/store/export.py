@@ -67,9 +67,10 @@ CHUNK_IMAGES = 16
 def export_store(path: str | Path, out: str | Path, *, format: str = "npy", raw: bool = False) -> Path:
     """Write all splits of a store as arrays that other programs read, and return ``out``.
 
-    Every split gives ``tokens (n, s, d)``, ``labels (n,)`` int64, ``files (n, w)`` uint8 (UTF-8, padded with
-    zeros: ``files.view(f"S{w}")`` are the names) and, where there are any, ``prefix (n, n_prefix, d)``: files
-    ``train-tokens.npy`` or arrays ``train/tokens``. What `TokenStore.info` says and the class names go along.
+    Every split gives ``tokens (n, s, d)``, ``labels (n,)`` int64 (or ``targets``, of images with masks also
+    ``weights``: see `SplitView`), ``files (n, w)`` uint8 (UTF-8, padded with zeros: ``files.view(f"S{w}")`` are the
+    names) and, where there are any, ``prefix (n, n_prefix, d)`` and ``lengths (n,)``: files ``train-tokens.npy`` or
+    arrays ``train/tokens``. What `TokenStore.info` says and the class names go along.
 
     Parameters
     ----------
@@ -117,7 +118,11 @@ def _write_split(sink: _Sink, name: str, view: SplitView, raw: bool) -> None:
     _write(sink, f"{name}/tokens", len(view), view.raw_chunks() if raw else view.chunks())
     if view.n_prefix:
         _write(sink, f"{name}/prefix", len(view), view.prefix_chunks())
-    _write(sink, f"{name}/labels", len(view), iter([view.labels]))
+    _write(sink, f"{name}/{'labels' if view.task == 'classes' else 'targets'}", len(view), iter([view.known]))
+    if view.lengths is not None:
+        _write(sink, f"{name}/lengths", len(view), iter([view.lengths]))
+    if view.has_masks:
+        _write(sink, f"{name}/weights", len(view), iter([view.weights]))
     _write(sink, f"{name}/files", len(view), iter([_as_bytes(view.files)]))
 
 

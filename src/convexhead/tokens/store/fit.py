@@ -24,7 +24,7 @@ class Fit(TypedDict):
 def store_reduction(folder: Path, manifest: Manifest, fit: Fit | Reduction) -> None:
     """Write the reduction of the store in ``folder``: fitted on the stored train tokens, or ``fit`` as it is."""
     if not isinstance(fit, Reduction):
-        fit = fit_reduction(SplitView(folder, manifest, "train", reduction=None).raw_chunks(), **fit)
+        fit = fit_reduction(SplitView(folder, manifest, "train", reduction=None).tokens_there(raw=True), **fit)
     write_atomic(folder / manifest.reduction, fit.to_bytes())
     manifest.reduction_sha256 = sha256_file(folder / manifest.reduction)
 
@@ -49,6 +49,6 @@ def whitened(train: SplitView, whiten: float) -> SplitView:
     """
     if train.reduction is None:
         return train.reduced(
-            fit_reduction(train.chunks(), standardize=False, components=None, constant=False, whiten=whiten)
+            fit_reduction(train.tokens_there(), standardize=False, components=None, constant=False, whiten=whiten)
         )
-    return train.reduced(add_metric(train.reduction, train.chunks(), whiten))
+    return train.reduced(add_metric(train.reduction, train.tokens_there(), whiten))

@@ -17,9 +17,9 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.tokens.reduce import Reduction, check_pool
 from convexhead.tokens.store.manifest import Manifest
 
-MAY_DIFFER = ("source", "shard_size", "dtype", "classes", "masks")
+MAY_DIFFER = ("source", "shard_size", "dtype", "classes", "masks", "task")
 """Settings of an extraction in which a store may differ from the one that a head was fitted on: other images, other
-files, another rounding, another numbering, masks or none."""
+files, another rounding, another numbering, masks or none, other kinds of targets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,10 @@ class TokenOrigin:
     def differences(self, manifest: Manifest) -> list[str]:
         """Where a store makes tokens otherwise, in words."""
         told = differences(self.config, manifest.config)
+        (s, d), (s_, d_) = manifest.shape, self.shape
+        if self.config.get("lengths") and d == d_:  # the longest may be longer
+            return told
         if not told and manifest.shape != self.shape:
-            (s, d), (s_, d_) = manifest.shape, self.shape
             told.append(f"images have {s} tokens x {d} channels, the head's had {s_} x {d_}")
         if not told and manifest.grid != self.grid:
             told.append(f"the tokens' grid is {manifest.grid}, the head's was {self.grid}")

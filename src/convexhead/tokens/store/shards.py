@@ -2,7 +2,9 @@
 
 A shard has the arrays ``tokens (n, s, d)``, ``labels (n,)`` int64 and, where the backbone has class or
 register tokens, ``prefix (n, n_prefix, d)``. Of images with masks it has no labels but, in float32, ``targets
-(n, s, c)`` and ``weights (n, s)``: see `convexhead.tokens.geometry.patch_targets`.
+(n, s, c)`` and ``weights (n, s)``: see `convexhead.tokens.geometry.patch_targets`. Of images with several classes, or
+with numbers, it has ``targets (n, c)`` in float64. Where images have different numbers of tokens, ``s`` is the largest,
+``lengths (n,)`` int64 are these numbers, and tokens behind them are zeros.
 
 Its metadata has one JSON entry: the hash of the configuration it was made with, the SHA-256 of its arrays, its file
 names and those of the broken images it leaves out. A shard therefore needs no other record to be found again after a
@@ -29,7 +31,7 @@ from convexhead.errors import FileFormatError
 from convexhead.tokens.store import verified
 
 # numpy has no bfloat16: its bits are read as uint16 and widened by `to_float`.
-_TYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64}
+_TYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16, "I64": np.int64, "F64": np.float64}
 _KEY = "convexhead"
 BLOCK = 1 << 20
 """Bytes that are hashed at a time. Chosen by hand."""

@@ -105,9 +105,11 @@ class TokenStore:
             "images": {name: split.count for name, split in manifest.splits.items()},
             "broken": {name: split.broken for name, split in manifest.splits.items()},
             "found": manifest.found,
+            "task": self._views[self.splits[0]].task,
             "classes": len(manifest.class_names),
             "grid": list(manifest.grid),
             "tokens": manifest.shape[0],
+            "lengths": bool(config.get("lengths", False)),
             "prefix_tokens": manifest.n_prefix,
             "stored_channels": manifest.shape[1],
             "channels": self.reduction.channels,
@@ -146,6 +148,14 @@ class TokenStore:
     @property
     def labels(self) -> NDArray[np.int64]:
         return self._only.labels
+
+    @property
+    def task(self) -> str:
+        return self._only.task
+
+    @property
+    def targets(self) -> NDArray[Any]:
+        return self._only.targets
 
     @property
     def files(self) -> list[str]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from convexhead.errors import FileFormatError, InputError
-from convexhead.tokens.reduce import Reduction, as_read, check_pool, pool_grid
+from convexhead.errors import InputError
+from convexhead.tokens.reduce import Reduction, as_read, check_pool
 from convexhead.tokens.store.gather import ShardedRows
+from convexhead.tokens.store.known import KnownOfImages
 from convexhead.tokens.store.manifest import Manifest, digest_json
-from convexhead.tokens.store.origin import TokenOrigin, refuse_strangers
+from convexhead.tokens.store.origin import TokenOrigin
 
 FloatArray = NDArray[np.float32]
 
@@ -27,7 +27,7 @@ REDUCED_NUMBERS = 8_000_000
 more of them are in memory beside the result."""
 
 
-class SplitView:
+class SplitView(KnownOfImages):
     """The tokens of one split, an array ``(n, s, d)`` float32 that lives on disk.
 
     Slices, index arrays and boolean masks read only the rows they name; the store's `Reduction` is applied on
@@ -78,6 +78,21 @@ class SplitView:
         h, w = self.token_pool or self._manifest.grid
         return (1 + h * w, 1) if self._with_class_token else (h, w)
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int64] | None:
+        """int64 ``(n,)``: how many tokens each image has, the others being padding; None where all have the same."""
+        return self._take("lengths", slice(None)) if self._ragged else None
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Bool ``(n, s)``: which tokens there are."""
+        n, s, _ = self.shape
+        return np.ones((n, s), bool) if self.lengths is None else np.arange(s) < self.lengths[:, None]
+
+    @property
+    def _ragged(self) -> bool:
+        return bool(self._manifest.config.get("lengths", False))
+
     def __len__(self) -> int:
         return len(self._rows if self.rows is None else self.rows)
 
@@ -100,76 +115,6 @@ class SplitView:
         if self.rows is not None:
             facts["rows"] = self.rows.tolist()
         return digest_json(facts)
-
-    @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """int64 ``(n,)``, indices into ``class_names``.
-
-        Raises
-        ------
-        InputError
-            A view made by `read_as` holds images of a class that the head does not know.
-        FileFormatError
-            A label that is no class.
-        """
-        if self.has_masks:
-            raise InputError(
-                f"{str(self._folder)!r} has a mask for each image and no label: its tokens have, pool=None"
-            )
-        labels: NDArray[np.int64] = self._take("labels", slice(None))
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self._manifest.class_names):
-            raise FileFormatError(
-                f"{str(self._folder)!r} has a label that is none of its {len(self._manifest.class_names)} classes: "
-                "find the damaged shard with `convexhead store verify`"
-            )
-        if self._numbers is None:
-            return labels
-        refuse_strangers(self._manifest.class_names, self._numbers, np.unique(labels), repr(str(self._folder)))
-        numbered: NDArray[np.int64] = self._numbers[labels]
-        return numbered
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether the images have masks: tokens then have targets, and images no label."""
-        return "masks" in self._manifest.config
-
-    @cached_property
-    def targets(self) -> FloatArray:
-        """Float32 ``(n, s, c)``: the distribution of the labels of each token's pixels, zeros where none has one.
-
-        Raises
-        ------
-        InputError
-            Images without masks, or pixels of a class that the head of `read_as` does not know.
-        """
-        targets, weights = self._shares()
-        total = targets.sum(2, keepdims=True)
-        targets = np.divide(targets, total, out=np.zeros_like(targets), where=total > 0)
-        if self._numbers is None:
-            return targets.astype(np.float32)
-        present = np.flatnonzero(targets.any((0, 1)))
-        refuse_strangers(self._manifest.class_names, self._numbers, present, repr(str(self._folder)))
-        known, out = np.flatnonzero(self._numbers >= 0), np.zeros((*weights.shape, len(self.class_names)), np.float32)
-        out[..., self._numbers[known]] = targets[..., known]
-        return out
-
-    @cached_property
-    def weights(self) -> FloatArray:
-        """Float32 ``(n, s)``: the share of each token's pixels that has a label."""
-        return self._shares()[1].astype(np.float32)
-
-    def _shares(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Shares of classes ``(n, s, c)`` and their sums ``(n, s)``, pooled as the tokens are."""
-        if not self.has_masks:
-            raise InputError(f"{str(self._folder)!r} has no masks: extract images that have some")
-        if self._with_class_token:
-            raise InputError("the class token covers no pixels: read the patches of images with masks, pool=None")
-        weights = self._take("weights", slice(None)).astype(np.float64)
-        shares = self._take("targets", slice(None)).astype(np.float64) * weights[..., None]
-        if self.token_pool is not None:
-            shares = pool_grid(torch.from_numpy(shares), self._manifest.grid, self.token_pool).numpy()
-            weights = shares.sum(2)
-        return shares, weights
 
     @property
     def files(self) -> list[str]:
@@ -254,7 +199,7 @@ class SplitView:
                 f"these are {len(self)} of the {images} images of {self.split!r}, others than this head was trained "
                 "on: an audit is about the training data, pass the whole split"
             )
-        _ = view.targets if view.has_masks else view.labels  # refuses unknown classes
+        _ = view.known  # refuses unknown classes
         return view if origin.rows is None or self.rows is not None else view.subset(origin.rows)
 
     def with_class_token(self) -> SplitView:
@@ -283,6 +228,8 @@ class SplitView:
         InputError
             ``grid`` is larger than that of the stored tokens, or not positive.
         """
+        if self._ragged:
+            raise InputError(f"the tokens of {str(self._folder)!r} lie on no grid: they cannot be averaged over one")
         check_pool(self._manifest.grid, grid)
         return self._changed(token_pool=None if grid == self._manifest.grid else grid)
 
@@ -292,7 +239,7 @@ class SplitView:
 
     def _changed(self, **changes: Any) -> SplitView:
         view = copy.copy(self)
-        for name in ("labels", "targets", "weights"):
+        for name in ("labels", "targets", "weights", "known", "lengths"):
             vars(view).pop(name, None)  # read already, perhaps of other rows
         vars(view).update(changes)
         return view
@@ -336,7 +283,10 @@ class SplitView:
     def _reduced(self, rows: Any) -> FloatArray:
         """Return the tokens ``(k, s, d)`` of not too many ``rows``."""
         first = self._take("prefix", rows)[..., :1, :] if self._with_class_token else None
-        return as_read(self._take("tokens", rows), first, self._manifest.grid, self.token_pool, self.reduction)
+        tokens = as_read(self._take("tokens", rows), first, self._manifest.grid, self.token_pool, self.reduction)
+        if self._ragged:  # the reduction moves zeros
+            tokens[np.arange(tokens.shape[-2]) >= self._take("lengths", rows)[..., None]] = 0
+        return tokens
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -355,6 +305,15 @@ class SplitView:
     def chunks(self, size: int | None = None) -> Iterator[FloatArray]:
         """Yield reduced tokens of ``size`` images after another, the last chunk possibly smaller."""
         return (self[start:stop] for start, stop in self._ranges(size))
+
+    def tokens_there(self, *, raw: bool = False) -> Iterator[NDArray[Any]]:
+        """Yield the tokens ``(k, d)`` that there are, without padding; ``raw``: as stored, not reduced."""
+        start = 0
+        for chunk in self.raw_chunks() if raw else self.chunks():
+            stop = start + len(chunk)
+            there = slice(None) if self.lengths is None else self.mask[start:stop]
+            yield chunk[there].reshape(-1, chunk.shape[2])
+            start = stop
 
     def raw_chunks(self, size: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield what `raw` returns, ``size`` images after another."""
