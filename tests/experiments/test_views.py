@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("PIL")
 pytest.importorskip("jinja2")
@@ -17,12 +18,13 @@ from convexhead.experiments.cifar100 import run_cifar100
 from convexhead.experiments.compare import compare_heads
 from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import TokenChoice, chosen_splits
+from convexhead.interpret import head_lift, token_contributions
 from convexhead.report import evidence
 from convexhead.tokens import SplitView, TokenStore, extract
 from convexhead.tokens.store.gather import ShardedRows
 
 N, SIDE = 800, 80
-COMMANDS = ("fit", "path", "adam", "evaluate", "audit", "report", "compare", "cifar100")
+COMMANDS = ("fit", "path", "cv", "adam", "evaluate", "audit", "interpret", "report", "compare", "cifar100")
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,20 @@ def start(command, folder, out):
         runs.fit(tokens, out, head="mlp", beta_ratio=0.3)
     elif command == "path":
         runs.path(tokens, out, head="mlp", beta_ratios=(0.5, 0.3))
+    elif command == "cv":
+        split = TokenStore.open(tokens)["train"]
+        ch.ConvexHeadClassifierCV("mlp", beta_ratios=(0.5, 0.3), cv=2).fit(split, np.asarray(split.labels))
     elif command == "adam":
         runs.adam(tokens, out, head="mlp", n_heads=2, epochs=1, beta_ratio=0.3)
     elif command == "evaluate":
         runs.evaluate(run, tokens)
     elif command == "audit":
         runs.audit(run, tokens)
+    elif command == "interpret":
+        model, split = ch.load(run), TokenStore.open(tokens)["train"]
+        shares = token_contributions(model, split)
+        assert shares.shape == (N, 100, 2)
+        assert head_lift(model, split, torch.as_tensor(np.asarray(split.labels))).shape == (1, 2)
     elif command == "report":
         evidence.collect(ch.load(run), TokenStore.open(tokens))
     elif command == "compare":
@@ -114,6 +124,15 @@ def test_a_head_of_pooled_tokens_is_scored_and_audited_on_the_store_itself(digit
     assert audit.certificate.dual == pytest.approx(record["certificate"]["dual"], rel=1e-6)
     with pytest.raises(InputError, match="grid of 2 x 2"):
         model.to_module(raw_tokens=True)
+
+
+def test_heads_serve_classes_by_the_tokens_that_they_were_fitted_on(digits, tmp_path):
+    """A store keeps every token; what a head of pooled tokens adds is told of the pooled ones."""
+    folder, *_ = chosen_head(digits, tmp_path, token_pool=2, channels=4)
+    model, test = ch.load(folder), digits["test"]
+    y, pooled = torch.as_tensor(np.asarray(test.labels)), np.asarray(model.as_fitted_on(test)[:])
+    assert pooled.shape[1] == 4 < test.shape[1]
+    assert torch.allclose(head_lift(model, test, y), head_lift(model, pooled, y))
 
 
 def test_new_images_like_those_of_a_pooled_head(digits, tmp_path):

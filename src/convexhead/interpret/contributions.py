@@ -47,8 +47,8 @@ def token_contributions(model: Any, X: Any) -> Float[Tensor, "n s c"]:
     ----------
     model : fitted classifier or regressor, HeadModule, or FittedHead
         Any head and activation with pool "mean" or "cls".
-    X : array or Tensor (n, s, d)
-        Tokens.
+    X : array, Tensor, or split of a token store (n, s, d)
+        Tokens; those of a store are read a part at a time.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def token_contributions(model: Any, X: Any) -> Float[Tensor, "n s c"]:
     """
     fitted = _pooled(model)
     V = fitted.atoms.V
-    parts = [torch.einsum("bske,kec->bsc", mixed, V) for mixed in _mixed_parts(fitted, fitted.tokens(X))]
+    parts = [torch.einsum("bske,kec->bsc", mixed, V) for mixed in _mixed_parts(fitted, X)]
     return torch.cat(parts)
 
 
@@ -65,7 +65,7 @@ def head_contributions(model: Any, X: Any) -> Float[Tensor, "n s k c"]:
     """Return ``C_i[t, k]``: as `token_contributions`, for every atom (attention head, neuron) by itself."""
     fitted = _pooled(model)
     V = fitted.atoms.V
-    parts = [torch.einsum("bske,kec->bskc", mixed, V) for mixed in _mixed_parts(fitted, fitted.tokens(X))]
+    parts = [torch.einsum("bske,kec->bskc", mixed, V) for mixed in _mixed_parts(fitted, X)]
     return torch.cat(parts)
 
 
@@ -88,13 +88,11 @@ def head_lift(model: Any, X: Any, y: Int[Tensor, " n"]) -> Float[Tensor, "k c"]:
     Tensor (k, c)
         float64; 0 for a class without samples, and for one that all samples have.
     """
-    from convexhead.inputs import token_chunks
-
     fitted = _pooled(model)
     k, _, c = fitted.atoms.V.shape
     own, total, start = torch.zeros(k, c).double(), torch.zeros(k, c).double(), 0
-    for chunk in token_chunks(X, n_channels=fitted.head.d, n_tokens=fitted.head.s):
-        for x in chunk.double().split(_step(fitted, c)):
+    for chunk in fitted.chunks(X):
+        for x in chunk.split(_step(fitted, c)):
             data = fitted.activation.prepare(x, reuse=False)
             if (masks := fitted.activation.pack_masks(x)) is not None:
                 data["masks"] = masks
@@ -125,15 +123,15 @@ def _step(fitted: FittedHead, per_atom: int) -> int:
     return max(1, BATCH_NUMBERS // max(1, len(fitted.atoms) * widest))
 
 
-def _mixed_parts(fitted: FittedHead, X: Float[Tensor, "n s d"]) -> Iterator[Float[Tensor, "b s k e"]]:
+def _mixed_parts(fitted: FittedHead, X: Any) -> Iterator[Float[Tensor, "b s k e"]]:
     """Yield the pooled mixed tokens of every atom, split over source tokens: ``C`` before it meets ``V``."""
     head, atoms, group = fitted.head, fitted.atoms, fitted.group
     gates = fitted.mask_weights()
-    yield X.new_zeros(0, head.s, len(atoms), head.value_rows)
-    if not len(atoms):
-        yield X.new_zeros(len(X), head.s, 0, head.value_rows)
-        return
-    for x in X.split(_step(fitted, atoms.V.shape[2])):
+    step = _step(fitted, atoms.V.shape[2])
+    for x in (part for chunk in fitted.chunks(X) for part in chunk.split(step)):
+        if not len(atoms):
+            yield x.new_zeros(len(x), head.s, 0, head.value_rows)
+            continue
         if head.queries is not None:
             yield _looked_at_parts(fitted, x)
             continue

@@ -48,7 +48,8 @@ def retained_directions(model: Any, *, energy: float = 0.99) -> Float[Tensor, "d
 def token_embedding(model: Any, X: Any, *, energy: float = 0.99) -> Float[Tensor, "n s r"]:
     """Return ``X_i A (λ/λ₁)^½`` (see the module), with ``A`` as in `retained_directions`."""
     A, strength = _directions(model, energy)
-    return as_fitted(model).tokens(X) @ (A * (strength / strength[:1]).sqrt())
+    scaled = A * (strength / strength[:1]).sqrt()
+    return torch.cat([chunk @ scaled for chunk in as_fitted(model).chunks(X)])
 
 
 def _directions(model: Any, energy: float) -> tuple[Float[Tensor, "d r"], Float[Tensor, " r"]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +53,10 @@ class FittedHead:
             return self.atoms.U
         return gates.double().reshape(-1, *self.head.mixing_shape)[self.atoms.block]
 
-    def tokens(self, X: Any) -> Float[Tensor, "n s d"]:
-        """``X`` checked, in float64."""
-        return inputs.as_tokens(self.read(X), n_channels=self.head.d, n_tokens=self.head.s).double()
+    def chunks(self, X: Any) -> Iterator[Float[Tensor, "b s d"]]:
+        """``X`` checked, in float64, some samples at a time: those of a store are never in memory together."""
+        for chunk in inputs.token_chunks(self.read(X), n_channels=self.head.d, n_tokens=self.head.s):
+            yield chunk.double()
 
 
 def as_fitted(model: Any) -> FittedHead:

@@ -29,7 +29,8 @@ def query_maps(model: Any, X: Any) -> Float[Tensor, "n s J"]:
         float64.
     """
     fitted = as_fitted(model)
-    return _attentive(fitted).maps(fitted.tokens(X))
+    head = _attentive(fitted)
+    return torch.cat([head.maps(chunk) for chunk in fitted.chunks(X)])
 
 
 def query_strengths(model: Any) -> Float[Tensor, " J"]:
