@@ -100,6 +100,7 @@ def test_classes_are_matched_by_name(store, probe, tmp_path, capsys):
     assert one["certificate"]["primal"] == pytest.approx(two["certificate"]["primal"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_runs_of_adam_are_told_their_distance(store, tmp_path, capsys):
     settings = ("--heads", 4, "--epochs", 5, "--lr", 0.05)
     for head in ("linear", "mlp"):

@@ -112,6 +112,7 @@ def test_a_refit_that_is_interrupted_leaves_the_certified_head(store, monkeypatc
     assert read_run(tmp_path / "run")[0]["trained_on"].startswith("1005 of the 1257 images")
 
 
+@pytest.mark.slow
 def test_fit_by_cross_validation(store, tmp_path, capsys):
     run = tmp_path / "run"
     result = call_json(capsys, "fit", store.path, "--out", run, "--head", "linear", "--cv", "3")

@@ -78,6 +78,7 @@ def refusal(capsys, *arguments):
     return error
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_heads_trained_by_hand(probed):
     out, _ = probed
     store = ch.TokenStore.open(out / "tokens")
@@ -130,6 +131,7 @@ def test_smaller_budgets_take_the_ratio_of_all_images(probed):
     assert {row["chosen"] for row in rows_of(out, method="k-nn", budget="1 a class")} == {1}
 
 
+@pytest.mark.slow
 def test_metrics_are_chosen_with_beta(probed, tmp_path, capsys):
     store = ch.TokenStore.open(probed[0] / "tokens")
     options = ("--baselines", "", "--heads", "mlp", "--cv", 3, "--beta-ratios", "0.3,0.1", "--tol", 0.01, "--shots", 2)
@@ -199,6 +201,7 @@ def test_the_same_command_fits_nothing_again(probed, monkeypatch):
     assert len(board.read_text().splitlines()) == len(lines)  # no row stands there twice
 
 
+@pytest.mark.slow
 def test_another_tolerance_is_another_fit(probed, tmp_path):
     out, arguments = probed
     again = shutil.copytree(out, tmp_path / "out")
@@ -255,6 +258,7 @@ def test_val_is_tested_on_where_there_is_no_test(tmp_path):
     assert "val" in data["test_is"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_probe_goes_on(photos, tmp_path, signum):
     """The process stops in the second head: the first one is there and is not trained again."""

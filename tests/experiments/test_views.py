@@ -73,6 +73,7 @@ def start(command, folder, out):
         run_cifar100(out, tokens=tokens, **options, jobs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_reads_a_split_at_once(command, large, tmp_path, monkeypatch):
     """Whatever is kept is kept by the budget of a fit, and is brought there a part at a time."""
