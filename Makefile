@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests benchmarks examples docs/conf.py tools
 
-.PHONY: demo test docs dist format benchmarks clean
+.PHONY: demo test docs dist format benchmarks bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/convexhead demo --out demo
@@ -27,6 +27,11 @@ dist: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# Ten minutes of fits beside the committed rows. The new ones replace them by moving bench_now.csv to bench.csv.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench.py --name bench_now
+	$(BIN)/python benchmarks/compare.py benchmarks/results/bench.csv benchmarks/results/bench_now.csv
 
 benchmarks: $(VENV)/.dev
 	$(BIN)/python benchmarks/suite.py --instance synthetic-200 digits synthetic-1000

@@ -20,10 +20,16 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 1536, repeats: int = 7, device: str = "cpu") -> float:
-    """Best GFLOP/s of a square matrix product."""
+def gemm_rate(
+    dtype: torch.dtype,
+    size: int = 1536,
+    repeats: int = 7,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Best GFLOP/s of a square matrix product, by the seconds of ``clock``."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    seconds = [timed(lambda: a @ b, device)[0] for _ in range(repeats)]
+    seconds = [timed(lambda: a @ b, device, clock)[0] for _ in range(repeats)]
     return 2 * size**3 / min(seconds) / 1e9
 
 
@@ -43,8 +49,8 @@ def versions(*packages: str) -> str:
     return "; ".join([f"python {platform.python_version()}", *found])
 
 
-def hardware(*packages: str, device: str = "cpu") -> Row:
-    """The columns that say where a row was measured; GEMM rates are those of ``device``, measured now."""
+def hardware(*packages: str, device: str = "cpu", clock: Callable[[], float] = time.perf_counter) -> Row:
+    """The columns that say where a row was measured; GEMM rates are those of ``device``, measured now by ``clock``."""
     size = 1536 if device == "cpu" else 8192
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device != "cpu" else {}
     return {
@@ -52,8 +58,8 @@ def hardware(*packages: str, device: str = "cpu") -> Row:
         **gpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gemm_gflops_float32": round(gemm_rate(torch.float32, size, device=device), 1),
-        "gemm_gflops_float64": round(gemm_rate(torch.float64, size, device=device), 1),
+        "gemm_gflops_float32": round(gemm_rate(torch.float32, size, device=device, clock=clock), 1),
+        "gemm_gflops_float64": round(gemm_rate(torch.float64, size, device=device, clock=clock), 1),
         "versions": versions("torch", "numpy", "scipy", *packages),
     }
 
@@ -63,25 +69,29 @@ def tflop_equivalents(seconds: float, machine: Row) -> float:
     return seconds * machine["gemm_gflops_float32"] / 1000
 
 
-def timed(function: Callable[[], T], device: str = "cpu") -> tuple[float, T]:
-    """Wall seconds and the result; on a GPU, until its work is done."""
+def timed(
+    function: Callable[[], T], device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, T]:
+    """Seconds by ``clock`` and the result; on a GPU, until its work is done."""
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     wait()
-    began = time.perf_counter()
+    began = clock()
     result = function()
     wait()
-    return time.perf_counter() - began, result
+    return clock() - began, result
 
 
-def measure(run: Callable[[], T], *, runs: int = 5, budget: float = 60.0) -> tuple[list[float], T]:
+def measure(
+    run: Callable[[], T], *, runs: int = 5, budget: float = 60.0, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], T]:
     """Times of up to ``runs`` runs, no more of them than fit ``budget`` seconds, and the last result.
 
     The first run of several is a warm-up that is not counted, unless runs are long.
     """
-    seconds, result = timed(run)
+    seconds, result = timed(run, clock=clock)
     times = [seconds] if seconds > 2 else []
     while len(times) < runs and sum(times) + seconds < budget:
-        again, result = timed(run)
+        again, result = timed(run, clock=clock)
         times.append(again)
     return times or [seconds], result
 
