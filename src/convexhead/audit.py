@@ -249,7 +249,7 @@ class _Posed:
 
     def optimum(self) -> Solution:
         """The optimum that a solver finds, with its certificate."""
-        problem = self.problem.astype(precision(self.problem.operator.X.shape, self.tol))
+        problem = self.problem.astype(precision(self.problem.operator.X.shape, self.tol, self.problem.head))
         generator = torch.Generator().manual_seed(self.seed or 0)
         return solve(problem, problem.coordinates.beta(self.beta), tol=self.tol, generator=generator)
 

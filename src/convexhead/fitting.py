@@ -51,6 +51,8 @@ SMALL_TOKENS = 2e5
 """Numbers in all tokens up to which the solver works in float64 at any tolerance. Chosen by hand."""
 TIGHT = 1e-4
 """Tolerance below which the solver always works in float64. Chosen by hand."""
+TIGHT_PRODUCTS = 1e-6
+"""The same for the linear head. Chosen by hand: products in float32 reached 1e-7."""
 
 
 class Trainable(Protocol):
@@ -324,7 +326,7 @@ def _problem(spec: Spec, data: Data, ranks: Ranks, head: Head, generator: torch.
         X[rows] if isinstance(X, torch.Tensor) else X.share(rows),
         head,
         activation,
-        dtype=precision(X.shape, spec.tol),
+        dtype=precision(X.shape, spec.tol, head),
         reuse=not coordinates,
         device=device,
         memory=default_memory(device) if spec.max_memory is None else spec.max_memory,
@@ -335,8 +337,10 @@ def _problem(spec: Spec, data: Data, ranks: Ranks, head: Head, generator: torch.
     return problem.in_coordinates(coordinates)
 
 
-def precision(shape: Sequence[int], tol: float) -> torch.dtype:
+def precision(shape: Sequence[int], tol: float, head: Head) -> torch.dtype:
     """What a solver computes in, for tokens of this shape."""
+    if not head.learns_mixing:  # its solver keeps in float64 all but the products
+        return torch.float64 if tol < TIGHT_PRODUCTS else torch.float32
     return torch.float64 if math.prod(shape) <= SMALL_TOKENS or tol < TIGHT else torch.float32
 
 

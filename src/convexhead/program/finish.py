@@ -33,8 +33,7 @@ def finish(problem: Problem, atoms: Atoms, negligible: float, max_heads: int | N
             atoms = _without_negligible(problem, atoms, torch.cat(singular_values), negligible, max_heads)
     if problem.fit_intercept:
         exact = problem.astype(torch.float64)
-        f = exact.outputs(atoms) - atoms.intercept
-        atoms.intercept = solve_intercept(exact, f)
+        atoms.intercept = atoms.intercept + solve_intercept(exact, exact.outputs(atoms))
     return atoms
 
 

@@ -22,8 +22,8 @@ SEPARABLE = (Squared, Huber)
 def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:
     """The minimising ``b (c,)``; where it is not unique or infinite, one with a small gradient.
 
-    L-BFGS comes near, then Newton steps on the ``c × c`` Hessian bring the mean residual to rounding level. Where the
-    loss is a sum over outputs, bracketed Newton steps need no start.
+    Newton steps on the ``c × c`` Hessian bring the mean residual to rounding level, from 0 or, where that is too far,
+    from where L-BFGS comes. Where the loss is a sum over outputs, bracketed Newton steps need no start.
 
     Parameters
     ----------
@@ -46,18 +46,25 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
         total = losses.residual(shifted(b)).sum((0, 1))
         return problem.sum(total)[0].cpu().numpy() / problem.n
 
+    def newton(b: np.ndarray) -> tuple[np.ndarray, float]:
+        """Steps from ``b`` as long as ``|Σ_i R_i|`` falls, and what is left of it."""
+        g = mean_residual(b)
+        for _ in range(10):
+            if np.abs(g).sum() <= 1e-15 * c:
+                break
+            H = problem.sum(losses.summed_hessian(shifted(b)))[0].cpu().numpy() / problem.n
+            trial = b - np.linalg.lstsq(H, g, rcond=1e-10)[0]
+            trial_g = mean_residual(trial)
+            if not np.abs(trial_g).sum() < np.abs(g).sum():
+                break
+            b, g = trial, trial_g
+        return b, float(np.abs(g).sum())
+
     c = f.shape[-1]
-    b = minimize(value_and_gradient, np.zeros(c), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
-    g = mean_residual(b)
-    for _ in range(4):
-        if np.abs(g).sum() <= 1e-15 * c:
-            break
-        H = problem.sum(losses.summed_hessian(shifted(b)))[0].cpu().numpy() / problem.n
-        trial = b - np.linalg.lstsq(H, g, rcond=1e-10)[0]
-        trial_g = mean_residual(trial)
-        if np.abs(trial_g).sum() >= np.abs(g).sum():
-            break
-        b, g = trial, trial_g
+    b, left = newton(np.zeros(c))
+    if not left <= 1e-13 * c:
+        near = minimize(value_and_gradient, b, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+        b = newton(near)[0]
     return torch.as_tensor(b, dtype=f.dtype, device=f.device)
 
 

@@ -1,89 +1,233 @@
-"""The linear head: one smooth, strongly convex problem, by L-BFGS.
+"""The linear head: one smooth, strongly convex problem, by Newton's method on a path of falling β.
 
-minimise  F(P X W + b) + (β/2) ‖W‖²
+    minimise  P(W, b) = F(X W + b) + (β/2) ‖W‖²
+
+Far from the optimum Newton's steps are long and wrong: a sample that is misclassified with certainty has no curvature.
+Near it they are all that is needed. So the method starts at a larger β, where the optimum is near, and follows it.
+Products with ``X`` are the price: one for each product with the Hessian, half a one for a gradient, and none in a line
+search, where outputs are known on the whole plane that is searched.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop
-from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.linear_passes import LinearPasses, Weights
 from convexhead.solvers.monitor import State
-from convexhead.solvers.whitening import Whitening
+from convexhead.solvers.plane import minimise_on_plane
+
+FALL = 10.0
+"""Factor by which β falls, and the gap, in units of the objective, that β starts at. Chosen by hand."""
+NEAR = 1.0
+"""Relative gap at which β falls. Chosen by hand: the optimum at the next β is another one anyhow."""
+FORCING = 0.3
+"""Largest residual of a Newton system, relative to the gradient, in the norm of the preconditioner. Chosen by hand."""
+REACHED = 0.2
+"""Share of the gap asked for at which the residual of a Newton system is small enough. Chosen by hand: the losses are
+not quadratic."""
+PRODUCTS = 60
+"""Largest number of products with one Hessian. Chosen by hand."""
+WIDEST = 8192
+"""Channels up to which their second moments are formed and factored; beyond it their diagonal must do."""
+CHANGED = 1.5
+"""Factor by which the mean curvature or β may differ from those of the preconditioner. Chosen by hand."""
+AGREES = 0.8
+"""Share of the decrease of the quadratic model above which a step needs no search. Chosen by hand."""
 
 
-class RidgeDescent(Solver):
-    """L-BFGS on ``W`` and ``b``.
+class RidgeNewton(Solver):
+    """Newton's method with conjugate gradients, outputs ``f`` and ``∇F = Xᵀ R`` at hand.
 
-    1. Now and then, bound the gap by the gradient: without an intercept ``P − D = ‖∇_W‖²/(2β)``; stop where it is
-       small.
-    2. Take an L-BFGS step. Well-scaled tokens need some tens of them.
-    3. Where that was not enough, go on in the coordinates of `Whitening`, in which channels of unequal scales and
-       correlated ones curve the objective about alike.
+    1. Choose the first weight ``β_s = 10ᵏ β``, the smallest whose gap is at most ten times the objective.
+    2. Make the gradient. The gap is ``‖∇_W‖²/(2β)``, but for what the intercept leaves; stop where it is small. While
+       it is small for ``β_s > β``, let ``β_s`` fall.
+    3. Solve ``∇²P Δ = −∇P`` by conjugate gradients. The preconditioner is the Hessian with the losses' curvature
+       replaced by its mean ``h``: ``h [X 1]ᵀ[X 1]/n + β_s`` for each output. They end at a residual that is small beside
+       the gradient, or beside the gap that is asked for.
+    4. Move to ``(1 + s)(W, b) + t Δ``, with ``s = 0, t = 1``, or the best of both where that is not what the quadratic
+       model says. The scale ``s`` is what changes most when β falls.
 
-    One `step` is one of L-BFGS. Parameters are those of `Solver`; the head has one atom whatever ``max_heads`` is.
+    One `step` is 2 to 4. Weights and outputs are kept in float64, products are in the problem's precision. Parameters
+    are those of `Solver`; the head has one atom whatever ``max_heads`` is.
     """
 
     name = "ridge"
-    check_every = 5
-    most_steps = 100_000
-    slow = (50, 300)
-    """Numbers of iterations at which curvature is measured and the coordinates change. Chosen by hand."""
+    keeps_state = True
+    most_steps = 1000
 
     def _set_up(self, start: Atoms) -> None:
-        self._descent = FactoredDescent(self.problem, start, self.beta)
-        self._whitened_at: Atoms | None = None
+        B = torch.cat([start.V[0], start.intercept.unsqueeze(0)]).T.contiguous()
+        self._B, self._like, self._stage = B.double(), start, 0.0
+        self._factored: tuple[float, float] = 0.0, 0.0
+        self._take_precision(self.problem)
+        self._f = self._passes.outputs(B).double()
 
     @classmethod
     def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
         """No mixing weights."""
         return "head='linear'" if problem.head.learns_mixing else None
 
+    def _take_precision(self, problem: Problem) -> None:
+        self._passes = LinearPasses(problem)
+        self.problem = self._passes.problem
+        self._moments = self._passes.moments(diagonal=problem.head.d > WIDEST)
+
+    def refine(self) -> Problem:
+        """Go on in float64."""
+        self._take_precision(self.problem.astype(torch.float64, reuse=True))
+        self._f = self._passes.outputs(self._B)
+        return self.problem
+
     def atoms(self) -> Atoms:
         """Return the iterate."""
-        return self._descent.atoms
+        like, B = self._like, self._B.to(self.problem.dtype)
+        return Atoms(like.U.to(B.dtype), B[:, :-1].T.unsqueeze(0), like.block, B[:, -1].clone())
 
     def state(self) -> tuple[State, State]:
-        """Return the iterate, the memory of L-BFGS, and the coordinates."""
-        at = {} if self._whitened_at is None else self._whitened_at.state()
-        at = {f"whitened at {name}": value for name, value in at.items()}
-        return {**self._descent.state(), **at, "iteration": torch.tensor(self._iteration)}, {}
+        """Return weights, ``β_s``, what the preconditioner was made for, and outputs."""
+        numbers = torch.tensor([self._stage, *self._factored], dtype=torch.float64)
+        return {"weights": self._B, "numbers": numbers}, {"outputs": self._f}
 
     def _restore(self, shared: State, rows: State) -> None:
-        at = {name.removeprefix("whitened at "): value for name, value in shared.items() if name.startswith("whitened")}
-        self._whitened_at = Atoms.restored(at) if at else None
-        self._descent = FactoredDescent.restored(self.problem, shared, self.beta, self._coordinates())
-        self._iteration = int(shared["iteration"])
+        self._B, self._f = shared["weights"], rows["outputs"]
+        self._stage, h, beta = shared["numbers"].tolist()
+        if h:
+            self._factor(h, beta)
 
     def begin(self) -> None:
-        """Count iterations anew."""
-        self._iteration = 0
+        """Choose the first β anew."""
+        self._stage = 0.0
 
     def step(self) -> Stop | None:
-        """Take an iteration of L-BFGS, in new coordinates if it is time."""
-        if self._iteration % self.check_every == 0 and self._gap() <= self.target:
+        """Take a Newton step, if the gap asks for one."""
+        data_term = self.problem.mean_of(lambda losses, f: losses.to(torch.float64).value(f), self._f)
+        at_f = self._passes.adjoint(self._residual().to(self.problem.dtype)).double()
+        square = float(self._B[:, :-1].square().sum())
+        gap = self.monitor.record(
+            data_term + self.beta * square / 2,
+            data_term + self.beta * square / 2 - self._missing(at_f, self.beta),
+            1,
+        )
+        if gap <= self.target:
             return Stop.CONVERGED
-        if self._iteration in self.slow:
-            self._whitened_at = self.atoms()
-            self._descent = FactoredDescent(self.problem, self.atoms(), self.beta, self._coordinates())
-        self._iteration += 1
-        if self._descent.step():
-            return None
-        return Stop.CONVERGED if self._gap() <= self.target else Stop.STALLED
+        self._stage = self._next_stage(at_f, data_term, square)
+        objective = data_term + self._stage * square / 2
+        g = at_f.clone()
+        g[:, :-1] += self._stage * self._B[:, :-1]
+        asked = self.target if self._stage == self.beta else NEAR
+        x, Z = self._newton(g, self._missing(at_f, self._stage) / abs(objective), asked * abs(objective))
+        s, t, lower = minimise_on_plane(self.problem, self._stage, self._f, Z, self._B, x, g, objective, AGREES)
+        if not lower < objective:
+            return Stop.STALLED
+        self._B, self._f = (1 + s) * self._B + t * x, (1 + s) * self._f + t * Z
+        return None
 
-    def _coordinates(self) -> Whitening | None:
-        """Of the curvature where the descent was last slow."""
-        at = self._whitened_at
-        return None if at is None else Whitening(self.problem, at, self.problem.outputs(at), self.beta)
+    def _residual(self) -> Float[Tensor, "n r c"]:
+        """``R``, from outputs in float64: what is left of a probability near 1 counts."""
+        R, losses = torch.empty_like(self._f), self.problem.losses.to(torch.float64)
+        for rows in self.problem.rows:
+            R[rows] = losses.at(rows).residual(self._f[rows])
+        return R.div_(self.problem.n)
 
-    def _gap(self) -> float:
-        """``P − D`` is ``‖∇‖²/(2β)`` exactly where no intercept is fitted: the gradient is all that duality lacks."""
-        gradient = self._descent.gradient
-        if gradient is None:
-            gradient = self.problem.value_and_gradient(self.atoms(), self.beta).gradient
-        missing = float(gradient.V.double().square().sum()) / (2 * self.beta)
-        return self.monitor.record(self._descent.value, self._descent.value - missing, 1)
+    def _missing(self, at_f: Weights, beta: float) -> float:
+        """``P − D`` at a weight β, given ``∇F``: what moves a residual to a sum of 0 moves its gradient by the mean of
+        the features."""
+        moments = self._moments
+        mean = float(moments[-1, :-1].norm()) if moments.ndim == 2 else float(moments[:-1].sum().sqrt())
+        left = float((at_f + beta * self._B)[:, :-1].norm()) + mean * float(at_f[:, -1].norm())
+        return left * left / (2 * beta)
+
+    def _next_stage(self, at_f: Weights, data_term: float, square: float) -> float:
+        """``β_s``: the first one, or the next one where its gap is small."""
+
+        def near(beta: float, times: float) -> bool:
+            return self._missing(at_f, beta) <= times * abs(data_term + beta * square / 2)
+
+        beta = self._stage
+        if not beta:
+            beta = self.beta
+            while not near(beta, FALL) and beta < 1e12 * self.beta:
+                beta *= FALL
+        while beta > self.beta and near(beta, NEAR):
+            beta = max(beta / FALL, self.beta)
+        return self.beta if beta < 1.5 * self.beta else beta
+
+    # -- the Newton system --------------------------------------------------------------------------------------------
+    def _newton(self, g: Weights, gap: float, asked: float) -> tuple[Weights, Float[Tensor, "n r c"]]:
+        """``Δ`` with ``∇²P Δ ≈ −g``, and its outputs.
+
+        Parameters
+        ----------
+        g : Tensor (c, d + 1)
+            The gradient at ``β_s``.
+        gap : float
+            The relative gap there.
+        asked : float
+            The gap that is asked for.
+        """
+        f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
+        self._precondition(f)
+        x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
+        image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
+        forcing = min(FORCING, math.sqrt(gap))
+        z = self._preconditioned(r)
+        q, rz = z, float((r * z).sum())
+        first = rz
+        for _ in range(PRODUCTS):
+            Hq = passes.curved(f, q, image)
+            Hq[:, :-1] += beta * q[:, :-1]
+            curvature = float((q * Hq).sum())
+            if not curvature > 0:
+                break
+            a = rz / curvature
+            x += a * q
+            Z += a * image
+            r = r - a * Hq
+            z = self._preconditioned(r)
+            last, rz = rz, float((r * z).sum())
+            if not forcing**2 * first < rz < math.inf or float(r[:, :-1].double().square().sum()) <= enough:
+                break
+            q = z + (rz / last) * q
+        return x, Z.double()
+
+    def _precondition(self, f: Float[Tensor, "n r c"]) -> None:
+        """Factor the preconditioner, if the one at hand is of another curvature."""
+        problem = self.problem
+        curved = problem.sum(problem.losses.summed_hessian(f).diagonal().sum())[0]
+        h, beta = float(curved) / (problem.n * problem.head.r * problem.c), self._stage
+        old_h, old_beta = self._factored
+        if not (old_h / CHANGED <= h <= old_h * CHANGED and old_beta == beta):
+            self._factor(h, beta)
+
+    def _factor(self, h: float, beta: float) -> None:
+        self._factored = h, beta
+        A = (h if math.isfinite(h) else 0.0) * self.problem.head.r * self._moments
+        diagonal = A if A.ndim == 1 else A.diagonal()
+        if self.problem.fit_intercept:
+            diagonal[-1] += 1e-6 * diagonal[-1] + 1e-6 * beta
+        else:
+            if A.ndim == 2:
+                A[-1], A[:, -1] = 0.0, 0.0
+            diagonal[-1] = 1.0
+        diagonal[:-1] += beta
+        if A.ndim == 1:
+            self._root = A.sqrt().to(self.problem.dtype)
+            return
+        L, failed = torch.linalg.cholesky_ex(A)
+        while failed:
+            diagonal.mul_(1.01).add_(1e-6 * diagonal.max())
+            L, failed = torch.linalg.cholesky_ex(A)
+        self._root = L.to(self.problem.dtype)
+
+    def _preconditioned(self, r: Weights) -> Weights:
+        if self._root.ndim == 1:
+            return r / self._root.square()
+        return torch.cholesky_solve(r.T, self._root).T

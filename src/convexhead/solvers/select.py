@@ -24,10 +24,10 @@ from convexhead.solvers.fista import Fista, number_of_features
 from convexhead.solvers.group_lasso import GroupNewton, is_group_lasso
 from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.relu import ExactRounds, SearchedRounds
-from convexhead.solvers.ridge import RidgeDescent
+from convexhead.solvers.ridge import RidgeNewton
 
 SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver for solver in (RidgeDescent, Fista, GroupNewton, ColumnGeneration, ExactRounds, SearchedRounds)
+    solver.name: solver for solver in (RidgeNewton, Fista, GroupNewton, ColumnGeneration, ExactRounds, SearchedRounds)
 }
 AUTO = "auto"
 NAMES = (AUTO, *SOLVERS)
@@ -91,7 +91,7 @@ def make_solver(
 
 def _cheapest(problem: Problem, oracle: NormOracle | None, max_heads: int | None) -> type[Solver]:
     if not problem.head.learns_mixing:
-        return RidgeDescent
+        return RidgeNewton
     if oracle is not None:
         return ExactRounds if oracle.tight else SearchedRounds
     if is_small(problem) and problem.dtype == torch.float64 and max_heads is None:

@@ -1,0 +1,99 @@
+"""Passes over the features of the linear head, for weights and intercept in one matrix.
+
+    B = [Wᵀ b] (c, d + 1),    f = Φ Bᵀ,    Φ = [X 1] with a row for each row of outputs
+
+The head's mixing weight is the number 1 and is not learned: its pooled tokens are ``X``. Every method is one pass over
+the samples in batches, and what is summed over samples is summed over processes. Outputs lie in memory class by class,
+which makes products and softmax of few classes several times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexhead.program.heads.base import Data
+from convexhead.program.problem import Problem
+
+Weights = Float[Tensor, "c d1"]
+
+
+class LinearPasses:
+    """Products with ``Φ`` and ``Φᵀ``; without an intercept the last column of ``B`` is 0.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of the linear head.
+
+    Attributes
+    ----------
+    problem : Problem
+        The same with targets class by class; its precision is that of all products.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem.class_by_class()
+        self.d = problem.head.d
+
+    def zeros(self, dtype: torch.dtype) -> Float[Tensor, "n r c"]:
+        """Outputs, class by class."""
+        n, r, c = self.problem.Y.shape
+        return torch.zeros(c, n, r, dtype=dtype, device=self.problem.device).movedim(0, 2)
+
+    def outputs(self, B: Weights) -> Float[Tensor, "n r c"]:
+        """``Φ Bᵀ``."""
+        out = self.zeros(self.problem.dtype)
+
+        def make(rows: slice, data: Data) -> tuple[Tensor, ...]:
+            out[rows] = self._pushed(data["queries"].flatten(0, 1), B)
+            return ()
+
+        self.problem.operator.over_batches(1, make)
+        return out
+
+    def adjoint(self, R: Float[Tensor, "n r c"]) -> Weights:
+        """``Rᵀ Φ``."""
+        return self._summed(lambda rows, X: self._pulled(X, R[rows]))
+
+    def curved(self, f: Float[Tensor, "n r c"], B: Weights, images: Float[Tensor, "n r c"]) -> Weights:
+        """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ``, and ``Φ Bᵀ`` in ``images``: one pass for both products."""
+
+        def multiply(rows: slice, X: Tensor) -> Tensor:
+            images[rows] = Z = self._pushed(X, B)
+            return self._pulled(X, self.problem.losses.at(rows).hessian_times(f[rows], Z))
+
+        return self._summed(multiply).div_(self.problem.n)
+
+    def moments(self, *, diagonal: bool) -> Float[Tensor, "d1 d1"] | Float[Tensor, " d1"]:
+        """The second moments ``ΦᵀΦ / (n r)``, or their diagonal, in float64."""
+        d, problem = self.d, self.problem
+        second = torch.zeros((d,) if diagonal else (d, d), dtype=torch.float64, device=problem.device)
+        first = torch.zeros(d, dtype=torch.float64, device=problem.device)
+
+        def add(rows: slice, data: Data) -> tuple[Tensor, ...]:
+            X = data["queries"].flatten(0, 1)
+            return X.square().sum(0) if diagonal else X.T @ X, X.sum(0)
+
+        problem.operator.over_batches(1, add, second, first)
+        second, first = (part / (problem.n * problem.head.r) for part in problem.sum(second, first))
+        if diagonal:
+            return torch.cat([second, torch.ones_like(second[:1])])
+        first = torch.cat([first, torch.ones_like(first[:1])])
+        return torch.cat([torch.cat([second, first[None, :-1]]), first[:, None]], dim=1)
+
+    def _pushed(self, X: Float[Tensor, "m d"], B: Weights) -> Float[Tensor, "b r c"]:
+        return torch.addmm(B[:, -1:], B[:, :-1], X.T).unflatten(1, (-1, self.problem.head.r)).movedim(0, 2)
+
+    def _pulled(self, X: Float[Tensor, "m d"], R: Float[Tensor, "b r c"]) -> Weights:
+        R = R.movedim(2, 0).flatten(1)
+        last = R.sum(1, keepdim=True) if self.problem.fit_intercept else torch.zeros_like(R[:, :1])
+        return torch.cat([R @ X, last], dim=1)
+
+    def _summed(self, part: Callable[[slice, Tensor], Tensor]) -> Weights:
+        out = torch.zeros(self.problem.c, self.d + 1, dtype=self.problem.dtype, device=self.problem.device)
+        self.problem.operator.over_batches(1, lambda rows, data: (part(rows, data["queries"].flatten(0, 1)),), out)
+        return self.problem.sum(out)[0]
