@@ -62,6 +62,19 @@ class Loss(ABC):
             return torch.stack([self.hessian_times(f, y, one) for one in z])
         return torch.func.jvp(lambda f: self.residual(f, y), (f,), (z,))[1]
 
+    def curvature(self, f: Batch, y: Batch) -> Batch:
+        """The diagonal of ``∇²ℓ(f_i, y_i)``. By `hessian_times`, once for a loss that is a sum over entries, else once
+        for each of them; override where a formula is cheaper."""
+        if self.separates == "entries":
+            return self.hessian_times(f, y, torch.ones_like(f))
+        out = torch.empty_like(f)
+        for row in range(f.shape[1]):
+            for k in range(f.shape[2]):
+                unit = torch.zeros_like(f)
+                unit[:, row, k] = 1.0
+                out[:, row, k] = self.hessian_times(f, y, unit)[:, row, k]
+        return out
+
     def hessian_root(self, f: Batch, y: Batch, z: Batch) -> Batch | None:
         """``L_i z_i`` with ``L_i L_iᵀ = ∇²ℓ(f_i, y_i)``: draws ``z`` of mean 0 and covariance 1 become draws whose
         covariance is the Hessian. None where that is not known, and solvers do without."""
@@ -187,6 +200,10 @@ class CrossEntropy(Loss):
     def hessian_times(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
         p = _over_classes(torch.softmax, f)
         return p * (z - (p * z).sum(-1, keepdim=True))
+
+    def curvature(self, f: Tensor, y: Tensor) -> Tensor:
+        p = _over_classes(torch.softmax, f)
+        return p * (1 - p)
 
     def hessian_root(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
         # (D^½ − p√pᵀ)(D^½ − √p pᵀ) = D − ppᵀ for D = diag(p), Σ p = 1

@@ -95,6 +95,10 @@ class SampleLosses:
         """``ω_i ∇²ℓ(f_i, y_i) z_i``."""
         return self.weigh(self.loss.hessian_times(f, self.Y, z))
 
+    def curvature(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
+        """The diagonal of ``ω_i ∇²ℓ(f_i, y_i)``."""
+        return self.weigh(self.loss.curvature(f, self.Y))
+
     def hessian_root(self, f: Float[Tensor, "n r c"], z: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"] | None:
         """Draws whose covariance is the Hessian: see `Loss.hessian_root`."""
         root = self.loss.hessian_root(f, self.Y, z)

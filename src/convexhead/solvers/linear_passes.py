@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexhead.program.heads.base import Data
@@ -67,6 +67,21 @@ class LinearPasses:
             return self._pulled(X, self.problem.losses.at(rows).hessian_times(f[rows], Z))
 
         return self._summed(multiply).div_(self.problem.n)
+
+    def take(self, index: Int[Tensor, "c m"]) -> Float[Tensor, "c m d1"]:
+        """The rows of ``Φ`` with these numbers, of this process's samples; without an intercept they end in 0."""
+        r = self.problem.head.r
+        out = torch.full((*index.shape, self.d + 1), float(self.problem.fit_intercept), dtype=self.problem.dtype)
+        out = out.to(index.device)
+
+        def copy(rows: slice, data: Data) -> tuple[Tensor, ...]:
+            X, first = data["queries"].flatten(0, 1), rows.start * r
+            here = (index >= first) & (index < first + len(X))
+            out[..., :-1][here] = X[index[here] - first]
+            return ()
+
+        self.problem.operator.over_batches(1, copy)
+        return out
 
     def moments(self, *, diagonal: bool) -> Float[Tensor, "d1 d1"] | Float[Tensor, " d1"]:
         """The second moments ``ΦᵀΦ / (n r)``, or their diagonal, in float64."""

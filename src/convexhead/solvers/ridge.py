@@ -20,6 +20,8 @@ from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop
+from convexhead.solvers.factored import FactoredDescent
+from convexhead.solvers.linear_curvature import LinearCurvature
 from convexhead.solvers.linear_passes import LinearPasses, Weights
 from convexhead.solvers.monitor import State
 from convexhead.solvers.plane import minimise_on_plane
@@ -30,15 +32,17 @@ NEAR = 1.0
 """Relative gap at which β falls. Chosen by hand: the optimum at the next β is another one anyhow."""
 FORCING = 0.3
 """Largest residual of a Newton system, relative to the gradient, in the norm of the preconditioner. Chosen by hand."""
-REACHED = 0.2
+REACHED = 0.4
 """Share of the gap asked for at which the residual of a Newton system is small enough. Chosen by hand: the losses are
 not quadratic."""
-PRODUCTS = 60
-"""Largest number of products with one Hessian. Chosen by hand."""
+PRODUCTS, FAR_PRODUCTS = 60, 10
+"""Largest number of products with one Hessian, and the same while the gap is above `NEAR`. Chosen by hand."""
 WIDEST = 8192
 """Channels up to which their second moments are formed and factored; beyond it their diagonal must do."""
-CHANGED = 1.5
-"""Factor by which the mean curvature or β may differ from those of the preconditioner. Chosen by hand."""
+ROUNDED = 1e-4
+"""Relative gap below which rounding may be why a step finds nothing lower. Chosen by hand."""
+CHECK_EVERY = 5
+"""Steps of L-BFGS between two looks at the gap. Chosen by hand."""
 AGREES = 0.8
 """Share of the decrease of the quadratic model above which a step needs no search. Chosen by hand."""
 
@@ -49,24 +53,26 @@ class RidgeNewton(Solver):
     1. Choose the first weight ``β_s = 10ᵏ β``, the smallest whose gap is at most ten times the objective.
     2. Make the gradient. The gap is ``‖∇_W‖²/(2β)``, but for what the intercept leaves; stop where it is small. While
        it is small for ``β_s > β``, let ``β_s`` fall.
-    3. Solve ``∇²P Δ = −∇P`` by conjugate gradients. The preconditioner is the Hessian with the losses' curvature
-       replaced by its mean ``h``: ``h [X 1]ᵀ[X 1]/n + β_s`` for each output. They end at a residual that is small beside
-       the gradient, or beside the gap that is asked for.
+    3. Solve ``∇²P Δ = −∇P`` by conjugate gradients, preconditioned by `LinearCurvature`. They end at a residual that is
+       small beside the gradient, or beside the gap that is asked for.
     4. Move to ``(1 + s)(W, b) + t Δ``, with ``s = 0, t = 1``, or the best of both where that is not what the quadratic
        model says. The scale ``s`` is what changes most when β falls.
 
-    One `step` is 2 to 4. Weights and outputs are kept in float64, products are in the problem's precision. Parameters
-    are those of `Solver`; the head has one atom whatever ``max_heads`` is.
+    5. Where a step finds nothing lower though the gap is large, the loss has too little curvature for Newton's method,
+       as Huber's of a tiny ``δ``: go on with L-BFGS.
+
+    One `step` is 2 to 4, or one of L-BFGS. Weights and outputs are kept in float64, products are in the problem's
+    precision. Parameters are those of `Solver`; the head has one atom whatever ``max_heads`` is.
     """
 
     name = "ridge"
     keeps_state = True
-    most_steps = 1000
+    most_steps = 10_000
 
     def _set_up(self, start: Atoms) -> None:
-        B = torch.cat([start.V[0], start.intercept.unsqueeze(0)]).T.contiguous()
+        B = _matrix(start)
         self._B, self._like, self._stage = B.double(), start, 0.0
-        self._factored: tuple[float, float] = 0.0, 0.0
+        self._descent: FactoredDescent | None = None
         self._take_precision(self.problem)
         self._f = self._passes.outputs(B).double()
 
@@ -82,32 +88,39 @@ class RidgeNewton(Solver):
 
     def refine(self) -> Problem:
         """Go on in float64."""
+        self._B, self._descent = _matrix(self.atoms()).double(), None
         self._take_precision(self.problem.astype(torch.float64, reuse=True))
         self._f = self._passes.outputs(self._B)
         return self.problem
 
     def atoms(self) -> Atoms:
         """Return the iterate."""
+        if self._descent is not None:
+            return self._descent.atoms
         like, B = self._like, self._B.to(self.problem.dtype)
         return Atoms(like.U.to(B.dtype), B[:, :-1].T.unsqueeze(0), like.block, B[:, -1].clone())
 
     def state(self) -> tuple[State, State]:
-        """Return weights, ``β_s``, what the preconditioner was made for, and outputs."""
-        numbers = torch.tensor([self._stage, *self._factored], dtype=torch.float64)
-        return {"weights": self._B, "numbers": numbers}, {"outputs": self._f}
+        """Return weights, ``β_s`` and outputs; or what L-BFGS has."""
+        if self._descent is not None:
+            return {**self._descent.state(), "iteration": torch.tensor(self._iteration)}, {}
+        return {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}, {"outputs": self._f}
 
     def _restore(self, shared: State, rows: State) -> None:
-        self._B, self._f = shared["weights"], rows["outputs"]
-        self._stage, h, beta = shared["numbers"].tolist()
-        if h:
-            self._factor(h, beta)
+        if "iteration" in shared:
+            self._iteration = int(shared["iteration"])
+            self._descent = FactoredDescent.restored(self.problem, shared, self.beta)
+            return
+        self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
 
     def begin(self) -> None:
         """Choose the first β anew."""
         self._stage = 0.0
 
     def step(self) -> Stop | None:
-        """Take a Newton step, if the gap asks for one."""
+        """Take a Newton step, if the gap asks for one, or a step of L-BFGS."""
+        if self._descent is not None:
+            return self._descend(self._descent)
         data_term = self.problem.mean_of(lambda losses, f: losses.to(torch.float64).value(f), self._f)
         at_f = self._passes.adjoint(self._residual().to(self.problem.dtype)).double()
         square = float(self._B[:, :-1].square().sum())
@@ -126,9 +139,24 @@ class RidgeNewton(Solver):
         x, Z = self._newton(g, self._missing(at_f, self._stage) / abs(objective), asked * abs(objective))
         s, t, lower = minimise_on_plane(self.problem, self._stage, self._f, Z, self._B, x, g, objective, AGREES)
         if not lower < objective:
-            return Stop.STALLED
+            if gap <= ROUNDED:
+                return Stop.STALLED
+            self._iteration, self._descent = 0, FactoredDescent(self.problem, self.atoms(), self.beta)
+            return None
         self._B, self._f = (1 + s) * self._B + t * x, (1 + s) * self._f + t * Z
         return None
+
+    def _descend(self, descent: FactoredDescent) -> Stop | None:
+        """Take a step of L-BFGS, and look at the gap now and then."""
+        moved = descent.step()
+        self._iteration += 1
+        if moved and self._iteration % CHECK_EVERY:
+            return None
+        gradient = descent.gradient or self.problem.empty()
+        missing = self._missing_of(_matrix(gradient).double(), self.beta)
+        if self.monitor.record(descent.value, descent.value - missing, 1) <= self.target:
+            return Stop.CONVERGED
+        return None if moved else Stop.STALLED
 
     def _residual(self) -> Float[Tensor, "n r c"]:
         """``R``, from outputs in float64: what is left of a probability near 1 counts."""
@@ -140,9 +168,15 @@ class RidgeNewton(Solver):
     def _missing(self, at_f: Weights, beta: float) -> float:
         """``P − D`` at a weight β, given ``∇F``: what moves a residual to a sum of 0 moves its gradient by the mean of
         the features."""
+        g = at_f.clone()
+        g[:, :-1] += beta * self._B[:, :-1]
+        return self._missing_of(g, beta)
+
+    def _missing_of(self, g: Weights, beta: float) -> float:
+        """The same, given ``∇P``."""
         moments = self._moments
         mean = float(moments[-1, :-1].norm()) if moments.ndim == 2 else float(moments[:-1].sum().sqrt())
-        left = float((at_f + beta * self._B)[:, :-1].norm()) + mean * float(at_f[:, -1].norm())
+        left = float(g[:, :-1].norm()) + mean * float(g[:, -1].norm())
         return left * left / (2 * beta)
 
     def _next_stage(self, at_f: Weights, data_term: float, square: float) -> float:
@@ -174,14 +208,15 @@ class RidgeNewton(Solver):
             The gap that is asked for.
         """
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
-        self._precondition(f)
+        near = gap <= NEAR
+        preconditioner = LinearCurvature(passes, self._moments, f, beta, in_doubt=near)
         x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
         image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
         forcing = min(FORCING, math.sqrt(gap))
-        z = self._preconditioned(r)
+        z = preconditioner.solve(r)
         q, rz = z, float((r * z).sum())
         first = rz
-        for _ in range(PRODUCTS):
+        for _ in range(PRODUCTS if near else FAR_PRODUCTS):
             Hq = passes.curved(f, q, image)
             Hq[:, :-1] += beta * q[:, :-1]
             curvature = float((q * Hq).sum())
@@ -191,43 +226,14 @@ class RidgeNewton(Solver):
             x += a * q
             Z += a * image
             r = r - a * Hq
-            z = self._preconditioned(r)
+            z = preconditioner.solve(r)
             last, rz = rz, float((r * z).sum())
             if not forcing**2 * first < rz < math.inf or float(r[:, :-1].double().square().sum()) <= enough:
                 break
             q = z + (rz / last) * q
         return x, Z.double()
 
-    def _precondition(self, f: Float[Tensor, "n r c"]) -> None:
-        """Factor the preconditioner, if the one at hand is of another curvature."""
-        problem = self.problem
-        curved = problem.sum(problem.losses.summed_hessian(f).diagonal().sum())[0]
-        h, beta = float(curved) / (problem.n * problem.head.r * problem.c), self._stage
-        old_h, old_beta = self._factored
-        if not (old_h / CHANGED <= h <= old_h * CHANGED and old_beta == beta):
-            self._factor(h, beta)
 
-    def _factor(self, h: float, beta: float) -> None:
-        self._factored = h, beta
-        A = (h if math.isfinite(h) else 0.0) * self.problem.head.r * self._moments
-        diagonal = A if A.ndim == 1 else A.diagonal()
-        if self.problem.fit_intercept:
-            diagonal[-1] += 1e-6 * diagonal[-1] + 1e-6 * beta
-        else:
-            if A.ndim == 2:
-                A[-1], A[:, -1] = 0.0, 0.0
-            diagonal[-1] = 1.0
-        diagonal[:-1] += beta
-        if A.ndim == 1:
-            self._root = A.sqrt().to(self.problem.dtype)
-            return
-        L, failed = torch.linalg.cholesky_ex(A)
-        while failed:
-            diagonal.mul_(1.01).add_(1e-6 * diagonal.max())
-            L, failed = torch.linalg.cholesky_ex(A)
-        self._root = L.to(self.problem.dtype)
-
-    def _preconditioned(self, r: Weights) -> Weights:
-        if self._root.ndim == 1:
-            return r / self._root.square()
-        return torch.cholesky_solve(r.T, self._root).T
+def _matrix(atoms: Atoms) -> Weights:
+    """``B = [Wᵀ b]``."""
+    return torch.cat([atoms.V[0], atoms.intercept.unsqueeze(0)]).T.contiguous()
