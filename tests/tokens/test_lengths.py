@@ -8,6 +8,7 @@ import pytest
 import convexhead as ch
 from convexhead import runs
 from convexhead.errors import InputError
+from convexhead.interpret import token_embedding
 from convexhead.predict import predict
 from convexhead.tokens import TokenStore, export_store, import_arrays, merge_stores
 
@@ -158,3 +159,10 @@ def test_lengths_are_refused(tmp_path, lengths, options, message):
 def test_heads_that_mix_by_position_say_why(store, tmp_path, head):
     with pytest.raises(InputError, match="by their position"):
         runs.fit(store, tmp_path / "never", head=head)
+
+
+def test_interpretation_says_what_it_reads(store):
+    clf = ch.ConvexHeadClassifier("self-attention", random_state=0).fit(TokenStore.open(store, "train"))
+    for X in (TokenStore.open(store, "test"), reduced(store, samples(30, 1)[0])):
+        with pytest.raises(InputError, match="same length"):
+            token_embedding(clf, X)

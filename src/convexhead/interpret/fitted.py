@@ -14,6 +14,7 @@ from convexhead import inputs
 from convexhead.errors import InputError
 from convexhead.model import Model
 from convexhead.modules import HeadModule
+from convexhead.padding import Padded, is_ragged
 from convexhead.program.activations import Activation, LinearActivation, make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.base import Head
@@ -54,8 +55,20 @@ class FittedHead:
         return gates.double().reshape(-1, *self.head.mixing_shape)[self.atoms.block]
 
     def chunks(self, X: Any) -> Iterator[Float[Tensor, "b s d"]]:
-        """``X`` checked, in float64, some samples at a time: those of a store are never in memory together."""
-        for chunk in inputs.token_chunks(self.read(X), n_channels=self.head.d, n_tokens=self.head.s):
+        """``X`` checked, in float64, some samples at a time: those of a store are never in memory together.
+
+        Raises
+        ------
+        InputError
+            Samples of different length: only those as long as the longest of the training can be passed.
+        """
+        X = self.read(X)
+        if isinstance(X, Padded) or is_ragged(X) or getattr(X, "lengths", None) is not None:
+            raise InputError(
+                f"interpretation reads samples of the same length: pass those of {self.head.s} tokens, as many as the "
+                "longest of the training has, as an array (n, s, d)"
+            )
+        for chunk in inputs.token_chunks(X, n_channels=self.head.d, n_tokens=self.head.s):
             yield chunk.double()
 
 
