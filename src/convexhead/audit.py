@@ -18,7 +18,7 @@ from convexhead.audited import Audited, of_probe, understood
 from convexhead.certificate.certificate import Certificate, relative_to
 from convexhead.certificate.certify import certify_atoms
 from convexhead.drive import Solution, solve
-from convexhead.dual_norm.query_bound import ascend_queries
+from convexhead.dual_norm.query_ascent import QueryMaxima, price
 from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import precision
@@ -30,6 +30,7 @@ from convexhead.modules import HeadModule
 from convexhead.padding import Padded, as_padded, with_lengths
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.attentive import Attentive
+from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.losses import Loss, make_loss
 from convexhead.program.problem import Problem
 from convexhead.reading import split_for, tokens_of
@@ -38,8 +39,6 @@ from convexhead.spec import Spec
 
 OF_REFERENCE = "that of the reference"
 """First words of ``bound`` in a certificate whose dual value comes from a reference."""
-STARTS = 64
-"""Random queries from which a search for a missing one starts. Chosen by hand."""
 
 
 @undisturbed()
@@ -261,12 +260,12 @@ class _Posed:
             return None
         problem = self.problem.astype(torch.float64, reuse=True)
         q = problem.losses.dual_point(problem.outputs(atoms.to(problem.device, torch.float64)))
-        R = problem.losses.weigh(q)[:, 0] / problem.n
-        pick = torch.randint(X[..., 0].numel(), (STARTS,), generator=torch.Generator().manual_seed(self.seed or 0))
-        tokens = X.flatten(0, 1)[pick.to(X.device)].double()
-        random = rho * torch.nn.functional.normalize(tokens - X.double().mean((0, 1)))
-        value, query = ascend_queries(X, R, rho, torch.cat([random, own.to(random)]))
-        return MissingQuery(query.cpu(), value / problem.coordinates.beta(self.beta))
+        R = problem.losses.weigh(q) / problem.n
+        ball = QueryBall(torch.eye(head.d).double(), rho, None, X.double().mean((0, 1)).cpu())
+        known = QueryMaxima(own.new_zeros(len(own)), own, torch.zeros(len(own), dtype=torch.int64), rho)
+        generator = torch.Generator().manual_seed(self.seed or 0)
+        best = price(problem.operator, ball, R, known, generator)
+        return MissingQuery(best.z[0], float(best.values[0]) / problem.coordinates.beta(self.beta))
 
 
 def _pose(

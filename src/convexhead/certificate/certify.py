@@ -4,7 +4,8 @@ Fenchel duality: for any weights, with ``R_i = ∇ℓ(f_i, y_i)/n`` and ``σ = m
 
     P* ≥ D(τ) = −(1/n) Σ_i ℓ*(n τ R_i, y_i)      for every  0 ≤ τ ≤ β/σ  that stays in the domain of ℓ*
 
-and ``gap = P − max_τ D(τ)``. For a ReLU ``σ`` is the dual norm ``h(R)`` (`convexhead.dual_norm.norm`). Three things
+and ``gap = P − max_τ D(τ)``. For a ReLU ``σ`` is the dual norm ``h(R)`` (`convexhead.dual_norm.norm`), and for an
+attentive head whose queries were searched it is that over their ball (`convexhead.dual_norm.query_bound`). Three things
 must be honest about it.
 
 * ``σ`` is bounded from *above*: by a decomposition where the gradient matrix is small, or cheap to form; else up to a
@@ -32,6 +33,7 @@ from convexhead.certificate.dual import DualPoint, error_of_objective
 from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.dual_norm.norm import DualNorm, NormOracle
 from convexhead.dual_norm.query_ascent import STARTS, QueryMaxima, price
+from convexhead.dual_norm.query_bound import MAX_KEYS, largest_reward
 from convexhead.errors import InputError
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
 from convexhead.program.atoms import Atoms
@@ -40,6 +42,11 @@ from convexhead.program.intercept import solve_intercept
 from convexhead.program.loss_check import check_loss
 from convexhead.program.problem import Problem
 from convexhead.runtime.clock import never
+
+ENOUGH = 1 - 1e-9
+"""Share of β below which a bound on rewards is as good as any. Derived: it covers the rounding that is charged."""
+BEST = 4
+"""Queries found by ascents that branch and bound begins with. Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def certify_atoms(
     dual = DualPoint(exact, f, beta, model.gradients if f is model.outputs else None)
     ball = problem.head.ball
     if ball is not None and dual.computable:
-        own = _searched(exact, dual, ball, generator, late)
+        own = _over_ball(exact, dual, ball, tol, generator, late)
     elif problem.head.learns_mixing and problem.activation.convex and dual.computable:
         own = _spectral(problem, model, dual, tol, failure_probability, max_steps, generator, found)
     else:
@@ -204,15 +211,40 @@ def _spectral(
     return LowerBound(dual.spectral(bound.upper), "Lanczos from random starts", slack, failure_probability)
 
 
-def _searched(
-    exact: Problem, dual: DualPoint, ball: QueryBall, generator: torch.Generator, late: Callable[[], bool]
+def _over_ball(
+    exact: Problem,
+    dual: DualPoint,
+    ball: QueryBall,
+    tol: float,
+    generator: torch.Generator,
+    late: Callable[[], bool],
 ) -> LowerBound:
-    """Over all queries of a ball: what ascents find suggests a bound, and norms of tokens prove one."""
+    """Over all queries of a ball: ascents search the largest reward, and where keys are few branch and bound proves it.
+
+    Else norms of tokens prove a bound, and what the ascents find suggests a better one.
+    """
     assert exact.head.queries is not None
     z, place = ball.coordinates(exact.head.queries)
     own = QueryMaxima(torch.zeros(len(z), dtype=torch.float64), z, place, ball.radius)
     maxima = price(exact.operator, ball, dual.R, own, generator, starts=STARTS, late=late)
     norm = DualNorm(dual.size, "norms of tokens", maxima, len(z) + STARTS)
+    if 0 < ball.basis.shape[1] <= MAX_KEYS and exact.ranks.size == 1:
+        proof = largest_reward(
+            exact.operator.tokens(),
+            dual.R[:, 0],
+            ball.basis,
+            ball.radius,
+            places=None if ball.grid is None else ball.log_weights(torch.arange(ball.n_places)),
+            starts=maxima.z[:BEST],
+            rtol=0.1 * tol,
+            enough=dual.beta * ENOUGH,
+            late=late,
+        )
+        if proof.upper < norm.upper:
+            found = QueryMaxima(
+                torch.tensor([proof.lower]).double(), proof.z.unsqueeze(0), torch.tensor([proof.place]), ball.radius
+            )
+            norm = DualNorm(proof.upper, "branch and bound over queries", found.merge(maxima).sorted(), norm.ascents)
     return LowerBound(dual.spectral(norm.upper), norm.method, norm=norm)
 
 

@@ -59,6 +59,10 @@ class QueryMaxima:
         """Return the maxima that ``index`` picks."""
         return replace(self, values=self.values[index], z=self.z[index], place=self.place[index])
 
+    def sorted(self) -> QueryMaxima:
+        """Return the same maxima, highest first."""
+        return self.select(self.values.argsort(descending=True, stable=True))
+
     def merge(self, other: QueryMaxima) -> QueryMaxima:
         """Return these maxima and then ``other``'s."""
         return QueryMaxima(

@@ -26,13 +26,13 @@ from convexhead.runtime.clock import never
 MAX_KEYS = 4
 """Largest dimension of keys in which branch and bound covers the ball. Chosen by hand: the work grows exponentially."""
 MOST_CELLS = 100_000
-"""Cells that are bounded at most. Chosen by hand: some minutes for a thousand small samples."""
+"""Cells that are bounded at most. Chosen by hand: those that are left are kept."""
+WORK = 1e12
+"""Operations that a bound may take. Chosen by hand: some minutes of one core."""
 ROUNDED = 1e-9
 """Relative amount by which the ball is taken larger: queries are in it up to rounding only. Chosen by hand."""
 INSIDE = 1 - 2 * ROUNDED
 """Share of that larger radius at which found queries end: they are in the ball itself."""
-ASCENTS = 8
-"""Queries that are ascended from at a time. Chosen by hand."""
 ASCENT = 40
 """Steps of an ascent, at most. Chosen by hand."""
 
@@ -72,7 +72,7 @@ def largest_reward(
     starts: Float[Tensor, "b k"] | None = None,
     rtol: float = 1e-3,
     enough: float = 0.0,
-    most_cells: int = MOST_CELLS,
+    most_cells: int | None = None,
     late: Callable[[], bool] = never,
 ) -> QueryNorm:
     """Bound ``h(R)``.
@@ -95,14 +95,16 @@ def largest_reward(
         Relative width of the bounds at which the search ends.
     enough : float
         An upper bound that need not be improved on.
-    most_cells : int
-        Cells to bound at most, over all log-weights.
+    most_cells : int or None
+        Cells to bound at most, over all log-weights; None: as many as `WORK` allows.
     late : callable () -> bool
         Whether to end with the bound at hand.
     """
     X, E = X.double(), E.to(X.device).double()
     absent = X.isneginf().all(2)
     known = X.new_zeros(1, X.shape[1]) if places is None else places.to(X)
+    if most_cells is None:
+        most_cells = min(MOST_CELLS, int(WORK / operations(X.shape, R.shape[1], E.shape[1])))
     begin = X.new_zeros(1, E.shape[1])
     begin = begin if starts is None else torch.cat([begin, starts.to(begin)])
 
@@ -162,15 +164,10 @@ def _largest(
     return QueryNorm(upper, best.value * reads.scale, best.z * reads.unit, place, done)
 
 
-def ascend_queries(
-    X: Float[Tensor, "n s d"], R: Float[Tensor, "n c"], rho: float, starts: Float[Tensor, "b d"]
-) -> tuple[float, Float[Tensor, " d"]]:
-    """The largest reward that ascents from the best of some queries reach within ``‖q‖ ≤ rho``, and where."""
-    reads = Reads.of(X, R, torch.eye(X.shape[2]).to(X.device, torch.float64), rho)
-    z = _inside(reads, starts.double() / reads.unit)
-    values = torch.cat([reads.value_and_slope(part)[0] for part in z.split(ASCENTS)])
-    best = _ascend(reads, z[values.argsort(descending=True)[:ASCENTS]])
-    return best.value * reads.scale, best.z * reads.unit
+def operations(shape: tuple[int, ...], c: int, k: int) -> float:
+    """Operations that a cell takes: a mean of tokens, its derivatives up to the second, and their sums over samples."""
+    n, s, d = shape
+    return (k + 1) * (k + 2) * n * (d * (s + c) + 20 * s)
 
 
 @dataclass(frozen=True)
