@@ -52,8 +52,48 @@ def test_found_queries_are_better_than_many_sampled_ones_and_fewer(flat):
     assert flat.certificate_.dual <= sampled.certificate_.primal
 
 
-def test_an_estimate_is_never_called_a_proof(flat):
+def test_few_directions_are_certified_over_the_whole_ball(flat):
     certificate = flat.certificate_
+    assert certificate.scope == "global"
+    assert certificate.converged
+    assert certificate.bound == "branch and bound over queries"
+    assert 0.99 <= certificate.rewards[0] <= 1.01
+    # No probe of the ball that anybody trains lies below the bound: here 16 queries by L-BFGS, from several starts.
+    basis, radius = flat.model_.head.ball.basis, flat.model_.head.ball.radius
+    tokens, labels = torch.from_numpy(X), torch.from_numpy(Y)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        z, V, W = (torch.randn(*shape).double().requires_grad_() for shape in ((16, 2), (16, 3, 3), (16, 3, 3)))
+        optimizer = torch.optim.LBFGS([z, V, W], max_iter=150, line_search_fn="strong_wolfe")
+
+        def objective(z=z, V=V, W=W):
+            length = z.norm(dim=1, keepdim=True)
+            queries = z / length * radius * length.tanh() @ basis.T
+            read = (tokens @ queries.T).softmax(1).mT @ tokens
+            loss = torch.nn.functional.cross_entropy(torch.einsum("njd,jdm,jmc->nc", read, V, W), labels)
+            return loss + flat.beta_ / 2 * (V.square().sum() + W.square().sum())
+
+        def closure(objective=objective, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = objective()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        assert objective().item() >= certificate.dual
+
+
+def test_three_directions_are_certified_as_tightly_as_asked():
+    clf = ch.ConvexHeadClassifier(**{**SETTINGS, "beta_ratio": 0.4}, tol=0.02).fit(X[:40], Y[:40])
+    assert clf.model_.head.ball.basis.shape[1] == 3
+    assert clf.certificate_.scope == "global"
+    assert clf.certificate_.converged
+
+
+def test_an_estimate_is_never_called_a_proof(flat, monkeypatch):
+    monkeypatch.setattr("convexhead.certificate.certify.MAX_KEYS", 0)
+    certificate = ch.certify(flat, X, Y, random_state=0)
+    assert certificate.dual <= flat.certificate_.dual
     assert certificate.scope == "estimated"
     assert not certificate.converged
     assert certificate.estimated_gap < 0.01
@@ -83,7 +123,7 @@ def test_a_found_head_is_saved_with_its_ball(flat, tmp_path):
 
 
 def test_places_are_searched_too_and_an_intercept_may_be_fitted():
-    settings = {**SETTINGS, "query_position": True, "fit_intercept": True, "beta_ratio": 0.5}
+    settings = {**SETTINGS, "query_position": True, "fit_intercept": True, "beta_ratio": 0.5, "key_dim": 1}
     clf = ch.ConvexHeadClassifier(**settings).fit(X, Y)
     assert clf.queries_.shape[1] == 12
     assert clf.certificate_.rewards[0] <= 1.01

@@ -18,7 +18,7 @@ from convexhead.audited import Audited, of_probe, understood
 from convexhead.certificate.certificate import Certificate, relative_to
 from convexhead.certificate.certify import certify_atoms
 from convexhead.drive import Solution, solve
-from convexhead.dual_norm.query_ascent import QueryMaxima, price
+from convexhead.dual_norm.query_ascent import STARTS, QueryMaxima, price
 from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import precision
@@ -264,7 +264,7 @@ class _Posed:
         ball = QueryBall(torch.eye(head.d).double(), rho, None, X.double().mean((0, 1)).cpu())
         known = QueryMaxima(own.new_zeros(len(own)), own, torch.zeros(len(own), dtype=torch.int64), rho)
         generator = torch.Generator().manual_seed(self.seed or 0)
-        best = price(problem.operator, ball, R, known, generator)
+        best = price(problem.operator, ball, R, known, generator, starts=STARTS // 4)
         return MissingQuery(best.z[0], float(best.values[0]) / problem.coordinates.beta(self.beta))
 
 

@@ -164,7 +164,7 @@ def _largest(
     return QueryNorm(upper, best.value * reads.scale, best.z * reads.unit, place, done)
 
 
-def operations(shape: tuple[int, ...], c: int, k: int) -> float:
+def operations(shape: tuple[int, ...], c: int, k: int) -> int:
     """Operations that a cell takes: a mean of tokens, its derivatives up to the second, and their sums over samples."""
     n, s, d = shape
     return (k + 1) * (k + 2) * n * (d * (s + c) + 20 * s)
