@@ -22,8 +22,9 @@ from rich.console import Console
 
 from command import call
 from convexhead import runs
-from convexhead.cli import adam, fit, progress
+from convexhead.cli import adam, compare, fit, probe, progress
 from convexhead.cli.entry import name_options, options_of
+from convexhead.spec import OF_QUERIES
 
 CLASSES = ("blue", "green", "red")
 
@@ -158,6 +159,25 @@ def test_compare_writes_a_page(work, capsys):
     assert {"results.json", "table.md", "table.csv", "models", "figures"} <= {p.name for p in out.iterdir()}
 
 
+def test_compare_takes_the_queries_of_an_attentive_head(work, capsys):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    out, queries = work / "attentive-comparison", ("--n-queries", 5, "--query-norm", "each", "--key-dim", 2)
+    options = ("--heads", "attentive", "--beta-ratios", 0.3, "--seeds", 1, *queries)
+    (row,) = call_json(capsys, "compare", work / "tokens", "--out", out, *options)["rows"]
+    assert row["certificate"]["scope"] == "sampled-queries"
+    assert row["twin"]["runs"][0]["objective"] >= row["certificate"]["dual"]
+    saved = ch.load(out / "models" / "attentive-linear")
+    assert len(saved.queries_) == 5
+    assert saved.query_norm == "each"
+    assert (
+        call_json(capsys, "evaluate", out / "models" / "attentive-linear", work / "tokens")["top1"]
+        == (row["test_accuracy"])
+    )
+    assert call("compare", work / "tokens", "--out", work / "x", "--heads", "mlp", "--n-queries", 5) == 1
+    assert "n_queries is a setting of the attentive head" in capsys.readouterr().err
+
+
 def test_tables_for_people(work, capsys):
     assert call("path", work / "tokens", "--beta-ratios", "0.3", "--head", "mlp") == 0
     assert call("store", "info", work / "tokens") == 0
@@ -236,6 +256,14 @@ def test_options_of_fit_are_those_of_the_estimator():
         del options[own]
     assert {*options, "random_state"} == {*parameters} - elsewhere
     assert {name: o.default for name, o in options.items()} == {name: parameters[name].default for name in options}
+
+
+@pytest.mark.parametrize("other", [compare.compare, probe.probe])
+def test_runs_of_several_heads_take_the_queries_of_fit(other):
+    theirs, options = inspect.signature(other).parameters, inspect.signature(fit.fit).parameters
+    for name in OF_QUERIES:
+        if name != "queries":  # arrays have no option
+            assert (theirs[name].annotation, theirs[name].default) == (options[name].annotation, options[name].default)
 
 
 @pytest.mark.parametrize("other", [fit.path, adam.adam])

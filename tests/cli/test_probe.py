@@ -155,6 +155,30 @@ def test_metrics_are_chosen_with_beta(probed, tmp_path, capsys):
     assert "whiten must be a number" in refusal(capsys, store.path, "--whiten", "0,2", "--out", tmp_path / "x")
 
 
+def test_an_attentive_head_has_the_queries_that_were_asked_for(probed, tmp_path, capsys):
+    store = ch.TokenStore.open(probed[0] / "tokens")
+    queries = ("--n-queries", 7, "--query-scale", 1, "--no-query-position", "--key-dim", 3, "--query-norm", "each")
+    common = ("probe", store.path, "--baselines", "", "--beta-ratios", 0.3, "--tol", 0.01, "--out", tmp_path / "out")
+    assert call(*common, "--heads", "linear,attentive", *queries) == 0
+    (row,) = rows_of(tmp_path / "out", method="attentive")
+    by_hand = ch.ConvexHeadClassifier(
+        "attentive", n_queries=7, query_scale=1.0, query_position=False, key_dim=3, query_norm="each",
+        beta_ratio=row["chosen"], tol=1e-2, random_state=0,
+    ).fit(store["train"])  # fmt: skip
+    np.testing.assert_array_equal(ch.load(tmp_path / "out" / row["run"]).queries_, by_hand.queries_)
+    assert row["top1"] == by_hand.score(store["test"])
+    # Other queries are another fit of this head alone.
+    assert call(*common, "--heads", "linear,attentive", "--n-queries", 9) == 0
+    models = [path.name for path in (tmp_path / "out" / "models").iterdir()]
+    assert sorted(name.split("-")[0] for name in models) == ["attentive", "attentive", "linear"]
+    for options, said in (
+        (("--n-queries", 7, "--heads", "mlp"), "n_queries is a setting of the attentive head"),
+        (("--heads", "attentive", "--query-norm", "some"), "query_norm"),
+        (("--heads", "attentive", "--query-scale", "-1"), "query_scale must be a positive number"),
+    ):
+        assert said in refusal(capsys, *common[1:], *options)
+
+
 def test_smaller_draws_are_parts_of_larger_ones():
     labels = np.repeat([3, 5, 9], [4, 10, 20])
     for draw in range(3):

@@ -16,8 +16,13 @@ from convexhead.cli.options import (
     Gates,
     ImageSize,
     Json,
+    KeyDim,
     Layer,
     Out,
+    Queries,
+    QueryNorm,
+    QueryPosition,
+    QueryScale,
     SeveralNumbers,
     Store,
     TokenPool,
@@ -79,6 +84,11 @@ def compare(
     activations: Activations = "linear,gated-relu",
     beta_ratios: BetaRatios = "0.3,0.1,0.03,0.01,0.003",
     n_gates: Gates = 8,
+    n_queries: Queries = 192,
+    query_scale: QueryScale = 2.0,
+    query_position: QueryPosition = True,
+    key_dim: KeyDim = None,
+    query_norm: QueryNorm = "all",
     seeds: AdamSeeds = 3,
     tol: Tol = 1e-3,
     as_json: Json = False,
@@ -89,7 +99,8 @@ def compare(
     with shown_progress(as_json) as notify:
         results = compare_heads(
             store, out, heads=names(heads), activations=names(activations), beta_ratios=ratios(beta_ratios),
-            n_gates=n_gates, seeds=seeds, tol=tol, notify=notify, command=typed_command(),
+            n_gates=n_gates, n_queries=n_queries, query_scale=query_scale, query_position=query_position,
+            key_dim=key_dim, query_norm=query_norm, seeds=seeds, tol=tol, notify=notify, command=typed_command(),
         )  # fmt: skip
     show_comparison(results, as_json)
 

@@ -12,7 +12,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from convexhead.baselines.adam import train_adam
 from convexhead.estimators import ConvexHeadClassifier
+from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned, tune
@@ -73,6 +74,8 @@ class PathSettings:
         Relative gap, as the solver estimates it, at which the others end.
     n_gates : int
         Of the gated ReLU.
+    queries : QuerySettings
+        Of the attentive head.
     relu_seconds : float
         After which a fit of a true ReLU head, which need not end, keeps its best weights.
     seed : int
@@ -84,6 +87,7 @@ class PathSettings:
     tol: float = 1e-3
     search_tol: float = 2e-2
     n_gates: int = 8
+    queries: QuerySettings = field(default_factory=QuerySettings)
     relu_seconds: float = 40.0
     seed: int = 0
 
@@ -146,6 +150,7 @@ def fit_path(splits: Splits, settings: PathSettings, cell: Cell, folder: RunFold
             grid=splits.grid,
             tol=settings.tol,
             n_gates=settings.n_gates,
+            **asdict(settings.queries),
             max_time=settings.relu_seconds if cell.activation == "relu" else None,
             random_state=settings.seed,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments.cells import AdamSettings, PathSettings
 from convexhead.experiments.comparison import run
+from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.results import write_results
 from convexhead.experiments.rows import Results
 from convexhead.experiments.splits import splits_of_store
@@ -26,6 +27,11 @@ def compare_heads(
     activations: Sequence[str] = ("linear", "gated-relu"),
     beta_ratios: Sequence[float] = (0.3, 0.1, 0.03, 0.01, 0.003),
     n_gates: int = 8,
+    n_queries: int = 192,
+    query_scale: float = 2.0,
+    query_position: bool = True,
+    key_dim: int | None = None,
+    query_norm: str = "all",
     seeds: int = 3,
     tol: float = 1e-3,
     notify: Notify = silent,
@@ -43,6 +49,8 @@ def compare_heads(
         The grid over ``β/β_max`` that validation chooses from.
     n_gates : int
         Of the gated ReLU.
+    n_queries, query_scale, query_position, key_dim, query_norm
+        Of the attentive head, see `ConvexHeadClassifier`.
     seeds : int
         Runs of Adam for each head; 0: none.
     tol : float
@@ -56,12 +64,14 @@ def compare_heads(
     require("matplotlib", "report")
     out = Path(out)
     chosen = [choose("head", head, HEADS) for head in heads] or list(HEADS)
+    queries = QuerySettings(n_queries, query_scale, query_position, key_dim, query_norm)
+    queries.check_used(chosen)
     cells = tuple(cells_of(chosen, [choose("activation", name, ACTIVATIONS) for name in activations]))
     if not cells:
-        raise InputError("no head is left to train: the linear head has the linear activation only")
+        raise InputError("no head is left to train: linear and attentive heads have the linear activation only")
     settings = Settings(
         cells=cells,
-        path=PathSettings(beta_ratios=tuple(beta_ratios), n_gates=n_gates, tol=tol),
+        path=PathSettings(beta_ratios=tuple(beta_ratios), n_gates=n_gates, queries=queries, tol=tol),
         adam=AdamSettings(seeds=tuple(range(seeds))),
     )
     splits = splits_of_store(TokenStore.open(store))

@@ -13,6 +13,7 @@ from convexhead.experiments import leaderboard as board
 from convexhead.experiments.probe_data import Budget, ProbeData, budgets_of, is_store, open_data
 from convexhead.experiments.probe_fits import BASELINES, RATIOS, Fit, Fits, ProbeSettings
 from convexhead.experiments.probe_rows import row_of
+from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.results import write_csv
 from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import backbone_of
@@ -38,6 +39,11 @@ def probe(
     beta_ratios: Sequence[float] = RATIOS,
     whiten: Sequence[float] = (0.0,),
     tol: float = 1e-3,
+    n_queries: int = 192,
+    query_scale: float = 2.0,
+    query_position: bool = True,
+    key_dim: int | None = None,
+    query_norm: str = "all",
     shots: Sequence[int] = (),
     fractions: Sequence[float] = (),
     draws: int = 3,
@@ -64,6 +70,8 @@ def probe(
         ``"attentive-probe"``.
     cv, beta_ratios, whiten, tol, seed, device
         See `ProbeSettings`; the device is for backbone and heads.
+    n_queries, query_scale, query_position, key_dim, query_norm
+        See `QuerySettings`.
     shots, fractions : sequence of int, of float
         Label efficiency: train on so many images of each class too, or on such shares of it, at what all train images
         chose.
@@ -83,29 +91,45 @@ def probe(
         ``rows`` (see `convexhead.experiments.probe_rows`), what they are of, ``page``, and ``added``, the number of new
         lines of the leaderboard.
     """
-    require("jinja2", "report")
-    require("matplotlib", "report")
     chosen = _methods(heads, baselines)
     budgets = budgets_of(shots, fractions, draws)
-    settings = ProbeSettings(cv=cv, beta_ratios=tuple(beta_ratios), whiten=tuple(whiten), tol=tol, seed=seed)
+    queries = QuerySettings(n_queries, query_scale, query_position, key_dim, query_norm)
+    queries.check_used(chosen)
+    settings = ProbeSettings(cv, tuple(beta_ratios), tuple(whiten), tol, seed, queries)
     if leaderboard is not None:
         board.known_ids(Path(leaderboard))
     out = Path(out)
-    if is_store(out):
-        raise InputError(f"{str(out)!r} is a token store: give it in place of the images, and another folder as out")
-    folder = RunFolder(out)
-    folder.check()
+    folder = _folder(out)
     data = open_data(images, out, seed=seed, device=device, notify=notify, options=extraction)
     make_folder(out)
     with writer_lock(out):
         folder.begin({"run": "probe"})
         rows = _rows(Fits(data, settings, folder, device), chosen, budgets, notify)
-        about = {"settings": asdict(settings) | {"draws": draws}, "reproduce": [list(command)] if command else []}
-        results = {"title": f"Probe of {backbone_of(data.store)}", "dataset": _dataset(data), **about,
-                   "environment": environment(), "rows": rows}  # fmt: skip
+        results = _results(data, asdict(settings) | {"draws": draws}, command, rows)
         added = 0 if leaderboard is None else board.append(Path(leaderboard), _entries(results, data))
         _write(results, out)
     return results | {"page": str(out / "index.html"), "added": added}
+
+
+def _folder(out: Path) -> RunFolder:
+    require("jinja2", "report")
+    require("matplotlib", "report")
+    if is_store(out):
+        raise InputError(f"{str(out)!r} is a token store: give it in place of the images, and another folder as out")
+    folder = RunFolder(out)
+    folder.check()
+    return folder
+
+
+def _results(data: ProbeData, settings: dict[str, Any], command: Sequence[str], rows: list[dict[str, Any]]) -> Results:
+    return {
+        "title": f"Probe of {backbone_of(data.store)}",
+        "dataset": _dataset(data),
+        "settings": settings,
+        "reproduce": [list(command)] if command else [],
+        "environment": environment(),
+        "rows": rows,
+    }
 
 
 def _methods(heads: Sequence[str], baselines: Sequence[str]) -> list[str]:

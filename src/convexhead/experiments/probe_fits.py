@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from convexhead.estimators import ConvexHeadClassifier
 from convexhead.estimators_cv import ConvexHeadClassifierCV
 from convexhead.experiments.cells import network_scores, top
 from convexhead.experiments.probe_data import Budget, ProbeData
+from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part
 from convexhead.metrics import Predictions
@@ -72,6 +73,8 @@ class ProbeSettings:
         Certified relative gap.
     seed : int
         Of folds, held-out images, smaller budgets, random starts and bootstrap.
+    queries : QuerySettings
+        Of the attentive head.
     """
 
     cv: int = 3
@@ -79,6 +82,7 @@ class ProbeSettings:
     whiten: tuple[float, ...] = (0.0,)
     tol: float = 1e-3
     seed: int = 0
+    queries: QuerySettings = field(default_factory=QuerySettings)
 
     def __post_init__(self) -> None:
         if not self.whiten:
@@ -133,6 +137,8 @@ class Fits:
             **asdict(self.settings), "method": method, "train": view.identity, "chosen": chosen,
             "whiten": () if method in BASELINES else metrics,
         }  # fmt: skip
+        if method != "attentive":
+            del facts["queries"]
         slug = budget.title.replace(" ", "-").replace("%", "-percent")
         name = f"{method}-{slug}-{digest_json(facts)[:10]}"
 
@@ -153,6 +159,7 @@ class Fits:
         views = {each: view.reduced(self._reduction(each)) for each in metrics}
         common: dict[str, Any] = {
             "tol": self.settings.tol, "random_state": self.settings.seed, "device": self._device,
+            **asdict(self.settings.queries),
         }  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows every gap
