@@ -205,6 +205,36 @@ def test_numbers_of_a_figure_are_those_drawn():
     ]
 
 
+def test_an_attentive_head_shows_what_its_queries_look_at(work, tmp_path):
+    run = tmp_path / "attentive"
+    options = ("--n-queries", 9, "--query-norm", "each", "--beta-ratio", 0.1, "--tol", "0.01")
+    assert call("fit", work / "tokens", "--out", run, "--head", "attentive", *options) == 0
+    text = render_runs([run], figure_folder=tmp_path / "figures")
+    assert "What its queries look at" in text
+    assert "the means of all 9 queries" in text
+    panels = json.loads((tmp_path / "figures" / "run-1-queries.json").read_text())["panels"][:-1]  # last: the scale
+    model, kept = ch.load(run), evidences.read(run).arrays
+    # From the formula: the softmax of the scores of the image's own tokens, and the norms of what each query adds.
+    Z = np.zeros((9, 11 + 1, 4))
+    for j, (U, V) in enumerate(zip(model.mixing_, model.values_, strict=True)):
+        Z[j] = np.einsum("kd,kc->dc", U, V.reshape(len(V), -1))
+    squares = (Z**2).sum((1, 2))
+    order = np.argsort(-squares, kind="stable")[:6]
+    titles = [f"query {j}\n{drawing.percent(round(squares[j] / squares.sum(), 3))}" for j in order]
+    assert [panel["title"] for panel in panels[:7]] == ["image", *titles]
+    labels = [CLASSES[kept["labels"][i]] for i in kept["sample"]]
+    names = [panel["y"] for panel in panels[::7]]
+    assert sorted(names) == sorted(set(labels))
+    for i, name in enumerate(names):
+        tokens = kept["tokens"][labels.index(name)].astype(float)
+        scores = tokens @ model.queries_[:, :12].T + model.queries_[:, 12:].T
+        maps = np.exp(scores) / np.exp(scores).sum(0)
+        for k, j in enumerate(order):
+            np.testing.assert_allclose(panels[7 * i + k + 1]["images"][0], maps[:, j].reshape(4, 4), atol=1e-6)
+    moved = render_runs([run], images=str(tmp_path / "nowhere"))  # without the images the maps are still there
+    assert "What its queries look at" in moved
+
+
 # -- in a browser ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:

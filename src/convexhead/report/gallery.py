@@ -21,6 +21,8 @@ from convexhead.interpret import (
     cluster_tokens,
     head_contributions,
     principal_embedding,
+    query_maps,
+    query_strengths,
     token_embedding,
 )
 from convexhead.report.evidence import Evidence
@@ -29,6 +31,8 @@ BUDGET = 5_000_000
 """Bytes that the contributions of all runs of a report may take together. Chosen by hand: the page stays small."""
 HEADS = 24
 """Largest number of heads that can be chosen by themselves, the strongest first. Chosen by hand."""
+QUERIES, LOOKED_AT = 6, 5
+"""Numbers of queries whose maps are drawn, the strongest first, and of images. Chosen by hand: so many fit a page."""
 STEP = 8
 """Images at a time."""
 
@@ -125,6 +129,34 @@ def clusters(model: Any, evidence: Evidence, *, size: int) -> dict[str, Any]:
     seen, raw = (cluster_tokens(clouds[name], numbers[name])[:size, -h * w :] for name in list(clouds)[:2])
     n = [numbers[name] for name in list(clouds)[:2]]
     return {"figures": figures, "head": _pack(seen, "u1"), "raw": _pack(raw, "u1"), "n": n}
+
+
+def strongest_queries(model: Any, evidence: Evidence) -> dict[str, Any]:
+    """What the strongest queries of an attentive head look at, in the first image of each of a few classes.
+
+    =============  ==============  ============================================================================
+    ``of``         number          of all queries
+    ``queries``    ``k``           rows of ``queries_``, the strongest first
+    ``shares``     ``k``           ``‖Z_j‖_F²`` of each, as a share of the sum over all queries
+    ``labels``     ``g``           outputs that the images belong to, −1 for a class that training never saw
+    ``files``      ``g``
+    ``maps``       ``(g, k, h, w)``  of the patches alone
+    =============  ==============  ============================================================================
+    """
+    labels = evidence.arrays["labels"][evidence.arrays["sample"]]
+    rows = np.sort(np.unique(labels, return_index=True)[1])[:LOOKED_AT]
+    squares = query_strengths(model).numpy() ** 2
+    queries = np.argsort(-squares, kind="stable")[:QUERIES]
+    h, w = patch_grid(model)
+    maps = query_maps(model, evidence.arrays["tokens"][rows]).numpy()[:, -h * w :, queries]
+    return {
+        "of": len(squares),
+        "queries": queries.tolist(),
+        "shares": (squares[queries] / squares.sum()).tolist(),
+        "labels": labels[rows].tolist(),
+        "files": [evidence.about["files"][row] for row in rows],
+        "maps": maps.transpose(0, 2, 1).reshape(len(rows), len(queries), h, w).tolist(),
+    }
 
 
 def _maps(model: Any, tokens: Array, shown: Array, strongest: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -192,6 +194,36 @@ def filters(run: Run, most: int = 8) -> Figure:
                 ax.set_title(f"head {run['atoms'][k]['number']}" if line == 0 else "")
                 ax.set_ylabel(what if k == 0 else "")
     return figure
+
+
+def queries(run: Run) -> Figure:
+    """Attentive: in some images (rows) the weights of patches under the strongest queries (columns), on one scale."""
+    told, pictures = run["queries"], run["pictures"]
+    maps = np.asarray(told["maps"])
+    g, k = maps.shape[:2]
+    with new_figure((0.95 * (k + 1) + 0.9, 0.95 * g + 0.5)) as figure:
+        axes = figure.subplots(g, k + 1, squeeze=False)
+        for ax in axes.flat:
+            ax.grid(False)
+            ax.set(xticks=[], yticks=[])
+        for i, (file, label) in enumerate(zip(told["files"], told["labels"], strict=True)):
+            axes[i, 0].set_ylabel(_short(run["classes"][label]) if label >= 0 else "unseen class")
+            if file in pictures:
+                axes[i, 0].imshow(_pixels(pictures[file]))
+            for j in range(k):
+                image = axes[i, j + 1].imshow(maps[i, j], cmap="Blues", vmin=0, vmax=maps.max(), interpolation="none")
+        axes[0, 0].set_title("image")
+        for ax, number, share in zip(axes[0, 1:], told["queries"], told["shares"], strict=True):
+            ax.set_title(f"query {number}\n{percent(round(share, 3))}")
+        bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.03, format=percent, label="weight of a patch")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _pixels(uri: str) -> Any:
+    """Of a thumbnail, see `pictures`."""
+    opened = require("PIL.Image", "report").open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    return np.asarray(opened.convert("RGB"))
 
 
 def _short(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import InputError, require
 from convexhead.report import drawing, run_figures
-from convexhead.report.gallery import BUDGET, clusters, gallery
+from convexhead.report.gallery import BUDGET, clusters, gallery, strongest_queries
 from convexhead.report.page import environment, inline_svg
 from convexhead.report.pictures import thumbnails
 from convexhead.report.runs import distances_in_words, read_run
@@ -92,6 +92,8 @@ def render_runs(
             run["clusters"] = clusters(model, evidence, size=size)
             run["gallery"]["clusters"] = {key: run["clusters"][key] for key in ("head", "raw", "n")}
             run["pictures"], run["missing"] = thumbnails(evidence.about, images)
+            if model.head == "attentive" and model.n_heads_:
+                run["queries"] = strongest_queries(model, evidence)
         runs.append(run)
     _tell_apart(runs)
     _number_problems(runs)
@@ -128,7 +130,6 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
         "along": [],
         "lift": None,
         "confusion": None,
-        "positions": None,
     }
     if run["history"]:
         first, last = run["history"][0]["objective"], run["history"][-1]["objective"]
@@ -180,21 +181,37 @@ def _figures(run: dict[str, Any], draw: Figures) -> dict[str, Any]:
             run_figures.confusion(run),
             f"Confusion matrix of {len(run['classes'])} classes; see the table beside it.",
         )
+    made["positions"] = _positions(run, draw)
+    return made
+
+
+def _positions(run: dict[str, Any], draw: Figures) -> dict[str, Any] | None:
+    """What the head does to positions, if it is one that can be drawn."""
+    own = run["id"]
     if "mixing_matrix" in run:
-        made["positions"] = draw.add(
+        return draw.add(
             f"{own}-mixing",
             "Left: how strongly each token (column) feeds each token (row); right: all that a token feeds, on the grid",
             run_figures.mixing(run),
             "Token-to-token weights of the Mixer.",
         )
-    elif "filters" in run and run["n_heads"]:
-        made["positions"] = draw.add(
+    if "filters" in run and run["n_heads"]:
+        return draw.add(
             f"{own}-filters",
             "Filters of the strongest heads: above at every shift, below at every frequency (zero in the middle)",
             run_figures.filters(run),
             "Strength of the filters over channels, in both domains.",
         )
-    return made
+    if "queries" in run:
+        told = run["queries"]
+        shares = zip(told["queries"], told["shares"], strict=True)
+        return draw.add(
+            f"{own}-queries",
+            "Weights of the patches: a row for an image of each of a few classes, a column for each of these queries",
+            run_figures.queries(run),
+            "Shares of the queries: " + ", ".join(f"{j} {drawing.percent(round(share, 3))}" for j, share in shares),
+        )
+    return None
 
 
 def write_report(
