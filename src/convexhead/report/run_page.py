@@ -202,7 +202,7 @@ def _positions(run: dict[str, Any], draw: Figures) -> dict[str, Any] | None:
             run_figures.filters(run),
             "Strength of the filters over channels, in both domains.",
         )
-    if "queries" in run:
+    if run["queries"]:
         told = run["queries"]
         shares = zip(told["queries"], told["shares"], strict=True)
         return draw.add(

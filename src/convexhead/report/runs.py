@@ -102,6 +102,7 @@ def describe(model: Any, name: str) -> dict[str, Any]:
         "scores": None,
         "pixels": None,
         "missing_pixels": "",
+        "queries": None,
     }
     run["spectra"] = {key: values.tolist() for key, values in spectra(model).items()}
     run["effective_ranks"] = _effective_ranks(run["spectra"])
