@@ -10,7 +10,7 @@ import re
 import shutil
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common import RESULTS, Row, read_csv
@@ -162,21 +162,34 @@ def growth() -> str:
 
 
 def mlp_scnn() -> str:
-    return _two("mlp_scnn", lambda row: f"{row['settings']}; whole call {number(row, 'whole_call_seconds')} s")
+    """Ours and SCNN's on instances and weights."""
+    rows, lines = [row for row in read_csv("mlp_scnn") if "objective" in row or "note" in row], []
+    for row in rows:
+        cells = [number(row, c) for c in ("seconds_median", "tflop_equivalents")]
+        settings = f"{row['settings']}; whole call {number(row, 'whole_call_seconds')} s"
+        lines.append([f"{row['instance']}, β/β_max {row['beta_ratio']}", row["solver"], *cells, row.get("excess", "–"),
+                      f"{settings} {row.get('note', '') if 'objective' in row else ''}"])  # fmt: skip
+    columns = ["problem", "solver", "seconds", "TFLOP-equivalents", "excess", "settings"]
+    return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
 
 
 def linear_head() -> str:
-    return _two("linear_head", lambda row: f"{row['dtype']}, {row.get('settings', row.get('note', ''))}")
-
-
-def _two(name: str, settings: Callable[[Row], str]) -> str:
-    """Ours and another's on instances and weights."""
-    rows, lines = [row for row in read_csv(name) if "objective" in row or "note" in row], []
-    for row in rows:
-        cells = [number(row, c) for c in ("seconds_median", "tflop_equivalents")]
-        lines.append([f"{row['instance']}, β/β_max {row['beta_ratio']}", row["solver"], *cells, row.get("excess", "–"),
-                      f"{settings(row)} {row.get('note', '') if 'objective' in row else ''}"])  # fmt: skip
-    columns = ["problem", "solver", "seconds", "TFLOP-equivalents", "excess", "settings"]
+    """A line for each problem and excess: seconds of ours, and of scikit-learn in each precision."""
+    rows = read_csv("linear_head")
+    lines, kinds = [], (("scikit-learn lbfgs", "float64"), ("scikit-learn lbfgs", "float32"))
+    for ours in (row for row in rows if row["solver"] == "convexhead" and "seconds_median" in row):
+        same = {
+            (row["solver"], row["dtype"]): row
+            for row in rows
+            if all(row[k] == ours[k] for k in ("instance", "C", "asked"))
+        }
+        theirs = [same.get(kind, {}) for kind in kinds]
+        seconds = [float(row["seconds_median"]) for row in theirs if "seconds_median" in row]
+        cells = [f"{number(row, 'seconds_median')} ({row['settings']})" if "settings" in row else row.get("note", "–")
+                 for row in theirs]  # fmt: skip
+        ratio = f"{min(seconds) / float(ours['seconds_median']):.2g}" if seconds else "–"
+        lines.append([ours["instance"], ours["C"], ours["asked"], number(ours, "seconds_median"), *cells, ratio])
+    columns = ["problem", "C", "excess", "ours", "scikit-learn, float64", "scikit-learn, float32", "times as fast"]
     return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
 
 
