@@ -248,11 +248,11 @@ assert "torch" in sys.modules
 
 def test_options_of_fit_are_those_of_the_estimator():
     parameters = inspect.signature(ch.ConvexHeadClassifier).parameters
-    # the store's, arrays, torchrun's, the progress line, and what goes with labels that stores do not hold
-    elsewhere = {"grid", "gates", "queries", "distributed", "verbose", "loss", "pos_weight", "ignore_index"}
+    # the store's, arrays, torchrun's, the progress line, and the loss, which fits the store's labels by default
+    elsewhere = {"grid", "gates", "queries", "distributed", "verbose", "loss", "ignore_index"}
     options = dict(inspect.signature(fit.fit).parameters)
     assert options.pop("seed").default == 0
-    for own in ("store", "out", "checkpoint", "cv", "whiten", "overwrite", "log", "as_json"):
+    for own in ("store", "out", "checkpoint", "cv", "whiten", "overwrite", "log", "loss", "as_json"):
         del options[own]
     assert {*options, "random_state"} == {*parameters} - elsewhere
     assert {name: o.default for name, o in options.items()} == {name: parameters[name].default for name in options}
