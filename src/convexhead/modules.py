@@ -130,9 +130,8 @@ class HeadModule(nn.Module):
         self.activation_name = choose("activation", activation, ACTIVATIONS)
         if (gates is None) != (activation != "gated-relu"):
             raise InputError("gates go with activation='gated-relu', and only with it")
-        self.register_buffer("queries", None if head.queries is None else head.queries.clone())
-        self.register_buffer("gates", None if gates is None else gates.detach().double().clone())
-        n_blocks = make_activation(activation, head, self.gates).n_blocks
+        gates = None if gates is None else gates.detach().double().clone()
+        n_blocks = make_activation(activation, head, gates).n_blocks
         if isinstance(block, int):
             block = torch.arange(block if head.learns_mixing else 1) % n_blocks
         if len(block) and not 0 <= int(block.min()) <= int(block.max()) < n_blocks:
@@ -145,7 +144,10 @@ class HeadModule(nn.Module):
             self.register_buffer("mixing", mixing)
         self.values = nn.Parameter(torch.zeros(len(block), head.value_rows, n_outputs, dtype=dtype))
         self.intercept = nn.Parameter(torch.zeros(n_outputs, dtype=dtype)) if intercept else None
-        self.register_buffer("output_mask", head.output_mask(n_outputs), persistent=False)
+        queries = None if head.queries is None else head.queries.clone()
+        optional = {"queries": queries, "gates": gates, "output_mask": head.output_mask(n_outputs)}
+        for name in sorted(optional, key=lambda name: optional[name] is None):  # torch.export miscounts those behind
+            self.register_buffer(name, optional[name], persistent=name != "output_mask")
         self.reduction = None if reduction is None else ChannelReduction(reduction)
         if seed is not None:
             self.reset_parameters(seed)

@@ -185,7 +185,7 @@ DIFFERENT = {
     "path": "beta_ratios is [0.3, 0.1] in process 0 and [0.3, 0.2] in process 1",
     "held-out data": "held-out data (tokens) in process 0 and in process 1",
     "nan": "process 1 of 2 failed: Input X contains NaN",
-    "nothing": "process 1 of 2 failed: This ConvexHeadRegressor estimator requires y to be passed",
+    "nothing": "process 1 of 2 failed: This estimator requires y to be passed",
 }
 
 

@@ -40,6 +40,8 @@ CLOSE = 1e-4
 τ gives a bound."""
 PROBE = 0.01
 """Distance from ``τ = 1`` at which the curvature of ``D`` is measured first. Chosen by hand: any τ gives a bound."""
+FAR = 0.5
+"""Scaling τ below which τ = 0 is tried as well. Chosen by hand: any τ gives a bound."""
 FOUND = 1e-6
 """Distance between two guesses of the best τ at which both are good enough. Chosen by hand."""
 GUESSES = 8
@@ -254,7 +256,8 @@ def _near_one(value: Callable[[float], float], slope: float, top: float) -> floa
             return None
         guess = min(max(1 + slope / (math.sqrt(under) - a), 0.0), top)
         if min(abs(guess - tau), abs(guess - 1)) <= FOUND:
-            return max(one, value(tau))
+            # Where norm² / β is huge the best τ is tiny, and "near" in τ is not near in φ.
+            return max(one, value(tau), value(0.0)) if tau < FAR else max(one, value(tau))
         tau = guess
     return None
 

@@ -33,7 +33,8 @@ def finish(problem: Problem, atoms: Atoms, negligible: float, max_heads: int | N
             atoms = _without_negligible(problem, atoms, torch.cat(singular_values), negligible, max_heads)
     if problem.fit_intercept:
         exact = problem.astype(torch.float64)
-        atoms.intercept = atoms.intercept + solve_intercept(exact, exact.outputs(atoms))
+        # Not from the intercept at hand: where it is not unique, one that does not depend on the way there.
+        atoms.intercept = solve_intercept(exact, exact.outputs(atoms) - atoms.intercept)
     return atoms
 
 

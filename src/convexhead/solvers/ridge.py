@@ -102,7 +102,7 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return self._descent.atoms
         like, B = self._like, self._B.to(self.problem.dtype)
-        return Atoms(like.U.to(B.dtype), B[:, :-1].T.unsqueeze(0), like.block, B[:, -1].clone())
+        return Atoms(like.U.to(B.dtype), B[:, :-1].T.contiguous().unsqueeze(0), like.block, B[:, -1].clone())
 
     def state(self) -> tuple[State, State]:
         """Return weights, ``β_s`` and outputs; or what L-BFGS has."""

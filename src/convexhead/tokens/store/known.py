@@ -91,7 +91,7 @@ class KnownOfImages:
             Images with one class each; or pixels of a class, or columns, that the head of `read_as` does not know.
         """
         if self.task == "classes":
-            raise InputError(f"{str(self._folder)!r} has one class an image: these are its labels")
+            raise InputError(f"{str(self._folder)!r} has no masks, but one class for each image: read `labels`")
         return self._of_pixels() if self.has_masks else self._of_images()
 
     def _of_images(self) -> NDArray[np.float64]:
