@@ -41,6 +41,15 @@ def ridge_logistic(X, y, beta):
     return minimize(value, np.zeros((d + 1) * c), jac=True, method="BFGS", options={"gtol": 1e-9}).fun
 
 
+@pytest.mark.parametrize("scale", [1e-16, 1e10, 1e13, 1e16, 1e20])
+def test_a_linear_head_is_solved_where_its_weight_is_tiny_beside_its_tokens(scale):
+    """The gap is then far below what rounding leaves of the objective, in float32 and in float64."""
+    rng = np.random.default_rng(0)
+    model = ch.ConvexHeadClassifier("linear", beta_ratio=0.1, max_time=30.0)
+    model.fit(rng.normal(size=(20, 3, 4)) * scale, np.arange(20) % 2)
+    assert model.certificate_.converged
+
+
 @pytest.mark.parametrize("offset", [0, 1e4, 1e8])
 def test_a_linear_head_is_solved_wherever_its_tokens_lie(offset):
     X, y = IRIS

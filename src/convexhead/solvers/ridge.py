@@ -142,13 +142,25 @@ class RidgeNewton(Solver):
         asked = self.target if self._stage == self.beta else NEAR
         x, Z = self._newton(g, self._missing(at_f, self._stage) / abs(objective), asked * abs(objective))
         s, t, lower = minimise_on_plane(self.problem, self._stage, self._f, Z, self._B, x, g, objective, AGREES)
-        if not lower < objective:
-            if gap <= ROUNDED:
+        if not lower < objective and not self._falls_by_gradient(x, Z, self._missing(at_f, self._stage)):
+            if gap <= ROUNDED or self.problem.dtype == torch.float32:
                 return Stop.STALLED
             self._iteration, self._descent = 0, FactoredDescent(self.problem, self.atoms(), self.beta)
             return None
-        self._B, self._f = (1 + s) * self._B + t * x, (1 + s) * self._f + t * Z
+        if lower < objective:
+            self._B, self._f = (1 + s) * self._B + t * x, (1 + s) * self._f + t * Z
         return None
+
+    def _falls_by_gradient(self, x: Weights, Z: Float[Tensor, "n r c"], missing: float) -> bool:
+        """Take the step if it halves what is ``missing``, by the gradient: where β is tiny beside the features, that is
+        far below what rounding leaves of the objective."""
+        before = self._B, self._f
+        self._B, self._f = self._B + x, self._f + Z
+        at_f = self._passes.adjoint(self._residual().to(self.problem.dtype)).double()
+        if self._missing(at_f, self._stage) <= missing / 2:
+            return True
+        self._B, self._f = before
+        return False
 
     def _descend(self, descent: FactoredDescent) -> Stop | None:
         """Take a step of L-BFGS, and look at the gap now and then."""
