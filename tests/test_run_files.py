@@ -54,8 +54,8 @@ def test_a_run_is_replaced_when_asked_to(store, tmp_path, capsys):
 
 
 def test_a_run_that_stopped_goes_on_from_its_checkpoint(store, tmp_path):
-    out, fit = tmp_path / "run", {"head": "self-attention", "beta_ratio": 0.1, "tol": 1e-4}
-    runs.fit(store.path, out, checkpoint_minutes=0.0, max_time=0.5, **fit)
+    out, fit = tmp_path / "run", {"head": "self-attention", "beta_ratio": 0.01, "tol": 1e-7}
+    runs.fit(store.path, out, checkpoint_minutes=0.0, max_time=0.1, **fit)
     assert (tmp_path / "run.checkpoint").is_dir()
     with pytest.raises(InputError, match="overwrite"):
         runs.fit(store.path, out, **fit)
