@@ -50,6 +50,16 @@ def test_a_linear_head_is_solved_where_its_weight_is_tiny_beside_its_tokens(scal
     assert model.certificate_.converged
 
 
+def test_a_linear_head_that_rounding_hides_ends_with_an_honest_gap():
+    """At 1e30 the gradient that would prove the optimum is below rounding: no more steps are taken than find any."""
+    X, y = np.random.default_rng(0).normal(size=(20, 3, 4)), np.arange(20) % 2
+    big = ch.ConvexHeadClassifier("linear", beta_ratio=0.1).fit(X * 1e30, y)
+    same = ch.ConvexHeadClassifier("linear", beta_ratio=0.1).fit(X * 1e16, y)
+    assert big.certificate_.dual <= same.certificate_.primal == pytest.approx(big.certificate_.primal, rel=1e-9)
+    assert not big.certificate_.converged
+    assert len(big.history_) < 1000
+
+
 @pytest.mark.parametrize("offset", [0, 1e4, 1e8])
 def test_a_linear_head_is_solved_wherever_its_tokens_lie(offset):
     X, y = IRIS

@@ -47,6 +47,9 @@ ROUNDED = 1e-4
 """Relative gap below which rounding may be why a step finds nothing lower. Chosen by hand."""
 CHECK_EVERY = 5
 """Steps of L-BFGS between two looks at the gap. Chosen by hand."""
+IDLE = 20
+"""Looks in a row that find neither a lower objective nor a smaller gap, after which rounding is all that moves. Chosen
+by hand."""
 AGREES = 0.8
 """Share of the decrease of the quadratic model above which a step needs no search. Chosen by hand."""
 
@@ -77,6 +80,7 @@ class RidgeNewton(Solver):
         B = _matrix(start)
         self._B, self._like, self._stage = B.double(), start, 0.0
         self._descent: FactoredDescent | None = None
+        self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
         self._f = self._passes.outputs(B).double()
 
@@ -172,7 +176,10 @@ class RidgeNewton(Solver):
         missing = self._missing_of(_matrix(gradient).double(), self.beta)
         if self.monitor.record(descent.value, descent.value - missing, 1) <= self.target:
             return Stop.CONVERGED
-        return None if moved else Stop.STALLED
+        falls = descent.value < self._lowest[0] or missing < self._lowest[1]
+        self._lowest = [min(pair) for pair in zip(self._lowest, (descent.value, missing), strict=True)]
+        self._idle = 0 if falls else self._idle + 1
+        return None if moved and self._idle < IDLE else Stop.STALLED
 
     def _residual(self) -> Float[Tensor, "n r c"]:
         """``R``, from outputs in float64: what is left of a probability near 1 counts."""
