@@ -33,8 +33,8 @@ Images = Annotated[
     Argument(
         metavar="IMAGES",
         help="Folder of class folders, with train/ and test/ beside each other where there is a split, or of images/ "
-        "and labels/ with a mask labels/NAME.png for each image; or npz:FILE, webdataset:PATTERN, hf:NAME, "
-        "torchvision:CIFAR100, sklearn:digits.",
+        "and labels/ with a mask labels/NAME.png for each image, or of images/ and labels.csv; or table:FILE, "
+        "npz:FILE, webdataset:PATTERN, hf:NAME, torchvision:CIFAR100, sklearn:digits.",
     ),
 ]
 Like = Annotated[

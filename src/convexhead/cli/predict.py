@@ -21,7 +21,8 @@ Images = Annotated[
     str,
     Argument(
         metavar="IMAGES|STORE",
-        help="Folder with images, however deep; an image; a token store; or npz:FILE, webdataset:PATTERN, hf:NAME, …",
+        help="Folder with images, however deep; an image; a token store; or table:FILE, npz:FILE, hf:NAME, "
+        "webdataset:PATTERN, …",
     ),
 ]
 OutFile = Annotated[

@@ -55,7 +55,8 @@ class ClassFolders:
         self.spec = str(root)
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
-            hint = f"; did you mean 'npz:{root}'?" if self.root.suffix == ".npz" else ""
+            scheme = {".npz": "npz", ".csv": "table", ".parquet": "table"}.get(self.root.suffix.lower())
+            hint = f"; did you mean '{scheme}:{root}'?" if scheme else ""
             raise InputError(f"{str(root)!r} is a file, not a folder of class folders{hint}")
         self.left_out: dict[str, list[str]] = defaultdict(list)
         folders = self._split_folders()

@@ -3,7 +3,10 @@
 ===========================  =================================================================================
 ``PATH``                     a folder of class folders, or of ``train/``, ``val/``, ``test/`` with those
                              (``validation/`` and ``valid/`` are ``val``); or, of these splits, folders ``images/``
-                             and ``labels/`` with a mask ``labels/NAME.png`` for each image
+                             and ``labels/`` with a mask ``labels/NAME.png`` for each image; or ``images/`` and a
+                             table ``labels.csv`` or ``labels.parquet``
+``table:PATH``               a table of labels, or a folder with one; ``table:PATH?label=COLUMN,COLUMN&image=COLUMN``
+                             ``&split=COLUMN&images=FOLDER&task=TASK`` where there is something to choose
 ``npz:FILE``                 arrays ``images``, ``labels``, or ``train_images``, ``test_labels``, ...
 ``hf:NAME_OR_FOLDER``        a data set of the ``datasets`` library, its hub or a folder (parquet, images);
                              ``hf:NAME?label=COLUMN&image=COLUMN&config=NAME`` where it has several
@@ -71,12 +74,21 @@ def _open(spec: str | Path, void: int | None, class_names: Sequence[str] | str |
     from convexhead.tokens.sources.image_arrays import open_npz, open_sklearn
     from convexhead.tokens.sources.image_folder import ImageFolder
     from convexhead.tokens.sources.mask_folder import MaskFolder
+    from convexhead.tokens.sources.table_images import has_table, open_table
     from convexhead.tokens.sources.tar_images import open_webdataset
     from convexhead.tokens.sources.torchvision_images import open_torchvision
 
-    if MaskFolder.is_one(Path(spec).expanduser()):
+    place = Path(spec).expanduser()
+    masks, table = MaskFolder.is_one(place), has_table(place)
+    if masks and table:
+        raise InputError(
+            f"{str(spec)!r} has masks in labels/ and a table of labels: move one away, or give table:{spec}"
+        )
+    if masks:
         return MaskFolder(spec, void, class_names)
-    if Path(spec).expanduser().exists():
+    if table:
+        return check_classes(open_table(str(spec), str(spec)))
+    if place.exists():
         return check_classes(ImageFolder(spec))
     scheme, separator, rest = str(spec).partition(":")
     openers: dict[str, Callable[[str], ImageSource]] = {
@@ -85,6 +97,7 @@ def _open(spec: str | Path, void: int | None, class_names: Sequence[str] | str |
         "torchvision": open_torchvision,
         "webdataset": open_webdataset,
         "sklearn": open_sklearn,
+        "table": open_table,
     }
     # A single letter before the colon is a Windows drive.
     if not separator or not re.fullmatch(r"[a-z][a-z0-9+-]+", scheme):
