@@ -98,6 +98,9 @@ def test_every_method_is_reported(finished):
         if row["method"] == "convex":
             assert row["relative_gap"] <= 1e-3
             assert row["converged"]
+        elif row["head"].startswith("Linear probe"):
+            assert row["relative_gap"] <= 1e-3
+            assert row["scope"] == "global"
         elif row["method"] != "probe":
             assert row["seeds"] == 3
             assert row["excess_worst"] >= row["excess_median"] >= -1e-3

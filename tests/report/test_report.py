@@ -161,6 +161,7 @@ def fake_results(title="Convex heads on digits"):
             "name": "Logistic regression, mean token",
             "test_accuracy": 0.925,
             "validation_accuracy": 0.93,
+            "relative_gap": 4.2e-4,
             "seconds": 2.1,
             "detail": "scikit-learn, C chosen on validation from 8 values",
         },
@@ -218,7 +219,7 @@ def test_markdown_table(results):
     assert {line.count("|") for line in lines} == {len(tables.COLUMNS) + 1}
     assert lines[2].startswith("| self-attention | linear | 96.")
     assert "stopped early" in lines[2 + 7]
-    assert lines[-1].startswith("| Logistic regression, mean token | – | 92.5% |")
+    assert lines[-1].startswith("| Logistic regression, mean token | – | 92.5% | 0.042% | – |")
 
 
 def test_csv_rows_are_flat_and_complete(results):

@@ -5,16 +5,12 @@ Each is tuned on the validation part and leaves a `Piece`; `probe_scores` gives 
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from convexhead.baselines.attentive_probe import AttentiveProbe, tune_attentive_probe
@@ -22,6 +18,7 @@ from convexhead.experiments.cells import AdamSettings, network_scores
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned
+from convexhead.path import best, beta_max, regularization_path
 from convexhead.runtime.clock import now
 
 Array = NDArray[Any]
@@ -31,7 +28,10 @@ PROBES = {
     "k-nn": "k-NN, mean token",
     "attentive-probe": "Attentive probe",
 }
-INVERSE_WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+INVERSE_WEIGHTS = np.logspace(-6, 5, 45)
+"""scikit-learn's ``C``, ``β = 1/(n C)``: the values that the field sweeps."""
+TOL = 1e-3
+"""Certified relative gap of a linear probe at each of them."""
 NEIGHBOURS = (1, 5, 10, 20, 50)
 
 
@@ -45,24 +45,35 @@ def fit_probe(name: str, splits: Splits, settings: AdamSettings, folder: RunFold
 
 
 def _fit_linear(name: str, splits: Splits) -> Piece:
-    """scikit-learn's logistic regression on one standardised vector an image, ``C`` chosen on the validation part."""
-    began = now()
-    X, X_val = _vectors(name, splits.train), _vectors(name, splits.validation)
-    fits = []
-    for C in INVERSE_WEIGHTS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty may not be worth more iterations
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=500)).fit(X, splits.train.labels)
-        fits.append((float(model.score(X_val, splits.validation.labels)), -C, model))
-    score, minus_C, model = max(fits, key=lambda fit: fit[:2])
-    scaler, logistic = model[0], model[1]
-    # Two classes have one row of weights, the difference of their logits.
-    weight, bias = (np.vstack([0 * a, a]) if len(a) == 1 else a for a in (logistic.coef_, logistic.intercept_[:, None]))
-    weight = weight / scaler.scale_
-    bias = bias[:, 0] - weight @ scaler.mean_
+    """The certified linear head on one standardised vector an image, ``C`` chosen on the validation part."""
+    began, scaler = now(), StandardScaler()
+    X, y = scaler.fit_transform(_vectors(name, splits.train)), splits.train.labels
+    parameters: dict[str, Any] = {"head": "linear", "fit_intercept": True, "random_state": 0}
+    unit = 1 / (len(y) * beta_max(X, y, **parameters))
+    path = regularization_path(
+        X,
+        y,
+        beta_ratios=[unit / C for C in INVERSE_WEIGHTS],
+        X_val=scaler.transform(_vectors(name, splits.validation)),
+        y_val=splits.validation.labels,
+        tol=TOL,
+        **parameters,
+    )
+    chosen = best(path)
+    model, C = chosen["model"], unit / chosen["beta_ratio"]
+    weight = model.coef_.T / scaler.scale_
+    bias = model.intercept_ - weight @ scaler.mean_
+    certificate = model.certificate_.to_dict()
+    kept = ("relative_gap", "dual", "scope", "converged", "failure_probability")
     return Piece(
-        _record(score, began, len(fits), weight.size + bias.size)
-        | {"detail": f"logistic regression on standardised vectors, C={-minus_C:g} chosen on validation"},
+        _record(chosen["val_score"], began, len(path), weight.size + bias.size)
+        | {
+            "detail": f"certified linear head on standardised vectors, C={C:.3g} of {len(path)} chosen on validation",
+            "objective": certificate["primal"],
+            "beta": chosen["beta"],
+            "beta_ratio": chosen["beta_ratio"],
+            **{key: certificate[key] for key in kept},
+        },
         {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)},
     )
 

@@ -35,9 +35,10 @@ def results_of(
     if "mean-token" in probes:
         piece = probes["mean-token"].runs[0]
         baseline = {
-            "name": "Linear probe (scikit-learn, L2, mean token)",
+            "name": "Linear probe (certified, mean token)",
             "validation_accuracy": piece.record["validation_accuracy"],
             "test_accuracy": scores[piece.name][0],
+            "relative_gap": piece.record["relative_gap"],
             "seconds": piece.record["seconds"],
             "detail": piece.record["detail"],
         }
@@ -167,7 +168,8 @@ def _cell_methods(each: Trained, scores: dict[str, Any]) -> list[dict[str, Any]]
 
 def _probe_method(name: str, tuned: Tuned, scores: dict[str, Any]) -> dict[str, Any]:
     record = tuned.runs[0].record
-    row = _method(head=PROBES[name], method="probe", **_tuned_values(tuned, scores), parameters=record["parameters"])
+    values = _tuned_values(tuned, scores) | {key: record[key] for key in PROOF if key in record}
+    row = _method(head=PROBES[name], method="probe", **values, parameters=record["parameters"])
     row["learning_rate"] = record.get("learning_rate")
     row["fits"] = record.get("fits", row["fits"])
     row["seconds"] = record.get("fit_seconds", row["seconds"])
@@ -191,6 +193,8 @@ def _tuned_values(tuned: Tuned, scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+PROOF = ("beta_ratio", "beta", "dual", "relative_gap", "scope", "converged", "failure_probability")
+"""What the record of a certified probe has beside those of the others."""
 METHOD = (
     "head", "activation", "method", "heads", "learning_rate", "beta_ratio", "beta", "validation_accuracy", "test_top1",
     "test_top1_sd", "test_top5", "objective", "relative_gap", "estimated_gap", "dual", "scope", "converged",

@@ -49,7 +49,7 @@ def cells(row: Row) -> list[str]:
     top1 = accuracy(row["test_top1"])
     if row["test_top1_sd"] is not None:
         top1 += f" ± {100 * row['test_top1_sd']:.1f}"
-    if row["method"] == "convex":
+    if row["method"] == "convex" or row["relative_gap"] is not None:
         bound = gap(row)
         distance = (bound if bound.startswith("<") else f"≤ {bound}") + (
             "" if row["converged"] or row["scope"] == "estimated" else " (stopped early)"

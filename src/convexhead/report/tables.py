@@ -135,11 +135,12 @@ def cells(row: Row) -> list[str]:
 
 
 def baseline_cells(results: Results) -> list[str] | None:
-    """The baseline as a row of the table: it has an accuracy and a duration, and neither gap nor heads."""
+    """The baseline as a row of the table: it has an accuracy, a duration and perhaps a gap, and no heads."""
     baseline = results.get("baseline")
     if not baseline:
         return None
-    mine = [baseline["name"], NOTHING, accuracy(baseline["test_accuracy"]), NOTHING, NOTHING]
+    distance = relative(baseline.get("relative_gap"))
+    mine = [baseline["name"], NOTHING, accuracy(baseline["test_accuracy"]), distance, NOTHING]
     return [*map(str, mine), seconds(baseline["seconds"]), NOTHING, NOTHING, NOTHING]
 
 
@@ -184,8 +185,8 @@ def csv_rows(results: Results) -> list[dict[str, Any]]:
             | {"adam_runs": len(adam.get("runs", [])), "adam_diverged": diverged(row)}
         )
     if baseline := results.get("baseline"):
-        keys = ("validation_accuracy", "test_accuracy", "seconds")
-        known = {"head": baseline["name"]} | {key: baseline[key] for key in keys}
+        keys = ("validation_accuracy", "test_accuracy", "relative_gap", "seconds")
+        known = {"head": baseline["name"]} | {key: baseline.get(key) for key in keys}
         names = rows[0] if rows else known
         rows.append({key: known.get(key) for key in names})
     return rows
