@@ -11,6 +11,7 @@ from convexhead.program.heads import make_head
 from convexhead.program.losses import LOSSES, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from convexhead.solvers.base import scaled_dual
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.subspace import Subspace
 from convexhead.solvers.whitening import Whitening, curvatures
@@ -115,3 +116,14 @@ def test_a_subspace_has_the_gradient_and_hessian_of_the_data_term():
 
     best = subspace.solve(0.05, until=1e-4, generator=generator)
     assert objective(best) < objective(M)
+
+
+def test_soft_labels_in_single_precision_have_a_bound():
+    """In float32 probabilities do not sum to 1 in float64, outside of the domain of the conjugate."""
+    problem, atoms = build()
+    Y = torch.softmax(normal(40, 1, 3, seed=5), 2)
+    bounds = []
+    for dtype in (torch.float64, torch.float32):
+        soft = Problem(problem.operator.astype(dtype), Y, problem.loss, weights=normal(40, 1, 1, seed=6).abs())
+        bounds.append(scaled_dual(soft, soft.outputs(atoms.to("cpu", dtype)), 1.0, 0.5, atoms.intercept))
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)

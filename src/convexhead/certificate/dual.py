@@ -287,7 +287,7 @@ def error_of_objective(
         The sum of the objective's terms, none of which is negative.
     """
     head = problem.head
-    operations = problem.operator.samples.operations + atoms * head.value_rows + 64
+    operations = problem.operator.samples.operations + atoms * head.terms + 64
     mixed = problem.operator.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
     delta = operations * UNIT * (mixed + f.abs().flatten(1).amax(1))
     slope = problem.losses.weigh(q).abs().flatten(1).sum(1)

@@ -63,6 +63,9 @@ class Activation(Protocol):
     ) -> tuple[Float[Tensor, "b r k e"], PullBack]:
         """`mix` at ``U`` and `mix_adjoint` there, which share work."""
 
+    def values_first(self, c: int) -> bool:
+        """Whether passes for ``c`` outputs begin with the values: see `convexhead.program.contraction`."""
+
     def gradient_cost(self, c: int) -> GradientCost | None:
         """Return what `gradient` costs for ``c`` outputs; None where it has no formula."""
 
@@ -99,6 +102,9 @@ class LinearActivation:
 
     def mix_with_pull_back(self, data: Data, U: Tensor, block: Tensor) -> tuple[Tensor, PullBack]:
         return self.mix(data, U, block), lambda T: self.mix_adjoint(data, T, block)
+
+    def values_first(self, c: int) -> bool:
+        return self.head.values_first(c)
 
     def gradient_cost(self, c: int) -> GradientCost | None:
         return self.head.gradient_cost(c, gates=0)
@@ -194,6 +200,9 @@ class GatedReLU:
             lambda T: self.head.gated_mix_adjoint(data, T, group, *gated),
         )
 
+    def values_first(self, c: int) -> bool:
+        return False  # masks act between the two weights
+
     def gradient_cost(self, c: int) -> GradientCost | None:
         return self.head.gradient_cost(c, gates=self.n_blocks // self.head.n_groups)
 
@@ -245,6 +254,9 @@ class ReLU:
             return head.preactivation_adjoint(data, masked, block)
 
         return self._read(data, active), pull_back
+
+    def values_first(self, c: int) -> bool:
+        return False
 
     def gradient_cost(self, c: int) -> None:
         return None

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from convexhead.program.activations import Activation
 from convexhead.program.atoms import Atoms
+from convexhead.program.contraction import MixFirst, ValuesFirst, pairs_of_mixed
 from convexhead.program.heads.base import Data, GradientCost, Head
 from convexhead.program.identity import FILES
 from convexhead.runtime.budget import Budget
@@ -35,6 +36,9 @@ from convexhead.runtime.workers import Work, add_up
 
 GRADIENT_BYTES = {"cpu": 10_000_000, "cuda": 1_000_000_000}
 """Bytes of workspace that a batch may take while gradient matrices are formed. Chosen by hand."""
+
+GRAM_ROWS, GRAM_SAMPLES = 8, 64
+"""Least rows for each column of `Operator.value_grams`, which need only be about right, and samples. Chosen by hand."""
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -173,11 +177,20 @@ class Operator:
     # -- passes over the data -----------------------------------------------------------------------------------------
     def batches(self, k: int) -> Iterator[tuple[slice, Data]]:
         """Slices of samples with their prepared data, sized for ``k`` atoms."""
-        yield from self.samples.batches(self._batch(k))
+        yield from self.samples.batches(self._batch(self.activation.workspace(k)))
 
-    def over_batches(self, k: int, work: Work, *into: Tensor) -> None:
-        """Add to ``into`` what ``work(rows, data)`` returns for every batch, sized for ``k`` atoms."""
-        most = self._batch(k)
+    def contraction(self, c: int) -> MixFirst | ValuesFirst:
+        """The cheaper order of products for ``c`` outputs."""
+        if self.activation.values_first(c):
+            return ValuesFirst(self.head, c)
+        return MixFirst(self.activation)
+
+    def over_batches(self, k: int, work: Work, *into: Tensor, c: int | None = None) -> None:
+        """Add to ``into`` what ``work(rows, data)`` returns for every batch.
+
+        Batches are sized to mix ``k`` atoms, or for the `contraction` of their ``c`` outputs.
+        """
+        most = self._batch(self.activation.workspace(k) if c is None else self.contraction(c).workspace(k))
         workers = torch.get_num_threads() if self.device.type == "cpu" else 1
         if len(self) <= most * (workers - 1):
             workers = 1  # too few batches
@@ -185,9 +198,9 @@ class Operator:
         even = max(1, math.ceil(len(self) / (turns * workers)))  # no worker waits for the last batch of another
         add_up(self.samples.batches(even), work, into, workers=workers, context=self._in_products)
 
-    def _batch(self, k: int) -> int:
-        """Most samples of a batch for ``k`` atoms."""
-        return max(self.head.least_batch, self.samples.batch_size(self.activation.workspace(k)))
+    def _batch(self, numbers: int) -> int:
+        """Most samples of a batch that takes so many ``numbers`` of workspace each."""
+        return max(self.head.least_batch, self.samples.batch_size(numbers))
 
     def _in_products(self) -> AbstractContextManager[Any]:
         """Where large products are made in `product_dtype`."""
@@ -199,13 +212,13 @@ class Operator:
         """``f`` of every sample."""
         f = atoms.intercept.expand(len(self), self.head.r, -1).clone()
         if len(atoms):
-            V = atoms.V.flatten(0, 1)
+            contraction = self.contraction(f.shape[2])
 
             def add(rows: slice, data: Data) -> tuple[Tensor, ...]:
-                f[rows] += self.activation.mix(data, atoms.U, atoms.block).flatten(2) @ V
+                f[rows] += contraction.outputs(data, atoms.U, atoms.V, atoms.block)
                 return ()
 
-            self.over_batches(len(atoms), add)
+            self.over_batches(len(atoms), add, c=f.shape[2])
         return f
 
     def mixed(self, U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]) -> Float[Tensor, "n r k e"]:
@@ -232,33 +245,37 @@ class Operator:
         at: Float[Tensor, "k ..."] | None = None,
     ) -> Float[Tensor, "k ..."]:
         """``𝒜_j*(R) V_k`` for each ``V_k`` in its block; of a ReLU with the masks that the weights ``at`` decide."""
-        V = self.head.mask_values(V, block)
+        V, contraction = self.head.mask_values(V, block), self.contraction(R.shape[2])
         out = V.new_zeros(len(V), *self.head.mixing_shape)
 
         def pull_back(rows: slice, data: Data) -> tuple[Tensor, ...]:
-            T = (R[rows] @ V.flatten(0, 1).T).unflatten(-1, V.shape[:2])
-            return (self.activation.mix_adjoint(data, T, block, at),)
+            return (contraction.times_values(data, R[rows], V, block, at),)
 
-        self.over_batches(len(V), pull_back, out)
+        self.over_batches(len(V), pull_back, out, c=R.shape[2])
         return self.ranks.sum(out)[0]
 
     def adjoint_times_mixing(
         self, R: Float[Tensor, "n r c"], U: Float[Tensor, "k ..."], block: Int[Tensor, " k"]
     ) -> Float[Tensor, "k e c"]:
         """``𝒜_j*(R)ᵀ U_k`` for each ``U_k`` in its block: ``Σ_i (P mix(X_i, U_k))ᵀ R_i``, whatever the activation."""
-        out = U.new_zeros(len(U), self.head.value_rows, R.shape[-1])
+        out, contraction = U.new_zeros(len(U), self.head.value_rows, R.shape[2]), self.contraction(R.shape[2])
 
         def read(rows: slice, data: Data) -> tuple[Tensor, ...]:
-            M = self.activation.mix(data, U, block)
-            return ((M.flatten(2).flatten(0, 1).T @ R[rows].flatten(0, 1)).view(out.shape),)
+            return (contraction.times_mixing(data, R[rows], U, block),)
 
-        self.over_batches(len(U), read, out)
+        self.over_batches(len(U), read, out, c=R.shape[2])
         return self.head.mask_values(self.ranks.sum(out)[0], block)
 
     # -- matrices -----------------------------------------------------------------------------------------------------
     def value_grams(self, atoms: Atoms, groups: Sequence[Tensor]) -> list[Tensor]:
-        """``(1/n) Σ_i M_iᵀ M_i (g·e, g·e)`` of the mixed tokens ``M_i (r, g·e)``, for each group ``(g,)`` of atoms."""
+        """``(1/n) Σ_i M_iᵀ M_i (g·e, g·e)`` of the mixed tokens ``M_i (r, g·e)``, for each group ``(g,)`` of atoms.
+
+        With an output for every token an estimate from samples at equal distances.
+        """
         e = self.head.value_rows
+        step = min(self.n * self.head.r // (GRAM_ROWS * e * max(map(len, groups), default=1)), self.n // GRAM_SAMPLES)
+        if step > 1 and self.head.r > 1:
+            return self.take(torch.arange(0, len(self), step)).value_grams(atoms, groups)
         grams = [torch.zeros(len(g) * e, len(g) * e, dtype=self.dtype, device=self.device) for g in groups]
 
         def grams_of(rows: slice, data: Data) -> tuple[Tensor, ...]:
@@ -267,28 +284,28 @@ class Operator:
             return tuple(flat.T @ flat for flat in of_groups)
 
         self.over_batches(len(atoms), grams_of, *grams)
-        return [gram / self.n for gram in self.ranks.sum(*grams)]
+        n, *sums = self.ranks.sum(torch.tensor(len(self), device=self.device), *grams)
+        return [total / n for total in sums]
 
     def pair_covariance(
         self,
         basis: Atoms,
-        probes: Float[Tensor, "n r c"],
+        probes: Float[Tensor, "t n r c"],
         n_blocks: int,
         mixed: Float[Tensor, "n r k e"] | None = None,
     ) -> Float[Tensor, "jmm jmm"]:
-        """Covariance of ``⟨P mix(X_i, U_a) V_b, z_i⟩`` over the samples, for all pairs ``(a, b)`` of a block's basis.
+        """Covariance of ``⟨P mix(X_i, U_a) V_b, z_ti⟩`` over samples and draws, for all pairs of a block's basis.
 
         Parameters
         ----------
         basis : Atoms
             ``m`` of each of ``n_blocks`` blocks, block by block.
-        probes : Tensor (n, r, c)
+        probes : Tensor (t, n, r, c)
             ``z``: with draws whose covariance is the loss's Hessian, the result is that of the data term in the
             coefficients ``M`` of ``Σ_ab M_ab mix(X, U_a) V_b``.
         mixed : Tensor (n, r, k, e) or None
             The basis's `mixed` tokens where they are at hand.
         """
-        V = basis.V.flatten(0, 1).T
         size = len(basis) ** 2 // n_blocks
         out = torch.zeros(size, size, dtype=self.dtype, device=self.device)
         waiting: list[Tensor] = []
@@ -299,25 +316,26 @@ class Operator:
             waiting.clear()
 
         with self._in_products():
-            for rows, M in self._mixed_batches(basis, mixed):
-                T = (probes[rows] @ V).view(M.shape)
-                M, T = (part.unflatten(2, (n_blocks, -1)).movedim(1, 2) for part in (M, T))  # (b, j, r, m, e)
-                waiting.append(torch.einsum("bjrke,bjrle->bjkl", M, T).flatten(1))
+            for pairs in self._pairs(basis, probes, n_blocks, mixed):
+                waiting.append(pairs)
                 if sum(map(len, waiting)) >= 2 * size:
                     add()
             if waiting:
                 add()
-        return self.ranks.sum(out)[0] / self.n
+        return self.ranks.sum(out)[0] / (self.n * len(probes))
 
-    def _mixed_batches(self, basis: Atoms, mixed: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of samples with their mixed tokens, from those at hand or made anew."""
+    def _pairs(
+        self, basis: Atoms, probes: Tensor, n_blocks: int, mixed: Tensor | None
+    ) -> Iterator[Float[Tensor, "tb jmm"]]:
+        """``⟨P mix(X_i, U_a) V_b, z_ti⟩``, some samples at a time."""
         if mixed is None:
-            for rows, data in self.batches(len(basis)):
-                yield rows, self.activation.mix(data, basis.U, basis.block)
+            contraction = self.contraction(probes.shape[3])
+            for rows, data in self.samples.batches(self._batch(contraction.workspace(len(basis)))):
+                yield contraction.pairs(data, basis, probes[:, rows], n_blocks)
         else:
             step = self.samples.batch_size(2 * mixed[0].numel())
             for i in range(0, len(mixed), step):
-                yield slice(i, i + step), mixed[i : i + step]
+                yield pairs_of_mixed(mixed[i : i + step], basis, probes[:, i : i + step], n_blocks)
 
     def features(self) -> Float[Tensor, "j nr pe"]:
         """Every block's linear map as a dense matrix: row ``(i, row)``, column ``(entry of U, row of V)``."""

@@ -86,7 +86,7 @@ class Problem:
             )
         self.operator, self.targets, self.weights, self.fit_intercept = operator, targets, weights, fit_intercept
         self.loss, self.c = loss, targets.shape[-1]
-        self.losses = self._losses(operator)
+        self.losses = self._losses(operator.device, operator.dtype)
         self.coordinates = Coordinates()
         self.stated: Problem | None = None
         self.head.output_mask(self.c)  # refuses outputs that cannot be written in groups
@@ -118,11 +118,12 @@ class Problem:
     def astype(self, dtype: torch.dtype, *, reuse: bool = False) -> Problem:
         """The same problem in another precision: see `Operator.astype`."""
         operator = self.operator.astype(dtype, reuse=reuse)
-        return self if operator is self.operator else self._on(operator, self._losses(operator))
+        return self if operator is self.operator else self._on(operator, self._losses(operator.device, operator.dtype))
 
     def with_half_products(self) -> Problem | None:
         """The same problem with its large products in bfloat16, or None: see `Operator.with_half_products`."""
-        half = self.operator.with_half_products()
+        # With the values first, products are few and short: what is rounded and widened again would cost more.
+        half = None if self.activation.values_first(self.c) else self.operator.with_half_products()
         return None if half is None else self._on(half, self.losses)
 
     def class_by_class(self) -> Problem:
@@ -140,11 +141,14 @@ class Problem:
         vars(part).pop("identity", None)
         return part
 
-    def _losses(self, operator: Operator) -> SampleLosses:
-        targets, weights = self.targets.to(operator.device, operator.dtype), self.weights
-        return SampleLosses(
-            self.loss, targets, None if weights is None else weights.to(operator.device, operator.dtype)
-        )
+    @property
+    def exact_losses(self) -> SampleLosses:
+        """`losses` in float64. Targets are those that were given: probabilities in float32 do not sum to 1 there."""
+        return self.losses if self.dtype == torch.float64 else self._losses(self.device, torch.float64)
+
+    def _losses(self, device: torch.device, dtype: torch.dtype) -> SampleLosses:
+        weights = None if self.weights is None else self.weights.to(device, dtype)
+        return SampleLosses(self.loss, self.targets.to(device, dtype), weights)
 
     def _on(self, operator: Operator, losses: SampleLosses) -> Problem:
         other = copy(self)
@@ -239,12 +243,19 @@ class Problem:
         return float(self.sum(values.sum(dtype=torch.float64))[0]) / self.n
 
     def mean_of(
-        self, function: Callable[[SampleLosses, Tensor], Float[Tensor, " b"]], x: Float[Tensor, "n r c"]
+        self,
+        function: Callable[[SampleLosses, Tensor], Float[Tensor, " b"]],
+        x: Float[Tensor, "n r c"],
+        losses: SampleLosses | None = None,
     ) -> float:
-        """``(1/n) Σ_i`` of what ``function`` makes of losses and ``x``, some samples at a time to save memory."""
+        """``(1/n) Σ_i`` of what ``function`` makes of losses and ``x``, some samples at a time to save memory.
+
+        ``losses``: those of the problem where None.
+        """
+        losses = self.losses if losses is None else losses
         if len(self.rows) == 1:
-            return self.mean(function(self.losses, x))
-        return self.mean(torch.stack([function(self.losses.at(rows), x[rows]).double().sum() for rows in self.rows]))
+            return self.mean(function(losses, x))
+        return self.mean(torch.stack([function(losses.at(rows), x[rows]).double().sum() for rows in self.rows]))
 
     @cached_property
     def rows(self) -> list[slice]:
@@ -300,22 +311,19 @@ class Problem:
 
     def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """Return the factored objective and its gradients, in one pass."""
-        V, f = atoms.V.flatten(0, 1), torch.empty_like(self.Y)
+        f, contraction = torch.empty_like(self.Y), self.operator.contraction(self.c)
         gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
 
         def evaluate(rows: slice, data: Data) -> tuple[Tensor, ...]:
-            M, pull_back = self.activation.mix_with_pull_back(data, atoms.U, atoms.block)
-            flat = M.flatten(2).flatten(0, 1)  # (b·r, k·e)
-            here = (flat @ V + atoms.intercept).view(*M.shape[:2], self.c)
+            here, pull_back = contraction.with_pull_back(data, atoms.U, atoms.V, atoms.block)
+            here = here + atoms.intercept
             f[rows] = here
             loss, R = self.losses.at(rows).value_and_residual(here)
-            R = R.flatten(0, 1) / self.n
-            at_V = (flat.T @ R).view(gV.shape)
-            at_U = pull_back((R @ V.T).view(M.shape)) if self.head.learns_mixing else torch.zeros_like(gU)
-            return loss.double().sum(), at_U, at_V, R.sum(0)
+            R = R / self.n
+            return loss.double().sum(), *pull_back(R), R.sum((0, 1))
 
-        self.operator.over_batches(len(atoms), evaluate, total, gU, gV, gb)
+        self.operator.over_batches(len(atoms), evaluate, total, gU, gV, gb, c=self.c)
         total, gU, gV, gb = self.sum(total, gU, gV, gb)
         if self.head.learns_mixing:
             gU = gU + beta * atoms.U

@@ -159,7 +159,7 @@ class Solver(ABC):
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
     """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate."""
-    R = problem.losses.to(torch.float64).residual(f.double()) / problem.n
+    R = problem.exact_losses.residual(f.double()) / problem.n
     return dual_value(problem, R, sigma, beta, intercept)
 
 
@@ -172,10 +172,9 @@ def dual_value(problem: Problem, R: Float[Tensor, "n r c"], sigma: float, beta: 
     tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
 
     def conjugate(losses: SampleLosses, R: Tensor) -> Tensor:
-        losses = losses.to(torch.float64)
         return losses.conjugate(losses.unweigh(tau * problem.n * R))
 
-    dual = -problem.mean_of(conjugate, R)
+    dual = -problem.mean_of(conjugate, R, problem.exact_losses)
     if problem.fit_intercept:
         (left,) = problem.sum(tau * R.sum((0, 1)))
         scale = 1 + problem.largest_target + float(intercept.abs().max())

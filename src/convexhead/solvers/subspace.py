@@ -33,6 +33,8 @@ from convexhead.solvers.whitening import probes
 
 DRAWS = 10
 """Random draws for the Hessian, as a multiple of the number of coefficients. Chosen by hand."""
+TOGETHER = 8
+"""Draws that share a pass. Chosen by hand."""
 MOST_COEFFICIENTS = {"cpu": 3000, "cuda": 10_000}
 """Largest order of the Hessian. Chosen by hand: its cost grows with the third power."""
 MOST_STEPS = 6
@@ -80,7 +82,8 @@ class Subspace:
         )
         self.start = self._coefficients(atoms)
         operator, size = rough.operator, rough.operator.mixed_bytes(len(self.basis))
-        room = min(MIXED_BYTES[problem.device.type], operator.budget.left)
+        first = problem.activation.values_first(problem.c)  # passes make no mixed tokens then
+        room = 0 if first else min(MIXED_BYTES[problem.device.type], operator.budget.left)
         self.mixed = operator.mixed(self.basis.U, self.basis.block) if size <= room else None
         if self.mixed is not None:
             operator.budget.lend(size, self)
@@ -120,10 +123,10 @@ class Subspace:
         size = self.left.shape[0] * self.left.shape[2] ** 2
         H = torch.zeros(size, size, dtype=self.problem.dtype, device=self.problem.device)
         times = -(-DRAWS * size // self.problem.n)
-        for _ in range(times):
-            z = probes(self.problem, f, generator)
-            assert z is not None, "the caller has asked"
-            H += self.rough.operator.pair_covariance(self.basis, z, len(self.left), self.mixed) / times
+        for first in range(0, times, TOGETHER):
+            z = [probes(self.problem, f, generator) for _ in range(min(TOGETHER, times - first))]
+            drawn = torch.stack([each for each in z if each is not None])  # the caller has asked that they are there
+            H += self.rough.operator.pair_covariance(self.basis, drawn, len(self.left), self.mixed) * len(z) / times
         return H.double()
 
     def solve(self, beta: float, *, until: float, generator: torch.Generator) -> Float[Tensor, "j m m"]:

@@ -192,6 +192,33 @@ class Head(ABC):
         """Numbers held per sample while ``k`` atoms are mixed."""
         return k * self.r * self.value_rows
 
+    # -- with a linear activation and many outputs a sample: values first (`convexhead.program.contraction`) ----------
+    # A head that can do this has ``P mix(X, U) = E(X) U K(X)`` with ``U (p, a)``, ``E (r, p)`` and ``K (a, e)``.
+    def values_first(self, c: int) -> bool:
+        """Whether passes for ``c`` outputs are cheaper if values meet the tokens before mixing weights do."""
+        return False
+
+    @property
+    def terms(self) -> int:
+        """Terms of an atom in a sum over atoms, at most."""
+        return self.value_rows
+
+    def keys_times(self, data: Data, V: Float[Tensor, "e m"]) -> Float[Tensor, "b a m"]:
+        """``K_i V``."""
+        raise NotImplementedError
+
+    def keys_adjoint(self, data: Data, H: Float[Tensor, "b a m"]) -> Float[Tensor, "e m"]:
+        """``Σ_i K_iᵀ H_i``."""
+        raise NotImplementedError
+
+    def read_rows(self, data: Data, W: Float[Tensor, "b p c"]) -> Float[Tensor, "b r c"]:
+        """``E_i W_i``."""
+        raise NotImplementedError
+
+    def read_rows_adjoint(self, data: Data, R: Float[Tensor, "b r c"]) -> Float[Tensor, "b p c"]:
+        """``E_iᵀ R_i``."""
+        raise NotImplementedError
+
     # -- with any activation ----------------------------------------------------------------------------------------
     @property
     @abstractmethod

@@ -54,6 +54,26 @@ class MLPMixer(Head):
         U[:, self.rows] = PU
         return U
 
+    # E = I and K = X: a column of values needs s·d products to meet the tokens and s² to be mixed.
+    def values_first(self, c: int) -> bool:
+        return c < min(self.r, self.d)
+
+    @property
+    def terms(self) -> int:
+        return max(self.s, self.d)
+
+    def keys_times(self, data: Data, V: Tensor) -> Tensor:
+        return (data["X"].flatten(0, 1) @ V).unflatten(0, data["X"].shape[:2])
+
+    def keys_adjoint(self, data: Data, H: Tensor) -> Tensor:
+        return data["X"].flatten(0, 1).T @ H.flatten(0, 1)
+
+    def read_rows(self, data: Data, W: Tensor) -> Tensor:
+        return W
+
+    def read_rows_adjoint(self, data: Data, R: Tensor) -> Tensor:
+        return R
+
     # All samples side by side, (s, b·d): one large product instead of one small one a sample.
     def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         X = data["X"]
@@ -92,8 +112,20 @@ class MLPMixer(Head):
 
     # Entry (p, t; e, o) is Σ_i D_pe X_te R_o / s: for every channel e one product, which all gates share.
     # Masks are read once, in order: they may lie outside of the caches, and an eighth of them is counted.
+    # With an output for every token and no gates it is Σ_i X_te R_po: one product.
     def gradient_cost(self, c: int, *, gates: int) -> GradientCost | None:
+        if not gates and self.values_first(c):
+            return GradientCost(self.s * self.d / (self.s + self.d), self.s * (self.d + c))
         return GradientCost(c, self.s * c + gates * self.p * self.d // 8) if gates and self.r == 1 else None
+
+    def gradient(self, batches: Iterable[tuple[Data, Tensor]], group: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for data, R in batches:
+            X, R = data["X"].flatten(1), R.flatten(1)
+            total = R.T @ X if total is None else total.addmm_(R.T, X)
+        assert total is not None
+        entries = total.view(self.s, -1, self.s, self.d).permute(0, 2, 3, 1)  # (p, t, e, o)
+        return entries.flatten(2).flatten(0, 1).unsqueeze(0)
 
     def gated_gradient(self, batches: Iterable[tuple[Data, Tensor, Tensor]]) -> Tensor:
         total: Tensor | None = None

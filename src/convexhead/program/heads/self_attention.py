@@ -64,6 +64,28 @@ class SelfAttention(Head):
             return rows @ data["gram"]
         return (rows @ data["X"].mT) @ data["X"]
 
+    # E = P X / s and K = XᵀX.
+    def values_first(self, c: int) -> bool:
+        return c < self.r
+
+    def keys_times(self, data: Data, V: Tensor) -> Tensor:
+        if "gram" in data:
+            return (data["gram"].flatten(0, 1) @ V).unflatten(0, data["gram"].shape[:2])
+        X = data["X"]
+        return X.mT @ (X.flatten(0, 1) @ V).unflatten(0, X.shape[:2])
+
+    def keys_adjoint(self, data: Data, H: Tensor) -> Tensor:
+        if "gram" in data:  # it is symmetric
+            return data["gram"].flatten(0, 1).T @ H.flatten(0, 1)
+        X = data["X"]
+        return X.flatten(0, 1).T @ (X @ H).flatten(0, 1)
+
+    def read_rows(self, data: Data, W: Tensor) -> Tensor:
+        return data["queries"] @ W
+
+    def read_rows_adjoint(self, data: Data, R: Tensor) -> Tensor:
+        return data["queries"].mT @ R
+
     def preactivation(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         X = data["X"]
         queries = X[:, self.rows]
@@ -122,9 +144,9 @@ class SelfAttention(Head):
     # Entry (a, b; e, o) is Σ_i q_a K_be R_o with the pooled query q over s and the Gram matrix K = XᵀX, or with gates
     # Σ_i Σ_q Y_qa X_qb X_qe R_o / s: symmetric in b and e, so that b ≤ e will do.
     def gradient_cost(self, c: int, *, gates: int) -> GradientCost | None:
-        if self.r > 1:
-            return None
         d, pairs = self.d, self.d * (self.d + 1) // 2
+        if self.r > 1:
+            return None if gates or not self.values_first(c) else GradientCost(pairs / (2 * d), d * d + d * c)
         if gates:
             return GradientCost((self.s + c) * pairs / (self.s * d), 2 * self.s * d + d * d)
         return GradientCost(pairs * c / (2 * d + c), d * d + d * c)
