@@ -169,7 +169,7 @@ def predict_masks(clf: Any, view: SplitView, images: str | ImageSource) -> Itera
     backbone = open_backbone_like(origin, options_like(origin, given))
     rows = {name: i for i, name in enumerate(source.files(view.split))}
     windows: dict[tuple[int, int], Window] = {}
-    grid, files, targets = view.grid, view.files, view.targets
+    grids, files, targets = view.grids.tolist(), view.files, view.targets
     for i, name in enumerate(files):
         if name not in rows:
             raise InputError(f"{name!r} is no longer in {source.spec!r}: give the images of the store")
@@ -177,13 +177,15 @@ def predict_masks(clf: Any, view: SplitView, images: str | ImageSource) -> Itera
         size = (truth.shape[1], truth.shape[0])
         if size not in windows:
             windows[size] = measure_window(backbone.prepare, size)
-        made = patch_targets(truth, windows[size], grid, targets.shape[2])[0].numpy()
-        if not np.allclose(made, targets[i], atol=1e-5):
+        h, w = grids[i]
+        made = patch_targets(truth, windows[size], (h, w), targets.shape[2])[0].numpy()
+        if not np.allclose(made, targets[i, : h * w], atol=1e-5):
             raise InputError(
                 f"the mask of {name!r} is not what its tokens' targets were made of: extract again if it has changed, "
                 "or, where tokens were averaged to a coarser grid, to one that divides theirs"
             )
-        yield Prediction(name, truth, likeliest(clf.predict_proba(view[i : i + 1])[0], grid, windows[size], size))
+        p = clf.predict_proba(view.subset(np.array([i])))[0, : h * w]
+        yield Prediction(name, truth, likeliest(p, (h, w), windows[size], size))
 
 
 def pixel_scores(clf: Any, view: SplitView, images: str | ImageSource) -> PixelScores:

@@ -115,15 +115,15 @@ def write_masks(
     )  # fmt: skip
     files = _files(tokens)
     classes = [str(name) for name in (head.class_names_ or head.classes_)]
-    grid = model.origin.token_pool or model.origin.grid
     kind = np.uint8 if len(classes) <= UNSEEN[np.uint8] else np.uint16
     make_folder(folder)
     write_atomic(folder / NAMES, "".join(f"{name}\n" for name in classes).encode(errors="surrogateescape"))
     done = 0
     notify("predicting", 0, len(tokens))
     for batch in tokens:
-        for name, p, size in zip(batch.names, head.predict_proba(batch.tokens), batch.sizes, strict=True):
-            labels = likeliest(p, grid, tokens.window(size), size)
+        outputs = zip(batch.names, head.predict_proba(batch.tokens), batch.sizes, batch.grids, strict=True)
+        for name, p, size, (h, w) in outputs:
+            labels = likeliest(p[: h * w], (h, w), tokens.window(size), size)
             file = folder / LABELS / files[batch.split, name]
             make_folder(file.parent)
             write_atomic(file, png(np.where(labels < 0, UNSEEN[kind], labels).astype(kind)))

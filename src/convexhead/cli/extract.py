@@ -50,6 +50,14 @@ Backbone = Annotated[
 CropPct = Annotated[
     float | None, Option(help="Share of the image that the centre crop keeps; default: the backbone's.")
 ]
+KeepAspect = Annotated[
+    bool | None,
+    Option(
+        "--keep-aspect/--no-keep-aspect",
+        help="Scale images to --image-size pixels of their longer side, so that each has its own number of tokens; "
+        "default: no.",
+    ),
+]
 Channels = Annotated[int | None, Option(help="Channels of a token to keep; default: all.")]
 Reduction = Annotated[
     Reduce | None,
@@ -97,6 +105,7 @@ def extract(
     class_channels: ClassChannels = None,
     image_size: Sides = None,
     crop_pct: CropPct = None,
+    keep_aspect: KeepAspect = None,
     channels: Channels = None,
     reduce: Reduction = None,
     token_pool: TokenPool = None,
@@ -126,6 +135,7 @@ def extract(
             class_channels=class_channels,
             image_size=sides(image_size),
             crop_pct=crop_pct,
+            keep_aspect=keep_aspect,
             channels=channels,
             reduce=None if reduce is None else reduce.value,
             token_pool=token_pool,

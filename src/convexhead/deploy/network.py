@@ -150,6 +150,11 @@ def attach(
     """
     model = as_model(model)
     origin = model.origin
+    if origin is not None and origin.config.get("grids"):
+        raise InputError(
+            "this head reads images at their own aspect ratio, each with tokens of its own: a network takes images of "
+            "one size, so use convexhead predict"
+        )
     if origin is None:
         raise InputError(
             "this head was fitted on arrays, which do not say how tokens are made of images: fit it on a token store"

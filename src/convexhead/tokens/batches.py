@@ -22,7 +22,8 @@ class Extracted(NamedTuple):
     """Of the images ``rows``, which could be read: ``tokens (k, s, d)``, ``prefix (k, p, d)`` as stored.
 
     Their ``sizes`` are ``(width, height)``. With masks also ``targets (k, s, c)`` and ``weights (k, s)`` of tokens,
-    see `patch_targets`. Where images have different numbers of tokens ``lengths (k,)``, and zeros behind them.
+    see `patch_targets`. Where images have different numbers of tokens ``lengths (k,)``, and zeros behind them; where
+    they lie on grids of their own also ``grids (k, 2)``.
     """
 
     rows: list[int]
@@ -32,6 +33,7 @@ class Extracted(NamedTuple):
     weights: Tensor | None = None
     sizes: Sequence[tuple[int, int]] = ()
     lengths: Tensor | None = None
+    grids: Tensor | None = None
 
 
 @dataclass
@@ -53,13 +55,20 @@ class BatchExtractor:
 
     def __post_init__(self) -> None:
         # Threads would only make a GPU hold several batches at a time.
+        if self.keeps_aspect and self.token_pool is not None:
+            raise InputError("token_pool averages over one grid, and keep_aspect has one for each image: leave one out")
         self._windows: dict[tuple[int, int], Window] = {}
         self._turn = contextlib.nullcontext() if self.device.type == "cpu" else threading.Lock()
 
     @property
     def ragged(self) -> bool:
         """Whether images have different numbers of tokens."""
-        return bool(getattr(self.source, "ragged", False))
+        return self.keeps_aspect or bool(getattr(self.source, "ragged", False))
+
+    @property
+    def keeps_aspect(self) -> bool:
+        """Whether each image lies on a grid of its own."""
+        return self.backbone.most_tokens is not None
 
     def config(self) -> dict[str, Any]:
         """Return what determines the stored numbers, as JSON values."""
@@ -79,6 +88,7 @@ class BatchExtractor:
             **({"masks": {"void": self.source.void}} if isinstance(self.source, MaskSource) else {}),
             **({"task": self.source.task} if isinstance(self.source, TargetSource) else {}),
             **({"lengths": True} if self.ragged else {}),
+            **({"grids": True} if self.keeps_aspect else {}),
         }
 
     def first(self) -> TokenBatch:
@@ -94,7 +104,11 @@ class BatchExtractor:
             if image is not None:
                 if isinstance(self.source, MaskSource):
                     self.window(image.size)
-                return self._forward([self.backbone.prepare(image)])[0]
+                batch = self._forward([self.backbone.prepare(image)])[0]
+                if self.backbone.most_tokens is None:
+                    return batch
+                room, d = self.backbone.most_tokens, batch.tokens.shape[2]
+                return TokenBatch(batch.tokens.new_zeros(1, room, d), batch.prefix, (room, 1))
         raise InputError(f"no train image of {self.source.spec!r} can be read")
 
     def extract(self, split: str, items: range, grid: tuple[int, int]) -> Extracted:
@@ -116,6 +130,8 @@ class BatchExtractor:
                 sizes.append(image.size)
         if not images:
             return Extracted(rows, torch.empty(0), torch.empty(0))
+        if self.keeps_aspect:
+            return self._on_own_grids(split, rows, images, sizes)
         last = self.source.files(split)[rows[-1]]
         same_size = len({image.shape for image in images}) == 1
         batch, fine = self._forward(images) if same_size else (None, grid)
@@ -127,15 +143,43 @@ class BatchExtractor:
             return Extracted(rows, tokens, prefix, lengths=torch.from_numpy(lengths.lengths(split)[rows]))
         if not isinstance(self.source, MaskSource):
             return Extracted(rows, tokens, prefix, sizes=sizes)
-        made = []
-        for index, size in zip(rows, sizes, strict=True):
-            mask = self.source.mask(split, index)
-            if mask.shape[::-1] != size:
-                name = self.source.files(split)[index]
-                raise InputError(f"the mask of {name!r} has {mask.shape[::-1]} pixels, the image {size}")
-            made.append(patch_targets(mask, self.window(size), fine, len(self.source.class_names), self.token_pool))
+        made = [self._targets(split, *each, fine) for each in zip(rows, sizes, strict=True)]
         targets, weights = (torch.stack(part) for part in zip(*made, strict=True))
         return Extracted(rows, tokens, prefix, targets, weights, sizes)
+
+    def _on_own_grids(
+        self, split: str, rows: list[int], images: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> Extracted:
+        """The same where each image lies on a grid of its own: those of a shape share a forward pass."""
+        shapes, room = [tuple(image.shape) for image in images], self.backbone.most_tokens
+        assert room is not None
+        found: list[Any] = [None] * len(images)
+        for shape in dict.fromkeys(shapes):
+            which = [i for i, other in enumerate(shapes) if other == shape]
+            batch, _ = self._forward([images[i] for i in which])
+            for i, tokens, prefix in zip(which, batch.tokens, batch.prefix, strict=True):
+                found[i] = _padded(tokens, room), prefix, torch.tensor(batch.grid)
+        tokens, prefix, grids = (torch.stack(part) for part in zip(*found, strict=True))
+        last = self.source.files(split)[rows[-1]]
+        stored = Extracted(rows, self._stored(tokens, last), self._stored(prefix, last), sizes=sizes)
+        stored = stored._replace(lengths=grids.prod(1), grids=grids)
+        if not isinstance(self.source, MaskSource):
+            return stored
+        made = [
+            [_padded(part, room) for part in self._targets(split, index, size, tuple(grid))]
+            for index, size, grid in zip(rows, sizes, grids.tolist(), strict=True)
+        ]
+        targets, weights = (torch.stack(part) for part in zip(*made, strict=True))
+        return stored._replace(targets=targets, weights=weights)
+
+    def _targets(self, split: str, index: int, size: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """`patch_targets` of an image of ``size = (width, height)`` whose tokens lie on ``grid`` before pooling."""
+        source: Any = self.source
+        mask = source.mask(split, index)
+        if mask.shape[::-1] != size:
+            name = source.files(split)[index]
+            raise InputError(f"the mask of {name!r} has {mask.shape[::-1]} pixels, the image {size}")
+        return patch_targets(mask, self.window(size), grid, len(source.class_names), self.token_pool)
 
     def window(self, size: tuple[int, int]) -> Window:
         """What prepared images show of images of ``size = (width, height)``."""
@@ -178,3 +222,10 @@ class BatchExtractor:
                 raise InputError(f"tokens near {file!r} are too large for {self.dtype}: use dtype='float32'")
             raise InputError(f"the backbone {self.backbone.spec!r} gives NaN or infinite tokens near {file!r}")
         return stored
+
+
+def _padded(values: Tensor, room: int) -> Tensor:
+    """``values (s_i, …)`` with zeros behind them, ``(room, …)``."""
+    if len(values) > room:
+        raise InputError(f"an image has {len(values)} tokens, more than the {room} of a square one")
+    return torch.cat([values, values.new_zeros(room - len(values), *values.shape[1:])])

@@ -35,7 +35,10 @@ from convexhead.tokens.store.store import TokenStore
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others. They meet at the end of an extraction only, and one that dies ends the wait
 at once."""
-DEFAULTS = {"class_channels": False, "reduce": "avgpool", "standardize": True, "constant": False, "dtype": "float16"}
+DEFAULTS = {
+    "class_channels": False, "keep_aspect": False, "reduce": "avgpool", "standardize": True, "constant": False,
+    "dtype": "float16",
+}  # fmt: skip
 """Values that the options have if they are None."""
 BATCH = {"cpu": 8, "gpu": 256}
 """Images in a forward pass. Eight make one batch a core, whose activations fit its cache."""
@@ -51,6 +54,7 @@ def extract(
     class_channels: bool | None = None,
     image_size: ImageSize = None,
     crop_pct: float | None = None,
+    keep_aspect: bool | None = None,
     channels: int | None = None,
     reduce: Literal["avgpool", "pca"] | None = None,
     token_pool: int | tuple[int, int] | None = None,
@@ -77,8 +81,9 @@ def extract(
     source
         See `open_source`. With a module as backbone also a loader (of train, or one of each split) that yields
         ``(images, labels)`` or ``(images, labels, names)``; it is read once, into a temporary file of tokens.
-    backbone, layer, class_channels, image_size, crop_pct
-        See `open_backbone`; ``backbone`` is None with ``like``. Several layers weigh alike, see `fit_reduction`.
+    backbone, layer, class_channels, image_size, crop_pct, keep_aspect
+        See `open_backbone`; ``backbone`` is None with ``like``. Several layers weigh alike, see `fit_reduction`. With
+        ``keep_aspect`` images have different numbers of tokens, see `SplitView.lengths` and `SplitView.grids`.
     out, like
         Folder of the store. A store, or a run that was fitted on one, from which all settings, the fitted reduction
         and the order of the classes are taken; options that say something else are refused.
@@ -105,9 +110,9 @@ def extract(
     """
     asked = {
         "backbone": backbone, "layer": list(layer) if isinstance(layer, tuple) else layer, "image_size": image_size,
-        "class_channels": class_channels, "crop_pct": crop_pct, "channels": channels, "reduce": reduce, "dtype": dtype,
-        "token_pool": token_pool, "standardize": standardize, "constant": constant, "void": void,
-        "class_names": class_names,
+        "class_channels": class_channels, "crop_pct": crop_pct, "keep_aspect": keep_aspect, "channels": channels,
+        "reduce": reduce, "dtype": dtype, "token_pool": token_pool, "standardize": standardize, "constant": constant,
+        "void": void, "class_names": class_names,
     }  # fmt: skip
     _check(reduce, dtype, {"channels": channels, "batch_size": batch_size, "shard_size": shard_size})
 
@@ -188,7 +193,7 @@ def _extractor(
     pool = options["token_pool"]
     channels = None if options["reduce"] == "pca" else options["channels"]
     if origin is None:
-        sizes = {name: options[name] for name in ("layer", "class_channels", "image_size", "crop_pct")}
+        sizes = {name: options[name] for name in ("layer", "class_channels", "image_size", "crop_pct", "keep_aspect")}
         network = open_backbone(options["backbone"], **sizes)
         if network.channels and channels is not None:
             raise InputError(f"channels={channels} would average channels of different layers: use reduce='pca' too")

@@ -205,6 +205,9 @@ class ExtractionJob:
             arrays["labels"] = torch.from_numpy(source.labels(task.split)[rows])
         if self.extractor.ragged:
             arrays["lengths"] = torch.cat([torch.empty(0).long(), *(p.lengths for p in parts if p.lengths is not None)])
+        if self.extractor.keeps_aspect:
+            none = torch.empty(0, 2).long()
+            arrays["grids"] = torch.cat([none, *(p.grids for p in parts if p.grids is not None)])
         if manifest.n_prefix:
             arrays["prefix"] = prefix[: len(rows)]
         broken = [files[index] for index in sorted(set(task.items) - set(rows))]

@@ -73,6 +73,7 @@ def options_like(origin: TokenOrigin, given: dict[str, Any]) -> dict[str, Any]:
         "standardize": fitted.get("standardize", False),
         "constant": fitted.get("constant", False),
         "dtype": origin.config["dtype"],
+        "keep_aspect": origin.config["preprocessing"].get("keep_aspect", False),
     }
     for name, value in given.items():
         if value is None or name in ASKED or isinstance(value, Backbone):
@@ -119,14 +120,16 @@ def open_backbone_like(origin: TokenOrigin, options: dict[str, Any]) -> Backbone
 def _sizes(preprocessing: dict[str, Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Ways to ask for what ``preprocessing`` says: stores keep what came of image size and crop, not the question."""
     given = {name: options[name] for name in ("image_size", "crop_pct")}
-    yield given
+    kept = {"keep_aspect": True} if preprocessing.get("keep_aspect") else {}
+    if not kept or given["image_size"] is not None:
+        yield {**given, **kept}
     if isinstance(options["backbone"], Backbone) or given != {"image_size": None, "crop_pct": None}:
         return
     for name in ("input_size", "image_size", "crop", "resize"):
         size = preprocessing.get(name)
         size = side_or_sides(size)
         if size is not None:
-            yield {"image_size": size, "crop_pct": preprocessing.get("crop_pct")}
+            yield {"image_size": size, "crop_pct": preprocessing.get("crop_pct"), **kept}
             break
     if preprocessing.get("crop_pct") is not None:
         yield {"image_size": None, "crop_pct": preprocessing["crop_pct"]}

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from convexhead.errors import InputError, require
+from convexhead.padding import Padded
 from convexhead.tokens.backbones.base import Backbone
 from convexhead.tokens.batches import BatchExtractor, Extracted
 from convexhead.tokens.extract import BATCH
@@ -26,13 +29,15 @@ from convexhead.tokens.store.origin import TokenOrigin
 class Batch(NamedTuple):
     """Some images of a split, in order; their ``sizes`` are ``(width, height)``, () where the tokens are stored.
 
-    ``tokens`` are `Padded` where images have different numbers of them.
+    ``tokens`` are `Padded` where images have different numbers of them. Their ``grids`` are ``(h, w)``; () where no
+    image says so.
     """
 
     split: str
     names: list[str]
     tokens: Any  # Float[NDArray, "b s d"] or Padded
     sizes: Sequence[tuple[int, int]] = ()
+    grids: Sequence[tuple[int, int]] = ()
 
 
 class ImageTokens:
@@ -125,11 +130,15 @@ class ImageTokens:
                     continue
                 if (shape := tuple(found.tokens.shape[1:])) != origin.shape:
                     raise InputError(f"these would not be the same tokens: {shape} an image, the head's {origin.shape}")
-                tokens, first = found.tokens.float().numpy(), found.prefix[:, :1].float().numpy()
-                tokens = as_read(
-                    tokens, first if origin.class_token else None, origin.grid, origin.token_pool, origin.reduction
+                stored, first = found.tokens.float().numpy(), found.prefix[:, :1].float().numpy()
+                tokens: Any = as_read(
+                    stored, first if origin.class_token else None, origin.grid, origin.token_pool, origin.reduction
                 )
-                yield Batch(split, [files[index] for index in found.rows], tokens, found.sizes)
+                grids = [origin.token_pool or origin.grid] * len(tokens)
+                if found.grids is not None and found.lengths is not None:
+                    grids = [(h, w) for h, w in found.grids.tolist()]
+                    tokens = Padded(tokens, np.arange(tokens.shape[1]) < _there(found.lengths, origin)[:, None])
+                yield Batch(split, [files[index] for index in found.rows], tokens, found.sizes, grids)
 
     def window(self, size: tuple[int, int]) -> Window:
         """What the backbone sees of images of ``size = (width, height)``."""
@@ -140,6 +149,12 @@ class ImageTokens:
             n = len(self.source.files(split))
             for start in range(0, n, self._batch_size):
                 yield split, range(n)[start : start + self._batch_size]
+
+
+def _there(lengths: torch.Tensor, origin: TokenOrigin) -> NDArray[np.int64]:
+    """Of each image the tokens that a head reads, the class token among them."""
+    there: NDArray[np.int64] = lengths.numpy() + origin.class_token
+    return there
 
 
 def _open(images: str | Path | ImageSource, split: str | None) -> ImageSource:

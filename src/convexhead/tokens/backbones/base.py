@@ -55,6 +55,9 @@ class Backbone(nn.Module):
         ``class``, whether the last group is the class token's. Else empty.
     weights_hash
         SHA-256 over names, types and values of all weights; empty without weights.
+    most_tokens
+        Where images keep their aspect ratio, and lie on grids of their own, the most tokens that one can have;
+        None where all lie on one grid.
     preprocessing
         Every setting on which the pixels depend, as plain JSON values.
     """
@@ -63,6 +66,7 @@ class Backbone(nn.Module):
     layer: Layer
     weights_hash: str
     preprocessing: dict[str, Any]
+    most_tokens: int | None = None
     channels: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
 
     def prepare(self, image: Image.Image) -> Tensor:

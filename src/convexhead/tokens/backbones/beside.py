@@ -49,6 +49,8 @@ class BesideBackbone(Backbone):
             raise InputError(f"layer={layers} names {'the last map' if twice[0] is None else twice[0]} twice")
         self.spec, self.weights_hash, self.preprocessing = first.spec, first.weights_hash, first.preprocessing
         self.layer = layers if len(layers) > 1 else layers[0]
+        if first.most_tokens is not None:
+            self.most_tokens = min(part.most_tokens for part in parts if part.most_tokens is not None)
         self.parts, self._class = nn.ModuleList(parts), class_channels
         if class_channels and first.preprocessing.get("class token", True) is False:
             raise InputError(f"the tokens that {self.spec!r} puts in front are registers: leave class_channels out")

@@ -32,6 +32,7 @@ def open_backbone(
     class_channels: bool = False,
     image_size: ImageSize = None,
     crop_pct: float | None = None,
+    keep_aspect: bool = False,
 ) -> Backbone:
     """Open a backbone by its specification (see the module's table).
 
@@ -53,6 +54,9 @@ def open_backbone(
         all, which is better for small images without margins. Of timm only: transformers models crop as
         their processor says.
 
+    keep_aspect
+        Scale images to ``image_size`` pixels of their longer side, so that each has a grid of tokens of its own.
+
     Raises
     ------
     InputError
@@ -65,7 +69,7 @@ def open_backbone(
     HubError
         Weights are neither in the local cache nor to be had from the hub.
     """
-    given = (layer, image_size, crop_pct, class_channels) != (None, None, None, False)
+    given = (layer, image_size, crop_pct, class_channels, keep_aspect) != (None, None, None, False, False)
     if isinstance(spec, nn.Module) and not isinstance(spec, Backbone):
         if given:
             raise InputError("layer, image_size and crop_pct are for named backbones: module and transform decide them")
@@ -80,7 +84,7 @@ def open_backbone(
             raise InputError("layer, image_size and crop_pct need the name of a backbone, not an open one")
         return spec
     if class_channels or isinstance(layer, Sequence):
-        at = partial(open_backbone, spec, image_size=image_size, crop_pct=crop_pct)
+        at = partial(open_backbone, spec, image_size=image_size, crop_pct=crop_pct, keep_aspect=keep_aspect)
         return _beside([at(layer=k) for k in (layer if isinstance(layer, Sequence) else [layer])], class_channels)
     scheme, _, rest = spec.partition(":")
     if scheme == "module":
@@ -90,14 +94,17 @@ def open_backbone(
     # Imported here because Pillow, timm and transformers are optional and slow to import.
     require("PIL", "images")
     settings: dict[str, Any] = {"layer": layer, "image_size": image_size, "crop_pct": crop_pct}
+    if scheme == "hf":
+        if keep_aspect:
+            raise InputError(f"{spec!r} is sized as its image processor says: leave keep_aspect out, or use timm:NAME")
+        from convexhead.tokens.backbones.hf_backbone import open_hf
+
+        return open_hf(rest, **settings)
+    settings["keep_aspect"] = keep_aspect
     if scheme == "patches":
         from convexhead.tokens.backbones.patches import open_patches
 
         return open_patches(rest, **settings)
-    if scheme == "hf":
-        from convexhead.tokens.backbones.hf_backbone import open_hf
-
-        return open_hf(rest, **settings)
     from convexhead.tokens.backbones.timm_weights import open_packaged, open_timm
 
     return open_timm(rest, **settings) if scheme == "timm" else open_packaged(rest, **settings)

