@@ -82,8 +82,7 @@ def extract(
         See `open_source`. With a module as backbone also a loader (of train, or one of each split) that yields
         ``(images, labels)`` or ``(images, labels, names)``; it is read once, into a temporary file of tokens.
     backbone, layer, class_channels, image_size, crop_pct, keep_aspect
-        See `open_backbone`; ``backbone`` is None with ``like``. Several layers weigh alike, see `fit_reduction`. With
-        ``keep_aspect`` images have different numbers of tokens, see `SplitView.lengths` and `SplitView.grids`.
+        See `open_backbone`; ``backbone`` is None with ``like``. Several layers weigh alike, see `fit_reduction`.
     out, like
         Folder of the store. A store, or a run that was fitted on one, from which all settings, the fitted reduction
         and the order of the classes are taken; options that say something else are refused.

@@ -123,7 +123,9 @@ def _options(spec: str, model: Any) -> dict[str, Any]:
     return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
 
 
-def open_hf(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None) -> TransformersBackbone:
+def open_hf(
+    name: str, *, layer: int | None, image_size: ImageSize, crop_pct: float | None, keep_aspect: bool
+) -> TransformersBackbone:
     """Open ``hf:NAME`` or ``hf:FOLDER``.
 
     Raises
@@ -140,6 +142,8 @@ def open_hf(name: str, *, layer: int | None, image_size: ImageSize, crop_pct: fl
     spec = f"hf:{name}"
     if crop_pct is not None:
         raise InputError(f"{spec!r} crops as its image processor says: omit crop_pct")
+    if keep_aspect:
+        raise InputError(f"{spec!r} is sized as its image processor says: leave keep_aspect out, or use timm:NAME")
     if isinstance(image_size, tuple):
         raise InputError(f"{spec!r} takes squares: give one number as image_size")
     local = Path(name).expanduser()

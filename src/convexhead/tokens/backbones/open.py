@@ -44,16 +44,14 @@ def open_backbone(
     transform, name
         Of a module: makes its input ``(c, height, width)`` of an RGB image; what both are called.
     layer, class_channels
-        Inner block to take, counted from 0 (a stage for networks that timm divides into stages); None takes the final
-        map. Several, such as ``[4, None]``, stand side by side in the channels, perhaps with the class token.
+        Inner block, counted from 0 (a stage where timm divides a network into stages); None takes the final map.
+        Several, such as ``[4, None]``, stand side by side in the channels, perhaps with the class token.
     image_size
         Side of the square input in pixels, or (height, width); None is the backbone's own. Resizing and cropping keep
         their proportion; a transformers processor that cannot give such squares is refused.
     crop_pct
-        Share of the resized image that the centre crop keeps; None is the backbone's own, 1 keeps
-        all, which is better for small images without margins. Of timm only: transformers models crop as
-        their processor says.
-
+        Share of the resized image that the centre crop keeps; None is the backbone's own, 1 keeps all, which is better
+        for small images without margins. Of timm only: transformers models crop as their processor says.
     keep_aspect
         Scale images to ``image_size`` pixels of their longer side, so that each has a grid of tokens of its own.
 
@@ -62,8 +60,7 @@ def open_backbone(
     InputError
         Unknown name, impossible layer or size.
     FileFormatError
-        A weights file that is neither safetensors nor of ``torch.save``, that holds more than data, or that does not
-        fit the architecture.
+        A weights file of another format, that holds more than data, or that does not fit the architecture.
     MissingExtraError
         timm, or the package with the weights, is not installed.
     HubError
@@ -93,18 +90,15 @@ def open_backbone(
     image_size = _checked(image_size, crop_pct)
     # Imported here because Pillow, timm and transformers are optional and slow to import.
     require("PIL", "images")
-    settings: dict[str, Any] = {"layer": layer, "image_size": image_size, "crop_pct": crop_pct}
-    if scheme == "hf":
-        if keep_aspect:
-            raise InputError(f"{spec!r} is sized as its image processor says: leave keep_aspect out, or use timm:NAME")
-        from convexhead.tokens.backbones.hf_backbone import open_hf
-
-        return open_hf(rest, **settings)
-    settings["keep_aspect"] = keep_aspect
+    settings: Any = {"layer": layer, "image_size": image_size, "crop_pct": crop_pct, "keep_aspect": keep_aspect}
     if scheme == "patches":
         from convexhead.tokens.backbones.patches import open_patches
 
         return open_patches(rest, **settings)
+    if scheme == "hf":
+        from convexhead.tokens.backbones.hf_backbone import open_hf
+
+        return open_hf(rest, **settings)
     from convexhead.tokens.backbones.timm_weights import open_packaged, open_timm
 
     return open_timm(rest, **settings) if scheme == "timm" else open_packaged(rest, **settings)
