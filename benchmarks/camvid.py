@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from common import Table, hardware
@@ -72,11 +73,22 @@ def chosen(head: str, store: TokenStore, images: str, options: argparse.Namespac
     return max(models, key=lambda clf: pixel_scores(clf, store["val"], images).mean_iou), spent(began)
 
 
-def by_sklearn(clf: Any, train: Any, tol: float) -> dict[str, Any]:
-    """The objective of scikit-learn's solution of the linear head's program, and its time.
+class Coefficients:
+    """scikit-learn's linear head on tokens, as scores of pixels ask for probabilities."""
+
+    def __init__(self, clf: Any, coef: NDArray[Any]) -> None:
+        self.pool, self.class_names_, self.as_fitted_on, self.coef = clf.pool, clf.class_names_, clf.as_fitted_on, coef
+
+    def predict_proba(self, view: Any) -> NDArray[Any]:
+        return softmax(np.asarray(view, np.float64) @ self.coef.T, axis=2)
+
+
+def by_sklearn(clf: Any, store: TokenStore, images: str, tol: float) -> dict[str, Any]:
+    """Objective and scores of scikit-learn's solution of the linear head's program, and its time.
 
     A token is a row for each class that it has pixels of, weighted by their share.
     """
+    train = store["train"]
     X, Y, w = train.read(), train.targets.astype(np.float64), train.weights.astype(np.float64)
     share = Y * w[..., None]
     i, t, k = np.nonzero(share)
@@ -89,7 +101,8 @@ def by_sklearn(clf: Any, train: Any, tol: float) -> dict[str, Any]:
     largest = f.max(2, keepdims=True)
     log_sum = (largest + np.log(np.exp(f - largest).sum(2, keepdims=True)))[..., 0]
     loss = (w * (log_sum - (Y * f).sum(2))).sum() / w.sum()
-    return {"objective": float(loss + clf.beta_ / 2 * (sk.coef_**2).sum()), **time_spent}
+    objective = float(loss + clf.beta_ / 2 * (sk.coef_**2).sum())
+    return {"objective": objective, **time_spent, **measured(Coefficients(clf, sk.coef_), store, images, "test")}
 
 
 def by_adam(clf: Any, store: TokenStore, epochs: int) -> Any:
@@ -153,7 +166,7 @@ def main() -> None:
             pictures(clf, store, options.images, options.pictures)
         if head == "linear":
             for tol in (1e-4, 1e-6):
-                row = {**about, **by_sklearn(clf, store["train"], tol)}
+                row = {**about, **by_sklearn(clf, store, options.images, tol)}
                 table.run(lambda row=row: row, **tokens, head=head, method=f"scikit-learn tol={tol:g}")
         elif options.adam_epochs:
             started = now()
