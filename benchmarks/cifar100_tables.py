@@ -20,7 +20,8 @@ from typing import Any
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from common import RESULTS, Row, read_csv, write_csv
-from convexhead.experiments.cifar100 import PRIORITY
+from convexhead.baselines.adam import OPTIMIZERS
+from convexhead.experiments.cifar100 import ON_REQUEST, PRIORITY
 from convexhead.experiments.rows import METHOD
 from convexhead.report import drawing, methods
 from speed_tables import markdown, prose
@@ -40,6 +41,7 @@ COLUMNS = {
 }
 """Columns of `methods.COLUMNS` that the page has room for, and what they are called there."""
 ORDER = ("linear", "gated-relu", "relu")
+HEADS = (*PRIORITY, *(cell.head for cell in ON_REQUEST))
 
 
 def gather(name: str, runs: list[Path]) -> None:
@@ -69,7 +71,7 @@ def _place(row: Row) -> tuple[int, int]:
     """By activation and head, probes last; the methods of a cell keep their order."""
     if row.get("activation") not in ORDER:
         return len(ORDER), 0
-    return ORDER.index(row["activation"]), PRIORITY.index(row["head"].split()[0])
+    return ORDER.index(row["activation"]), HEADS.index(row["head"].split()[0])
 
 
 def table(name: str) -> str:
@@ -105,7 +107,7 @@ def _typed(row: Row) -> dict[str, Any]:
 
 def widths(name: str) -> bool:
     """Draw Adam's runs against their number of heads, beside the convex head; False where they have one number."""
-    rows = [_typed(row) for row in read_csv(f"cifar100_{name}") if row["method"].startswith(("convex", "Adam,"))]
+    rows = [_typed(row) for row in read_csv(f"cifar100_{name}") if row["method"] in ("convex", OPTIMIZERS["l2"])]
     adam_rows = [row for row in rows if row["method"] != "convex" and row["head"] != "linear"]
     if len(adam_rows) == len({_cell(row) for row in adam_rows}):
         return False

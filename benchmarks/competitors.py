@@ -18,7 +18,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from common import Skip
-from convexhead.baselines.adam import make_network, objectives, train_adam
+from convexhead.baselines.adam import make_network, train_adam
+from convexhead.baselines.passes import objectives
 from convexhead.certificate.certify import Certificate, certify_atoms
 from convexhead.drive import solve
 from convexhead.program.atoms import Atoms

@@ -31,6 +31,7 @@ from convexhead.padding import Padded, as_padded, with_lengths
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.attentive import Attentive
 from convexhead.program.heads.query_ball import QueryBall
+from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.program.losses import Loss, make_loss
 from convexhead.program.problem import Problem
 from convexhead.reading import split_for, tokens_of
@@ -264,7 +265,7 @@ class _Posed:
         ball = QueryBall(torch.eye(head.d).double(), rho, None, X.double().mean((0, 1)).cpu())
         known = QueryMaxima(own.new_zeros(len(own)), own, torch.zeros(len(own), dtype=torch.int64), rho)
         generator = torch.Generator().manual_seed(self.seed or 0)
-        best = price(problem.operator, ball, R, known, generator, starts=STARTS // 4)
+        best = price(problem.operator, ball, R, known, TokenDraw.of(X), generator, starts=STARTS // 4)
         return MissingQuery(best.z[0], float(best.values[0]) / problem.coordinates.beta(self.beta))
 
 

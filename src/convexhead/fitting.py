@@ -33,7 +33,7 @@ from convexhead.program.losses import make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import all_gates, sample_patterns
 from convexhead.program.problem import Problem
-from convexhead.queries import make_queries, query_ball, without_idle_queries
+from convexhead.queries import make_queries, query_ball, token_draw, without_idle_queries
 from convexhead.query_search import find_queries
 from convexhead.reading import Data
 from convexhead.runtime.checkpoint import Checkpoint
@@ -296,7 +296,8 @@ def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Genera
     """The task over the queries that a search finds at the β of the settings."""
     if ranks.size > 1:
         raise InputError("queries='search' finds queries in one process: start it without torchrun")
-    ball = query_ball(spec, data)
+    draw = token_draw(data)
+    ball = query_ball(spec, data, draw)
 
     def pose_for(queries: torch.Tensor) -> Problem:
         head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=queries, ball=ball)
@@ -305,7 +306,7 @@ def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Genera
     def beta_of(largest: float) -> float:
         return spec.beta if spec.beta is not None else spec.beta_ratio * largest
 
-    found, largest = find_queries(pose_for, ball, beta_of, spec.tol, generator, after(spec.max_time))
+    found, largest = find_queries(pose_for, ball, draw, beta_of, spec.tol, generator, after(spec.max_time))
     task = Task(spec, data, pose_for(ball.queries(found.z, found.place)), generator)
     task.beta_max = largest
     return task

@@ -6,7 +6,7 @@
     V  `values`     (k, e, c)            a parameter
     b  `intercept`  (c,)                 a parameter where an intercept is used, else None
     g  `gates`      (J, *gate_shape)     a buffer of the gated ReLU, float64 whatever the module's precision
-    q  `queries`    (J, d [+ s])         a buffer of the attentive head, float64 as the gates
+    q  `queries`    (J, d [+ s])         a buffer of the attentive head, float64 as the gates; see `train_queries`
        `block`      (k,)                 a buffer: the block of each atom, gate · n_groups + channel group
 
 The mathematics is the library's own (`heads`, `activation`) and autograd works through it: a convex solution
@@ -308,6 +308,20 @@ class HeadModule(nn.Module):
         if size > 0:  # outputs are of degree 2 in the weights
             self.mixing.mul_(size**-0.5)
             self.values.mul_(size**-0.5)
+
+    def train_queries(self) -> None:
+        """Make the queries of an attentive head parameters.
+
+        Raises
+        ------
+        InputError
+            The head has none.
+        """
+        queries = self.queries
+        if queries is None:
+            raise InputError(f"only an attentive head has queries to train, and this is {self.head.name!r}")
+        del self.queries
+        self.queries = nn.Parameter(queries)
 
     # -- inside ---------------------------------------------------------------------------------------------
     def _check_shapes(self) -> None:

@@ -12,6 +12,7 @@ from convexhead.model import Model
 from convexhead.program.heads.attentive import Attentive
 from convexhead.program.heads.base import resolve_grid
 from convexhead.program.heads.query_ball import QueryBall, sample_queries
+from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.reading import Data
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.spec import Spec
@@ -23,10 +24,16 @@ def make_queries(spec: Spec, data: Data, generator: torch.Generator) -> torch.Te
         return None
     if spec.queries is not None:
         return inputs.as_weights(spec.queries, "queries")
-    return sample_queries(query_ball(spec, data), _present_tokens(data), spec.n_queries, generator)
+    draw = token_draw(data)
+    return sample_queries(query_ball(spec, data, draw), draw, spec.n_queries, generator)
 
 
-def query_ball(spec: Spec, data: Data) -> QueryBall:
+def token_draw(data: Data) -> TokenDraw:
+    """The tokens that queries are sampled from; samples count what they count in a score."""
+    return TokenDraw.of(_present_tokens(data), None if data.counts is None else data.counts.sum(1))
+
+
+def query_ball(spec: Spec, data: Data, draw: TokenDraw) -> QueryBall:
     """The ball that queries are sampled or searched in.
 
     Raises
@@ -39,9 +46,9 @@ def query_ball(spec: Spec, data: Data) -> QueryBall:
             "maps of places need samples of the same number of tokens: pass query_position=False for samples of "
             "different numbers"
         )
-    X = _present_tokens(data)
-    grid = resolve_grid(X.shape[1], data.grid if spec.grid is None else spec.grid) if spec.query_position else None
-    return QueryBall.of(X, radius=spec.query_scale, grid=grid, key_dim=spec.key_dim)
+    s = draw.X.shape[1]
+    grid = resolve_grid(s, data.grid if spec.grid is None else spec.grid) if spec.query_position else None
+    return QueryBall.of(draw, radius=spec.query_scale, grid=grid, key_dim=spec.key_dim)
 
 
 def _present_tokens(data: Data) -> Tokens:

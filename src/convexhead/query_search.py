@@ -28,6 +28,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.heads.attentive import Attentive
 from convexhead.program.heads.base import mix_features
 from convexhead.program.heads.query_ball import QueryBall
+from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.problem import Problem
 
@@ -48,6 +49,7 @@ Pose = Callable[[Tensor], Problem]
 def find_queries(
     pose: Pose,
     ball: QueryBall,
+    draw: TokenDraw,
     beta_of: Callable[[float], float],
     tol: float,
     generator: torch.Generator,
@@ -59,6 +61,8 @@ def find_queries(
     ----------
     pose : callable
     ball : QueryBall
+    draw : TokenDraw
+        Where ascents start.
     beta_of : callable (float) -> float
         β, given the highest reward at ``Z = 0``.
     tol : float
@@ -78,7 +82,7 @@ def find_queries(
     mean = QueryMaxima(none, none.expand(1, ball.basis.shape[1]), torch.zeros(1, dtype=torch.int64), ball.radius)
     problem = pose(ball.queries(mean.z, mean.place))
     atoms, starts = problem.empty(), STARTS // 4
-    found = price(problem.operator, ball, _residual(problem, atoms), mean, generator, starts=starts, late=late)
+    found = price(problem.operator, ball, _residual(problem, atoms), mean, draw, generator, starts=starts, late=late)
     beta_max, queries = float(found.values[0]), found.select(torch.arange(min(FEW, len(found))))
     beta, gap = beta_of(beta_max), ROUGH
     for _ in range(ROUNDS):
@@ -86,7 +90,7 @@ def find_queries(
         model, _ = approach(problem, beta, tol=gap, start=atoms, generator=generator)
         R = _residual(problem, model.to(problem.device, problem.dtype))
         queries, atoms = _kept(queries, model.to(problem.device, problem.dtype))
-        found = price(problem.operator, ball, R, queries, generator, starts=starts, late=late)
+        found = price(problem.operator, ball, R, queries, draw, generator, starts=starts, late=late)
         worth = found.select(found.values > beta * (1 + WORTH * tol))
         last = gap == tol and starts == STARTS
         if late() or (last and not len(worth)):

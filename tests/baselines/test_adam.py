@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from convexhead.baselines.adam import SCHEDULES, train_adam, tune_learning_rate
+from convexhead.baselines.adam import SCHEDULES, make_network, train_adam, tune_learning_rate
+from convexhead.baselines.passes import ProblemPasses, QueryPasses
 from convexhead.certificate.certify import certify_atoms
 from convexhead.drive import solve
 from convexhead.errors import InputError
@@ -172,3 +173,63 @@ def test_errors(options, message):
 def test_no_learning_rate():
     with pytest.raises(InputError, match="at least one"):
         tune_learning_rate(lambda lr: None, [])
+
+
+# -- trained queries ---------------------------------------------------------------------------------------------------
+def attentive(norm="all", *, places=True, fit_intercept=True):
+    generator = torch.Generator().manual_seed(5)
+    X = torch.randn(N, S, D, generator=generator, dtype=torch.float64)
+    loud = (X @ torch.randn(D, generator=generator).double()).argmax(1)  # a query can find the token that counts
+    labels = (X[torch.arange(N), loud] @ torch.randn(D, C, generator=generator).double()).argmax(1)
+    queries = torch.randn(3, D + S * places, generator=generator, dtype=torch.float64)
+    head = make_head("attentive", S, D, queries=queries, query_norm=norm)
+    operator = Operator(X, head, make_activation("linear", head, None), reuse=True)
+    Y = torch.nn.functional.one_hot(labels[:, None], C).double()
+    return Problem(operator, Y, make_loss("cross-entropy"), fit_intercept=fit_intercept)
+
+
+@pytest.mark.parametrize("norm", ["all", "each"])
+@pytest.mark.parametrize("places", [True, False])
+def test_gradients_in_weights_are_those_of_the_problem_whether_or_not_queries_are_trained(norm, places):
+    problem = attentive(norm, places=places)
+    fixed, free = make_network(problem, 6, 0), make_network(problem, 6, 0)
+    known, passes = ProblemPasses(fixed, problem), QueryPasses(free, problem)
+    assert passes.objective(0.1) == pytest.approx(known.objective(0.1), rel=1e-12)
+    assert passes.objectives(0.1) == pytest.approx(known.objectives(0.1), rel=1e-12)
+    for index in (None, torch.tensor([3, 1, 40])):
+        known.differentiate(index, 0.1)
+        passes.differentiate(index, 0.1)
+        for name, parameter in fixed.named_parameters():
+            torch.testing.assert_close(free.get_parameter(name).grad, parameter.grad)
+    before = passes.objective(0.1)
+    with torch.no_grad():
+        free.queries -= 1e-3 * free.queries.grad
+    passes.differentiate(None, 0.1)
+    assert passes.objective(0.1) < before
+
+
+@pytest.mark.parametrize("how", ["l2", "decoupled"])
+def test_trained_queries_are_below_the_optimum_of_those_that_they_start_from(how):
+    problem = attentive()
+    beta = beta_of(problem, 0.1)
+    solution = solve(problem, beta, tol=1e-4, generator=torch.Generator().manual_seed(0))
+    options = {"n_heads": 8, "lr": 0.05, "epochs": 150, "batch_size": 20, "weight_decay_mode": how}
+    result = train_adam(problem, beta, train_queries=True, **options)
+    assert result.optimizer.endswith("queries trained")
+    assert not torch.equal(result.module.queries, problem.head.queries)
+    if how == "l2":
+        assert result.objective < solution.certificate.dual  # which is for the queries of the problem
+        assert result.convex_objective <= result.objective
+    # What was trained is a head like any other, certified for the queries that it has now.
+    own = make_head("attentive", S, D, queries=result.module.queries.detach())
+    operator = Operator(problem.operator.X, own, make_activation("linear", own, None))
+    its = Problem(operator, problem.Y, problem.loss, fit_intercept=True)
+    certificate = certify_atoms(
+        its, result.module.to_atoms(), beta, tol=1e-3, generator=torch.Generator().manual_seed(0)
+    )
+    assert certificate.primal == pytest.approx(result.convex_objective, rel=1e-9)
+
+
+def test_heads_without_queries_say_that_they_have_none():
+    with pytest.raises(InputError, match="only an attentive head has queries"):
+        train_adam(build("mlp", "linear"), 0.1, n_heads=2, lr=0.1, epochs=1, train_queries=True)

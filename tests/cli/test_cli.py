@@ -164,8 +164,12 @@ def test_compare_takes_the_queries_of_an_attentive_head(work, capsys):
     pytest.importorskip("matplotlib")
     out, queries = work / "attentive-comparison", ("--n-queries", 5, "--query-norm", "each", "--key-dim", 2)
     options = ("--heads", "attentive", "--beta-ratios", 0.3, "--seeds", 1, *queries)
-    (row,) = call_json(capsys, "compare", work / "tokens", "--out", out, *options)["rows"]
+    result = call_json(capsys, "compare", work / "tokens", "--out", out, *options)
+    (row,) = result["rows"]
     assert row["certificate"]["scope"] == "sampled-queries"
+    (trained,) = (method for method in result["methods"] if method["method"].endswith("queries trained"))
+    assert 0 < trained["test_top1"] <= 1
+
     assert row["twin"]["runs"][0]["objective"] >= row["certificate"]["dual"]
     saved = ch.load(out / "models" / "attentive-linear")
     assert len(saved.queries_) == 5

@@ -21,8 +21,8 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 import convexhead as ch
-from convexhead.baselines.adam import objectives
 from convexhead.baselines.attentive_probe import AttentiveProbe
+from convexhead.baselines.passes import objectives
 from convexhead.errors import ConvexHeadError, FileFormatError, InputError
 from convexhead.experiments import cifar100, comparison, rows
 from convexhead.experiments.cells import (
@@ -386,6 +386,9 @@ def test_published_scale_and_every_cell():
     assert [cell.outputs for cell in part.cells] == ["shared", "grouped"]
     short = cifar100._settings(cifar100.SCALES["2k"], True, (), (), {}, {"tuning_seeds": 1})
     assert replace(short, probes=()).pieces() == 19 + 7 * (18 * 4 + 2) + 1
+    asked = cifar100._settings(cifar100.SCALES["2k"], False, ("attentive", "mlp"), ("linear",), {}, {})
+    assert [cell.name for cell in asked.cells] == ["mlp-linear", "attentive-linear"]
+    assert replace(asked, probes=()).pieces() == 2 + 7 * 3 + 1  # the attentive head's queries are trained, too
     with pytest.raises(InputError, match="1 to 3"):
         cifar100._settings(cifar100.SCALES["2k"], True, (), (), {}, {"tuning_seeds": 4})
 

@@ -184,6 +184,22 @@ def test_intercepts_of_regressions_are_exact(loss):
             assert lowest <= other * (1 + 1e-14)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_an_intercept_of_saturated_outputs_is_found(seed):
+    """Newton's first step leads where the residual is small since probabilities are 0 and 1, and the loss is large."""
+    from convexhead.program.intercept import solve_intercept
+
+    generator = torch.Generator().manual_seed(seed)
+    f = 20 * torch.randn(11, 1, 3, generator=generator, dtype=torch.float64)
+    Y = torch.nn.functional.one_hot(torch.randint(3, (11, 1), generator=generator), 3)
+    head = make_head("linear", 1, 2)
+    operator = Operator(torch.zeros(11, 1, 2).double(), head, make_activation("linear", head, None))
+    problem = Problem(operator, Y, CrossEntropy(), fit_intercept=True)
+    b = solve_intercept(problem, f)
+    assert float(problem.residual(f + b).sum((0, 1)).abs().sum()) < 1e-8
+    assert problem.data_term(f + b) <= problem.data_term(f)
+
+
 @pytest.mark.parametrize("pool", ["mean", "cls", "none"])
 @pytest.mark.parametrize("outputs", ["shared", "grouped"])
 @pytest.mark.parametrize("name", ["linear", "mlp", "fno", "block-fno", "mlp-mixer", "self-attention"])

@@ -165,7 +165,7 @@ def test_module_and_saved_model_are_the_same_function(name, tmp_path):
 
 
 # -- weights are repetitions ------------------------------------------------------------------------------------------
-HEADS = ["self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear"]
+HEADS = ["self-attention", "mlp-mixer", "fno", "block-fno", "mlp", "linear", "attentive"]
 TIMES = np.array([1, 2, 0, 3, 1, 0, 1, 2, 1, 0, 1, 3, 1, 1])
 REPEATED = np.repeat(np.arange(N), TIMES)
 KINDS = {
@@ -183,6 +183,8 @@ def test_a_weight_of_two_is_twice_and_of_zero_is_not_there(head, kind):
     estimator, options, y = KINDS[kind]
     if head == "block-fno":
         options = {**options, "n_blocks": 2}
+    if head == "attentive" and "pool" in options:
+        pytest.skip("it pools tokens by its queries")
     settings = {"head": head, "beta": 0.02, "tol": 2e-9, "fit_intercept": True, "random_state": 0, **options}
     weighed = estimator(**settings).fit(X, y, TIMES)
     repeated = estimator(**settings).fit(X[REPEATED], y[REPEATED])

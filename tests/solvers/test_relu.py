@@ -13,7 +13,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 import convexhead as ch
 import oracle
-from convexhead.baselines.adam import make_network, objectives, train_adam
+from convexhead.baselines.adam import make_network, train_adam
+from convexhead.baselines.passes import objectives
 from convexhead.drive import solve
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.dual_norm.scores import scores_of

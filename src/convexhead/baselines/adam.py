@@ -7,22 +7,22 @@ its result lies at or above the certified optimum, and the distance says how far
 decoupled decay of AdamW shrinks the weights beside the loss and so minimises something else; it is offered
 because many use it, and a `TrainingResult` says which of the two it was.
 
-Steps take the problem's own passes (`Problem.value_and_gradient`) over prepared tokens: nothing is prepared
-twice, and Adam pays for exactly the arithmetic that the convex solver pays for.
+The queries of an attentive head are those of the problem, or trained as well, which is another problem: the one of the
+field's attentive probes, with the tokens, maps over places, pooling and penalty of the certified head. See `passes`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
+from convexhead.baselines.passes import ProblemPasses, QueryPasses, minibatches
 from convexhead.errors import InputError, choose
 from convexhead.modules import HeadModule
 from convexhead.program.activations import GatedReLU
-from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
 from convexhead.runtime.clock import now
 
@@ -31,6 +31,8 @@ OPTIMIZERS = {
     "l2": "Adam, L2 term in the loss",
     "decoupled": "AdamW, decoupled weight decay (a different objective)",
 }
+TRAINED_QUERIES = ", queries trained"
+"""What is added to these where queries are trained."""
 EVALUATIONS = 40
 """Largest number of full-data objectives that a run with minibatches records. Chosen by hand."""
 
@@ -92,6 +94,7 @@ def train_adam(
     seed: int = 0,
     schedule: str = "cosine",
     weight_decay_mode: str = "l2",
+    train_queries: bool = False,
     callback: Callable[[TrainingRow], None] | None = None,
 ) -> TrainingResult:
     """Train the network of ``problem`` with ``n_heads`` atoms at weight ``beta``.
@@ -114,6 +117,9 @@ def train_adam(
         ``cosine`` falls from ``lr`` to 0 over all steps.
     weight_decay_mode : {"l2", "decoupled"}
         ``l2``: β in the loss, the objective Φ. ``decoupled``: AdamW with weight decay β, not Φ.
+    train_queries : bool
+        Of an attentive head: queries, and log-weights of places where it has some, start at those of the problem and
+        are trained. Φ is then no longer bounded by a certificate of the problem.
     callback : callable (TrainingRow) or None
         Called with every new row of the history.
     """
@@ -121,7 +127,7 @@ def train_adam(
     _check_options(n_heads, epochs, size, lr, beta)
     decoupled = choose("weight_decay_mode", weight_decay_mode, OPTIMIZERS) == "decoupled"
     module = make_network(problem, n_heads, seed)
-    atoms = _shared(module, problem)
+    passes = (QueryPasses if train_queries else ProblemPasses)(module, problem)
     optimizer = _make_optimizer(module, lr, beta if decoupled else None)
     decay = _make_schedule(optimizer, schedule, epochs * math.ceil(problem.n / size))
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +136,7 @@ def train_adam(
 
     def record(epoch: int) -> float:
         with clock.paused():
-            row = TrainingRow(clock.seconds(), epoch, factored_objective(problem, atoms, beta))
+            row = TrainingRow(clock.seconds(), epoch, passes.objective(beta))
             history.append(row)
             if callback is not None:
                 callback(row)
@@ -138,21 +144,17 @@ def train_adam(
 
     record(0)
     for epoch in range(1, epochs + 1):
-        for batch in _minibatches(problem, size, generator):
-            at = batch.value_and_gradient(atoms, 0.0 if decoupled else beta).gradient
-            gradients = {"mixing": at.U, "values": at.V, "intercept": at.intercept}
-            for name, parameter in module.named_parameters():
-                parameter.grad = gradients[name]
+        for index in minibatches(problem.n, size, generator):
+            passes.differentiate(index, 0.0 if decoupled else beta)
             optimizer.step()
             decay.step()
         if (epoch % every == 0 or epoch == epochs) and not math.isfinite(record(epoch)):
             break  # diverged: nothing will bring it back
     seconds = clock.seconds()
     module.zero_grad(set_to_none=True)
-    objective, convex_objective = objectives(problem, module.to_atoms(), beta)
-    return TrainingResult(
-        module, objective, convex_objective, history, seconds, OPTIMIZERS[weight_decay_mode], lr, seed
-    )
+    objective, convex_objective = passes.objectives(beta)
+    told = OPTIMIZERS[weight_decay_mode] + (TRAINED_QUERIES if train_queries else "")
+    return TrainingResult(module, objective, convex_objective, history, seconds, told, lr, seed)
 
 
 def _check_options(n_heads: int, epochs: int, batch_size: int, lr: float, beta: float) -> None:
@@ -240,40 +242,6 @@ def make_network(problem: Problem, n_heads: int, seed: int) -> HeadModule:
     ).to(problem.device)
     module.reset_parameters(seed, problem.operator.X[:: math.ceil(problem.n / 64)].to(problem.device))
     return module
-
-
-def factored_objective(problem: Problem, atoms: Atoms, beta: float) -> float:
-    """Φ, in the problem's precision; infinite where it is not a number."""
-    value = problem.data_term(problem.outputs(atoms)) + beta * problem.penalty(atoms)
-    return value if math.isfinite(value) else math.inf
-
-
-def objectives(problem: Problem, atoms: Atoms, beta: float) -> tuple[float, float]:
-    """``(Φ, convex objective)`` of ``atoms`` on all data in float64; infinite for non-finite weights."""
-    exact, atoms = problem.astype(torch.float64), atoms.to(problem.device, torch.float64)
-    data_term = exact.data_term(exact.outputs(atoms))
-    nuclear = penalty = exact.penalty(atoms)
-    if not math.isfinite(data_term + beta * penalty):
-        return math.inf, math.inf
-    if problem.head.learns_mixing:
-        nuclear = float(sum(sizes.sum() for sizes in problem.balance(atoms)[1]))
-    return data_term + beta * penalty, data_term + beta * min(nuclear, penalty)
-
-
-def _shared(module: HeadModule, problem: Problem) -> Atoms:
-    """The module's weights as atoms on the same memory: the optimiser's steps are seen at once."""
-    b = module.values.new_zeros(problem.c) if module.intercept is None else module.intercept
-    return Atoms(module.mixing.detach(), module.values.detach(), module.block, b.detach())
-
-
-def _minibatches(problem: Problem, size: int, generator: torch.Generator) -> Iterator[Problem]:
-    """One epoch in random order; the last batch may be smaller. All data at once is the problem itself."""
-    if size >= problem.n:
-        yield problem
-        return
-    order = torch.randperm(problem.n, generator=generator).to(problem.device)
-    for index in order.split(size):
-        yield problem.take(index)
 
 
 class _Clock:

@@ -38,6 +38,7 @@ from convexhead.errors import InputError
 from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.query_ball import QueryBall
+from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.program.intercept import solve_intercept
 from convexhead.program.loss_check import check_loss
 from convexhead.program.problem import Problem
@@ -226,7 +227,8 @@ def _over_ball(
     assert exact.head.queries is not None
     z, place = ball.coordinates(exact.head.queries)
     own = QueryMaxima(torch.zeros(len(z), dtype=torch.float64), z, place, ball.radius)
-    maxima = price(exact.operator, ball, dual.R, own, generator, starts=STARTS, late=late)
+    draw = TokenDraw.of(exact.operator.X)
+    maxima = price(exact.operator, ball, dual.R, own, draw, generator, starts=STARTS, late=late)
     norm = DualNorm(dual.size, "norms of tokens", maxima, len(z) + STARTS)
     if 0 < ball.basis.shape[1] <= MAX_KEYS and exact.ranks.size == 1:
         proof = largest_reward(

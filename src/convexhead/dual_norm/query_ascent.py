@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.dual_norm.climb import climb
 from convexhead.program.heads.attentive import Attentive
 from convexhead.program.heads.query_ball import QueryBall
+from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.program.operator import Operator
 from convexhead.runtime.clock import never
 
@@ -77,9 +79,9 @@ class QueryMaxima:
         far = torch.cdist(self.z, others.z) / self.radius
         return torch.where(self.place.unsqueeze(1) == others.place, far, torch.inf)
 
-    def distinct(self) -> QueryMaxima:
-        """Keep the first of those that are nearly one query."""
-        return self.select(~(self.distances(self) <= SAME).tril(-1).any(1))
+    def distinct(self, apart: float = SAME) -> QueryMaxima:
+        """Keep the first of those that are nearly one query: up to this distance, in units of the radius."""
+        return self.select(~(self.distances(self) <= apart).tril(-1).any(1))
 
 
 def ascend_queries(
@@ -105,20 +107,12 @@ def ascend_queries(
     late : callable () -> bool
         Whether to end where the ascents are.
     """
-    z = ball.inside(z.double())
-    values, slopes = _values_and_slopes(operator, R, ball, z, place)
-    step = torch.full((len(z), 1), ball.radius / 2, dtype=torch.float64)
-    for _ in range(iterations):
-        if late():
-            break
-        length = slopes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        ahead = ball.inside(z + step * slopes / length)
-        new_values, new_slopes = _values_and_slopes(operator, R, ball, ahead, place)
-        better = new_values > values
-        z = torch.where(better.unsqueeze(1), ahead, z)
-        slopes = torch.where(better.unsqueeze(1), new_slopes, slopes)
-        values = torch.where(better, new_values, values)
-        step = torch.where(better.unsqueeze(1), 1.5 * step, step / 3)
+
+    def value_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+        return _values_and_slopes(operator, R, ball, z, place)
+
+    step = ball.radius / 2
+    values, z = climb(z.double(), value_and_slope, ball.inside, step=step, iterations=iterations, late=late)
     order = values.argsort(descending=True, stable=True)
     return QueryMaxima(values[order], z[order], place[order], ball.radius)
 
@@ -128,13 +122,14 @@ def price(
     ball: QueryBall,
     R: Float[Tensor, "n 1 c"],
     known: QueryMaxima,
+    draw: TokenDraw,
     generator: torch.Generator,
     *,
     starts: int,
     late: Callable[[], bool] = never,
 ) -> QueryMaxima:
-    """The queries that ``R`` rewards most: ascents from ``known`` ones and from so many sampled ``starts``."""
-    z, place = ball.sample(operator.X, starts, generator)
+    """The queries that ``R`` rewards most: ascents from ``known`` ones and from ``starts`` sampled by ``draw``."""
+    z, place = ball.sample(draw, starts, generator)
     z, place = torch.cat([known.z, z]), torch.cat([known.place, place])
     return ascend_queries(operator, R, ball, z, place, iterations=ITERATIONS, late=late).distinct()
 

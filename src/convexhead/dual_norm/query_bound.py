@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from convexhead.dual_norm.ball import cover
+from convexhead.dual_norm.climb import climb
 from convexhead.dual_norm.softmax import ROUNDING, Reads
 from convexhead.runtime.clock import never
 
@@ -178,17 +180,8 @@ class _Point:
 
 def _ascend(reads: Reads, z: Float[Tensor, "b k"]) -> _Point:
     """The highest point that ascents from every ``z`` reach within the ball."""
-    z = _inside(reads, z)
-    values, slopes = reads.value_and_slope(z)
-    step = values.new_full((len(z), 1), reads.rho / 4)
-    for _ in range(ASCENT):
-        length = slopes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-        ahead = _inside(reads, z + step * slopes / length)
-        new_values, new_slopes = reads.value_and_slope(ahead)
-        better = new_values > values
-        z, slopes = torch.where(better.unsqueeze(1), ahead, z), torch.where(better.unsqueeze(1), new_slopes, slopes)
-        values = torch.where(better, new_values, values)
-        step = torch.where(better.unsqueeze(1), 1.5 * step, step / 3)
+    inside = partial(_inside, reads)
+    values, z = climb(z, reads.value_and_slope, inside, step=reads.rho / 4, iterations=ASCENT)
     top = int(values.argmax())
     return _Point(float(values[top]), z[top])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -107,6 +107,9 @@ class AdamSettings:
     learning_rates : tuple of float
     chosen_by : {"objective", "validation"}
         What the best learning rate has: the lowest training objective, or the highest validation accuracy.
+    trained_queries : int
+        Queries of a probe of the attentive head whose queries are trained too: the head's first, from which it starts.
+        0: no such runs.
     adamw : bool
         Whether AdamW, whose decoupled decay minimises something else, is run too, with as many atoms as validation
         prefers for Adam with the L2 term in the loss.
@@ -119,9 +122,15 @@ class AdamSettings:
     tuning_seeds: int = 1
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     chosen_by: str = "objective"
+    trained_queries: int = 16
     adamw: bool = False
     epochs: int = 100
     batch_size: int = 256
+
+    def more(self, cell: Cell) -> list[str]:
+        """Ways to train a cell beside Adam with the L2 term in the loss, each with one number of atoms."""
+        queries = cell.head == "attentive" and self.trained_queries > 0
+        return ["decoupled"] * self.adamw + ["queries"] * queries
 
     def runs(self, options: int) -> int:
         """How many runs it takes to tune one of ``options``."""
@@ -190,7 +199,10 @@ def channel_groups(channels: int, outputs: int = 0, wanted: int = 4) -> int:
 # -- the same head by Adam -------------------------------------------------------------------------------------------
 @dataclass
 class AdamRuns:
-    """The runs of one optimiser (``"l2"`` or ``"decoupled"``) with ``n_heads`` atoms."""
+    """The runs of one way to train (``"l2"``, ``"decoupled"`` or ``"queries"``) with ``n_heads`` atoms.
+
+    ``"queries"``: Adam with the L2 term in the loss, and queries that are trained too.
+    """
 
     optimizer: str
     n_heads: int
@@ -198,22 +210,31 @@ class AdamRuns:
 
 
 def train_with_adam(splits: Splits, settings: AdamSettings, cell: Cell, folder: RunFolder) -> list[AdamRuns]:
-    """One `AdamRuns` for each number of atoms, and AdamW's, at the β of the cell's chosen convex head."""
+    """One `AdamRuns` for each number of atoms, and those of `AdamSettings.more`, at the β of the chosen convex head."""
     if not settings.seeds:
         return []
     model = load(folder.model(cell.name))
-    problem = cache(lambda: problem_of(model, splits.train))  # prepared only if something is left to run
+    problem = cache(lambda queries: problem_of(model, splits.train, queries))  # prepared if something is left to run
     numbers = settings.heads or (max(settings.spare_heads, model.n_heads_),)
     if cell.head == "linear":
         numbers = (1,)  # it has no atoms to number
 
     def runs(how: str, m: int) -> AdamRuns:
-        return AdamRuns(
-            how, m, _tune(problem, model, splits.validation, settings, how, m, f"{cell.name}/{how}-{m}", folder)
+        queries = settings.trained_queries if how == "queries" else None
+        tuned = tune(
+            folder,
+            settings.learning_rates,
+            settings.seeds,
+            tuning_seeds=settings.tuning_seeds,
+            name=lambda lr: f"{cell.name}/{how}-{m}-lr{lr:g}",
+            run=lambda lr, seed: _train(problem(queries), model, splits.validation, settings, how, m, lr, seed),
+            chosen_by=settings.chosen_by,
         )
+        return AdamRuns(how, m, tuned)
 
     coupled = [runs("l2", m) for m in numbers]
-    return [*coupled, runs("decoupled", preferred(coupled).n_heads)] if settings.adamw else coupled
+    m = preferred(coupled).n_heads
+    return coupled + [runs(how, m) for how in settings.more(cell)]
 
 
 def preferred(adam: list[AdamRuns]) -> AdamRuns:
@@ -228,30 +249,10 @@ def mean(pieces: Sequence[Piece], key: str) -> float:
     return statistics.fmean(values) if values else -math.inf
 
 
-def _tune(
-    problem: Callable[[], Problem],
-    model: ConvexHeadClassifier,
-    validation: Part,
-    settings: AdamSettings,
-    optimizer: str,
-    n_heads: int,
-    name: str,
-    folder: RunFolder,
-) -> Tuned:
-    return tune(
-        folder,
-        settings.learning_rates,
-        settings.seeds,
-        tuning_seeds=settings.tuning_seeds,
-        name=lambda lr: f"{name}-lr{lr:g}",
-        run=lambda lr, seed: _train(problem(), model, validation, settings, optimizer, n_heads, lr, seed),
-        chosen_by=settings.chosen_by,
-    )
-
-
-def problem_of(model: ConvexHeadClassifier, train: Part) -> Problem:
-    """The training problem of a fitted head, with its gates or queries."""
-    same = ConvexHeadClassifier(**{**model.get_params(), "gates": model.gates_, "queries": model.queries_})
+def problem_of(model: ConvexHeadClassifier, train: Part, queries: int | None = None) -> Problem:
+    """The training problem of a fitted head, with its gates or its first ``queries``; None: with all of them."""
+    own = None if model.queries_ is None else model.queries_[:queries]
+    same = ConvexHeadClassifier(**{**model.get_params(), "gates": model.gates_, "queries": own})
     return pose(same, train.tokens, train.labels).problem
 
 
@@ -260,7 +261,7 @@ def _train(
     model: ConvexHeadClassifier,
     validation: Part,
     settings: AdamSettings,
-    optimizer: str,
+    how: str,
     n_heads: int,
     lr: float,
     seed: int,
@@ -273,7 +274,8 @@ def _train(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         seed=seed,
-        weight_decay_mode=optimizer,
+        weight_decay_mode="decoupled" if how == "decoupled" else "l2",
+        train_queries=how == "queries",
     )
     scores = network_scores(result.module, validation.tokens)
     return Piece(
@@ -283,7 +285,7 @@ def _train(
             "optimizer": result.optimizer,
             "n_heads": n_heads,
             "beta": model.beta_,
-            "identity": problem.identity,
+            "identity": None if how == "queries" else problem.identity,
             "objective": finite(result.objective),
             "convex_objective": finite(result.convex_objective),
             "validation_accuracy": top(scores, model.classes_, validation.labels),

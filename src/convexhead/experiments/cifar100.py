@@ -34,6 +34,8 @@ BACKBONE = "timm:gmlp_s16_224.ra3_in1k"
 """Backbone of the publication."""
 PRIORITY = ("self-attention", "mlp", "linear", "fno", "mlp-mixer", "block-fno")
 """Order in which heads are trained: a long run that is stopped early has the most informative ones."""
+ON_REQUEST = (Cell("attentive", "linear"),)
+"""Cells of no scale: they are trained after the others where their head is named."""
 SIZES = (2, 8, 32, 128, 500)
 """Numbers of train images of a class (held-out ones included) at which the main heads are compared."""
 MAIN = (Cell("self-attention", "linear"), Cell("mlp", "linear"), Cell("linear", "linear"))
@@ -189,6 +191,7 @@ def _settings(
     for activation in activations:
         choose("activation", activation, ("linear", "gated-relu", "relu"))
     wanted = (*LINEAR, *GATED, *RELU) if activations and not every_cell else cells
+    wanted = (*wanted, *(cell for cell in ON_REQUEST if cell.head in heads))
     cells = tuple(
         cell
         for cell in wanted

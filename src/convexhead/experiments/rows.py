@@ -98,6 +98,8 @@ def _adam_row(adam: AdamRuns, certificate: dict[str, Any], scores: dict[str, Any
 def excess_of(piece: Piece, certificate: dict[str, Any]) -> float | None:
     """How far a training run ended above the certified optimum, relatively; None where it diverged.
 
+    With trained queries it may end below: that is another problem, of which its record has no identity.
+
     Raises
     ------
     ConvexHeadError
@@ -107,14 +109,15 @@ def excess_of(piece: Piece, certificate: dict[str, Any]) -> float | None:
     if objective is None:
         return None
     # Records without an identity are older; the settings of their folder say that they are of the same problem.
-    told = [key for key in ("beta", "identity") if key in piece.record and key in certificate]
+    of_another = piece.record.get("identity", "") is None
+    told = [key for key in ("beta", "identity") if piece.record.get(key) is not None and key in certificate]
     if any(piece.record[key] != certificate[key] for key in told):
         raise ConvexHeadError(
             f"{piece.name} was trained on another problem than the convex head was certified for, so the two cannot be "
             "compared: delete the folder and run the same again"
         )
     lowest, scale = piece.record["convex_objective"], abs(certificate["primal"])
-    if lowest < certificate["dual"] - ROUNDING * scale:
+    if not of_another and lowest < certificate["dual"] - ROUNDING * scale:
         raise ConvexHeadError(
             f"{piece.name} has objective {lowest!r}, below the certified bound {certificate['dual']!r}: "
             "this refutes the certificate, please report it"

@@ -60,8 +60,8 @@ class Settings:
         probes = sum(self.adam.runs(len(OPTIONS)) if name == "attentive-probe" else 1 for name in self.probes)
         each = self.adam.runs(len(self.adam.learning_rates))
         numbers = [1 if cell.head == "linear" else max(1, len(self.adam.heads)) for cell in self.cells]
-        adam = each * sum(number + self.adam.adamw for number in numbers)
-        return probes + len(self.cells) + adam + 1
+        more = [len(self.adam.more(cell)) for cell in self.cells]
+        return probes + len(self.cells) + each * (sum(numbers) + sum(more)) + 1
 
 
 @dataclass

@@ -35,8 +35,12 @@ COLUMNS = (
     "Convex / tuning time",
     "Parameters",
 )
-SHORT = {"Adam, L2 term in the loss": "Adam", "AdamW, decoupled weight decay (a different objective)": "AdamW"}
-MARKS = {"convex": "o", "Adam": "v", "AdamW": "^", "probe": "s"}
+SHORT = {
+    "Adam, L2 term in the loss": "Adam",
+    "AdamW, decoupled weight decay (a different objective)": "AdamW",
+    "Adam, L2 term in the loss, queries trained": "Adam, queries trained",
+}
+MARKS = {"convex": "o", "Adam": "v", "AdamW": "^", "Adam, queries trained": "D", "probe": "s"}
 
 
 def short(row: Row) -> str:

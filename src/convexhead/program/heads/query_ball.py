@@ -6,7 +6,7 @@
 sample. So ``‖z‖`` is the standard deviation of the scores ``x·q`` of the tokens of a sample around their mean (the root
 of the mean variance over train samples): near 0 a map is the mean of the tokens, from about 5 on most maps read one
 token. Sampled queries lie on the sphere ``‖z‖ = κ``: each points from the mean of the train tokens to one of them,
-projected on the directions.
+projected on the directions. `token_draw` says which.
 
 Where maps also depend on the place, log-weights of places are those of a Gaussian on the grid,
 ``π = −‖place − μ‖² / (2τ²)``, with ``μ`` one of the places and ``τ`` 1, 2 or 4 cells, or none: ``π = 0``.
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexhead.errors import InputError
-from convexhead.runtime.stored_tokens import Tokens
+from convexhead.program.heads.token_draw import TokenDraw
 
 WIDTHS = (1.0, 2.0, 4.0)
 """Standard deviations ``τ`` of maps over places, in cells of the grid. Chosen by hand."""
@@ -55,19 +55,14 @@ class QueryBall:
 
     @classmethod
     def of(
-        cls,
-        X: Tokens,
-        *,
-        radius: float,
-        grid: tuple[int, int] | None,
-        key_dim: int | None = None,
+        cls, draw: TokenDraw, *, radius: float, grid: tuple[int, int] | None, key_dim: int | None = None
     ) -> QueryBall:
         """Measure the metric of train tokens.
 
         Parameters
         ----------
-        X : Tensor (n, s, d) or StoredTokens
-            Rows of ``−∞`` are tokens that a sample does not have.
+        draw : TokenDraw
+            The tokens, with the weights of their samples.
         radius, grid
             As the attributes.
         key_dim : int or None
@@ -78,20 +73,20 @@ class QueryBall:
         InputError
             More principal directions than channels.
         """
-        n, s, d = X.shape
+        s, d = draw.X.shape[1:]
         if key_dim is not None and key_dim > d:
             raise InputError(f"key_dim={key_dim} is more than the {d} channels: choose at most {d}, or None for all")
-        few = min(n, max(1, int(LOOKED_AT // (s * d))))
-        seen = X[torch.linspace(0, n - 1, few, dtype=torch.float64).long().unique()].double().cpu()
+        seen, weights = draw.samples(max(1, int(LOOKED_AT // (s * d))))
         there = (seen > -math.inf).any(2, keepdim=True)
         size = float(torch.where(there, seen, 0.0).abs().max()) or 1.0  # squares must stay in range
-        seen = torch.where(there, seen / size, 0.0)
-        inside = torch.where(there, seen - seen.sum(1, keepdim=True) / there.sum(1, keepdim=True), 0.0).flatten(0, 1)
-        variances, directions = torch.linalg.eigh(inside.T @ inside / there.sum())
+        seen, w = torch.where(there, seen / size, 0.0), there * (weights / weights.sum())[:, None, None]
+        total = w.sum()
+        inside = torch.where(there, seen - seen.sum(1, keepdim=True) / there.sum(1, keepdim=True), 0.0)
+        variances, directions = torch.linalg.eigh((w * inside).flatten(0, 1).T @ inside.flatten(0, 1) / total)
         kept = variances > VISIBLE * variances[-1]
         kept[: d - (key_dim or d)] = False
         basis = directions[:, kept] / variances[kept].sqrt() / size
-        return cls(basis, radius, grid, size * seen.sum((0, 1)) / there.sum())
+        return cls(basis, radius, grid, size * (w * seen).sum((0, 1)) / total)
 
     def described(self) -> Float[Tensor, "k m"]:
         """What the program over the ball depends on, as numbers: radius and grid, then a direction, in each row."""
@@ -142,29 +137,18 @@ class QueryBall:
         return torch.where(length > self.radius, z * (self.radius * (1 - 1e-6) / length), z)
 
     def sample(
-        self, X: Tokens, count: int, generator: torch.Generator
+        self, draw: TokenDraw, count: int, generator: torch.Generator
     ) -> tuple[Float[Tensor, "j k"], Int[Tensor, " j"]]:
         """``z`` in the directions of tokens, and random maps over places; equal states give equal ones."""
-        tokens = (_random_tokens(X, count, generator) - self.centre).unsqueeze(2)
+        tokens = (draw.tokens(count, generator) - self.centre).unsqueeze(2)
         keys = torch.linalg.pinv(self.basis) @ tokens if self.basis.numel() else tokens[:, :0]
         length = keys.norm(dim=1, keepdim=True)
         z = torch.where(length > 0, keys * (self.radius / length), 0.0)[:, :, 0]
         return z, torch.randint(1, max(2, self.n_places), (count,), generator=generator)
 
 
-def sample_queries(ball: QueryBall, X: Tokens, count: int, generator: torch.Generator) -> Float[Tensor, "J m"]:
+def sample_queries(ball: QueryBall, draw: TokenDraw, count: int, generator: torch.Generator) -> Float[Tensor, "J m"]:
     """``count`` queries, the first of them zero without a place; samples of a single token have one map alone."""
-    z, place = ball.sample(X, 1 if X.shape[1] == 1 else count, generator)
+    z, place = ball.sample(draw, 1 if draw.X.shape[1] == 1 else count, generator)
     z[0], place[0] = 0, 0
     return ball.queries(z, place)
-
-
-def _random_tokens(X: Tokens, count: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
-    """One token of each of ``count`` random samples."""
-    chosen = X[torch.randint(len(X), (count,), generator=generator)].double().cpu()
-    which = torch.rand(count, generator=generator, dtype=torch.float64)
-    tokens = []
-    for sample, place in zip(chosen, which.tolist(), strict=True):
-        own = sample[(sample > -math.inf).any(1)]
-        tokens.append(own[int(place * len(own))])
-    return torch.stack(tokens)
