@@ -394,6 +394,7 @@ def _save(
 ) -> None:
     """The model, and beside it what a report shows of it; ``choice`` says how β was chosen."""
     model.save(out)
-    if model.loss != LOSSES["classes"][0] or model.model_.any_length:  # a report shows classes, and tokens on a grid
+    pooled = model.pool is not None
+    if model.loss != LOSSES["classes"][0] or (pooled and model.model_.any_length):  # a report shows classes on a grid
         return
     evidence.write(evidence.collect(model, TokenStore.open(store), command=command, **choice), out)

@@ -185,6 +185,8 @@ def test_masks_follow_images_of_any_shape(scenes, tmp_path, capsys):
     assert call("evaluate", run, out, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["mean_iou"] == pytest.approx(scores.mean_iou)
+    assert call("report", run, "--out", tmp_path / "page.html") == 0
+    assert f"{100 * scores.mean_iou:.1f}" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.slow
