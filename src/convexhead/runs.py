@@ -11,15 +11,12 @@ reads, and with what a report shows of it (`convexhead.report.evidence`).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sklearn.base import clone
-from sklearn.model_selection import train_test_split
 
 from convexhead.audit import Audit
 from convexhead.audit import audit as find_audit
@@ -34,37 +31,14 @@ from convexhead.path import DEFAULT_RATIOS, Row, best, grid_edge, regularization
 from convexhead.persistence import check_target, load
 from convexhead.reading import LOSSES
 from convexhead.report import evidence
+from convexhead.run_images import open_split, parts, train_of
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
-from convexhead.runtime.ranks import Ranks, join_ranks
-from convexhead.runtime.trackers import track
+from convexhead.runtime.ranks import join_ranks
+from convexhead.runtime.trackers import tracking
 from convexhead.solvers.base import Stop
 from convexhead.spec import Spec
-from convexhead.tokens import TokenStore, whitened
-
-
-def open_split(store: str | Path, split: str) -> Any:
-    """The images ``split`` of a store.
-
-    Raises
-    ------
-    InputError
-        The store has no such split; the message names those that it has.
-    """
-    opened = TokenStore.open(store)
-    if split not in opened.splits:
-        raise InputError(f"{store} has no split {split!r}, only {', '.join(opened.splits)}")
-    return opened[split]
-
-
-def _train_of(store: str | Path, whiten: float, ranks: Ranks | None = None) -> Any:
-    """The training images of a store in the metric ``whiten``, which is fitted on all of them by one process."""
-    train = open_split(store, "train")
-    return train.reduced((ranks or Ranks()).first_does(lambda: whitened(train, whiten).reduction))
-
-
-HELD_OUT = 0.2
-"""Share of the training images that chooses β where nothing else is said, as is usual."""
+from convexhead.tokens import TokenStore
 
 
 def fit(
@@ -126,7 +100,7 @@ def fit(
     check_target(out, overwrite=overwrite or resumes)
     ranks = join_ranks()
     notify("reading tokens")
-    train = _train_of(store, whiten, ranks)
+    train = train_of(store, whiten, ranks)
     parameters = settings_for(train, loss, parameters) | {"distributed": ranks.size > 1}
     saved: dict[str, Any] = {"checkpoint": folder, "checkpoint_minutes": checkpoint_minutes}
     saved = {} if checkpoint_minutes is None else saved
@@ -138,7 +112,7 @@ def fit(
     with interrupts.answer(Answer.FINISH):
         with interrupts.answer(Answer.RAISE):
             notify("preparing")
-            with track(log) if log is not None and ranks.rank == 0 else contextlib.nullcontext() as tracker:
+            with tracking(log if ranks.rank == 0 else None) as tracker:
                 clf.fit(train, callback=solver_callback(notify, "training", tracker), **saved)
         if ranks.rank == 0:
             notify("saving")
@@ -202,6 +176,7 @@ def path(
     loss: str | None = None,
     refit: bool = False,
     random_state: int = 0,
+    log: str | Path | None = None,
     notify: Notify = silent,
     command: Sequence[str] = (),
     **parameters: Any,
@@ -225,6 +200,8 @@ def path(
         Train the head that is saved on all training images, the held-out ones too, at the chosen β/β_max.
     random_state : int
         Of the held-out images, gates and random starts.
+    log : str, path or None
+        Where a row of each β goes (see `convexhead.runtime.trackers`), when it is solved.
     whiten, overwrite, notify, command
         As for `fit`. The held-out images count in the metric, as they do in the standardisation; their labels do not.
     **parameters
@@ -236,27 +213,19 @@ def path(
         check_target(Path(out), overwrite=overwrite)
     ratios = sorted(set(beta_ratios), reverse=True)
     notify("reading tokens", 0, len(ratios))
-    train = _train_of(store, whiten)
-    kept, held = _parts(store, train, validation, random_state)
+    train = train_of(store, whiten)
+    kept, held = parts(store, train, validation, random_state)
     if refit and held.split != "train":
         raise InputError("the val split chooses β, and all training images are trained on: leave refit out, or give "
                          "validation=0.2 to hold out training images")  # fmt: skip
-    done = 0
-
-    def solved(row: Row) -> None:
-        nonlocal done
-        done += 1
-
-    def step(row: Any) -> None:
-        ratio = ratios[min(done, len(ratios) - 1)]
-        notify(f"β/β_max {ratio:g}", done, len(ratios), solver_detail(row))
-
     with interrupts.answer(Answer.FINISH):
-        with interrupts.answer(Answer.RAISE):
+        with interrupts.answer(Answer.RAISE), tracking(log) as track:
+            told = _Told(ratios, notify, track)
             notify("preparing", 0, len(ratios))
             rows = regularization_path(
                 kept, beta_ratios=ratios, X_val=held,
-                callback=solved, progress=step, random_state=random_state, **settings_for(train, loss, parameters),
+                callback=told.solved, progress=told.step, random_state=random_state,
+                **settings_for(train, loss, parameters),
             )  # fmt: skip
         chosen = best(rows)
         edge = grid_edge(ratios, chosen["beta_ratio"])
@@ -272,15 +241,19 @@ def path(
     return PathRun(rows, chosen, edge, len(ratios), len(kept), len(held), held.split, model, again is not None)
 
 
-def _parts(store: str | Path, train: Any, validation: float | None, random_state: int) -> tuple[Any, Any]:
-    """The images to train on, and those to choose β by."""
-    if validation is None and "val" in TokenStore.open(store).splits:
-        return train, open_split(store, "val").reduced(train.reduction)
-    each = train.labels if train.task == "classes" else None  # others have no label
-    kept, held = train_test_split(
-        np.arange(len(train)), test_size=validation or HELD_OUT, stratify=each, random_state=random_state
-    )
-    return train.subset(np.sort(kept)), train.subset(np.sort(held))
+class _Told:
+    """What is told of a path as it goes: each step to ``notify``, each β that is solved to ``track``."""
+
+    def __init__(self, ratios: Sequence[float], notify: Notify, track: Callable[[Row], None]) -> None:
+        self._ratios, self._notify, self._track, self._done = ratios, notify, track, 0
+
+    def step(self, row: Any) -> None:
+        n = len(self._ratios)
+        self._notify(f"β/β_max {self._ratios[min(self._done, n - 1)]:g}", self._done, n, solver_detail(row))
+
+    def solved(self, row: Row) -> None:
+        self._done += 1
+        self._track(row)
 
 
 def _refitted(chosen: Estimator, train: Any, callback: Callable[[Any], None]) -> Estimator | None:
@@ -325,7 +298,7 @@ def adam(
     check_target(Path(out), overwrite=overwrite)
     notify("reading tokens", 0, epochs)
     clf, result = fit_by_adam(
-        ConvexHeadClassifier(random_state=random_state, **parameters), _train_of(store, whiten), n_heads=n_heads, lr=lr,
+        ConvexHeadClassifier(random_state=random_state, **parameters), train_of(store, whiten), n_heads=n_heads, lr=lr,
         epochs=epochs, batch_size=batch_size, seed=random_state,
         callback=lambda row: notify("Adam's epochs", int(row.epoch), epochs, f"objective {row.objective:.6g}"),
     )  # fmt: skip

@@ -72,7 +72,8 @@ def store(photos, tmp_path_factory):
 def finished(photos, tmp_path_factory):
     """A run from images to page."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return out, cifar100.run_cifar100(out, images=str(photos), backbone="patches:4", sizes=True, **SMALL)
+    log = out.with_name("rows.csv")
+    return out, cifar100.run_cifar100(out, images=str(photos), backbone="patches:4", sizes=True, log=log, **SMALL)
 
 
 def without_times(methods):
@@ -124,6 +125,24 @@ def test_a_reported_objective_is_that_of_the_kept_weights(finished, photos):
             logits = module(torch.from_numpy(splits.load_test().tokens[:])).detach().numpy()
             right = (logits.argmax(1) == splits.load_test().labels).mean()
             assert right == pytest.approx(run["test_accuracy"], abs=1e-9)
+
+
+def test_a_tracker_has_a_row_for_every_training(finished):
+    """Of cells in other processes and of the runs on fewer images, too."""
+    out, results = finished
+    with open(out.with_name("rows.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs = {"CIFAR-100, every head": out, **{f"{folder.name} a class": folder for folder in (out / "sizes").iterdir()}}
+    assert len(runs) > 1
+    for title, folder in runs.items():
+        told = [row["piece"] for row in rows if row["run"] == title]
+        assert sorted(told) == sorted(set(RunFolder(folder).names()) - {"test"})
+    proofs = {f"{row['head']}-{row['activation']}/path": row["certificate"] for row in results["rows"]}
+    found = {row["piece"]: row for row in rows if row["run"] == "CIFAR-100, every head"}
+    assert proofs.keys() <= found.keys()
+    for name, proof in proofs.items():
+        assert float(found[name]["objective"]) == proof["primal"]
+        assert float(found[name]["relative_gap"]) == proof["relative_gap"]
 
 
 def choice_of(results):

@@ -43,6 +43,21 @@ def test_command(tmp_path, capsys):
     assert "FILE.csv" in capsys.readouterr().err
 
 
+def test_paths_write_a_row_for_each_beta(tmp_path):
+    """And a value that is None is an empty cell, or a null."""
+    import_arrays({"train": (X.astype(np.float32), Y)}, tmp_path / "store", class_token=False)
+    path = ("path", tmp_path / "store", "--head", "mlp", "--beta-ratios", "0.2,0.5", "--json")
+    assert call(*path, "--log", tmp_path / "rows.csv") == 0
+    with open(tmp_path / "rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["beta_ratio"]) for row in rows] == [0.5, 0.2]
+    assert all(0 <= float(row["val_score"]) <= 1 and float(row["relative_gap"]) <= 1e-3 for row in rows)
+    for name, found in (("rows.csv", "a,b\n1,\n"), ("rows.jsonl", '{"a": 1, "b": null}\n')):
+        with track(tmp_path / name) as log:
+            log({"a": 1, "b": None})
+        assert (tmp_path / name).read_text() == found
+
+
 def test_services(monkeypatch):
     seen = []
     writer = SimpleNamespace(add_scalar=lambda *row: seen.append(row), close=lambda: seen.append("closed"))
@@ -51,7 +66,7 @@ def test_services(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     with track("tensorboard:runs/a") as log:
-        log({"gap": 0.5, "head": "mlp", "model": object()})
+        log({"gap": 0.5, "head": "mlp", "val_score": None, "model": object()})
     assert seen == ["runs/a", ("gap", 0.5, 0), "closed"]
     seen.clear()
     run = SimpleNamespace(log=lambda values, step: seen.append((values, step)), finish=lambda: seen.append("done"))
@@ -59,7 +74,7 @@ def test_services(monkeypatch):
     wandb.init = lambda project: seen.append(project) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with track("wandb:heads") as log:
-        log({"gap": 0.5})
+        log({"gap": 0.5, "val_score": None})
         log({"gap": 0.25})
     assert seen == ["heads", ({"gap": 0.5}, 0), ({"gap": 0.25}, 1), "done"]
 

@@ -18,6 +18,7 @@ from convexhead.cli.options import (
     Json,
     KeyDim,
     Layer,
+    Log,
     Out,
     Queries,
     QueryNorm,
@@ -134,6 +135,7 @@ def cifar100(
     tuning_seeds: TuningSeeds = None,
     sizes: Sizes = False,
     jobs: Jobs = None,
+    log: Log = None,
     as_json: Json = False,
 ) -> None:
     """Run the published experiment: every head, convex and by Adam, on CIFAR-100. Run it again to go on."""
@@ -144,6 +146,6 @@ def cifar100(
             out, images=images, backbone=backbone, layer=layers(layer), image_size=image_size, tokens=tokens,
             scale=scale.value, every_cell=every_cell, heads=tuple(names(heads)), activations=tuple(names(activations)),
             token_pool=token_pool, channels=channels, n_gates=n_gates, epochs=epochs, tuning_seeds=tuning_seeds,
-            sizes=sizes, jobs=jobs, notify=notify, command=typed_command(),
+            sizes=sizes, jobs=jobs, log=log, notify=notify, command=typed_command(),
         )  # fmt: skip
     show_comparison(results, as_json)

@@ -22,6 +22,7 @@ from convexhead.cli.options import (
     Head,
     Json,
     KeyDim,
+    Log,
     Loss,
     Out,
     Outputs,
@@ -52,10 +53,6 @@ MaxMemory = Annotated[
     Option(
         help="Gigabytes for tokens; tokens beyond that are read again in each pass. Default: half of the free memory."
     ),
-]
-Log = Annotated[
-    str | None,
-    Option(help="Where rows of the solver go: FILE.csv, FILE.jsonl, tensorboard:FOLDER or wandb:PROJECT."),
 ]
 Checkpoint = Annotated[
     float | None,
@@ -186,6 +183,7 @@ def path(
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
+    log: Log = None,
     as_json: Json = False,
 ) -> None:
     """Train a head at each β of a falling grid, each from the one before, and choose β on held-out images."""
@@ -202,7 +200,7 @@ def path(
             query_position=query_position, key_dim=key_dim, query_norm=query_norm,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing,
             pos_weight=pos_weight, solver=solver, random_state=seed, device=device, overwrite=overwrite,
-            notify=notify, command=typed_command(),
+            log=log, notify=notify, command=typed_command(),
         )  # fmt: skip
     best, held = found.chosen["beta_ratio"], found.n_held_out
     n, own = found.n_train + held if found.refitted else found.n_train, found.chosen_on != "train"

@@ -19,6 +19,10 @@ Run = Annotated[
 Out = Annotated[Path, Option("--out", help="Folder to write.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the run that is in the folder already.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object instead of a table, and no progress.")]
+Log = Annotated[
+    str | None,
+    Option(help="Where rows of the training go: FILE.csv, FILE.jsonl, tensorboard:FOLDER or wandb:PROJECT."),
+]
 Device = Annotated[str, Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
 
 # -- a head ------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from convexhead.experiments.splits import Subset, TokenChoice, check_test_split,
 from convexhead.experiments.training import Settings, cells_of
 from convexhead.program.heads import HEADS
 from convexhead.runtime.progress import Notify, silent
+from convexhead.runtime.trackers import tracking
 from convexhead.tokens import TokenStore, extract, open_source
 from convexhead.tokens.backbones.base import Layer
 from convexhead.tokens.progress import told_to
@@ -107,6 +108,7 @@ def run_cifar100(
     tuning_seeds: int | None = None,
     sizes: bool = False,
     jobs: int | None = None,
+    log: str | Path | None = None,
     notify: Notify = silent,
     command: Sequence[str] = (),
 ) -> Results:
@@ -131,6 +133,9 @@ def run_cifar100(
         Also train the main heads on fewer images.
     jobs : int or None
         Cells trained at a time.
+    log : str, path or None
+        Where a row of each training goes (see `convexhead.runtime.trackers`), when it is finished. A run that goes on
+        writes those of before, too.
     notify : callable
         Told of progress, see `convexhead.runtime.progress`.
     command : sequence of str
@@ -149,14 +154,15 @@ def run_cifar100(
     settings = _settings(chosen, every_cell, heads, activations, _given(n_gates=n_gates), adam)
 
     RunFolder(out).check()
-    store = _open_tokens(out, images, backbone, layer, image_size, tokens, choice, notify)
-    splits = chosen_splits(store, choice)
-    if not splits.train.has_class_tokens:
-        settings = replace(settings, probes=tuple(name for name in settings.probes if name != "class-token"))
-
-    results = run(splits, settings, out, title="CIFAR-100, every head", jobs=jobs or chosen.jobs, notify=notify)
-    if sizes:
-        results["sizes"] = _sizes(store, choice, settings, out, jobs or chosen.jobs, notify)
+    with tracking(log) as track:
+        store = _open_tokens(out, images, backbone, layer, image_size, tokens, choice, notify)
+        splits = chosen_splits(store, choice)
+        if not splits.train.has_class_tokens:
+            settings = replace(settings, probes=tuple(name for name in settings.probes if name != "class-token"))
+        how: dict[str, Any] = {"jobs": jobs or chosen.jobs, "notify": notify, "track": track}
+        results = run(splits, settings, out, title="CIFAR-100, every head", **how)
+        if sizes:
+            results["sizes"] = _sizes(store, choice, settings, out, how)
     results["dataset"]["name"] = f"CIFAR-100 ({scale})"
     results["settings"] |= {"scale": scale, "every_cell": every_cell, "tokens": asdict(choice)}
     results["reproduce"] = [list(command)] if command else []
@@ -239,7 +245,7 @@ def _open_tokens(
 
 
 def _sizes(
-    store: TokenStore, choice: TokenChoice, settings: Settings, out: Path, jobs: int, notify: Notify
+    store: TokenStore, choice: TokenChoice, settings: Settings, out: Path, how: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The main heads and the linear probe on few images of each class, each size a run of its own."""
     available = int(np.unique(store["train"].labels, return_counts=True)[1].min())
@@ -248,13 +254,6 @@ def _sizes(
     curve = []
     for size in sorted({min(size, largest) for size in SIZES}):
         some = replace(choice, train=size, validation=max(choice.validation, 1 / size))
-        results = run(
-            chosen_splits(store, some),
-            fewer,
-            out / "sizes" / str(size),
-            title=f"{size} a class",
-            jobs=jobs,
-            notify=notify,
-        )
+        results = run(chosen_splits(store, some), fewer, out / "sizes" / str(size), title=f"{size} a class", **how)
         curve.append({"images_per_class": size, "methods": results["methods"]})
     return curve

@@ -16,6 +16,7 @@ import numpy as np
 
 from convexhead.baselines.probes import fit_probe, probe_scores
 from convexhead.experiments.cells import network_scores, restore_network, top
+from convexhead.experiments.piece_log import PieceLog, Track
 from convexhead.experiments.rows import Results, results_of
 from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits
@@ -27,7 +28,14 @@ from convexhead.tokens.store.files import make_folder, writer_lock
 
 
 def run(
-    splits: Splits, settings: Settings, out: Path, *, title: str, jobs: int = 1, notify: Notify = silent
+    splits: Splits,
+    settings: Settings,
+    out: Path,
+    *,
+    title: str,
+    jobs: int = 1,
+    notify: Notify = silent,
+    track: Track = lambda row: None,
 ) -> Results:
     """Run everything that ``out`` does not hold yet, and return the results as `convexhead.report` takes them.
 
@@ -43,6 +51,8 @@ def run(
         Cells trained at a time, in processes that share the cores; seconds are then those of the processor.
     notify : callable
         Told of progress, see `convexhead.runtime.progress`.
+    track : callable (row)
+        Told of every finished training, see `convexhead.experiments.piece_log`.
 
     Raises
     ------
@@ -52,16 +62,22 @@ def run(
         ``out`` cannot be written, or another process is writing it.
     """
     total = settings.pieces()
-    folder = RunFolder(out, lambda name: notify(name, folder.count(), total))
+
+    def tell(what: str) -> None:
+        notify(what, folder.count(), total)
+        log.update()
+
+    folder = RunFolder(out, tell)
+    log = PieceLog(folder, track, title)
     make_folder(out)
     with writer_lock(out):
         folder.begin({**asdict(settings), "images": splits.name, "data": splits.identity})
-        notify("training", folder.count(), total)
+        tell("training")
         if jobs > 1:
-            train_in_processes(splits, settings, folder, jobs, lambda: notify("training", folder.count(), total))
+            train_in_processes(splits, settings, folder, jobs, lambda: tell("training"))
         probes = {name: fit_probe(name, splits, settings.adam, folder) for name in settings.probes}
         trained = [train_cell(splits, settings, folder, cell) for cell in settings.cells]
-        notify("test images", folder.count(), total)
+        tell("test images")
         test = folder.once("test", lambda: score_test(splits, folder, probes, trained))
         notify("done", total, total)
     clock = "wall" if jobs == 1 else f"processor, {jobs} cells at a time"

@@ -117,6 +117,16 @@ class RunFolder:
         """Whether the piece ``name`` is finished."""
         return self._file(name, ".json").is_file()
 
+    def names(self) -> list[str]:
+        """Of the finished pieces, in the order in which they were finished."""
+        pieces = self.path / "pieces"
+        files = sorted(pieces.rglob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file))
+        return [str(file.relative_to(pieces).with_suffix("")) for file in files]
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The values of the finished piece ``name``."""
+        return self._read(self._file(name, ".json"))
+
     def count(self) -> int:
         """Finished pieces."""
         return sum(1 for _ in (self.path / "pieces").rglob("*.json"))

@@ -7,7 +7,8 @@
 ``wandb:PROJECT``         a run of Weights & Biases
 ========================  ============================================================
 
-A tracker is a callback: of `fit` of an estimator, of `regularization_path`, of `train_adam`.
+A tracker is a callback: of `fit` of an estimator, of `regularization_path`, of `train_adam`. A value that is None is an
+empty cell, a ``null``, or no scalar.
 
     with track("rows.csv") as log:
         clf.fit(X, y, callback=log)
@@ -37,7 +38,7 @@ class Tracker:
 
     def __call__(self, row: Any) -> None:
         values = row if isinstance(row, dict) else row.to_dict()
-        plain = {name: value for name, value in values.items() if isinstance(value, (str, numbers.Real))}
+        plain = {name: value for name, value in values.items() if isinstance(value, (str, numbers.Real, type(None)))}
         self._write(plain, self._count)
         self._count += 1
 
@@ -70,6 +71,11 @@ def track(where: str | Path) -> Iterator[Tracker]:
         yield Tracker(FILES[path.suffix](file))
 
 
+def tracking(where: str | Path | None) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
+    """`track`, or where None is given a callback that does nothing."""
+    return contextlib.nullcontext(lambda row: None) if where is None else track(where)
+
+
 def _csv(file: Any) -> Write:
     columns: list[str] = []
 
@@ -99,7 +105,7 @@ def _tensorboard(folder: str) -> Iterator[Write]:
 
     def write(values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
-            if not isinstance(value, str):
+            if isinstance(value, numbers.Real):
                 writer.add_scalar(name, float(value), step)
 
     try:
@@ -112,7 +118,7 @@ def _tensorboard(folder: str) -> Iterator[Write]:
 def _wandb(project: str) -> Iterator[Write]:
     run = require("wandb", "trackers").init(project=project or None)
     try:
-        yield lambda values, step: run.log(values, step=step)
+        yield lambda values, step: run.log({k: v for k, v in values.items() if v is not None}, step=step)
     finally:
         run.finish()
 
