@@ -90,6 +90,22 @@ def pixel_accuracy(confusion: Array) -> float:
     return float(np.trace(confusion) / max(1, confusion.sum()))
 
 
+def token_iou(clf: Any, view: SplitView, targets: Array, weights: Array) -> float:
+    """The mean IoU of tokens, each counted by the pixels that it covers: what β is chosen by where pixels are scored.
+
+    Parameters
+    ----------
+    clf : ConvexHeadClassifier
+        With ``pool=None``.
+    view : SplitView
+    targets, weights : array (n, s, c), (n, s)
+        As `SplitView` has them.
+    """
+    predicted = clf.predict_proba(view).argmax(2)
+    told = np.eye(targets.shape[2])[predicted] * weights[..., None]
+    return mean_iou(np.einsum("nsi,nsj->ij", targets.astype(float), told, optimize=True))
+
+
 class Prediction(NamedTuple):
     """Of one image: its name, ``truth`` and ``labels`` ``(H, W)`` with −1 for void and for what was not seen."""
 

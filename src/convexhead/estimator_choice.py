@@ -33,8 +33,8 @@ def settings_for(view: Any, loss: str | None, parameters: dict[str, Any]) -> dic
     return {**{name: value for name, value in parameters.items() if name not in OF_CLASSIFIERS}, "loss": loss}
 
 
-def estimator_for(parameters: dict[str, Any], cv: int | None) -> Estimator:
-    """The estimator with these parameters; with ``cv`` folds it chooses β."""
+def estimator_for(parameters: dict[str, Any], cv: Any) -> Estimator:
+    """The estimator with these parameters; with ``cv``, as of `ConvexHeadClassifierCV`, it chooses β."""
     numbers, folds = parameters["loss"] in LOSSES["regression"], {} if cv is None else {"cv": cv}
     plain = ConvexHeadRegressor if numbers else ConvexHeadClassifier
     choosing = ConvexHeadRegressorCV if numbers else ConvexHeadClassifierCV

@@ -12,6 +12,8 @@ On a GPU where there is one, as the heads that it is compared with.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from convexhead.experiments.cells import AdamSettings, finite, network_scores, top
 from convexhead.experiments.run_folder import Piece, RunFolder
-from convexhead.experiments.splits import Part, Splits
+from convexhead.experiments.splits import Splits
 from convexhead.experiments.tuning import Tuned, tune
 from convexhead.inputs import open_tokens, pick_device
 from convexhead.runtime.clock import now
@@ -75,9 +77,11 @@ def train_attentive_probe(
 ) -> Piece:
     """One training run; its record has what `convexhead.experiments.tuning.tune` chooses by."""
     began = now()
+    classes, y = np.unique(splits.train.labels, return_inverse=True)
     probe, mean_loss = fit_attentive_probe(
-        splits.train, lr=lr, weight_decay=weight_decay, epochs=epochs, batch_size=batch_size, seed=seed
-    )
+        splits.train.tokens, torch.from_numpy(y), len(classes), nn.functional.cross_entropy, lr=lr,
+        weight_decay=weight_decay, epochs=epochs, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
     seconds = now() - began
     scores = network_scores(probe, splits.validation.tokens)
     return Piece(
@@ -86,7 +90,7 @@ def train_attentive_probe(
             "learning_rate": lr,
             "weight_decay": weight_decay,
             "objective": finite(mean_loss),
-            "validation_accuracy": top(scores, np.unique(splits.train.labels), splits.validation.labels),
+            "validation_accuracy": top(scores, classes, splits.validation.labels),
             "seconds": seconds,
             "parameters": sum(p.numel() for p in probe.parameters()),
         },
@@ -95,13 +99,32 @@ def train_attentive_probe(
 
 
 def fit_attentive_probe(
-    train: Part, *, lr: float, weight_decay: float, epochs: int, batch_size: int, seed: int
+    tokens: Any,
+    targets: Tensor,
+    n_outputs: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
 ) -> tuple[AttentiveProbe, float]:
-    """The probe after training, and its mean loss in the last epoch; its outputs are the classes of ``train``."""
-    classes, y = np.unique(train.labels, return_inverse=True)
+    """The probe after training, and its mean loss in the last epoch.
+
+    Parameters
+    ----------
+    tokens : array (n, s, d) or SplitView
+    targets : Tensor (n, ...)
+        What ``loss(outputs (b, c), targets (b, ...))`` compares outputs with.
+    n_outputs : int
+        ``c``.
+    lr, weight_decay, epochs, batch_size, seed
+        Of AdamW, and of the order of the images.
+    """
     device = pick_device("auto")
-    X, targets = _tokens(train, device), torch.from_numpy(y).to(device)
-    probe = AttentiveProbe(X.shape[2], len(classes), seed=seed).to(device)
+    X, targets = _on_device(tokens, device), targets.to(device)
+    probe = AttentiveProbe(X.shape[2], n_outputs, seed=seed).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     total = epochs * math.ceil(len(X) / batch_size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total))
@@ -110,22 +133,22 @@ def fit_attentive_probe(
     for _ in range(epochs):
         losses: list[Tensor] = []
         for index in torch.randperm(len(X), generator=generator).to(device).split(batch_size):
-            loss = nn.functional.cross_entropy(probe(X[index].to(device)), targets[index])
+            value = loss(probe(X[index].to(device)), targets[index])
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
             decay.step()
-            losses.append(loss.detach())
+            losses.append(value.detach())
         mean_loss = float(torch.stack(losses).mean())
     return probe, mean_loss
 
 
-def _tokens(part: Part, device: torch.device) -> Tokens:
+def _on_device(tokens: Any, device: torch.device) -> Tokens:
     """On the device where they fit into half of what is free there, as for a fit; else each batch is read from disk."""
-    tokens = open_tokens(part.tokens)
-    if len(tokens) * token_bytes(tokens) > default_memory(device):
-        return tokens
-    return (tokens.read() if isinstance(tokens, StoredTokens) else tokens).to(device)
+    opened = open_tokens(tokens)
+    if len(opened) * token_bytes(opened) > default_memory(device):
+        return opened
+    return (opened.read() if isinstance(opened, StoredTokens) else opened).to(device)
 
 
 def tune_attentive_probe(splits: Splits, settings: AdamSettings, folder: RunFolder) -> Tuned:

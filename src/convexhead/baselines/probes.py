@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
 from convexhead.baselines.attentive_probe import AttentiveProbe, tune_attentive_probe
@@ -93,7 +93,13 @@ def _fit_neighbours(name: str, splits: Splits) -> Piece:
 
 
 def neighbours(k: int) -> KNeighborsClassifier:
+    """Votes of the ``k`` nearest vectors by cosine, weighted by distance."""
     return KNeighborsClassifier(k, metric="cosine", weights="distance")
+
+
+def neighbours_mean(k: int) -> KNeighborsRegressor:
+    """Means of the targets of the same neighbours, with the same weights."""
+    return KNeighborsRegressor(k, metric="cosine", weights="distance")
 
 
 def _record(score: float, began: float, fits: int, parameters: int) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from convexhead.cli.entry import AGAIN, command
-from convexhead.cli.extract import Backbone, Channels, Reduction
+from convexhead.cli.extract import Backbone, Channels, ClassNames, CropPct, Reduction, Void, class_list
 from convexhead.cli.options import (
     ClassChannels,
     Device,
-    ImageSize,
     Json,
     KeyDim,
     Layer,
@@ -24,12 +23,14 @@ from convexhead.cli.options import (
     QueryScale,
     Seed,
     SeveralNumbers,
+    Sides,
     TokenPool,
     Tol,
     counts,
     layers,
     names,
     ratios,
+    sides,
 )
 from convexhead.cli.output import emit, typed_command
 from convexhead.cli.progress import shown_progress
@@ -38,8 +39,8 @@ Images = Annotated[
     str,
     Argument(
         metavar="IMAGES|STORE",
-        help="Folder of class folders, with train/ and test/ beside each other where there is a split; another source "
-        "of images, see extract; or a token store.",
+        help="Folder of class folders, with train/ and test/ beside each other where there is a split, of images/ and "
+        "labels.csv, or of images/ and labels/ with masks; another source of images, see extract; or a token store.",
     ),
 ]
 Heads = Annotated[str, Option(help="Heads, separated by commas. The linear head is always trained.")]
@@ -62,7 +63,9 @@ Metrics = Annotated[
     ),
 ]
 Shots = Annotated[str, Option(help="Train on so many images of each class too, such as: 1 2 4 8 16.")]
-Fractions = Annotated[str, Option(help="Train on such shares of each class too, such as: 0.1 0.5.")]
+Fractions = Annotated[
+    str, Option(help="Train on such shares of each class too, or of images without one class each, such as: 0.1 0.5.")
+]
 Draws = Annotated[int, Option(help="Random choices of images for each number of --shots and --fractions.")]
 Leaderboard = Annotated[Path | None, Option(help="File to append one JSON line a row to.")]
 
@@ -74,10 +77,13 @@ def probe(
     backbone: Backbone = None,
     layer: Layer = None,
     class_channels: ClassChannels = None,
-    image_size: ImageSize = None,
+    image_size: Sides = None,
+    crop_pct: CropPct = None,
     token_pool: TokenPool = None,
     channels: Channels = None,
     reduce: Reduction = None,
+    void: Void = None,
+    class_names: ClassNames = None,
     heads: Heads = "linear,self-attention,mlp-mixer,mlp",
     baselines: Baselines = "k-nn,attentive-probe",
     cv: Folds = 3,
@@ -103,8 +109,9 @@ def probe(
 
     with shown_progress(as_json) as notify:
         results = probing.probe(
-            images, out, backbone=backbone, layer=layers(layer), class_channels=class_channels, image_size=image_size,
-            token_pool=token_pool,
+            images, out, backbone=backbone, layer=layers(layer), class_channels=class_channels,
+            image_size=sides(image_size), crop_pct=crop_pct, token_pool=token_pool, void=void,
+            class_names=class_list(class_names),
             channels=channels, reduce=None if reduce is None else reduce.value, heads=names(heads),
             baselines=names(baselines), cv=cv, beta_ratios=ratios(beta_ratios), tol=tol,
             whiten=ratios(whiten, "--whiten"),

@@ -11,8 +11,10 @@ from typing import Any
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments import leaderboard as board
 from convexhead.experiments.probe_data import Budget, ProbeData, budgets_of, is_store, open_data
-from convexhead.experiments.probe_fits import BASELINES, RATIOS, Fit, Fits, ProbeSettings
+from convexhead.experiments.probe_fits import RATIOS, Fit, Fits, ProbeSettings
+from convexhead.experiments.probe_outcomes import OUTCOMES
 from convexhead.experiments.probe_rows import row_of
+from convexhead.experiments.probe_tasks import BASELINES
 from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.results import write_csv
 from convexhead.experiments.run_folder import RunFolder
@@ -61,20 +63,20 @@ def probe(
     Parameters
     ----------
     images : path or str
-        A source of images, see `convexhead.tokens.extract`, or a token store. Where there is no test split the val
-        split is tested on, and where there is neither a fifth of each class is held out.
+        A source of images with one class each, several, numbers or masks, see `convexhead.tokens.extract`; or a token
+        store. Where there is no test split the val split is tested on, and where there is neither a fifth is held out.
     out : path
         Folder of tokens, trained heads, tables and page.
     heads, baselines : sequence of str
         The linear head is always one of them: the others are tested against it. Baselines: ``"k-nn"``,
-        ``"attentive-probe"``.
+        ``"attentive-probe"``. Methods that cannot do the task are left out, and ``left_out`` of the result says why.
     cv, beta_ratios, whiten, tol, seed, device
         See `ProbeSettings`; the device is for backbone and heads.
     n_queries, query_scale, query_position, key_dim, query_norm
         See `QuerySettings`.
     shots, fractions : sequence of int, of float
-        Label efficiency: train on so many images of each class too, or on such shares of it, at what all train images
-        chose.
+        Label efficiency: train on so many images of each class too, or on such shares of each or of all, at what all
+        train images chose.
     draws : int
         How many random choices of each of these.
     leaderboard : path or None
@@ -100,12 +102,12 @@ def probe(
         board.known_ids(Path(leaderboard))
     out = Path(out)
     folder = _folder(out)
-    data = open_data(images, out, seed=seed, device=device, notify=notify, options=extraction)
+    data = open_data(images, out, budgets, seed=seed, device=device, notify=notify, options=extraction)
     make_folder(out)
     with writer_lock(out):
         folder.begin({"run": "probe"})
-        rows = _rows(Fits(data, settings, folder, device), chosen, budgets, notify)
-        results = _results(data, asdict(settings) | {"draws": draws}, command, rows)
+        results = _results(Fits(data, settings, folder, device), chosen, budgets, command, notify)
+        results["settings"]["draws"] = draws
         added = 0 if leaderboard is None else board.append(Path(leaderboard), _entries(results, data))
         _write(results, out)
     return results | {"page": str(out / "index.html"), "added": added}
@@ -121,14 +123,23 @@ def _folder(out: Path) -> RunFolder:
     return folder
 
 
-def _results(data: ProbeData, settings: dict[str, Any], command: Sequence[str], rows: list[dict[str, Any]]) -> Results:
+def _results(
+    fits: Fits, chosen: Sequence[str], budgets: Sequence[Budget], command: Sequence[str], notify: Notify
+) -> Results:
+    data, lacks = fits.data, fits.data.task.lacks
+    rows = _rows(fits, [method for method in chosen if method not in lacks], budgets, notify)
     return {
         "title": f"Probe of {backbone_of(data.store)}",
+        "task": data.task.name,
+        "score": OUTCOMES[data.task.name].score,
+        "choice": data.task.choice,
         "dataset": _dataset(data),
-        "settings": settings,
+        "settings": asdict(fits.settings),
         "reproduce": [list(command)] if command else [],
         "environment": environment(),
         "rows": rows,
+        "left_out": {method: lacks[method] for method in chosen if method in lacks},
+        "unseen": fits.unseen,
     }
 
 
@@ -156,7 +167,7 @@ def _rows(fits: Fits, methods: Sequence[str], budgets: Sequence[Budget], notify:
     said = {}
     for i, fit in enumerate(made):
         notify("test images", len(made) + i, total)
-        said[fit.method, fit.budget] = fits.predictions(fit)
+        said[fit.method, fit.budget] = fits.outcome(fit)
         rows.append(row_of(fit, said[fit.method, fit.budget], said[REFERENCE, fit.budget], fits.data, fits.settings))
     notify("done", total, total)
     return rows
@@ -183,7 +194,7 @@ def _dataset(data: ProbeData) -> dict[str, Any]:
 
 def _entries(results: Results, data: ProbeData) -> list[dict[str, Any]]:
     """The lines of the leaderboard: each has everything that it takes to run it again."""
-    about = {key: results[key] for key in ("dataset", "settings", "environment")}
+    about = {key: results[key] for key in ("task", "dataset", "settings", "environment")}
     about["command"] = results["reproduce"][0] if results["reproduce"] else None
     about["extraction"] = data.store.manifest.config | {"reduction": data.store.reduction.options}
     about["reduction_sha256"] = data.train.reduction.identity if data.train.reduction else None

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from convexhead.errors import InputError
+from convexhead.experiments.probe_tasks import CLASSES, LABELS, MASKS, NUMBERS, TASKS, Task
 from convexhead.experiments.splits import CHUNK, hold_out
+from convexhead.reading import KNOWN
 from convexhead.runtime.progress import Notify
 from convexhead.tokens.extract import extract
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.progress import told_to
-from convexhead.tokens.sources.base import MaskSource
+from convexhead.tokens.sources.base import ImageSource, MaskSource
 from convexhead.tokens.sources.open import open_source
 from convexhead.tokens.store.manifest import MANIFEST
 from convexhead.tokens.store.store import TokenStore
@@ -26,11 +28,9 @@ from convexhead.tokens.store.view import SplitView
 Rows = NDArray[np.int64]
 HELD_OUT = 0.2
 """Share of every class that is held out to test on where there is no test split."""
+FEWEST = 10
+"""Images of which some can be held out. Chosen by hand: two to test on, where there are no classes to count."""
 BACKBONE = "packaged:efficientnet-lite0"
-DENSE = (
-    "masks, and probe takes images with one class each: extract them, and train a head on their tokens with "
-    "ConvexHeadClassifier(pool=None)"
-)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Budget:
     shots : int or None
         Images of each class, or all that a class has.
     fraction : float or None
-        Share of each class, at least one image. Neither: all images.
+        Share of each class, or of all images that have not one class each; at least one image. Neither: all images.
     draw : int
         Which of several random choices.
     """
@@ -61,13 +61,22 @@ class Budget:
     def is_all(self) -> bool:
         return self.shots is None and self.fraction is None
 
-    def rows(self, labels: Rows, seed: int) -> Rows:
-        """Rows of the chosen images. A smaller choice of the same draw is part of a larger one."""
+    def rows(self, labels: Rows | None, images: int, seed: int) -> Rows:
+        """Rows of the chosen images. A smaller choice of the same draw is part of a larger one.
+
+        Parameters
+        ----------
+        labels : int array (n,) or None
+            Of images with one class each; None: a share is of all images.
+        images : int
+            ``n``.
+        """
         if self.is_all:
-            return np.arange(len(labels))
+            return np.arange(images)
         rng, chosen = np.random.default_rng([seed, self.draw]), []
-        for label in np.unique(labels):
-            rows = rng.permutation(np.flatnonzero(labels == label))
+        groups = [np.arange(images)] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
+        for group in groups:
+            rows = rng.permutation(group)
             count = self.shots if self.fraction is None else max(1, round(self.fraction * len(rows)))
             chosen.append(rows[:count])
         return np.sort(np.concatenate(chosen))
@@ -101,19 +110,39 @@ class ProbeData:
     train, test : SplitView
     test_is : str
         What the test images are, in words.
+    images : MaskSource or None
+        Where the images are, if they have masks.
+    task : Task
+    labels : int array (n,) or None
+        Of the train images, if they have one class each.
     """
 
     store: TokenStore
     train: SplitView
     test: SplitView
     test_is: str
-    labels: Rows = field(init=False)
+    images: ImageSource | None = None
+    task: Task = field(init=False)
+    labels: Rows | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self.task = TASKS[self.train.task]
         self.labels = _labels(self.train)
         _labels(self.test)
-        if len(np.unique(self.labels)) < 2:
-            raise InputError(f"{self.store.path} has train images of one class: a probe needs two classes or more")
+        for view in (self.train, self.test):
+            self._check_variety(view)
+
+    def _check_variety(self, view: SplitView) -> None:
+        """Refuse images that are all alike: nothing can be told apart, or scored."""
+        what, y = f"{self.store.path} has {view.split} images", view.known
+        if self.task.name == CLASSES and view is self.train and len(np.unique(y)) < 2:
+            raise InputError(f"{what} of one class: a probe needs two classes or more")
+        if self.task.name == LABELS and not ((y >= 0.5).any(0) & (y < 0.5).any(0)).any():
+            raise InputError(f"{what}, of which all or none have each label: give images that differ")
+        if self.task.name == NUMBERS and not (np.ptp(y, axis=0) > 0).all():
+            raise InputError(f"{what} with the same number in a column: R² is not defined, leave the column out")
+        if self.task.name == MASKS and view is self.train and (y.max((0, 1)) > 0).sum() < 2:
+            raise InputError(f"{what} whose pixels have one class: a probe needs two classes or more")
 
     def vectors(self, view: SplitView) -> NDArray[Any]:
         """The mean token of each image, ``(n, d)``, without the constant channel."""
@@ -121,15 +150,24 @@ class ProbeData:
         return means[:, :-1] if view.reduction is not None and view.reduction.constant else means
 
     def folds(self, cv: int, seed: int) -> list[tuple[Rows, Rows]]:
-        """Stratified folds of the train images, shuffled; fewer where the smallest class has fewer images.
+        """Folds of the train images: stratified and shuffled, fewer where the smallest class has fewer images.
+
+        Of images without one class each they are shuffled alone. Of masks they are blocks in the order of the images,
+        which often are frames of one drive after another.
 
         Raises
         ------
         InputError
-            A class has a single train image.
+            A class has a single train image, or there are fewer images than folds.
         """
         if cv < 2:
             raise InputError(f"cv must be at least 2 folds, got {cv}")
+        n = len(self.train)
+        if self.labels is None:
+            if n < cv:
+                raise InputError(f"cv={cv} folds need {cv} train images, and there are {n}: give more images")
+            shuffled = self.task.name != MASKS
+            return list(KFold(cv, shuffle=shuffled, random_state=seed if shuffled else None).split(np.arange(n)))
         classes, counts = np.unique(self.labels, return_counts=True)
         if counts.min() < 2:
             name = self.store.class_names[classes[counts.argmin()]]
@@ -147,7 +185,14 @@ def is_store(images: str | Path) -> bool:
 
 
 def open_data(
-    images: str | Path, out: Path, *, seed: int, device: str, notify: Notify, options: dict[str, Any]
+    images: str | Path,
+    out: Path,
+    budgets: Sequence[Budget],
+    *,
+    seed: int,
+    device: str,
+    notify: Notify,
+    options: dict[str, Any],
 ) -> ProbeData:
     """The store ``images``, or one of these images in ``out / "tokens"``; that is made, gone on with, or used again.
 
@@ -164,46 +209,88 @@ def open_data(
                 "or give the images"
             )
         store = TokenStore.open(images)
+        source = _masks_of(store)
     else:
+        masked = {name: given.pop(name) for name in ("void", "class_names") if name in given}
         given = {"backbone": BACKBONE, "constant": True, **given}
-        source = open_source(images)
-        if isinstance(source, MaskSource):
-            raise InputError(f"{str(images)!r} has {DENSE}")
+        source = open_source(images, **masked)
+        check_budgets(budgets, "masks" if isinstance(source, MaskSource) else getattr(source, "task", "classes"))
         store = extract(source, out=out / "tokens", device=device, progress=told_to(notify), **given)
-    return _split(store, seed)
+    data = _split(store, seed, source if isinstance(source, MaskSource) else None)
+    check_budgets(budgets, data.task.name)
+    return data
 
 
-def _split(store: TokenStore, seed: int) -> ProbeData:
+def _masks_of(store: TokenStore) -> ImageSource | None:
+    """The images of a store of images with masks, which pixels are scored on."""
+    if not store[store.splits[0]].has_masks:
+        return None
+    source = open_source(store.manifest.source)
+    if not isinstance(source, MaskSource):
+        raise InputError(f"{source.spec!r}, of which {store.path} was made, has no masks any more: give the images")
+    return source
+
+
+def check_budgets(budgets: Sequence[Budget], known: str) -> None:
+    """Refuse images of each class where images have none.
+
+    Raises
+    ------
+    InputError
+        Says to take shares.
+    """
+    if known != CLASSES and any(budget.shots is not None for budget in budgets):
+        raise InputError(
+            f"shots are images of each class, and these images have {KNOWN[known]}: leave shots out, and take shares "
+            "of all images with fractions"
+        )
+
+
+def _split(store: TokenStore, seed: int, images: ImageSource | None) -> ProbeData:
     if "train" not in store.splits:
         raise InputError(f"{store.path} has no train split, only {', '.join(store.splits)}")
     for split, told in (("test", "the test split"), ("val", "the val split, since there is no test split")):
         if split in store.splits:
-            return ProbeData(store, store["train"], store[split], told)
+            return ProbeData(store, store["train"], store[split], told, images)
     view = store["train"]
-    classes, counts = np.unique(_labels(view), return_counts=True)
-    if counts.min() < 3:
-        raise InputError(
-            f"the class {store.class_names[classes[counts.argmin()]]!r} has {counts.min()} images and there is no test "
-            "split: to hold some out to test on, every class needs three"
-        )
-    if HELD_OUT * counts.sum() < len(classes):
-        raise InputError(
-            f"there is no test split, and {100 * HELD_OUT:g}% of {counts.sum()} images are less than one image of each "
-            f"of the {len(classes)} classes: give a folder with train/ and test/ beside each other"
-        )
+    kept, held, told = _hold_out(store, view, seed)
     # The store's reduction has seen the images that are held out here.
-    kept, held = hold_out(view, HELD_OUT, seed)
     reduction = fit_reduction(kept.unreduced().tokens_there(), **store.reduction.options)
-    told = f"{100 * HELD_OUT:g}% of each class, held out with seed {seed}, since there is no test split"
-    return ProbeData(store, kept.reduced(reduction), held.reduced(reduction), told)
+    told = f"{told}, since there is no test split"
+    return ProbeData(store, kept.reduced(reduction), held.reduced(reduction), told, images)
 
 
-def _labels(view: SplitView) -> Rows:
+def _hold_out(store: TokenStore, view: SplitView, seed: int) -> tuple[SplitView, SplitView, str]:
+    """Train and test images out of the train split, and what the latter are, in words."""
+    labels, n = _labels(view), len(view)
+    if labels is not None:
+        classes, counts = np.unique(labels, return_counts=True)
+        if counts.min() < 3:
+            raise InputError(
+                f"the class {store.class_names[classes[counts.argmin()]]!r} has {counts.min()} images and there is no "
+                "test split: to hold some out to test on, every class needs three"
+            )
+        if HELD_OUT * counts.sum() < len(classes):
+            raise InputError(
+                f"there is no test split, and {100 * HELD_OUT:g}% of {counts.sum()} images are less than one image of "
+                f"each of the {len(classes)} classes: give a folder with train/ and test/ beside each other"
+            )
+        return *hold_out(view, HELD_OUT, seed), f"{100 * HELD_OUT:g}% of each class, held out with seed {seed}"
+    if n < FEWEST:
+        raise InputError(f"there are {n} images and no test split: to hold some out to test on, give {FEWEST} or more")
     if view.has_masks:
-        raise InputError(f"the split {view.split!r} has {DENSE}")
+        first = n - round(HELD_OUT * n)
+        told = f"the last {100 * HELD_OUT:g}% of the images in the order of their names"
+        return view.subset(np.arange(first)), view.subset(np.arange(first, n)), told
+    kept, held = train_test_split(np.arange(n), test_size=HELD_OUT, random_state=seed)
+    told = f"{100 * HELD_OUT:g}% of the images, held out with seed {seed}"
+    return view.subset(np.sort(kept)), view.subset(np.sort(held)), told
+
+
+def _labels(view: SplitView) -> Rows | None:
     if view.lengths is not None:
         raise InputError(
             "the samples have different numbers of tokens, which not all methods of a probe take: use fit, path and "
             "evaluate on this store"
         )
-    return np.asarray(view.labels)
+    return np.asarray(view.labels) if view.task == CLASSES else None

@@ -1,12 +1,12 @@
 """The fits of a probe: each method on each budget of train images, chosen by cross-validation on all of them.
 
 =====================  =============================================================================================
-method                 what is chosen, on the same stratified folds of the train images
+method                 what is chosen, on the same folds of the train images
 =====================  =============================================================================================
-a head                 ``β/β_max`` and the metric of the tokens, by the mean accuracy over the folds
-                       (`ConvexHeadClassifierCV`)
+a head                 ``β/β_max`` and the metric of the tokens, by the mean score over the folds
+                       (`ConvexHeadClassifierCV`; see `convexhead.experiments.probe_tasks` for the score)
 ``k-nn``               ``k``, by the same; neighbours of the mean token by cosine, weighted by distance
-``attentive-probe``    learning rate and weight decay, by the accuracy on the first fold alone, for it is dear
+``attentive-probe``    learning rate and weight decay, by the score on the first fold alone, for it is dear
 =====================  =============================================================================================
 
 Then each is trained on all train images. A smaller budget takes over what all images chose, and k is at most the
@@ -19,24 +19,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 
-from convexhead.baselines.attentive_probe import OPTIONS, AttentiveProbe, fit_attentive_probe
-from convexhead.baselines.probes import NEIGHBOURS, neighbours
+from convexhead.dense import pixel_scores
 from convexhead.errors import InputError
-from convexhead.estimators import ConvexHeadClassifier
-from convexhead.estimators_cv import ConvexHeadClassifierCV
-from convexhead.experiments.cells import network_scores, top
+from convexhead.estimator_choice import estimator_for, settings_for
+from convexhead.experiments.probe_baselines import OF_ALL, Baselines
 from convexhead.experiments.probe_data import Budget, ProbeData
+from convexhead.experiments.probe_outcomes import OUTCOMES, OfClasses, OfPixels, Outcome
+from convexhead.experiments.probe_tasks import BASELINES, MASKS, NUMBERS
 from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.run_folder import Piece, RunFolder
-from convexhead.experiments.splits import Part
 from convexhead.metrics import Predictions
 from convexhead.persistence import load
 from convexhead.runtime.clock import now
@@ -44,11 +40,6 @@ from convexhead.tokens.fit_reduction import check_whiten
 from convexhead.tokens.store.fit import whitened
 from convexhead.tokens.store.manifest import digest_json
 from convexhead.tokens.store.view import SplitView
-
-BASELINES = ("k-nn", "attentive-probe")
-EPOCHS, MOST_IN_BATCH, LEAST_IN_BATCH, BATCHES = 100, 256, 16, 8
-"""Of the attentive probe: epochs, and images of a batch: an eighth of all, within these bounds. Chosen by hand: some
-hundred steps on small data."""
 
 Told = Callable[[Any], None]
 
@@ -120,16 +111,23 @@ class Fits:
     data, settings
     folder : RunFolder
     device : str
+
+    Attributes
+    ----------
+    unseen : float or None
+        Of masks, the share of the test pixels with a label that the backbone does not see.
     """
 
     def __init__(self, data: ProbeData, settings: ProbeSettings, folder: RunFolder, device: str) -> None:
         self.data, self.settings, self.folder, self._device = data, settings, folder, device
         self._folds = data.folds(settings.cv, settings.seed)
+        self._baselines = Baselines(data, self._folds, folder, settings.seed)
         self._reductions: dict[float, Any] = {}
+        self.unseen: float | None = None
 
     def fit(self, method: str, budget: Budget, of_all: Fit | None, told: Told) -> Fit:
         """Train ``method``; ``of_all`` is its fit on all images, from which a smaller budget takes what was chosen."""
-        rows = budget.rows(self.data.labels, self.settings.seed)
+        rows = budget.rows(self.data.labels, len(self.data.train), self.settings.seed)
         view = self.data.train if budget.is_all else self.data.train.subset(rows)
         chosen = None if of_all is None else of_all.piece.record["chosen"]
         metrics = self.settings.whiten if of_all is None else (of_all.piece.record.get("whiten", 0.0),)
@@ -143,10 +141,8 @@ class Fits:
         name = f"{method}-{slug}-{digest_json(facts)[:10]}"
 
         def make() -> Piece:
-            if method == "k-nn":
-                return self._neighbours(view, chosen)
-            if method == "attentive-probe":
-                return self._attentive(view, chosen, name)
+            if method in BASELINES:
+                return self._baselines.fit(method, view, chosen, name)
             return self._head(method, view, chosen, metrics, name, told)
 
         return Fit(method, budget, rows, self.folder.once(name, make))
@@ -157,26 +153,23 @@ class Fits:
     ) -> Piece:
         began = now()
         views = {each: view.reduced(self._reduction(each)) for each in metrics}
-        common: dict[str, Any] = {
-            "tol": self.settings.tol, "random_state": self.settings.seed, "device": self._device,
-            **asdict(self.settings.queries),
-        }  # fmt: skip
+        common = settings_for(view, None, self._common())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows every gap
-            model: ConvexHeadClassifier
             if ratio is None:
-                found = {
-                    whiten: ConvexHeadClassifierCV(
-                        head, beta_ratios=self.settings.beta_ratios, cv=self._folds, **common
-                    ).fit(each, callback=told)
+                choice = {"beta_ratios": self.settings.beta_ratios, "scoring": self.data.task.scoring}
+                found: dict[float, Any] = {
+                    whiten: estimator_for({**common, "head": head, **choice}, self._folds).fit(each, callback=told)
                     for whiten, each in views.items()
-                }  # fmt: skip
+                }
                 best = max(found, key=lambda each: (found[each].scores_.mean(0).max(), -each))
                 model, metrics = found[best], (best,)
-                ratio, record = model.beta_ratio_, self._by_folds(float(model.scores_.mean(0).max()))
+                ratio, score = model.beta_ratio_, float(model.scores_.mean(0).max())
+                record = {"chosen_by": f"{len(self._folds)}-fold cross-validation", "cv_score": score}
             else:
-                model = ConvexHeadClassifier(head, beta_ratio=ratio, **common).fit(views[metrics[0]], callback=told)
-                record = {"chosen_by": "all train images"}
+                model = estimator_for({**common, "head": head, "beta_ratio": ratio}, None)
+                model.fit(views[metrics[0]], callback=told)
+                record = dict(OF_ALL)
         model.save(self.folder.model(name))
         return Piece(
             record
@@ -198,78 +191,42 @@ class Fits:
             self._reductions[whiten] = whitened(self.data.train, whiten).reduction
         return self._reductions[whiten]
 
-    def _neighbours(self, view: SplitView, k: int | None) -> Piece:
-        began, X, y = now(), self.data.vectors(view), np.asarray(view.labels)
-        if k is None:
-            least = min(len(train) for train, _ in self._folds)
-            scores = {
-                each: float(np.mean([neighbours(each).fit(X[a], y[a]).score(X[b], y[b]) for a, b in self._folds]))
-                for each in NEIGHBOURS
-                if each <= least
-            }
-            k = max(scores, key=lambda each: (scores[each], -each))
-            record = self._by_folds(scores[k])
-        else:
-            k, record = min(k, int(np.unique(y, return_counts=True)[1].min())), {"chosen_by": "all train images"}
-        return Piece(record | {"chosen": k, "seconds": now() - began})
-
-    def _attentive(self, view: SplitView, option: list[float] | None, name: str) -> Piece:
-        began, seconds, record = now(), 0.0, {"chosen_by": "all train images"}
-        if option is None:
-            a, b = self._folds[0]
-            kept, held = Part.of(view.subset(a)), Part.of(view.subset(b))
-            tried = {
-                each: self.folder.once(
-                    f"tried/{name}-lr{each[0]:g}-decay{each[1]:g}", partial(self._try, kept, held, each)
-                )
-                for each in OPTIONS
-            }
-            seconds = sum(piece.record["seconds"] for piece in tried.values())
-            best = max(OPTIONS, key=lambda each: tried[each].record["accuracy"])
-            option, record = list(best), {"chosen_by": "the first fold", "cv_accuracy": tried[best].record["accuracy"]}
-            began = now()
-        probe = self._trained(Part.of(view), option[0], option[1])
-        weights = {key: value.detach().cpu() for key, value in probe.state_dict().items()}
-        return Piece(record | {"chosen": option, "seconds": seconds + now() - began}, weights)
-
-    def _try(self, kept: Part, held: Part, option: tuple[float, float]) -> Piece:
-        began = now()
-        scores = network_scores(self._trained(kept, *option), held.tokens)
-        accuracy = top(scores, np.unique(kept.labels), held.labels) if np.isfinite(scores).all() else -1.0
-        return Piece({"accuracy": accuracy, "seconds": now() - began})
-
-    def _trained(self, part: Part, lr: float, weight_decay: float) -> AttentiveProbe:
-        size = max(LEAST_IN_BATCH, min(MOST_IN_BATCH, len(part.labels) // BATCHES))
-        return fit_attentive_probe(
-            part, lr=lr, weight_decay=weight_decay, epochs=EPOCHS, batch_size=size, seed=self.settings.seed
-        )[0]
-
-    def _by_folds(self, accuracy: float) -> dict[str, Any]:
-        return {"chosen_by": f"{len(self._folds)}-fold cross-validation", "cv_accuracy": accuracy}
+    def _common(self) -> dict[str, Any]:
+        """Settings of every head."""
+        return {
+            "tol": self.settings.tol, "random_state": self.settings.seed, "device": self._device,
+            **asdict(self.settings.queries), **self.data.task.settings,
+        }  # fmt: skip
 
     # -- the test images --------------------------------------------------------------------------------------------
-    def predictions(self, fit: Fit) -> Predictions:
+    def outcome(self, fit: Fit) -> Outcome:
         """What a fit says of the test images; kept, so that these are read once for each fit."""
         test = self.data.test
         name = f"test/{fit.piece.name}-{digest_json({'test': test.identity})[:10]}"
 
         def make() -> Piece:
-            probabilities, classes = self._probabilities(fit, test)
-            said = Predictions.of(probabilities, classes, np.asarray(test.labels))
-            return Piece({"images": len(test)}, {key: torch.from_numpy(value) for key, value in vars(said).items()})
+            outcome, unseen = self._outcome(fit, test)
+            return Piece({"images": len(test), "unseen": unseen}, outcome.tensors())
 
-        return Predictions(**{key: value.numpy() for key, value in self.folder.once(name, make).tensors.items()})
+        piece = self.folder.once(name, make)
+        self.unseen = piece.record.get("unseen")
+        return OUTCOMES[self.data.task.name].restored(piece.tensors)
 
-    def _probabilities(self, fit: Fit, test: SplitView) -> tuple[Any, Any]:
-        """Probabilities ``(n, c)``, and the classes ``(c,)``."""
-        train = self.data.train.subset(fit.rows)
-        if fit.method == "k-nn":
-            near = neighbours(fit.piece.record["chosen"]).fit(self.data.vectors(train), train.labels)
-            return near.predict_proba(self.data.vectors(test)), near.classes_
-        if fit.method == "attentive-probe":
-            logits = network_scores(AttentiveProbe.restored(fit.piece.tensors), test)
-            return softmax(logits, axis=1), np.unique(train.labels)
-        model = load(self.folder.path / fit.piece.record["run"])
-        if not isinstance(model, ConvexHeadClassifier):
-            raise InputError(f"{self.folder.path / fit.piece.record['run']} holds no classifier: delete the folder")
-        return model.predict_proba(test), np.asarray(model.classes_)
+    def _outcome(self, fit: Fit, test: SplitView) -> tuple[Outcome, float | None]:
+        if fit.method in BASELINES:
+            train = self.data.train.subset(fit.rows)
+            said, classes = self._baselines.says(fit.method, fit.piece, train, test)
+        else:
+            model: Any = load(self.folder.path / fit.piece.record["run"])
+            if hasattr(model, "classes_") == (self.data.task.name == NUMBERS):
+                raise InputError(f"{self.folder.path / fit.piece.record['run']} is of another task: delete the folder")
+            if self.data.task.name == MASKS:
+                scores = pixel_scores(model, test, self.data.images or self.data.store.manifest.source)
+                return OfPixels(scores.confusions), scores.unseen
+            if self.data.task.name == NUMBERS:
+                said, classes = model.predict(test).reshape(test.known.shape), None
+            else:
+                said, classes = model.predict_proba(test), np.asarray(model.classes_)
+        if test.known.ndim > 1:
+            return OUTCOMES[self.data.task.name](np.asarray(said, float), test.known), None
+        return OfClasses(Predictions.of(said, np.asarray(classes), test.known)), None

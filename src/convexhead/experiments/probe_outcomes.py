@@ -1,0 +1,235 @@
+"""What a method of a probe says of the test images, and what that is worth, by what is known of them.
+
+=================  ==============================  ==================================================================
+known              score                           beside it
+=================  ==============================  ==================================================================
+one class          top-1                           top-5, balanced accuracy, calibration error, McNemar's test
+several classes    mean average precision          AUROC, binary cross-entropy, share with all right, a paired test
+numbers            R²                              mean absolute error, a paired test
+masks              mean IoU                        share of pixels that are right, a paired test
+=================  ==============================  ==================================================================
+
+Each has the columns of its rows in the leaderboard, its value for each class or column, and the tensors that are kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import xlogy
+from torch import Tensor
+
+from convexhead.dense import class_iou, mean_iou, pixel_accuracy
+from convexhead.experiments.probe_tasks import CLASSES, LABELS, MASKS, NUMBERS
+from convexhead.metrics import (
+    Predictions,
+    auroc,
+    average_precision,
+    balanced_accuracy,
+    bootstrap_interval,
+    calibration_error,
+    mcnemar,
+    mean_of_known,
+    per_class_accuracy,
+    top_k_accuracy,
+)
+from convexhead.resampling import average_precisions, interval, paired, r_squareds, score
+
+Array = NDArray[Any]
+Values = dict[str, Any]
+TOP = 5
+
+
+class Outcome(ABC):
+    """See the module's text.
+
+    Attributes
+    ----------
+    score : str
+        The key of the score that methods are compared by.
+    """
+
+    score: ClassVar[str]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of images."""
+
+    @abstractmethod
+    def values(self, names: Sequence[str], seed: int) -> Values:
+        """The columns of a row, with ``low`` and ``high`` of the score."""
+
+    @abstractmethod
+    def against(self, reference: Any, seed: int) -> Values:
+        """How it compares with the linear head on the same images."""
+
+    @abstractmethod
+    def by_class(self, names: Sequence[str]) -> dict[str, float | None]:
+        """Its value for each class or column; None where it is not defined."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept."""
+
+
+@dataclass(frozen=True)
+class OfClasses(Outcome):
+    """Of one class an image."""
+
+    predictions: Predictions
+    score: ClassVar[str] = "top1"
+
+    def __len__(self) -> int:
+        return len(self.predictions.truth)
+
+    def values(self, names: Sequence[str], seed: int) -> Values:
+        low, high = bootstrap_interval(self.predictions, seed=seed)
+        return {
+            "top1": top_k_accuracy(self.predictions),
+            "low": low,
+            "high": high,
+            "top5": top_k_accuracy(self.predictions, TOP) if len(names) > TOP else None,
+            "balanced_accuracy": balanced_accuracy(self.predictions),
+            "calibration_error": calibration_error(self.predictions),
+        }
+
+    def against(self, reference: OfClasses, seed: int) -> Values:
+        return mcnemar(self.predictions, reference.predictions)._asdict()
+
+    def by_class(self, names: Sequence[str]) -> dict[str, float | None]:
+        return {names[label]: value for label, value in per_class_accuracy(self.predictions).items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {key: torch.from_numpy(value) for key, value in vars(self.predictions).items()}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> OfClasses:
+        """Inverse of `tensors`."""
+        return cls(Predictions(**{key: value.numpy() for key, value in tensors.items()}))
+
+
+@dataclass(frozen=True)
+class _Drawn(Outcome):
+    """An outcome that keeps arrays with a row for each image, and is compared by drawing and exchanging these."""
+
+    def __len__(self) -> int:
+        return len(self.arrays()[0])
+
+    @abstractmethod
+    def scores(self, weights: Array) -> Array:
+        """See `convexhead.resampling.Outcome`."""
+
+    @abstractmethod
+    def more(self) -> Values:
+        """The columns beside the score."""
+
+    def joined(self, other: Any) -> Any:
+        pairs = zip(self.arrays(), other.arrays(), strict=True)
+        return type(self)(*(np.concatenate(pair) for pair in pairs))
+
+    def values(self, names: Sequence[str], seed: int) -> Values:
+        low, high = interval(self, seed=seed)
+        return {self.score: score(self), "low": low, "high": high, **self.more()}
+
+    def against(self, reference: Any, seed: int) -> Values:
+        found = paired(self, reference, seed=seed)
+        return {
+            "difference": found.value, "difference_low": found.low, "difference_high": found.high,
+            "p_value": found.p_value,
+        }  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in vars(self).items()}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> Any:
+        """Inverse of `tensors`."""
+        return cls(**{key: value.numpy() for key, value in tensors.items()})
+
+    def arrays(self) -> list[Array]:
+        """What is kept, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class OfLabels(_Drawn):
+    """Of several classes an image: probabilities and targets ``(n, c)``; a target of 1/2 or more is a label."""
+
+    p: Array
+    targets: Array
+    score: ClassVar[str] = "mean_ap"
+
+    @property
+    def truth(self) -> Array:
+        return self.targets >= 0.5
+
+    def scores(self, weights: Array) -> Array:
+        truth, total, known = self.truth, np.zeros(len(weights)), np.zeros(len(weights))
+        for k in range(self.p.shape[1]):
+            value = average_precisions(self.p[:, k], truth[:, k], weights)
+            total, known = total + np.nan_to_num(value), known + ~np.isnan(value)
+        return np.divide(total, known, out=np.full(len(weights), np.nan), where=known > 0)
+
+    def more(self) -> Values:
+        entropy = -(xlogy(self.targets, self.p) + xlogy(1 - self.targets, 1 - self.p)).mean()
+        return {
+            "mean_auroc": mean_of_known(auroc(self.p, self.truth)),
+            "cross_entropy": float(entropy) if np.isfinite(entropy) else None,
+            "exact": float(((self.p >= 0.5) == self.truth).all(1).mean()),
+        }
+
+    def by_class(self, names: Sequence[str]) -> dict[str, float | None]:
+        return _named(names, average_precision(self.p, self.truth))
+
+
+@dataclass(frozen=True)
+class OfNumbers(_Drawn):
+    """Of numbers: outputs and targets ``(n, c)``."""
+
+    f: Array
+    targets: Array
+    score: ClassVar[str] = "r2"
+
+    def scores(self, weights: Array) -> Array:
+        each = [r_squareds(self.f[:, k], self.targets[:, k], weights) for k in range(self.f.shape[1])]
+        return np.mean(each, axis=0)
+
+    def more(self) -> Values:
+        return {"mae": float(np.abs(self.f - self.targets).mean())}
+
+    def by_class(self, names: Sequence[str]) -> dict[str, float | None]:
+        one = np.ones((1, len(self)))
+        return _named(names, np.array([
+            r_squareds(self.f[:, k], self.targets[:, k], one)[0] for k in range(self.f.shape[1])
+        ]))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OfPixels(_Drawn):
+    """Of masks: pixels of each image by their true class (rows) and the predicted one ``(n, c, c)``."""
+
+    confusions: Array
+    score: ClassVar[str] = "mean_iou"
+
+    def scores(self, weights: Array) -> Array:
+        return np.array([mean_iou(each) for each in np.tensordot(weights, self.confusions, 1)])
+
+    def more(self) -> Values:
+        return {"pixel_accuracy": pixel_accuracy(self.confusions.sum(0))}
+
+    def by_class(self, names: Sequence[str]) -> dict[str, float | None]:
+        return _named(names, class_iou(self.confusions.sum(0)))
+
+
+OUTCOMES: dict[str, Any] = {CLASSES: OfClasses, LABELS: OfLabels, NUMBERS: OfNumbers, MASKS: OfPixels}
+"""By what is known of the images."""
