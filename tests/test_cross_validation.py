@@ -15,6 +15,8 @@ from sklearn.model_selection import GroupKFold, KFold, PredefinedSplit, Stratifi
 import convexhead as ch
 from convexhead import cross_validation
 from convexhead.cross_validation import Choice, grid_of
+from convexhead.errors import ConvexHeadError
+from convexhead.fitting import Task
 
 RNG = np.random.default_rng(0)
 N = 90
@@ -380,3 +382,72 @@ def test_mistakes_of_regressors():
         reg.set_params(scoring="neg_log_loss", cv=2).fit(X, Z)
     with pytest.raises(ch.InputError, match="requires y"):
         reg.fit(X)
+
+
+@pytest.fixture
+def solved(monkeypatch):
+    """The ratios of the fits on folds that are made; ``stop`` raises KeyboardInterrupt before the next one."""
+
+    class Solved(list):
+        stop = None
+
+    made, approach = Solved(), Task.approach
+
+    def counted(self, *args, **kwargs):
+        if len(made) == made.stop:
+            raise KeyboardInterrupt
+        made.append(self.spec.beta_ratio)
+        return approach(self, *args, **kwargs)
+
+    monkeypatch.setattr(Task, "approach", counted)
+    return made
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_stopped_choice_goes_on_to_the_same_scores(solved, tmp_path, stop):
+    """The grid goes on to smaller β here; the stop lies in the first fold, in the third one, and behind the grid."""
+    clf = ch.ConvexHeadClassifierCV(
+        "mlp", activation="gated-relu", beta_ratios=[0.9, 0.8], cv=3, n_gates=4, random_state=0
+    )
+    whole = clone(clf).fit(X, Y)
+    every, kept = list(solved), tmp_path / "kept"
+    assert len(every) > 6
+    solved.clear()
+    solved.stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        clone(clf).fit(X, Y, checkpoint=kept)
+    assert list((kept / "pieces").glob("fold-*.json"))
+    solved.clear()
+    solved.stop = None
+    again = clone(clf).fit(X, Y, checkpoint=kept)
+    assert list(solved) == every[stop:]
+    np.testing.assert_array_equal(again.scores_, whole.scores_)
+    assert (again.beta_ratio_, again.certificate_.primal) == (whole.beta_ratio_, whole.certificate_.primal)
+    # Weights are kept of the last fit of each fold alone.
+    assert len(list((kept / "pieces").glob("*.safetensors"))) == 3
+    solved.clear()
+    clone(clf).fit(X, Y, checkpoint=kept)
+    assert not solved
+
+
+def test_kept_fits_are_of_the_same_choice_alone(solved, tmp_path):
+    clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.4, 0.2], cv=2, random_state=0, refit=False)
+    kept = tmp_path / "kept"
+    first = clone(clf).fit(X, Y, checkpoint=kept)
+    for other, tokens, labels, weight in (
+        (clone(clf).set_params(tol=1e-4), X, Y, None),
+        (clone(clf).set_params(cv=KFold(2, shuffle=True, random_state=0)), X, Y, None),
+        (clone(clf).set_params(scoring="balanced_accuracy"), X, Y, None),
+        (clf, 2 * X, Y, None),
+        (clf, X, np.roll(Y, 1), None),
+        (clf, X, Y, np.arange(1.0, N + 1)),
+    ):
+        solved.clear()
+        anew = clone(other).fit(tokens, labels, weight, checkpoint=kept)
+        assert len(solved) >= 4
+        np.testing.assert_array_equal(anew.scores_, clone(other).fit(tokens, labels, weight).scores_)
+    np.testing.assert_array_equal(clone(clf).fit(X, Y, checkpoint=kept).scores_, first.scores_)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ConvexHeadError, match=r"holds 'notes\.txt' but no run"):
+        clone(clf).fit(X, Y, checkpoint=tmp_path / "other")

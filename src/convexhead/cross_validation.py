@@ -2,7 +2,8 @@
 
 On every fold one head is trained along falling β, each fit from the one before, and scored on the samples that the fold
 leaves out. The β with the best mean score is chosen; among equals it is the largest, the simplest model. Where scores
-still rise at the edge of the grid, the grid goes on.
+still rise at the edge of the grid, the grid goes on. Each finished fit may be kept in a folder. The same choice goes on
+from what is there, to the same scores.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from numpy.typing import NDArray
 from sklearn.metrics import check_scoring, get_scorer_names, log_loss, make_scorer
 from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing
+from torch import Tensor
 
 from convexhead import inputs
+from convexhead._version import __version__
 from convexhead.errors import InputError, warn
 from convexhead.estimator_base import HeadEstimator
-from convexhead.fitting import pose, ranks_of
+from convexhead.fitting import Task, pose, ranks_of
+from convexhead.model import Model
 from convexhead.padding import Padded
 from convexhead.path import EDGES, grid_edge
 from convexhead.program.atoms import Atoms
 from convexhead.reading import Data
+from convexhead.runtime.content import content_hash
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.solvers.monitor import Progress
 from convexhead.spec import Spec
+from convexhead.tokens.store.manifest import digest_json
 
 LARGEST_RATIO, SMALLEST_RATIO, N_RATIOS = 0.5, 0.002, 12
 """Ends of the default grid of ``β/β_max``, and the number of values on it. Chosen by hand: from almost no head to more
@@ -88,6 +95,7 @@ def choose_beta(
     scoring: Any = None,
     groups: Any = None,
     callback: Callable[[Progress], None] | None = None,
+    kept: RunFolder | None = None,
 ) -> Choice:
     """Score an estimator along a grid of ``β/β_max`` on the folds of ``cv``.
 
@@ -101,6 +109,8 @@ def choose_beta(
         As of `ConvexHeadClassifierCV`.
     callback : callable (Progress) or None
         Called as the solver goes.
+    kept : RunFolder or None
+        Where finished fits are kept. What is there of these data, settings and folds is not fitted again.
 
     Raises
     ------
@@ -113,6 +123,7 @@ def choose_beta(
     classes, head = task.data.classes, task.problem.head
     drawn = {"gates": getattr(task.problem.activation, "gates", None), "queries": head.queries}
     largest = 1.0 if head.learns_mixing else math.inf  # a linear head is never zero: its penalty is squared
+    named = {"version": __version__, "max_time": task.spec.max_time, **task.spec.facts(), **task.data.fingerprint}
     del task  # with its tokens
     part = _Part(type(estimator)(**estimator.get_params(deep=False)), classes)
     for name, tensor in drawn.items():
@@ -122,10 +133,17 @@ def choose_beta(
         given = np.full(len(y), sample_weight) if np.isscalar(sample_weight) else sample_weight
         sample_weight = np.asarray(inputs.plain(given, "sample_weight"))
     splits = ranks.first_does(lambda: splits_of(cv, X, y, groups, classifier=classes is not None))
+    if kept is not None:
+        if ranks.size > 1:
+            raise InputError("several processes keep no fits of cross-validation: leave checkpoint out")
+        kept.begin({"run": "cross-validation"})
     folds = [
-        _Fold(part, X, y, sample_weight, train, test, scorer, f"fold {i + 1} of {len(splits)}", callback)
+        _Fold(
+            part, X, y, sample_weight, train, test, scorer, f"fold {i + 1} of {len(splits)}", callback, kept,
+            f"fold-{i + 1}-{digest_json({**named, 'fold': content_hash(scoring, train, test)})[:12]}",
+        )
         for i, (train, test) in enumerate(splits)
-    ]
+    ]  # fmt: skip
     found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]), head.d)
     for _ in range(MOST_EXTENSIONS):
         if not (more := _beyond(found, largest)):
@@ -252,8 +270,10 @@ class _Fold:
 
     Attributes
     ----------
-    end : Atoms or None
-        Of the smallest β so far, where a grid that goes on begins.
+    kept : RunFolder or None
+        Where finished fits are kept, under names that begin with ``key``.
+    end : Piece or None
+        The fit at the smallest β so far, where a grid that goes on begins.
     smallest : float
         Its ratio.
     """
@@ -267,7 +287,9 @@ class _Fold:
     scorer: Scorer
     name: str
     callback: Callable[[Progress], None] | None
-    end: Atoms | None = None
+    kept: RunFolder | None = None
+    key: str = ""
+    end: Piece | None = None
     smallest: float = math.inf
 
     def scores(self, ratios: list[float]) -> list[float]:
@@ -278,19 +300,29 @@ class _Fold:
             raise InputError(f"{self.name}: {error}") from error
 
     def _scores(self, ratios: list[float]) -> list[float]:
-        X, y, w = self._samples(self.train)
-        task = pose(self.part, X, y, w, to_solve=True, run="cross-validation", fold=self.name, beta_ratios=ratios)
-        X, y, w = self._samples(self.test)
-        start, found = self.end if ratios[0] < self.smallest else None, []
+        path, found = _FoldPath(self, ratios), []
+        before = self.end if ratios[0] < self.smallest else None
         for ratio in ratios:
-            model = task.at(ratio).approach(FOLD_TOL * task.spec.tol, start=start, callback=self.callback)
-            start = model.atoms
-            # One process scores for all, so that they choose alike.
-            score = partial(self._score, type(self.part.estimator).from_model(model), X, y, w)
-            found.append(task.problem.ranks.first_does(score))
+            solve = partial(path.solve, ratio, before)
+            piece = solve() if self.kept is None else self.kept.once(f"{self.key}-{ratio!r}", solve)
+            if before is not None and self.kept is not None:
+                self.kept.drop_weights(before.name)  # they may be large, and no fit begins there any more
+            path.generator, before = piece.tensors.get("generator"), piece
+            found.append(piece.record["score"])
             if ratio < self.smallest:
-                self.end, self.smallest = start, ratio
+                self.end, self.smallest = piece, ratio
         return found
+
+    def pose(self, ratios: list[float]) -> Task:
+        """The problem of the samples to train on."""
+        X, y, w = self._samples(self.train)
+        return pose(self.part, X, y, w, to_solve=True, run="cross-validation", fold=self.name, beta_ratios=ratios)
+
+    def score(self, task: Task, model: Model) -> float:
+        """The score of a model on what is held out; one process scores for all, so that they choose alike."""
+        X, y, w = self._samples(self.test)
+        fitted = type(self.part.estimator).from_model(model)
+        return task.problem.ranks.first_does(lambda: self._score(fitted, X, y, w))
 
     def _samples(self, rows: Rows) -> tuple[Any, Any, Any]:
         w = self.sample_weight
@@ -307,6 +339,34 @@ class _Fold:
                 f"the score of its {len(y)} held-out samples is {score}: use another scoring, or larger folds"
             )
         return score
+
+
+@dataclass
+class _FoldPath:
+    """Fits of a fold along falling ratios. The problem is posed when one has to be made.
+
+    Attributes
+    ----------
+    generator : Tensor or None
+        The state of random starts after the fit before, if that is of these ratios.
+    """
+
+    fold: _Fold
+    ratios: list[float]
+    generator: Tensor | None = None
+    task: Task | None = None
+
+    def solve(self, ratio: float, before: Piece | None) -> Piece:
+        """The score at ``ratio``, and what the next fit begins from; ``before`` is what this one begins from."""
+        if self.task is None:
+            self.task = self.fold.pose(self.ratios)
+            _ = self.task.beta_max  # it is drawn for first
+            if self.generator is not None:
+                self.task.generator.set_state(self.generator)
+        task, start = self.task.at(ratio), None if before is None else Atoms.restored(before.tensors)
+        model = task.approach(FOLD_TOL * task.spec.tol, start=start, callback=self.fold.callback)
+        state = {**model.atoms.state(), "generator": task.generator.get_state()}
+        return Piece({"score": self.fold.score(task, model)}, {name: part.clone() for name, part in state.items()})
 
 
 def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:

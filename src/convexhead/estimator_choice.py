@@ -41,3 +41,11 @@ def estimator_for(parameters: dict[str, Any], cv: Any) -> Estimator:
     cls: Any = plain if cv is None else choosing
     estimator: Estimator = cls(**parameters, **folds)
     return estimator
+
+
+def check_cross_validated(parameters: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Refuse, and take out, what cross-validation decides itself; ``saved`` are the settings of checkpoints."""
+    if parameters.pop("beta", None) is not None or parameters.pop("beta_ratio", Spec.beta_ratio) != Spec.beta_ratio:
+        raise InputError("cross-validation chooses β: leave beta and beta_ratio out, or cv")
+    if saved:
+        raise InputError("cross-validation keeps its own fits: leave checkpoint out, or cv")

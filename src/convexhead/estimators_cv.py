@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from convexhead.padding import Padded, as_padded, padded_like
 from convexhead.program.losses import Loss
 from convexhead.reading import supervision
 from convexhead.regressor import ConvexHeadRegressor
+from convexhead.runtime.run_folder import RunFolder
 from convexhead.solvers.monitor import Progress
 from convexhead.targets import as_labels
 
@@ -45,6 +47,7 @@ class _ChoosesBeta(HeadEstimator):
         sample_weight: Any,
         groups: Any,
         callback: Callable[[Progress], None] | None,
+        checkpoint: str | Path | None,
     ) -> E:
         """Choose β for the estimator ``plain`` of this one's settings, and train it on everything."""
         if not isinstance(self.refit, (bool, np.bool_)):
@@ -57,7 +60,7 @@ class _ChoosesBeta(HeadEstimator):
                 plain.set_params(random_state=draw_seed(plain.to_spec(), ranks))  # the same gates for all fits
             found = choose_beta(
                 plain, X, y, sample_weight, beta_ratios=self.beta_ratios, cv=self.cv, scoring=self.scoring,
-                groups=groups, callback=callback,
+                groups=groups, callback=callback, kept=None if checkpoint is None else RunFolder(Path(checkpoint)),
             )  # fmt: skip
             model = None
             if self.refit:
@@ -209,6 +212,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         mask: Any = None,
         groups: Any = None,
         callback: Callable[[Progress], None] | None = None,
+        checkpoint: str | Path | None = None,
     ) -> ConvexHeadClassifierCV:
         """Choose β, then train to the certified optimum.
 
@@ -220,6 +224,9 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
             For splitters that keep groups together.
         callback : callable (Progress) or None
             Called as the solver goes, in every fit.
+        checkpoint : path or None
+            Folder in which every finished fit of a fold is kept. The same choice goes on from there, to the same
+            scores, if ``random_state`` is a number. It stays when the fit is over.
 
         Raises
         ------
@@ -237,7 +244,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         X = as_padded(inputs.resolve_store(X), mask)
         y, sample_weight = supervision(X, y, sample_weight, spec)
         y = as_labels(_of_tokens(X, y, self.pool, self.ignore_index), spec)
-        return self._choose(ConvexHeadClassifier(), X, y, sample_weight, groups, callback)
+        return self._choose(ConvexHeadClassifier(), X, y, sample_weight, groups, callback, checkpoint)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
         """The score that ``scoring`` names, accuracy where it is None; for a split of a store ``y`` may be left out."""
@@ -323,13 +330,14 @@ class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
         mask: Any = None,
         groups: Any = None,
         callback: Callable[[Progress], None] | None = None,
+        checkpoint: str | Path | None = None,
     ) -> ConvexHeadRegressorCV:
         """Choose β, then train to the certified optimum; see `ConvexHeadClassifierCV.fit`."""
         X = as_padded(inputs.resolve_store(X), mask)
         y, sample_weight = supervision(X, y, sample_weight, self.to_spec())
         with inputs.told_plainly():
             y = np.asarray(inputs.plain(_of_tokens(X, y, self.pool, 0.0), "y"))
-        return self._choose(ConvexHeadRegressor(), X, y, sample_weight, groups, callback)
+        return self._choose(ConvexHeadRegressor(), X, y, sample_weight, groups, callback, checkpoint)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
         """The score that ``scoring`` names; R² where it is None."""

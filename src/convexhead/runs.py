@@ -23,7 +23,7 @@ from convexhead.audit import audit as find_audit
 from convexhead.baselines.adam import TrainingResult
 from convexhead.baselines.trained_head import fit_by_adam
 from convexhead.errors import InputError
-from convexhead.estimator_choice import Estimator, estimator_for, settings_for
+from convexhead.estimator_choice import Estimator, check_cross_validated, estimator_for, settings_for
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.evaluation import scores_of
 from convexhead.interrupts import Answer, interrupts
@@ -35,9 +35,9 @@ from convexhead.run_images import open_split, parts, train_of
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
 from convexhead.runtime.ranks import join_ranks
+from convexhead.runtime.run_folder import RunFolder
 from convexhead.runtime.trackers import tracking
 from convexhead.solvers.base import Stop
-from convexhead.spec import Spec
 from convexhead.tokens import TokenStore
 
 
@@ -75,7 +75,8 @@ def fit(
         ``"binary-cross-entropy"`` where they have several, ``"squared"`` where they have numbers.
     cv : int or None
         Choose β by cross-validation with that many folds, in place of ``beta`` and ``beta_ratio``, and train on all
-        images at that β.
+        images at that β. Finished fits of the folds are kept in ``OUT.folds`` until the head is certified, and the same
+        call goes on from them; several processes keep none.
     checkpoint_minutes : float or None
         Minutes between two checkpoints in ``OUT.checkpoint``. The same call goes on from the last one, which is deleted
         when the head is certified.
@@ -105,9 +106,12 @@ def fit(
     saved: dict[str, Any] = {"checkpoint": folder, "checkpoint_minutes": checkpoint_minutes}
     saved = {} if checkpoint_minutes is None else saved
     if cv is not None:
-        _check_cross_validated(parameters, saved)
+        check_cross_validated(parameters, saved)
     clf = estimator_for(parameters, cv)
     selection = None if cv is None else {"folds": cv}
+    folds = RunFolder(out.with_name(f"{out.name}.folds"))
+    if cv is not None and ranks.size == 1:
+        saved = {"checkpoint": folds.path}
     # A first Ctrl-C ends the solver, and never the writing of what it found.
     with interrupts.answer(Answer.FINISH):
         with interrupts.answer(Answer.RAISE):
@@ -119,15 +123,9 @@ def fit(
             _save(clf, out, store, command, selection=selection)
             if clf.certificate_.converged:
                 checkpoints.remove(folder)
+                if cv is not None:
+                    folds.remove()
     return clf
-
-
-def _check_cross_validated(parameters: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Refuse, and take out, what cross-validation decides itself."""
-    if parameters.pop("beta", None) is not None or parameters.pop("beta_ratio", Spec.beta_ratio) != Spec.beta_ratio:
-        raise InputError("cross-validation chooses β: leave beta and beta_ratio out, or cv")
-    if saved:
-        raise InputError("cross-validation has no checkpoints: leave checkpoint out, or cv")
 
 
 @dataclass

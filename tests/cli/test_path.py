@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -126,6 +129,38 @@ def test_fit_by_cross_validation(store, tmp_path, capsys):
     for more in (["--beta", "0.1"], ["--beta-ratio", "0.3"], ["--checkpoint", "1"]):
         assert call("fit", store.path, "--out", tmp_path / "never", "--head", "linear", "--cv", "3", *more) == 1
         assert f"leave {more[0].strip('-').split('-')[0]}" in capsys.readouterr().err.replace("-", "")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_folds_keeps_what_is_done(store, tmp_path, capsys):
+    run, arguments = tmp_path / "run", ("fit", store.path, "--head", "linear", "--cv", "3", "--out", tmp_path / "run")
+    script = (
+        "import os, signal, time\n"
+        "from convexhead.fitting import Task\n"
+        "approach, made = Task.approach, []\n"
+        "def stop(self, *args, **kwargs):\n"
+        "    made.append(1)\n"
+        "    if len(made) == 4:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(60)\n"
+        "    return approach(self, *args, **kwargs)\n"
+        "Task.approach = stop\n"
+        "from convexhead.cli import main\n"
+        "main()\n"
+    )
+    process = subprocess.run(
+        list(map(str, [sys.executable, "-c", script, *arguments])), capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.returncode == 130, process.stderr
+    assert f"finished fits of the folds are kept in {run}.folds; run the same command again" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert len(list((tmp_path / "run.folds" / "pieces").glob("*.json"))) == 3
+    result = call_json(capsys, *arguments)
+    assert result["certificate"]["converged"]
+    assert not (tmp_path / "run.folds").exists()
+    by_hand = ch.ConvexHeadClassifierCV("linear", cv=3, random_state=0).fit(store["train"])
+    np.testing.assert_array_equal(result["scores"], by_hand.scores_)
 
 
 def test_a_path_never_holds_the_split_in_memory(store, monkeypatch, tmp_path, capsys):

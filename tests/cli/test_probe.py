@@ -16,7 +16,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedKFold
 
 import convexhead as ch
-from convexhead.experiments import probe_fits
+from convexhead.experiments import probe_baselines
 from convexhead.experiments.probe_data import Budget
 from convexhead.metrics import Predictions, calibration_error
 from convexhead.tokens import whitened
@@ -32,7 +32,7 @@ QUICK = ("--heads", "linear,mlp", "--baselines", "k-nn", "--cv", 3, "--beta-rati
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(probe_fits, "EPOCHS", 3)
+    monkeypatch.setattr(probe_baselines, "EPOCHS", 3)
 
 
 def write_images(folder, counts, seed=0):
@@ -56,7 +56,7 @@ def photos(tmp_path_factory):
 def probed(photos, tmp_path_factory):
     """A probe with everything, and what it printed as JSON."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe_fits, "EPOCHS", 3)
+        patch.setattr(probe_baselines, "EPOCHS", 3)
         out = tmp_path_factory.mktemp("probed") / "out"
         options = ("--backbone", "patches:4", "--shots", 1, 2, "--fractions", 0.5, "--draws", 2)
         board = ("--leaderboard", out.parent / "board.jsonl")
@@ -183,12 +183,13 @@ def test_smaller_draws_are_parts_of_larger_ones():
     labels = np.repeat([3, 5, 9], [4, 10, 20])
     for draw in range(3):
         one, four, half = (
-            set(Budget(draw=draw, **which).rows(labels, 0)) for which in ({"shots": 1}, {"shots": 4}, {"fraction": 0.5})
+            set(Budget(draw=draw, **which).rows(labels, 34, 0))
+            for which in ({"shots": 1}, {"shots": 4}, {"fraction": 0.5})
         )
         assert one < four
         assert np.unique(labels[list(four)], return_counts=True)[1].tolist() == [4, 4, 4]
         assert np.unique(labels[list(half)], return_counts=True)[1].tolist() == [2, 5, 10]
-    assert len({tuple(Budget(shots=4, draw=draw).rows(labels, 0)) for draw in range(3)}) == 3
+    assert len({tuple(Budget(shots=4, draw=draw).rows(labels, 34, 0)) for draw in range(3)}) == 3
 
 
 def test_files_and_page(probed):
@@ -308,7 +309,10 @@ def test_a_stopped_probe_goes_on(photos, tmp_path, signum):
     )  # fmt: skip
     if signum == signal.SIGINT:
         assert process.returncode == 130, process.stderr
-        assert f"finished heads are kept in {out}; run the same command again" in process.stderr
+        assert (
+            f"finished heads, and finished fits of folds, are kept in {out}; run the same command again"
+            in process.stderr
+        )
     assert "Traceback" not in process.stderr
     assert not (out / "table.json").exists()
     (piece,) = (out / "pieces").glob("linear-*.json")
@@ -335,21 +339,6 @@ def test_refusals(probed, photos, tmp_path, capsys):
     assert "one train image" in refusal(capsys, lonely, "--backbone", "patches:4", "--out", tmp_path / "a")
     few = write_images(tmp_path / "few", {".": 2})
     assert "every class needs three" in refusal(capsys, few, "--backbone", "patches:4", "--out", tmp_path / "b")
-
-
-def test_masks_are_refused_before_anything_is_made(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("test", 2)):
-        for part, shape in (("images", (8, 8, 3)), ("labels", (8, 8))):
-            (tmp_path / "scenes" / split / part).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 3, shape).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "scenes" / split / part / f"{i}.png")
-    there = ("--out", tmp_path / "out")
-    assert "one class each" in refusal(capsys, tmp_path / "scenes", "--backbone", "patches:4", *there)
-    assert not (tmp_path / "out").exists()
-    assert call("extract", tmp_path / "scenes", "--backbone", "patches:4", "--out", tmp_path / "tokens") == 0
-    assert "one class each" in refusal(capsys, tmp_path / "tokens", *there)
 
 
 def test_calibration_is_that_of_the_saved_head(probed):

@@ -35,10 +35,10 @@ from convexhead.experiments.cells import (
     restore_network,
     train_with_adam,
 )
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, choose_images, chosen_splits, hold_out
 from convexhead.experiments.tuning import tune
 from convexhead.report.methods import COLUMNS
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens import TokenStore, extract, open_source
 
 pytestmark = pytest.mark.slow

@@ -16,10 +16,10 @@ from convexhead.errors import InputError
 from convexhead.experiments.cells import AdamSettings, Cell, PathSettings, fit_path
 from convexhead.experiments.cifar100 import run_cifar100
 from convexhead.experiments.compare import compare_heads
-from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import TokenChoice, chosen_splits
 from convexhead.interpret import head_lift, token_contributions
 from convexhead.report import evidence
+from convexhead.runtime.run_folder import RunFolder
 from convexhead.tokens import SplitView, TokenStore, extract
 from convexhead.tokens.store.gather import ShardedRows
 

@@ -21,11 +21,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convexhead.experiments.cells import AdamSettings, finite, network_scores, top
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits
 from convexhead.experiments.tuning import Tuned, tune
 from convexhead.inputs import open_tokens, pick_device
 from convexhead.runtime.clock import now
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens, token_bytes
 

@@ -15,11 +15,11 @@ from sklearn.preprocessing import StandardScaler
 
 from convexhead.baselines.attentive_probe import AttentiveProbe, tune_attentive_probe
 from convexhead.experiments.cells import AdamSettings, network_scores
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned
 from convexhead.path import best, beta_max, regularization_path
 from convexhead.runtime.clock import now
+from convexhead.runtime.run_folder import Piece, RunFolder
 
 Array = NDArray[Any]
 PROBES = {

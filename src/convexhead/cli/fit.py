@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from rich.markup import escape
 from typer import Option
 
-from convexhead.cli.entry import Stopped, command
+from convexhead.cli.entry import AGAIN, Stopped, command
 from convexhead.cli.options import (
     Activation,
     Beta,
@@ -112,6 +112,8 @@ def fit(
     """Train a head on the training images to a certified global optimum; under torchrun, with all its processes."""
     from convexhead import runs
 
+    if cv is not None:
+        interrupts.kept = f"finished fits of the folds are kept in {out}.folds; {AGAIN}"
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
             store, out, head=head, activation=activation, loss=loss, beta=beta, beta_ratio=beta_ratio, cv=cv,
@@ -149,6 +151,7 @@ def fit(
         if certificate.converged:
             raise Stopped(f"the head was finished and is saved in {out}")
         more = "the same command with --overwrite trains it anew"
+        more += f", at what the folds in {out}.folds chose" if cv is not None else ""
         if checkpoint is not None:
             more = "the same command goes on from its checkpoint"
         raise Stopped(f"the best head so far is saved in {out}, with the gap that it has; {more}")

@@ -70,7 +70,7 @@ Draws = Annotated[int, Option(help="Random choices of images for each number of 
 Leaderboard = Annotated[Path | None, Option(help="File to append one JSON line a row to.")]
 
 
-@command(f"finished heads are kept in {{out}}; {AGAIN}", cls=SeveralNumbers)
+@command(f"finished heads, and finished fits of folds, are kept in {{out}}; {AGAIN}", cls=SeveralNumbers)
 def probe(
     images: Images,
     out: Out = Path("probe"),

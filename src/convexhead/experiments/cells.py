@@ -24,7 +24,6 @@ from sklearn.exceptions import ConvergenceWarning
 from convexhead.baselines.adam import train_adam
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.experiments.query_settings import QuerySettings
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned, tune
 from convexhead.fitting import pose
@@ -32,6 +31,7 @@ from convexhead.modules import HeadModule
 from convexhead.path import best, regularization_path
 from convexhead.persistence import load
 from convexhead.program.problem import Problem
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens.store.view import SplitView
 
 Array = NDArray[Any]

@@ -21,11 +21,11 @@ from convexhead.experiments.cells import AdamSettings, Cell, PathSettings
 from convexhead.experiments.comparison import run
 from convexhead.experiments.results import write_results
 from convexhead.experiments.rows import Results
-from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Subset, TokenChoice, check_test_split, chosen_splits
 from convexhead.experiments.training import Settings, cells_of
 from convexhead.program.heads import HEADS
 from convexhead.runtime.progress import Notify, silent
+from convexhead.runtime.run_folder import RunFolder
 from convexhead.runtime.trackers import tracking
 from convexhead.tokens import TokenStore, extract, open_source
 from convexhead.tokens.backbones.base import Layer

@@ -18,12 +18,12 @@ from convexhead.baselines.probes import fit_probe, probe_scores
 from convexhead.experiments.cells import network_scores, restore_network, top
 from convexhead.experiments.piece_log import PieceLog, Track
 from convexhead.experiments.rows import Results, results_of
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits
 from convexhead.experiments.training import Settings, Trained, train_cell, train_in_processes
 from convexhead.experiments.tuning import Tuned
 from convexhead.persistence import load
 from convexhead.runtime.progress import Notify, silent
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens.store.files import make_folder, writer_lock
 
 
@@ -44,7 +44,7 @@ def run(
     splits : Splits
     settings : Settings
     out : Path
-        Folder of the run; see `convexhead.experiments.run_folder`.
+        Folder of the run; see `convexhead.runtime.run_folder`.
     title : str
         Of the page.
     jobs : int

@@ -14,12 +14,12 @@ from convexhead.errors import require
 from convexhead.experiments.cells import AdamSettings, PathSettings
 from convexhead.experiments.comparison import run
 from convexhead.experiments.results import write_results
-from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Splits, splits_of_store
 from convexhead.experiments.training import Settings
 from convexhead.interpret import token_contributions
 from convexhead.persistence import load
 from convexhead.runtime.progress import Notify, silent
+from convexhead.runtime.run_folder import RunFolder
 
 BACKBONE, SOURCE = "packaged:efficientnet-lite0", "sklearn:digits"
 EXTRACTION = {

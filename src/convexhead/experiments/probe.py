@@ -17,11 +17,11 @@ from convexhead.experiments.probe_rows import row_of
 from convexhead.experiments.probe_tasks import BASELINES
 from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.results import write_csv
-from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import backbone_of
 from convexhead.program.heads import HEADS
 from convexhead.runtime.hardware import environment
 from convexhead.runtime.progress import Notify, silent, solver_detail
+from convexhead.runtime.run_folder import RunFolder
 from convexhead.tokens.store.files import make_folder, write_atomic, writer_lock
 from convexhead.tokens.store.manifest import digest_json
 

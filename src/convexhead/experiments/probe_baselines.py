@@ -15,8 +15,8 @@ from convexhead.baselines.probes import NEIGHBOURS, neighbours, neighbours_mean
 from convexhead.experiments.cells import network_scores
 from convexhead.experiments.probe_data import ProbeData, Rows
 from convexhead.experiments.probe_tasks import NUMBERS, positions
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.runtime.clock import now
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens.store.view import SplitView
 
 Array = NDArray[Any]

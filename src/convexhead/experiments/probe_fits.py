@@ -32,10 +32,10 @@ from convexhead.experiments.probe_data import Budget, ProbeData
 from convexhead.experiments.probe_outcomes import OUTCOMES, OfClasses, OfPixels, Outcome
 from convexhead.experiments.probe_tasks import BASELINES, MASKS, NUMBERS
 from convexhead.experiments.query_settings import QuerySettings
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.metrics import Predictions
 from convexhead.persistence import load
 from convexhead.runtime.clock import now
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens.fit_reduction import check_whiten
 from convexhead.tokens.store.fit import whitened
 from convexhead.tokens.store.manifest import digest_json
@@ -145,7 +145,13 @@ class Fits:
                 return self._baselines.fit(method, view, chosen, name)
             return self._head(method, view, chosen, metrics, name, told)
 
-        return Fit(method, budget, rows, self.folder.once(name, make))
+        piece = self.folder.once(name, make)
+        self._kept(name).remove()
+        return Fit(method, budget, rows, piece)
+
+    def _kept(self, name: str) -> RunFolder:
+        """Where the fits of the folds of a head are kept until it is finished."""
+        return RunFolder(self.folder.path / "folds" / name)
 
     # -- the methods ------------------------------------------------------------------------------------------------
     def _head(
@@ -159,7 +165,9 @@ class Fits:
             if ratio is None:
                 choice = {"beta_ratios": self.settings.beta_ratios, "scoring": self.data.task.scoring}
                 found: dict[float, Any] = {
-                    whiten: estimator_for({**common, "head": head, **choice}, self._folds).fit(each, callback=told)
+                    whiten: estimator_for({**common, "head": head, **choice}, self._folds).fit(
+                        each, callback=told, checkpoint=self._kept(name).path
+                    )
                     for whiten, each in views.items()
                 }
                 best = max(found, key=lambda each: (found[each].scores_.mean(0).max(), -each))

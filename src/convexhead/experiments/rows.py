@@ -10,11 +10,11 @@ from typing import Any
 from convexhead.baselines.probes import PROBES
 from convexhead.errors import ConvexHeadError
 from convexhead.experiments.cells import AdamRuns, mean
-from convexhead.experiments.run_folder import Piece
 from convexhead.experiments.splits import Splits
 from convexhead.experiments.training import Settings, Trained
 from convexhead.experiments.tuning import Tuned
 from convexhead.runtime.hardware import environment
+from convexhead.runtime.run_folder import Piece
 
 Results = dict[str, Any]
 ROUNDING = 1e-9

@@ -29,10 +29,10 @@ from convexhead.experiments.cells import (
     preferred,
     train_with_adam,
 )
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits
 from convexhead.program.heads import HEADS
 from convexhead.runtime.clock import count_processor_time
+from convexhead.runtime.run_folder import Piece, RunFolder
 
 
 def cells_of(heads: Iterable[str] = tuple(HEADS), activations: Iterable[str] = ("linear", "gated-relu")) -> list[Cell]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from convexhead.experiments.run_folder import Piece, RunFolder
+from convexhead.runtime.run_folder import Piece, RunFolder
 
 Option = TypeVar("Option")
 

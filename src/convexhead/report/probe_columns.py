@@ -72,9 +72,9 @@ def decimal(value: object) -> str:
 
 
 def digits(value: object) -> str:
-    """A number with three significant digits, of whatever size."""
+    """A number with three significant digits: ``3.6 -> "3.60"``."""
     x = number(value)
-    return NOTHING if x is None else f"{x:.3g}".replace("-", "−")
+    return NOTHING if x is None else f"{x:#.3g}".rstrip(".").replace("-", "−")
 
 
 def _points(value: object) -> str:

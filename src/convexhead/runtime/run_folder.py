@@ -1,4 +1,4 @@
-"""A folder in which an experiment keeps every finished piece of work, so that it goes on where it was stopped.
+"""A folder in which a run keeps every finished piece of work, so that it goes on where it was stopped.
 
     OUT/settings.json              what is run: the same command must agree with it
     OUT/pieces/NAME.json           one finished piece: a fit along β, a training run, the scores on the test images
@@ -11,6 +11,7 @@ A piece exists once its JSON file does, which is written last and whole or not a
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,15 @@ class RunFolder:
         write_atomic(record, json.dumps(piece.record).encode())
         self._on_piece(name)
         return piece
+
+    def drop_weights(self, name: str) -> None:
+        """Delete the weights of the piece ``name``, which stays finished; nothing where it has none."""
+        self._file(name, ".safetensors").unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the folder, if it holds a run."""
+        if (self.path / "settings.json").is_file():
+            shutil.rmtree(self.path)
 
     def has(self, name: str) -> bool:
         """Whether the piece ``name`` is finished."""

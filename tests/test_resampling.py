@@ -1,0 +1,98 @@
+"""Intervals and paired tests by drawing images, against loops over scikit-learn's scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, r2_score
+
+from convexhead import resampling
+from convexhead.experiments.probe_outcomes import OfLabels, OfNumbers, OfPixels
+from convexhead.resampling import average_precisions, interval, paired, r_squareds, score
+
+DRAWS = 100
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(resampling, "DRAWS", DRAWS)
+
+
+def labels(seed=0, n=40, c=3, noise=1.0):
+    """Targets, and probabilities with many ties."""
+    rng = np.random.default_rng(seed)
+    truth = (np.random.default_rng(9).random((n, c)) < 0.3).astype(float)
+    logits = 2 * truth + noise * rng.normal(size=(n, c))
+    return OfLabels(np.round(1 / (1 + np.exp(-logits)), 1), truth)
+
+
+def numbers(seed=0, n=40, c=2, noise=0.7):
+    y = np.random.default_rng(9).normal(size=(n, c))
+    return OfNumbers(y + noise * np.random.default_rng(seed).normal(size=(n, c)), y)
+
+
+def pixels(seed=0, n=20):
+    rng = np.random.default_rng(seed)
+    return OfPixels(rng.integers(0, 50, (n, 3, 3)) + 30 * np.eye(3, dtype=int))
+
+
+def by_hand(outcome, rows):
+    """The score of some images, an image as often as it is in ``rows``."""
+    if isinstance(outcome, OfLabels):
+        y, p = outcome.targets[rows] >= 0.5, outcome.p[rows]
+        return np.mean([average_precision_score(y[:, k], p[:, k]) for k in range(y.shape[1]) if 0 < y[:, k].mean() < 1])
+    if isinstance(outcome, OfNumbers):
+        return r2_score(outcome.targets[rows], outcome.f[rows])
+    matrix = outcome.confusions[rows].sum(0)
+    return np.mean([matrix[k, k] / (matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]) for k in range(len(matrix))])
+
+
+@pytest.mark.parametrize("make", [labels, numbers, pixels])
+def test_intervals_are_percentiles_of_resampled_scores(make):
+    outcome = make()
+    n = len(outcome)
+    assert score(outcome) == pytest.approx(by_hand(outcome, np.arange(n)))
+    rng = np.random.default_rng(5)
+    scores = [by_hand(outcome, rng.integers(0, n, n)) for _ in range(DRAWS)]
+    np.testing.assert_allclose(interval(outcome, seed=5), np.quantile(scores, [0.025, 0.975]))
+
+
+@pytest.mark.parametrize("make", [labels, numbers, pixels])
+def test_paired_tests_exchange_what_methods_say(make):
+    first, second = make(0), make(1)
+    found = paired(first, second, seed=3)
+    n = len(first)
+    value = by_hand(first, np.arange(n)) - by_hand(second, np.arange(n))
+    assert found.value == pytest.approx(value)
+    assert found.low <= found.value <= found.high
+    rng, both, as_large = np.random.default_rng([3, 1]), first.joined(second), 0
+    for _ in range(DRAWS):
+        own = rng.random(n) < 0.5
+        rows = np.where(own, np.arange(n), n + np.arange(n))
+        others = np.where(own, n + np.arange(n), np.arange(n))
+        as_large += abs(by_hand(both, rows) - by_hand(both, others)) >= abs(value) - 1e-12
+    assert found.p_value == pytest.approx((1 + as_large) / (1 + DRAWS))
+
+
+def test_methods_that_say_the_same_do_not_differ():
+    for outcome in (labels(), numbers(), pixels()):
+        assert paired(outcome, outcome) == (0, 0, 0, 1)
+
+
+def test_a_much_better_method_has_the_smallest_p():
+    found = paired(numbers(noise=0.1), numbers(noise=2.0))
+    assert found.p_value == 1 / (1 + DRAWS)
+    assert 0 < found.low < found.value < found.high
+
+
+def test_p_values_of_methods_that_are_alike_are_uniform():
+    """The test keeps its level: of 200 pairs of equally good methods about a tenth have p ≤ 0.1."""
+    few = [paired(numbers(2 * i, n=25, c=1), numbers(2 * i + 1, n=25, c=1), seed=i).p_value <= 0.1 for i in range(200)]
+    assert 0.04 < np.mean(few) < 0.17  # seven out of ten thousand such tests would be outside
+
+
+def test_scores_that_are_not_defined_are_nan():
+    p, y = np.array([0.1, 0.9, 0.5]), np.array([True, False, False])
+    weights = np.array([[1.0, 0, 0], [0, 1, 1], [2, 1, 0]])
+    np.testing.assert_allclose(average_precisions(p, y, weights), [np.nan, np.nan, 2 / 3])
+    assert np.isnan(r_squareds(p, np.array([1.0, 2, 2]), np.array([[0.0, 1, 1]]))).all()
