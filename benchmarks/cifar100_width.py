@@ -17,9 +17,9 @@ import convexhead as ch
 from common import Row, Table, hardware
 from convexhead.experiments.cells import Cell, fit_path, train_with_adam
 from convexhead.experiments.cifar100 import SCALES
-from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Splits, chosen_splits
 from convexhead.program.heads import HEADS
+from convexhead.runtime.run_folder import Piece, RunFolder
 
 SCALE = SCALES["10k"]
 

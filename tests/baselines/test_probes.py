@@ -10,8 +10,8 @@ from sklearn.preprocessing import StandardScaler
 
 from convexhead.baselines.probes import INVERSE_WEIGHTS, fit_probe, probe_scores
 from convexhead.experiments.cells import AdamSettings
-from convexhead.experiments.run_folder import RunFolder
 from convexhead.experiments.splits import Part, Splits
+from convexhead.runtime.run_folder import RunFolder
 
 
 @pytest.fixture(params=[10, 2], ids=["10 classes", "2 classes"])

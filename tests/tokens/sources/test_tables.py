@@ -215,6 +215,9 @@ def test_other_refusals(tmp_path):
         write(tmp_path / "two" / split, ANIMALS if split == "train" else ANIMALS.replace("animal", "pet"))
     with pytest.raises(InputError, match="have other columns: 'animal'"):
         open_source(tmp_path / "two")
+    (tmp_path / "two" / "test" / "labels.csv").unlink()
+    with pytest.raises(InputError, match=r"test' has no table labels\.csv"):
+        open_source(tmp_path / "two")
 
 
 def test_a_changed_label_is_another_source(tmp_path):

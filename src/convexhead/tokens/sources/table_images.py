@@ -202,10 +202,16 @@ def _places(root: Path, images: str | None) -> list[Place]:
         return [Place(root, _images_of(root, images), None)]
     if not root.is_dir():
         raise InputError(f"there is no table or folder {str(root)!r}")
-    places = []
+    places, without = [], []
     for split, folder in _split_folders(root).items():
-        if (table := _table_in(folder)) is not None:
+        if (table := _table_in(folder)) is None:
+            without.append(folder)
+        else:
             places.append(Place(table, _images_of(table, images), None if folder == root else split))
+    if places and without:
+        raise InputError(
+            f"{str(without[0])!r} has no table {' or '.join(TABLES)}, and {str(places[0].table)!r} is there"
+        )
     if len(places) > 1 and images is not None and Path(images).expanduser().is_absolute():
         raise InputError(f"images={images} would be of {len(places)} tables: give a folder beside each, or one table")
     if not places:
