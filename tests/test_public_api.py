@@ -56,8 +56,8 @@ PARAMETERS = {
     ch.ConvexHeadRegressor: SETTINGS,
     ch.ConvexHeadClassifier.fit: RUN,
     ch.ConvexHeadRegressor.fit: RUN,
-    ch.ConvexHeadClassifierCV.fit: {"self", "X", "y", "sample_weight", "mask", "groups", "callback"},
-    ch.ConvexHeadRegressorCV.fit: {"self", "X", "y", "sample_weight", "mask", "groups", "callback"},
+    ch.ConvexHeadClassifierCV.fit: {"self", "X", "y", "sample_weight", "mask", "groups", "callback", "checkpoint"},
+    ch.ConvexHeadRegressorCV.fit: {"self", "X", "y", "sample_weight", "mask", "groups", "callback", "checkpoint"},
     ch.ConvexHeadClassifier.to_module: {"self", "dtype", "raw_tokens"},
     ch.beta_max: {"X", "y", "sample_weight", "loss", "parameters"},
     ch.certify: {

@@ -74,9 +74,8 @@ def fit(
         None: the usual one of the store, ``"cross-entropy"`` where its images have one class each or masks,
         ``"binary-cross-entropy"`` where they have several, ``"squared"`` where they have numbers.
     cv : int or None
-        Choose β by cross-validation with that many folds, in place of ``beta`` and ``beta_ratio``, and train on all
-        images at that β. Finished fits of the folds are kept in ``OUT.folds`` until the head is certified, and the same
-        call goes on from them; several processes keep none.
+        Choose β by cross-validation with that many folds, and train on all images at that β. Until the head is
+        certified, finished fits of the folds are kept in ``OUT.folds`` (by a single process), and used again.
     checkpoint_minutes : float or None
         Minutes between two checkpoints in ``OUT.checkpoint``. The same call goes on from the last one, which is deleted
         when the head is certified.
@@ -97,21 +96,18 @@ def fit(
     """
     out = Path(out)
     folder = out.with_name(f"{out.name}.checkpoint")
-    resumes = checkpoint_minutes is not None and folder.is_dir()
-    check_target(out, overwrite=overwrite or resumes)
+    check_target(out, overwrite=overwrite or (checkpoint_minutes is not None and folder.is_dir()))
     ranks = join_ranks()
     notify("reading tokens")
     train = train_of(store, whiten, ranks)
     parameters = settings_for(train, loss, parameters) | {"distributed": ranks.size > 1}
     saved: dict[str, Any] = {"checkpoint": folder, "checkpoint_minutes": checkpoint_minutes}
     saved = {} if checkpoint_minutes is None else saved
+    folds = RunFolder(out.with_name(f"{out.name}.folds"))
     if cv is not None:
         check_cross_validated(parameters, saved)
+        saved = {"checkpoint": folds.path} if ranks.size == 1 else {}
     clf = estimator_for(parameters, cv)
-    selection = None if cv is None else {"folds": cv}
-    folds = RunFolder(out.with_name(f"{out.name}.folds"))
-    if cv is not None and ranks.size == 1:
-        saved = {"checkpoint": folds.path}
     # A first Ctrl-C ends the solver, and never the writing of what it found.
     with interrupts.answer(Answer.FINISH):
         with interrupts.answer(Answer.RAISE):
@@ -120,7 +116,7 @@ def fit(
                 clf.fit(train, callback=solver_callback(notify, "training", tracker), **saved)
         if ranks.rank == 0:
             notify("saving")
-            _save(clf, out, store, command, selection=selection)
+            _save(clf, out, store, command, selection=None if cv is None else {"folds": cv})
             if clf.certificate_.converged:
                 checkpoints.remove(folder)
                 if cv is not None:

@@ -151,7 +151,6 @@ def fit(
         if certificate.converged:
             raise Stopped(f"the head was finished and is saved in {out}")
         more = "the same command with --overwrite trains it anew"
-        more += f", at what the folds in {out}.folds chose" if cv is not None else ""
         if checkpoint is not None:
             more = "the same command goes on from its checkpoint"
         raise Stopped(f"the best head so far is saved in {out}, with the gap that it has; {more}")
