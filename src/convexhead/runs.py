@@ -95,18 +95,17 @@ def fit(
         one so far, with the gap that it has.
     """
     out = Path(out)
-    folder = out.with_name(f"{out.name}.checkpoint")
+    folder = out.with_name(f"{out.name}.{'checkpoint' if cv is None else 'folds'}")
     check_target(out, overwrite=overwrite or (checkpoint_minutes is not None and folder.is_dir()))
     ranks = join_ranks()
     notify("reading tokens")
     train = train_of(store, whiten, ranks)
     parameters = settings_for(train, loss, parameters) | {"distributed": ranks.size > 1}
-    saved: dict[str, Any] = {"checkpoint": folder, "checkpoint_minutes": checkpoint_minutes}
-    saved = {} if checkpoint_minutes is None else saved
-    folds = RunFolder(out.with_name(f"{out.name}.folds"))
+    minutes = {"checkpoint_minutes": checkpoint_minutes}
+    saved: dict[str, Any] = {} if checkpoint_minutes is None else {"checkpoint": folder, **minutes}
     if cv is not None:
         check_cross_validated(parameters, saved)
-        saved = {"checkpoint": folds.path} if ranks.size == 1 else {}
+        saved = {"checkpoint": folder} if ranks.size == 1 else {}
     clf = estimator_for(parameters, cv)
     # A first Ctrl-C ends the solver, and never the writing of what it found.
     with interrupts.answer(Answer.FINISH):
@@ -119,8 +118,7 @@ def fit(
             _save(clf, out, store, command, selection=None if cv is None else {"folds": cv})
             if clf.certificate_.converged:
                 checkpoints.remove(folder)
-                if cv is not None:
-                    folds.remove()
+                RunFolder(folder).remove()
     return clf
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from convexhead.experiments.run_folder import RunFolder
+from convexhead.runtime.run_folder import RunFolder
 
 Track = Callable[[dict[str, Any]], None]
 
