@@ -266,6 +266,16 @@ def test_labels_of_any_kind_are_read(y):
     assert set(model.predict(X).tolist()) <= set(np.array(y).ravel().tolist())
 
 
+@pytest.mark.parametrize("dtype", [int, float, str, np.uint8])
+def test_labels_that_look_like_numbers_are_warned_of(dtype):
+    tokens = np.random.default_rng(0).normal(size=(21, 2))
+    with pytest.warns(UserWarning, match="The number of unique classes"):
+        ch.ConvexHeadClassifier("linear").fit(tokens, (np.arange(21) % 11).astype(dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ch.ConvexHeadClassifier("linear").fit(tokens, (np.arange(21) % 10).astype(dtype))
+
+
 @pytest.mark.parametrize("y", cases(TARGET_CASES["refused"]))
 def test_targets_that_cannot_be_read_are_refused(y):
     with pytest.raises(ch.InputError) as error:

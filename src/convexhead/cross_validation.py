@@ -35,7 +35,6 @@ from convexhead.reading import Data
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.solvers.monitor import Progress
-from convexhead.spec import Spec
 from convexhead.tokens.store.manifest import digest_json
 
 LARGEST_RATIO, SMALLEST_RATIO, N_RATIOS = 0.5, 0.002, 12
@@ -256,9 +255,6 @@ class _Part:
 
     def __post_init__(self) -> None:
         self.distributed = self.estimator.distributed
-
-    def to_spec(self) -> Spec:
-        return self.estimator.to_spec()
 
     def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
         return self.estimator.read(X, y, sample_weight, classes=self.classes)

@@ -277,8 +277,8 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
 
     def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
         """The data of a fit, checked; ``classes``: None for those that ``y`` names."""
-        X = split_for(X, self.head, self.pool)
         spec = self.to_spec()
+        X = split_for(X, spec.head, spec.pool)
         y, sample_weight = supervision(X, y, sample_weight, spec)
         return self._named(read_labelled(self._checked(X, reset=True), y, spec, sample_weight, classes))
 

@@ -17,13 +17,14 @@ from convexhead.cross_validation import choose_beta, grid_of
 from convexhead.errors import InputError
 from convexhead.estimator_base import SETTINGS, HeadEstimator, hold
 from convexhead.estimators import ConvexHeadClassifier
-from convexhead.fitting import draw_seed, fit, ranks_of
+from convexhead.fitting import fit, ranks_of
 from convexhead.model import Model
 from convexhead.padding import Padded, as_padded, padded_like
 from convexhead.program.losses import Loss
 from convexhead.reading import supervision
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.run_folder import RunFolder
+from convexhead.runtime.seeds import draw_seed
 from convexhead.solvers.monitor import Progress
 from convexhead.targets import as_labels
 
@@ -57,7 +58,7 @@ class _ChoosesBeta(HeadEstimator):
         with ranks.all_or_none():
             grid_of(self.beta_ratios)
             if not isinstance(self.random_state, numbers.Integral):
-                plain.set_params(random_state=draw_seed(plain.to_spec(), ranks))  # the same gates for all fits
+                plain.set_params(random_state=draw_seed(self.random_state, ranks))  # the same gates for all fits
             found = choose_beta(
                 plain, X, y, sample_weight, beta_ratios=self.beta_ratios, cv=self.cv, scoring=self.scoring,
                 groups=groups, callback=callback, kept=None if checkpoint is None else RunFolder(Path(checkpoint)),

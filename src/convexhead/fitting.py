@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 
 from convexhead import inputs
 from convexhead.certificate.certificate import Certificate
@@ -40,6 +39,7 @@ from convexhead.runtime.checkpoint import Checkpoint
 from convexhead.runtime.clock import after, never
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks
 from convexhead.runtime.samples import default_memory
+from convexhead.runtime.seeds import draw_seed
 from convexhead.runtime.stored_tokens import Tokens
 from convexhead.runtime.surroundings import undisturbed
 from convexhead.scores import column_r_squared, share_right
@@ -56,15 +56,12 @@ TIGHT_PRODUCTS = 1e-6
 
 
 class Trainable(Protocol):
-    """An estimator: settings, and a way to read data."""
+    """An estimator: a way to read data by its settings."""
 
     distributed: bool
 
-    def to_spec(self) -> Spec:
-        """Its parameters, checked."""
-
     def read(self, X: Any, y: Any, sample_weight: Any = None) -> Data:
-        """The data, checked: all that this process can do alone."""
+        """The settings and the data, checked: all that this process can do alone."""
 
 
 def ranks_of(estimator: Trainable) -> Ranks:
@@ -228,11 +225,11 @@ def pose(
     **run
         What else the processes must agree on, as JSON values.
     """
-    spec, data = _agreed(estimator, X, y, sample_weight, **run)
-    ranks = ranks_of(estimator)
+    data = _agreed(estimator, X, y, sample_weight, **run)
+    spec, ranks = data.spec, ranks_of(estimator)
     if spec.searches_queries:
         raise InputError("queries='search' finds queries for one β: fit with it, and sample queries for all else")
-    return _task(spec, data, ranks, draw_seed(spec, ranks), to_solve)
+    return _task(data, ranks, draw_seed(spec.random_state, ranks), to_solve)
 
 
 @undisturbed()
@@ -250,50 +247,42 @@ def fit(
     ranks = ranks_of(estimator)
     with ranks.all_or_none():
         folder = None if checkpoint is None else str(checkpoint)
-        spec, data = _agreed(estimator, X, y, sample_weight, run="fit", checkpoint=folder)
+        data = _agreed(estimator, X, y, sample_weight, run="fit", checkpoint=folder)
+        spec = data.spec
         if checkpoint is None:
-            return _task(spec, data, ranks, draw_seed(spec, ranks), True).solve(callback=callback)[0]
+            return _task(data, ranks, draw_seed(spec.random_state, ranks), True).solve(callback=callback)[0]
         if spec.activation == "relu" or spec.searches_queries:
             what = "activation='relu'" if spec.activation == "relu" else "queries='search'"
             raise InputError(f"{what} has no checkpoints: leave checkpoint out")
         saved = Checkpoint(checkpoint, {**spec.facts(), **data.fingerprint}, minutes=minutes, ranks=ranks)
-        task = _task(spec, data, ranks, saved.notes.setdefault("seed", draw_seed(spec, ranks)), True)
+        task = _task(data, ranks, saved.notes.setdefault("seed", draw_seed(spec.random_state, ranks)), True)
         if "beta_max" in saved.notes:
             task.beta_max = saved.notes["beta_max"]
         saved.notes["beta_max"] = task.beta_max
         return task.solve(callback=callback, checkpoint=saved)[0]
 
 
-def _agreed(estimator: Trainable, X: Any, y: Any, sample_weight: Any, **run: Any) -> tuple[Spec, Data]:
-    """Settings and data, once all processes have the same of both, and the same ``run``."""
+def _agreed(estimator: Trainable, X: Any, y: Any, sample_weight: Any, **run: Any) -> Data:
+    """The data, once all processes have the same data and settings, and the same ``run``."""
 
-    def facts(found: tuple[Spec, Data]) -> dict[str, Any]:
-        spec, data = found
-        return {**run, **SOFTWARE, "device": inputs.pick_device(spec.device).type, **spec.facts(), **data.fingerprint}
+    def facts(data: Data) -> dict[str, Any]:
+        device = inputs.pick_device(data.spec.device).type
+        return {**run, **SOFTWARE, "device": device, **data.spec.facts(), **data.fingerprint}
 
-    return ranks_of(estimator).agree(lambda: (estimator.to_spec(), estimator.read(X, y, sample_weight)), facts)
-
-
-def draw_seed(spec: Spec, ranks: Ranks) -> int:
-    """The seed of gates and random starts, the same in all processes."""
-    try:
-        return ranks.first_does(lambda: int(check_random_state(spec.random_state).randint(2**31 - 1)))
-    except ValueError as error:
-        raise InputError(
-            f"random_state must be None, a whole number below 2**32 or a numpy RandomState, got {spec.random_state!r}"
-        ) from error
+    return ranks_of(estimator).agree(lambda: estimator.read(X, y, sample_weight), facts)
 
 
-def _task(spec: Spec, data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Task:
-    generator = torch.Generator().manual_seed(seed)
+def _task(data: Data, ranks: Ranks, seed: int, to_solve: bool) -> Task:
+    generator, spec = torch.Generator().manual_seed(seed), data.spec
     if spec.searches_queries:
-        return _searched_task(spec, data, ranks, generator)
+        return _searched_task(data, ranks, generator)
     head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=make_queries(spec, data, generator))
-    return Task(spec, data, _problem(spec, data, ranks, head, generator, to_solve), generator)
+    return Task(spec, data, _problem(data, ranks, head, generator, to_solve), generator)
 
 
-def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Generator) -> Task:
+def _searched_task(data: Data, ranks: Ranks, generator: torch.Generator) -> Task:
     """The task over the queries that a search finds at the β of the settings."""
+    spec = data.spec
     if ranks.size > 1:
         raise InputError("queries='search' finds queries in one process: start it without torchrun")
     draw = token_draw(data)
@@ -301,7 +290,7 @@ def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Genera
 
     def pose_for(queries: torch.Tensor) -> Problem:
         head = spec.make_head(*data.tokens.shape[1:], grid=data.grid, queries=queries, ball=ball)
-        return _problem(spec, data, ranks, head, generator, True)
+        return _problem(data, ranks, head, generator, True)
 
     def beta_of(largest: float) -> float:
         return spec.beta if spec.beta is not None else spec.beta_ratio * largest
@@ -312,8 +301,9 @@ def _searched_task(spec: Spec, data: Data, ranks: Ranks, generator: torch.Genera
     return task
 
 
-def _problem(spec: Spec, data: Data, ranks: Ranks, head: Head, generator: torch.Generator, to_solve: bool) -> Problem:
+def _problem(data: Data, ranks: Ranks, head: Head, generator: torch.Generator, to_solve: bool) -> Problem:
     """The problem of a head; where it is ``to_solve``, in the coordinates that serve a solver best."""
+    spec = data.spec
     Y, loss, device = data.targets, make_loss(spec.loss), inputs.pick_device(spec.device)
     X = data.tokens if data.padded is None else data.padded.scaled(head)
     gates = _make_gates(spec, head, X, generator)

@@ -45,6 +45,8 @@ class Data:
 
     Attributes
     ----------
+    spec : Spec
+        The settings that they were read by.
     tokens : Tensor (n, s, d) or StoredTokens
     targets : Tensor (n, r, c)
     y : array or Tensor
@@ -61,6 +63,7 @@ class Data:
         As in `Model`.
     """
 
+    spec: Spec
     tokens: Tokens
     targets: Shaped[Tensor, "n r c"]
     y: NDArray[Any] | Tensor
@@ -107,7 +110,7 @@ def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None, classes
     y = as_labels(padded_like(mask, y, spec.ignore_index) if every_token(spec) else y, spec)
     inputs.check_lengths(tokens, len(y))
     targets = read_classes(y, spec, tokens.shape[1], sample_weight, classes, mask)
-    data = _data(X, tokens, targets, y if targets.kept is None else y[targets.kept])
+    data = _data(spec, X, tokens, targets, y if targets.kept is None else y[targets.kept])
     return _named_by(data, X, y)
 
 
@@ -123,7 +126,7 @@ def read_measured(X: Any, y: Any, spec: Spec, sample_weight: Any = None) -> Data
     y = padded_like(mask, y, 0.0) if every_token(spec) else y
     inputs.check_lengths(tokens, len(inputs.plain(y, "y")))
     targets = read_numbers(y, tokens.shape[1], sample_weight, every_token=every_token(spec), mask=mask)
-    data = _data(X, tokens, targets, targets.Y)
+    data = _data(spec, X, tokens, targets, targets.Y)
     data.target_shape = tuple(np.shape(inputs.plain(y, "y"))[1:])
     return _named_by(data, X, y)
 
@@ -141,7 +144,7 @@ def tokens_of(X: Any) -> tuple[Tokens, NDArray[np.bool_] | None]:
     return (X.tokens, X.mask.numpy()) if isinstance(X, Padded) else (inputs.open_tokens(X), None)
 
 
-def _data(X: Any, tokens: Tokens, targets: Targets, y: NDArray[Any] | Tensor) -> Data:
+def _data(spec: Spec, X: Any, tokens: Tokens, targets: Targets, y: NDArray[Any] | Tensor) -> Data:
     """The samples that have a weight, where their tokens come from, and what a store tells besides."""
     if isinstance(X, Padded):
         X = X if targets.kept is None else X.rows(targets.kept)
@@ -153,6 +156,7 @@ def _data(X: Any, tokens: Tokens, targets: Targets, y: NDArray[Any] | Tensor) ->
     padded, X = (X, X.source) if isinstance(X, Padded) else (None, X)
     stored = inputs.is_store(X)
     return Data(
+        spec,
         tokens,
         targets.Y,
         y,

@@ -119,7 +119,8 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
 
     def read(self, X: Any, y: Any, sample_weight: Any = None, *, classes: NDArray[Any] | None = None) -> Data:
         """The data of a fit, checked."""
-        X, spec = split_for(X, self.head, self.pool), self.to_spec()
+        spec = self.to_spec()
+        X = split_for(X, spec.head, spec.pool)
         y, sample_weight = supervision(X, y, sample_weight, spec)
         return self._named(read_measured(self._checked(X, reset=True), y, spec, sample_weight))
 

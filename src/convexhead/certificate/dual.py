@@ -108,7 +108,7 @@ class DualPoint:
         self.problem, self.beta, self.assumed = problem, beta, ""
         losses = problem.losses
         q = losses.dual_point(f) if q is None else q
-        self._left, self._box = q.new_zeros(problem.c), 0.0
+        self._left, self._box, left = q.new_zeros(problem.c), 0.0, 0.0
         if type(problem.loss).scaled_domain is Loss.scaled_domain:  # it would make ∇ℓ(f) again
             limit = max(1.0, min(losses.at(rows).scale_limit(q[rows]) for rows in problem.rows))
         else:
@@ -124,6 +124,7 @@ class DualPoint:
                 box = INTERCEPT_BOX * (1 + problem.largest_target)
                 self._box = box * float(self._left_of(q).sum()) / problem.n
                 self.assumed = f"for intercepts of at most {box:.0e}"
+            left = float(self._left.sum()) / problem.n
         self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
         g = losses.weigh(q)
         self.R = g / problem.n
@@ -133,7 +134,7 @@ class DualPoint:
         size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
         self.size = size * (1 + 1e-9)
         most, largest, far = problem.ranks.largest(float(a.max()), float(spread), float(f.abs().max()))
-        self._most, left = most, float(self._left.sum()) / problem.n
+        self._most = most
         tiny = torch.finfo(torch.float64).tiny
         self.raised = chain(problem) * (UNIT * self.size + tiny) + most * left
         self._pairing = pairing / problem.n

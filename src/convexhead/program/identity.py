@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from convexhead.program.losses import LOSSES, Loss
@@ -107,13 +108,13 @@ def digest_rows(X: Tensor | StoredTokens, ranks: Ranks | None = None) -> str:
         cuts = [0, *torch.cumsum(ranks.sum(lengths)[0], 0).tolist()]
     start, stop, n = cuts[ranks.rank], cuts[ranks.rank + 1], cuts[-1]
     size = max(1, BLOCK // max(1, math.prod(X.shape[1:])))
-    digests = torch.zeros(math.ceil(n / size), 4, dtype=torch.int64)
+    digests = np.zeros((math.ceil(n / size), 4), np.int64)
     split = sorted({cut // size for cut in cuts[1:-1] if cut % size})  # blocks whose rows several processes hold
     first, last = math.ceil(start / size), stop // size if stop < n else math.ceil(n / size)
     if first < last:
         for k, block in enumerate(_blocks(X, first * size - start, min(last * size, n) - start, size), first):
             digests[k] = _digest(block)
-    (digests,) = ranks.sum(digests)
+    digests = ranks.sum(torch.from_numpy(digests))[0].numpy()
     for k in split:
         rows = slice(max(k * size, start), min((k + 1) * size, n, stop))
         whole = torch.zeros(min(size, n - k * size), *X.shape[1:], dtype=torch.float64)
@@ -121,7 +122,7 @@ def digest_rows(X: Tensor | StoredTokens, ranks: Ranks | None = None) -> str:
             whole[rows.start - k * size : rows.stop - k * size] = X[rows.start - start : rows.stop - start].cpu()
         digests[k] = _digest(ranks.sum(whole)[0])
     shape = "x".join(map(str, (n, *X.shape[1:])))
-    return f"{shape} {hashlib.sha256(shape.encode() + digests.numpy().tobytes()).hexdigest()}"
+    return f"{shape} {hashlib.sha256(shape.encode() + digests.tobytes()).hexdigest()}"
 
 
 def _blocks(X: Tensor | StoredTokens, start: int, stop: int, size: int) -> Iterator[Tensor]:
@@ -135,7 +136,7 @@ def _blocks(X: Tensor | StoredTokens, start: int, stop: int, size: int) -> Itera
         yield from chunk.split(size)
 
 
-def _digest(block: Tensor) -> Tensor:
+def _digest(block: Tensor) -> NDArray[np.int64]:
     """SHA-256 of the values as four numbers, whatever type holds them."""
     block = block.detach().cpu()
     if block.dtype in (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32):
@@ -145,7 +146,7 @@ def _digest(block: Tensor) -> Tensor:
         values = (single if torch.equal(single.double(), block.double()) else block.double()) + 0.0
     digest = hashlib.sha256(str(values.dtype).encode())
     digest.update(values.contiguous().numpy().data)
-    return torch.from_numpy(np.frombuffer(digest.digest(), np.int64).copy())
+    return np.frombuffer(digest.digest(), np.int64)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
