@@ -59,7 +59,7 @@ def probed(photos, tmp_path_factory):
         patch.setattr(probe_baselines, "EPOCHS", 3)
         out = tmp_path_factory.mktemp("probed") / "out"
         options = ("--backbone", "patches:4", "--shots", 1, 2, "--fractions", 0.5, "--draws", 2)
-        board = ("--leaderboard", out.parent / "board.jsonl")
+        board = ("--leaderboard", out.parent / "board.jsonl", "--log", out.parent / "rows.csv")
         arguments = ("probe", photos, *options, *QUICK[:2], *QUICK[4:], *board, "--out", out)
         assert call(*arguments) == 0
     return out, arguments
@@ -76,6 +76,16 @@ def refusal(capsys, *arguments):
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     return error
+
+
+@pytest.mark.slow
+def test_a_tracker_has_a_row_for_every_fit(probed):
+    out, _ = probed
+    with open(out.with_name("rows.csv"), newline="") as file:
+        told = list(csv.DictReader(file))
+    columns = ("method", "budget", "draw", "objective", "relative_gap", "heads", "cv_score", "seconds")
+    rows = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows_of(out)]
+    assert [[row[name] for name in columns] for row in told] == rows
 
 
 @pytest.mark.slow

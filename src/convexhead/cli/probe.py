@@ -16,6 +16,7 @@ from convexhead.cli.options import (
     Json,
     KeyDim,
     Layer,
+    Log,
     Out,
     Queries,
     QueryNorm,
@@ -101,6 +102,7 @@ def probe(
     seed: Seed = 0,
     device: Device = "auto",
     leaderboard: Leaderboard = None,
+    log: Log = None,
     as_json: Json = False,
 ) -> None:
     """Probe a frozen backbone on a folder of images: certified heads, β by cross-validation, one table and page."""
@@ -119,7 +121,8 @@ def probe(
             query_norm=query_norm,
             shots=counts(shots, "--shots") if shots else (),
             fractions=ratios(fractions, "--fractions") if fractions else (),
-            draws=draws, seed=seed, device=device, leaderboard=leaderboard, notify=notify, command=typed_command(),
+            draws=draws, seed=seed, device=device, leaderboard=leaderboard, log=log, notify=notify,
+            command=typed_command(),
         )  # fmt: skip
     page = Path(results["page"]).resolve()
     lines = [f"\nThe page: [bold]{escape(str(page))}[/]  (open it in any browser)"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments import leaderboard as board
@@ -22,6 +22,7 @@ from convexhead.program.heads import HEADS
 from convexhead.runtime.hardware import environment
 from convexhead.runtime.progress import Notify, silent, solver_detail
 from convexhead.runtime.run_folder import RunFolder
+from convexhead.runtime.trackers import tracking
 from convexhead.tokens.store.files import make_folder, write_atomic, writer_lock
 from convexhead.tokens.store.manifest import digest_json
 
@@ -52,6 +53,7 @@ def probe(
     seed: int = 0,
     device: str = "auto",
     leaderboard: str | Path | None = None,
+    log: str | Path | None = None,
     notify: Notify = silent,
     command: Sequence[str] = (),
     **extraction: Any,
@@ -81,6 +83,8 @@ def probe(
         How many random choices of each of these.
     leaderboard : path or None
         File to append a JSON line a row to.
+    log : str, path or None
+        Where a row of each fit goes (see `convexhead.runtime.trackers`), when it is finished.
     notify, command
         As for `compare_heads`.
     **extraction
@@ -102,13 +106,36 @@ def probe(
         board.known_ids(Path(leaderboard))
     out = Path(out)
     folder = _folder(out)
-    data = open_data(images, out, budgets, seed=seed, device=device, notify=notify, options=extraction)
+    with tracking(log) as track:
+        data = open_data(images, out, budgets, seed=seed, device=device, notify=notify, options=extraction)
+        told = _Told(notify, track, command)
+        return _run(Fits(data, settings, folder, device), chosen, budgets, draws, leaderboard, told)
+
+
+class _Told(NamedTuple):
+    """Who is told of a probe as it goes, and what the page tells to type to have it again."""
+
+    notify: Notify
+    track: Callable[[dict[str, Any]], None]
+    command: Sequence[str]
+
+
+def _run(
+    fits: Fits,
+    chosen: Sequence[str],
+    budgets: Sequence[Budget],
+    draws: int,
+    leaderboard: str | Path | None,
+    told: _Told,
+) -> Results:
+    """Make what the folder does not hold yet, and write tables and page."""
+    out = fits.folder.path
     make_folder(out)
     with writer_lock(out):
-        folder.begin({"run": "probe"})
-        results = _results(Fits(data, settings, folder, device), chosen, budgets, command, notify)
+        fits.folder.begin({"run": "probe"})
+        results = _results(fits, chosen, budgets, told)
         results["settings"]["draws"] = draws
-        added = 0 if leaderboard is None else board.append(Path(leaderboard), _entries(results, data))
+        added = 0 if leaderboard is None else board.append(Path(leaderboard), _entries(results, fits.data))
         _write(results, out)
     return results | {"page": str(out / "index.html"), "added": added}
 
@@ -123,11 +150,9 @@ def _folder(out: Path) -> RunFolder:
     return folder
 
 
-def _results(
-    fits: Fits, chosen: Sequence[str], budgets: Sequence[Budget], command: Sequence[str], notify: Notify
-) -> Results:
+def _results(fits: Fits, chosen: Sequence[str], budgets: Sequence[Budget], told: _Told) -> Results:
     data, lacks = fits.data, fits.data.task.lacks
-    rows = _rows(fits, [method for method in chosen if method not in lacks], budgets, notify)
+    rows = _rows(fits, [method for method in chosen if method not in lacks], budgets, told)
     return {
         "title": f"Probe of {backbone_of(data.store)}",
         "task": data.task.name,
@@ -135,7 +160,7 @@ def _results(
         "choice": data.task.choice,
         "dataset": _dataset(data),
         "settings": asdict(fits.settings),
-        "reproduce": [list(command)] if command else [],
+        "reproduce": [list(told.command)] if told.command else [],
         "environment": environment(),
         "rows": rows,
         "left_out": {method: lacks[method] for method in chosen if method in lacks},
@@ -148,29 +173,46 @@ def _methods(heads: Sequence[str], baselines: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([REFERENCE, *named]))
 
 
-def _rows(fits: Fits, methods: Sequence[str], budgets: Sequence[Budget], notify: Notify) -> list[dict[str, Any]]:
+def _rows(fits: Fits, methods: Sequence[str], budgets: Sequence[Budget], told: _Told) -> list[dict[str, Any]]:
     """Every method on every budget; the test images are read when all are trained."""
     total, made = 2 * len(methods) * len(budgets), list[Fit]()
     of_all: dict[str, Fit] = {}
     for budget in budgets:
         for method in methods:
             what = method if budget.is_all else f"{method}, {budget.title}, draw {budget.draw + 1}"
-            notify(what, len(made), total)
+            told.notify(what, len(made), total)
 
-            def told(row: Any, what: str = what) -> None:
-                notify(what, len(made), total, solver_detail(row))
+            def step(row: Any, what: str = what) -> None:
+                told.notify(what, len(made), total, solver_detail(row))
 
-            fit = fits.fit(method, budget, of_all.get(method), told)
+            fit = fits.fit(method, budget, of_all.get(method), step)
             of_all.setdefault(method, fit)
             made.append(fit)
+            told.track(_tracked(fit))
     rows = []
     said = {}
     for i, fit in enumerate(made):
-        notify("test images", len(made) + i, total)
+        told.notify("test images", len(made) + i, total)
         said[fit.method, fit.budget] = fits.outcome(fit)
         rows.append(row_of(fit, said[fit.method, fit.budget], said[REFERENCE, fit.budget], fits.data, fits.settings))
-    notify("done", total, total)
+    told.notify("done", total, total)
     return rows
+
+
+def _tracked(fit: Fit) -> dict[str, Any]:
+    """A finished fit as a row of a tracker."""
+    record = fit.piece.record
+    proof = record.get("certificate") or {}
+    return {
+        "method": fit.method,
+        "budget": fit.budget.title,
+        "draw": None if fit.budget.is_all else fit.budget.draw,
+        "objective": proof.get("primal"),
+        "relative_gap": proof.get("relative_gap"),
+        "heads": record.get("heads"),
+        "cv_score": record.get("cv_score"),
+        "seconds": record["seconds"],
+    }
 
 
 def _dataset(data: ProbeData) -> dict[str, Any]:
