@@ -17,6 +17,7 @@ from convexhead import cross_validation
 from convexhead.cross_validation import Choice, grid_of
 from convexhead.errors import ConvexHeadError
 from convexhead.fitting import Task
+from convexhead.runtime.run_folder import RunFolder
 
 RNG = np.random.default_rng(0)
 N = 90
@@ -417,6 +418,7 @@ def test_a_stopped_choice_goes_on_to_the_same_scores(solved, tmp_path, stop):
     with pytest.raises(KeyboardInterrupt):
         clone(clf).fit(X, Y, checkpoint=kept)
     assert list((kept / "pieces").glob("fold-*.json"))
+    assert RunFolder(kept).seconds() > 0
     solved.clear()
     solved.stop = None
     again = clone(clf).fit(X, Y, checkpoint=kept)

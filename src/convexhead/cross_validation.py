@@ -32,6 +32,7 @@ from convexhead.padding import Padded
 from convexhead.path import EDGES, grid_edge
 from convexhead.program.atoms import Atoms
 from convexhead.reading import Data
+from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.solvers.monitor import Progress
@@ -354,6 +355,7 @@ class _FoldPath:
 
     def solve(self, ratio: float, before: Piece | None) -> Piece:
         """The score at ``ratio``, and what the next fit begins from; ``before`` is what this one begins from."""
+        began = now()
         if self.task is None:
             self.task = self.fold.pose(self.ratios)
             _ = self.task.beta_max  # it is drawn for first
@@ -362,7 +364,8 @@ class _FoldPath:
         task, start = self.task.at(ratio), None if before is None else Atoms.restored(before.tensors)
         model = task.approach(FOLD_TOL * task.spec.tol, start=start, callback=self.fold.callback)
         state = {**model.atoms.state(), "generator": task.generator.get_state()}
-        return Piece({"score": self.fold.score(task, model)}, {name: part.clone() for name, part in state.items()})
+        record = {"score": self.fold.score(task, model), "seconds": now() - began}
+        return Piece(record, {name: part.clone() for name, part in state.items()})
 
 
 def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:

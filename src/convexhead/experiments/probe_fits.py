@@ -157,7 +157,7 @@ class Fits:
     def _head(
         self, head: str, view: SplitView, ratio: float | None, metrics: Sequence[float], name: str, told: Told
     ) -> Piece:
-        began = now()
+        began = now() - self._kept(name).seconds()  # of an earlier run that was stopped
         views = {each: view.reduced(self._reduction(each)) for each in metrics}
         common = settings_for(view, None, self._common())
         with warnings.catch_warnings():

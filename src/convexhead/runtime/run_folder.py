@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class RunFolder:
         self._file(name, ".safetensors").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder, if it holds a run."""
+        """Delete the folder, if it holds a run; nothing where there is none."""
         if (self.path / "settings.json").is_file():
             shutil.rmtree(self.path)
 
@@ -139,7 +139,14 @@ class RunFolder:
 
     def count(self) -> int:
         """Finished pieces."""
-        return sum(1 for _ in (self.path / "pieces").rglob("*.json"))
+        return sum(1 for _ in self._records())
+
+    def seconds(self) -> float:
+        """What the finished pieces took, by their records."""
+        return float(sum(self._read(record)["seconds"] for record in self._records()))
+
+    def _records(self) -> Iterator[Path]:
+        return (self.path / "pieces").rglob("*.json")
 
     def model(self, name: str) -> Path:
         """Where the estimator ``name`` lies."""

@@ -162,13 +162,15 @@ def check_task(task: str, columns: Sequence[str]) -> str:
     Raises
     ------
     InputError
-        There is none of that name, or it is for one column and there are more.
+        There is none of that name, or it is for another number of columns.
     """
     choose("task", task, (CLASSES, *TASKS))
     if task == CLASSES and len(columns) > 1:
         raise InputError(
             f"task={CLASSES!r} reads one column, and there are {', '.join(columns)}: say which, ?label=NAME"
         )
+    if task == MULTI_LABEL and len(columns) == 1:
+        raise InputError(f"{columns[0]!r} alone tells two classes apart: say task={CLASSES!r}, or give more columns")
     return task
 
 
