@@ -29,7 +29,7 @@ from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import Task, pose, ranks_of
 from convexhead.model import Model
 from convexhead.padding import Padded
-from convexhead.path import EDGES, grid_edge
+from convexhead.path import EDGES, C_times_beta, grid_edge
 from convexhead.program.atoms import Atoms
 from convexhead.reading import Data
 from convexhead.runtime.clock import now
@@ -65,6 +65,8 @@ class Choice:
     scores : ndarray (folds, grid)
     n_channels : int
         ``d`` of the tokens.
+    C_times_beta : float or None
+        See `convexhead.path.C_times_beta`, of all samples.
     chosen : float
         The ratio with the best mean score over the folds.
     rising : {"low", "high"} or None
@@ -74,6 +76,7 @@ class Choice:
     ratios: list[float]
     scores: NDArray[np.float64]
     n_channels: int
+    C_times_beta: float | None = None
     chosen: float = field(init=False)
     rising: Literal["low", "high"] | None = field(init=False)
 
@@ -124,6 +127,7 @@ def choose_beta(
     drawn = {"gates": getattr(task.problem.activation, "gates", None), "queries": head.queries}
     largest = 1.0 if head.learns_mixing else math.inf  # a linear head is never zero: its penalty is squared
     named = {"version": __version__, "max_time": task.spec.max_time, **task.spec.facts(), **task.data.fingerprint}
+    about = head.d, C_times_beta(task)
     del task  # with its tokens
     part = _Part(type(estimator)(**estimator.get_params(deep=False)), classes)
     for name, tensor in drawn.items():
@@ -144,14 +148,14 @@ def choose_beta(
         )
         for i, (train, test) in enumerate(splits)
     ]  # fmt: skip
-    found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]), head.d)
+    found = Choice(ratios, np.array([fold.scores(ratios) for fold in folds]), *about)
     for _ in range(MOST_EXTENSIONS):
         if not (more := _beyond(found, largest)):
             break
         scores = np.array([fold.scores(more) for fold in folds])
         order = np.argsort([*found.ratios, *more])[::-1]
         grid = np.array([*found.ratios, *more])[order]
-        found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order], head.d)
+        found = Choice(grid.tolist(), np.hstack([found.scores, scores])[:, order], *about)
     if found.chosen >= largest:
         warn("the zero model, of β_max, has the best score of the grid: on held-out samples no head beats a constant")
     elif found.rising is not None:

@@ -66,8 +66,10 @@ class _ChoosesBeta(HeadEstimator):
             model = None
             if self.refit:
                 model = fit(plain.set_params(beta_ratio=found.chosen), X, y, sample_weight, callback=callback)
-        for name in ("model_", "feature_names_in_"):
+        for name in ("model_", "feature_names_in_", "C_"):
             self.__dict__.pop(name, None)  # of an earlier fit
+        if model is not None and found.C_times_beta is not None:
+            self.C_ = found.C_times_beta / model.beta
         self.n_features_in_ = found.n_channels
         self.beta_ratio_, self.beta_ratios_, self.scores_ = found.chosen, np.array(found.ratios), found.scores
         return self if model is None else hold(self, model)
@@ -121,6 +123,8 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
     beta_ratios_ : ndarray (grid,)
         Falling, with what the grid went on by.
     scores_ : ndarray (folds, grid)
+    C_ : float
+        Of the linear head after a refit: ``beta_`` as scikit-learn's ``LogisticRegression`` counts it.
 
     Examples
     --------

@@ -16,12 +16,15 @@ from convexhead.estimators import ConvexHeadClassifier
 from convexhead.fitting import Task, pose, ranks_of
 from convexhead.model import Model
 from convexhead.padding import as_padded, with_lengths
+from convexhead.program.atoms import Atoms
+from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy
 from convexhead.reading import tokens_of
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.surroundings import undisturbed
 from convexhead.solvers.monitor import Progress
+from convexhead.trail import Trail
 
 DEFAULT_RATIOS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
 Row = dict[str, Any]
@@ -97,7 +100,8 @@ def regularization_path(
     list of dict
         One row for each β, as visited: ``beta_ratio``, ``beta``, ``objective``, ``dual``, ``gap``, ``relative_gap``,
         ``converged``, ``n_heads``, ``train_score``, ``val_score`` (of `validation_score`; None without held-out data),
-        ``seconds`` and ``model``, the fitted estimator. `best` picks one.
+        ``seconds`` and ``model``, the fitted estimator. `best` picks one. The linear head of a classifier has ``C``
+        too, the same weight as scikit-learn's ``LogisticRegression`` counts it.
 
     Warns
     -----
@@ -164,6 +168,7 @@ class _Path:
     progress: Callable[[Progress], None] | None
     began: float
     rows: list[Row] = field(default_factory=list)
+    trail: Trail = field(default_factory=Trail)
     interrupted: bool = False
 
     def follow(
@@ -174,17 +179,18 @@ class _Path:
         callback: Callable[[Row], None] | None,
     ) -> None:
         """Add a row for each of the falling ``ratios``, until patience or a person ends it."""
-        start: Model | None = None
         for ratio in ratios:
+            task = self.task.at(ratio)
+            start = self.trail.start(task.beta)
             try:
-                row = self.solved(ratio, start) if search_tol is None else self.searched(ratio, start, search_tol)
+                row = self.solved(task, start) if search_tol is None else self.searched(task, start, search_tol)
             except KeyboardInterrupt:
                 if not self.rows or search_tol is not None:
                     raise
                 self.interrupted = True
                 return
             self.rows.append(row)
-            start = row["model"].model_
+            self.trail.add(row["model"].model_)
             if callback is not None:
                 callback(row)
             if self.interrupted:
@@ -194,19 +200,17 @@ class _Path:
                 if len(self.rows) - 1 - best_so_far >= patience:
                     return
 
-    def solved(self, ratio: float, start: Model | None) -> Row:
+    def solved(self, task: Task, start: Atoms | None) -> Row:
         """The row of a certified fit."""
-        began = None if start is None else start.atoms
-        model, solution = self.task.at(ratio).solve(start=began, callback=self.progress)
+        model, solution = task.solve(start=start, callback=self.progress)
         self.interrupted = solution.interrupted
         if self.interrupted and self.rows and not solution.certificate.converged:
             raise KeyboardInterrupt  # beside fits that are finished, it says nothing
         return self._row(model, solution.certificate.to_dict())
 
-    def searched(self, ratio: float, start: Model | None, tol: float) -> Row:
+    def searched(self, task: Task, start: Atoms | None, tol: float) -> Row:
         """The row of a fit that ends at the solver's own estimate."""
-        began = None if start is None else start.atoms
-        model = self.task.at(ratio).approach(tol, start=began, callback=self.progress)
+        model = task.approach(tol, start=start, callback=self.progress)
         unproven = {"dual": None, "gap": None, "relative_gap": None, "converged": False}
         return self._row(model, {"primal": model.history[-1]["objective"], **unproven})
 
@@ -217,9 +221,11 @@ class _Path:
         def held_out() -> float:
             return fitted.validation_score(self.X_val, self.y_val)
 
+        times = C_times_beta(self.task)
         row = {
             "beta_ratio": model.spec.beta_ratio,
             "beta": model.beta,
+            **({} if times is None else {"C": times / model.beta}),
             "objective": proof["primal"],
             **{key: proof[key] for key in ("dual", "gap", "relative_gap", "converged")},
             "n_heads": len(model.atoms),
@@ -236,7 +242,7 @@ class _Path:
         """The rows of a search whose best fit, the second result, went on to its certificate: only it has a model."""
         chosen = best(self.rows)
         searched = chosen["model"].model_
-        row = self.solved(chosen["beta_ratio"], searched)
+        row = self.solved(self.task.at(chosen["beta_ratio"]), searched.atoms)
         if self.interrupted:
             raise KeyboardInterrupt
         row["seconds"] += chosen["seconds"]
@@ -266,6 +272,19 @@ def grid_edge(beta_ratios: Sequence[float], chosen: float) -> Literal["low", "hi
     if min(beta_ratios) == max(beta_ratios):
         return None
     return "low" if chosen <= min(beta_ratios) else "high" if chosen >= max(beta_ratios) else None
+
+
+def C_times_beta(task: Task) -> float | None:
+    """The ``C`` of scikit-learn's ``LogisticRegression`` times β; None for heads that are no such model.
+
+    Its objective is ``½‖W‖² + C Σ_i w_i ℓ_i``, which is ours times ``C W`` for ``W = Σ_i w_i`` and ``C = 1/(W β)``. Of
+    two classes it has one row of weights where we have two columns ``∓w/2``: half the penalty, and twice the ``C``.
+    """
+    loss = task.problem.loss
+    if task.problem.head.learns_mixing or not isinstance(loss, (CrossEntropy, BinaryCrossEntropy)):
+        return None
+    halved = isinstance(loss, CrossEntropy) and task.problem.c == 2
+    return (2.0 if halved else 1.0) / task.data.total_weight
 
 
 def _estimator(loss: str | None, parameters: dict[str, Any]) -> ConvexHeadClassifier | ConvexHeadRegressor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,6 +60,8 @@ class Data:
         ``tokens`` with the mask of samples of different length.
     grid : (int, int) or None
         That a store's tokens lie on.
+    total_weight : float
+        ``W``, the sum of all weights of a classifier as they were given.
     classes, target_shape, feature_names, origin, reduction
         As in `Model`.
     """
@@ -73,6 +76,7 @@ class Data:
     weights: Tensor | None = None
     counts: Tensor | None = None
     padded: Padded | None = None
+    total_weight: float = math.nan
     classes: NDArray[Any] | None = None
     target_shape: tuple[int, ...] = ()
     feature_names: NDArray[Any] | None = None
@@ -162,6 +166,7 @@ def _data(spec: Spec, X: Any, tokens: Tokens, targets: Targets, y: NDArray[Any] 
         y,
         weights=targets.weights,
         counts=targets.counts,
+        total_weight=targets.total,
         classes=targets.classes,
         grid=X.grid if stored and padded is None else None,
         origin=X.origin() if hasattr(X, "origin") else None,

@@ -48,6 +48,8 @@ class Targets:
         The samples that are left, by their numbers; None for all.
     classes : ndarray (c,) or None
         The label of each output; None of a regression.
+    total : float
+        ``W``, the sum of all weights as they were given.
     """
 
     Y: Tensor
@@ -55,6 +57,7 @@ class Targets:
     counts: Tensor | None
     kept: NDArray[np.int64] | None
     classes: Array | None = None
+    total: float = math.nan
 
 
 def is_multilabel(spec: Spec) -> bool:
@@ -297,6 +300,8 @@ def _finished(Y: Tensor, w: Array, classes: Array | None, pos_weight: Any = None
         return Targets(Y, None, None, None, classes)
     if not (w > 0).any():
         raise InputError("no label that counts has a weight above 0")
+    with np.errstate(over="ignore"):
+        total = float(w.sum())
     size = math.frexp(w.max())[1]
     w = np.ldexp(w, -size)  # as users scale them, sums could leave float64
     left = (w > 0).reshape(len(w), -1).any(1)
@@ -313,4 +318,4 @@ def _finished(Y: Tensor, w: Array, classes: Array | None, pos_weight: Any = None
         positive = torch.as_tensor(pos_weight, dtype=torch.float64).expand(Y.shape[2])
         Y, more = with_positive_weights(Y.double(), positive)
         weights = more if weights is None else weights * more
-    return Targets(Y, weights, counts, kept, classes)
+    return Targets(Y, weights, counts, kept, classes, total)

@@ -167,7 +167,8 @@ def certify_atoms(
     check_loss(problem.loss, problem.Y)
     if math.isnan(known_dual):
         raise InputError("the lower bound that was passed is NaN")
-    exact = problem.astype(torch.float64, reuse=True)
+    # The linear head takes two passes: a copy in float64 would be twice the features, unless it pools many tokens.
+    exact = problem.astype(torch.float64, reuse=problem.head.learns_mixing or problem.head.s > 1)
     model = Evaluated.of(exact, atoms, beta)
     f = model.outputs if dual_point is None else dual_point.to(exact.device, torch.float64)
     if problem.fit_intercept:

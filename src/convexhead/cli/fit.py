@@ -144,7 +144,7 @@ def fit(
     chosen = []
     if cv is not None:
         result |= {"beta_ratio": clf.beta_ratio_, "beta_ratios": clf.beta_ratios_.tolist()}
-        result |= {"scores": clf.scores_.tolist()}
+        result |= {"scores": clf.scores_.tolist()} | ({"C": clf.C_} if hasattr(clf, "C_") else {})
         chosen = [_choice(clf, cv)]
     emit(result, as_json, *chosen, certificate_line(certificate), summary)
     if interrupts.received is not None:
@@ -207,7 +207,8 @@ def path(
     best, held = found.chosen["beta_ratio"], found.n_held_out
     n, own = found.n_train + held if found.refitted else found.n_train, found.chosen_on != "train"
     validated = "validation mAP" if found.kept.loss == "binary-cross-entropy" else "validation"
-    table = Table("β/β_max", validated, "train", "heads", "objective", "certified gap", "seconds")
+    weight = ["C"] if "C" in found.chosen else []
+    table = Table("β/β_max", *weight, validated, "train", "heads", "objective", "certified gap", "seconds")
     for row in found.rows:
         table.add_row(*_cells(row, found))
     result = {
@@ -241,7 +242,8 @@ def _cells(row: dict[str, Any], found: Any) -> list[str]:
     mark = "[bold]" if row is found.chosen else ""
     scores = [_score(row[f"{of}_score"], found.kept) for of in ("val", "train")]
     rest = [f"{row['objective']:.5g}", f"{row['relative_gap']:.1e}", f"{row['seconds']:.1f}"]
-    return [f"{mark}{row['beta_ratio']:g}", *scores, str(row["n_heads"]), *rest]
+    weight = [f"{row['C']:.3g}"] if "C" in row else []
+    return [f"{mark}{row['beta_ratio']:g}", *weight, *scores, str(row["n_heads"]), *rest]
 
 
 def _choice(clf: Any, cv: int) -> str:

@@ -60,6 +60,8 @@ class Samples:
         Bit-packed masks of all samples.
     norms : list of Tensor (n,)
         ``‖X_i‖_F`` once they have been asked for, in any precision.
+    moments : dict of Tensor (d + 1, d + 1), and of its diagonal (d + 1,) under True
+        Second moments of pooled tokens once a solver has made them, in any precision.
     budget : Budget
         Shared with the same samples in other precisions, and with whoever keeps what is mixed from them.
     """
@@ -89,6 +91,7 @@ class Samples:
         self.budget.lend(self.bytes, self)
         self._fill(self.data, dtype, self.batch_size(self._workspace), pack=True)
         self.norms: list[Tensor] = []
+        self.moments: dict[bool, Tensor] = {}
 
     def __len__(self) -> int:
         return self.n
@@ -232,7 +235,7 @@ class Samples:
         """Some of the samples, with what was prepared of them."""
         other = copy(self)
         other.n, other.masks = len(index), None if self.masks is None else self.masks[index]
-        other.norms = [norms[index] for norms in self.norms]
+        other.norms, other.moments = [norms[index] for norms in self.norms], {}
         if self.complete:
             other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
         else:

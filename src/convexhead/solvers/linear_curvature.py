@@ -21,6 +21,8 @@ from convexhead.solvers.linear_passes import LinearPasses, Weights
 
 MOST_SAMPLES = 128
 """Largest ``m``. Chosen by hand: they are kept beside the features, and more of them save few products."""
+AT_ONCE = 10
+"""Outputs whose samples are factored together. Chosen by hand: little memory beside that of all."""
 FLOOR = 1e-5
 """Smallest eigenvalue of ``I − EᵀE``. Derived: products in float32 leave it positive."""
 
@@ -44,19 +46,25 @@ class LinearCurvature:
     ) -> None:
         problem = passes.problem
         rows, c = problem.n * problem.head.r, problem.c
-        w = problem.losses.curvature(f).flatten(0, 1)
+        w = torch.empty_like(f)
+        for part in problem.rows:
+            w[part] = problem.losses.at(part).curvature(f[part])
+        w = w.flatten(0, 1)
         m = min(rows // c, passes.d // 2, MOST_SAMPLES) if in_doubt and moments.ndim == 2 else 0
         rank, size = problem.ranks.rank, problem.ranks.size
         first, stop = m * rank // size, m * (rank + 1) // size  # of each output, those of this process
         largest, index = w.topk(min(stop - first, len(w)), dim=0)
-        total = problem.sum(w.double().sum() - largest.double().sum())[0]
+        total = problem.sum(w.sum(dtype=torch.float64) - largest.sum(dtype=torch.float64))[0]
         h = problem.head.r * float(total) / (c * max(rows - m, 1))
         self._root = _factor(h, moments, beta, problem.fit_intercept).to(problem.dtype)
         self.E: Tensor | None = None
         if m:
             samples = w.new_zeros(c, m, passes.d + 1)
-            samples[:, first : first + len(index)] = passes.take(index.T) * (largest.T / problem.n).sqrt().unsqueeze(2)
-            self.E = self._in_doubt(problem.sum(samples)[0])
+            passes.take(index.T, into=samples[:, first : first + len(index)])
+            samples[:, first : first + len(index)] *= (largest.T / problem.n).sqrt().unsqueeze(2)
+            (self.E,) = problem.sum(samples)
+            for of_output in self.E.split(AT_ONCE):
+                of_output.copy_(self._in_doubt(of_output))
 
     def solve(self, r: Weights) -> Weights:
         """``M⁻¹ r``."""

@@ -68,23 +68,27 @@ class LinearPasses:
 
         return self._summed(multiply).div_(self.problem.n)
 
-    def take(self, index: Int[Tensor, "c m"]) -> Float[Tensor, "c m d1"]:
-        """The rows of ``Φ`` with these numbers, of this process's samples; without an intercept they end in 0."""
+    def take(self, index: Int[Tensor, "c m"], into: Float[Tensor, "c m d1"]) -> None:
+        """Copy the rows of ``Φ`` with these numbers, of this process's samples; without an intercept they end in 0."""
         r = self.problem.head.r
-        out = torch.full((*index.shape, self.d + 1), float(self.problem.fit_intercept), dtype=self.problem.dtype)
-        out = out.to(index.device)
+        into[..., -1] = float(self.problem.fit_intercept)
 
         def copy(rows: slice, data: Data) -> tuple[Tensor, ...]:
             X, first = data["queries"].flatten(0, 1), rows.start * r
             here = (index >= first) & (index < first + len(X))
-            out[..., :-1][here] = X[index[here] - first]
+            into[..., :-1][here] = X[index[here] - first]
             return ()
 
         self.problem.operator.over_batches(1, copy)
-        return out
 
     def moments(self, *, diagonal: bool) -> Float[Tensor, "d1 d1"] | Float[Tensor, " d1"]:
-        """The second moments ``ΦᵀΦ / (n r)``, or their diagonal, in float64."""
+        """The second moments ``ΦᵀΦ / (n r)``, or their diagonal, in float64; made once for all problems on a path."""
+        kept = self.problem.operator.samples.moments
+        if diagonal not in kept:
+            kept[diagonal] = self._moments_of(diagonal)
+        return kept[diagonal]
+
+    def _moments_of(self, diagonal: bool) -> Tensor:
         d, problem = self.d, self.problem
         second = torch.zeros((d,) if diagonal else (d, d), dtype=torch.float64, device=problem.device)
         first = torch.zeros(d, dtype=torch.float64, device=problem.device)

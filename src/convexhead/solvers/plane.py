@@ -109,6 +109,6 @@ class _Plane:
 
     def _parts(self, s: float, t: float) -> Iterator[tuple[slice, SampleLosses, Float[Tensor, "b r c"]]]:
         """Some samples at a time, with their outputs."""
-        losses = self.problem.losses.to(torch.float64)
         for rows in self.problem.rows:
-            yield rows, losses.at(rows), (1 + s) * self.f[rows] + t * self.z[rows]
+            losses = self.problem.losses.at(rows).to(torch.float64)
+            yield rows, losses, (1 + s) * self.f[rows] + t * self.z[rows]

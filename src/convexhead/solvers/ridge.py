@@ -130,7 +130,7 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return self._descend(self._descent)
         data_term = self.problem.mean_of(lambda losses, f: losses.to(torch.float64).value(f), self._f)
-        at_f = self._passes.adjoint(self._residual().to(self.problem.dtype)).double()
+        at_f = self._passes.adjoint(self._residual()).double()
         square = float(self._B[:, :-1].square().sum())
         gap = self.monitor.record(
             data_term + self.beta * square / 2,
@@ -152,7 +152,7 @@ class RidgeNewton(Solver):
             self._iteration, self._descent = 0, FactoredDescent(self.problem, self.atoms(), self.beta)
             return None
         if lower < objective:
-            self._B, self._f = (1 + s) * self._B + t * x, (1 + s) * self._f + t * Z
+            self._B, self._f = (1 + s) * self._B + t * x, Z.mul_(t).add_(self._f, alpha=1 + s)
         return None
 
     def _falls_by_gradient(self, x: Weights, Z: Float[Tensor, "n r c"], missing: float) -> bool:
@@ -160,7 +160,7 @@ class RidgeNewton(Solver):
         far below what rounding leaves of the objective."""
         before = self._B, self._f
         self._B, self._f = self._B + x, self._f + Z
-        at_f = self._passes.adjoint(self._residual().to(self.problem.dtype)).double()
+        at_f = self._passes.adjoint(self._residual()).double()
         if self._missing(at_f, self._stage) <= missing / 2:
             return True
         self._B, self._f = before
@@ -183,10 +183,10 @@ class RidgeNewton(Solver):
 
     def _residual(self) -> Float[Tensor, "n r c"]:
         """``R``, from outputs in float64: what is left of a probability near 1 counts."""
-        R, losses = torch.empty_like(self._f), self.problem.losses.to(torch.float64)
+        R, losses = torch.empty_like(self._f, dtype=self.problem.dtype), self.problem.losses
         for rows in self.problem.rows:
-            R[rows] = losses.at(rows).residual(self._f[rows])
-        return R.div_(self.problem.n)
+            R[rows] = losses.at(rows).to(torch.float64).residual(self._f[rows]) / self.problem.n
+        return R
 
     def _missing(self, at_f: Weights, beta: float) -> float:
         """``P − D`` at a weight β, given ``∇F``: what moves a residual to a sum of 0 moves its gradient by the mean of

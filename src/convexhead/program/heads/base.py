@@ -322,7 +322,9 @@ class Head(ABC):
         return (S / self.s).expand(-1, -1, self.s, -1) if self.pool == "mean" else S
 
     def pool_tokens(self, X: Float[Tensor, "b s d"]) -> Float[Tensor, "b r d"]:
-        """``P X``."""
+        """``P X``; of a single token the tokens themselves, and no copy."""
+        if self.s == 1:
+            return X
         return X.mean(1, keepdim=True) if self.pool == "mean" else X[:, self.rows]
 
     # -- gradient matrices, all entries at once -----------------------------------------------------------------------

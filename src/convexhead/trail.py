@@ -1,0 +1,46 @@
+"""Where to begin at the next β of a falling grid: from the models of those before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from convexhead.model import Model
+from convexhead.program.atoms import Atoms
+
+KEPT = 3
+"""Models that the next one is predicted from: a parabola through them. Chosen by hand."""
+FARTHEST = 1.5
+"""Largest step in ``log β`` that is predicted over, in units of the step before. Chosen by hand: a parabola that is
+followed further soon leads away."""
+
+
+@dataclass
+class Trail:
+    """The models of falling β, of which the last few are kept.
+
+    The optimum of the linear head is a smooth curve in ``log β``, along which its weights and its intercept are
+    extrapolated. The atoms of other heads come and go: there the last model is the start.
+    """
+
+    _last: list[tuple[float, Atoms]] = field(default_factory=list)
+    _smooth: bool = False
+
+    def add(self, model: Model) -> None:
+        """Note the model of the next β."""
+        self._smooth = not model.head.learns_mixing
+        self._last = [*self._last, (math.log(model.beta), model.atoms)][-KEPT:]
+
+    def start(self, beta: float) -> Atoms | None:
+        """Where to begin at a smaller ``beta``; None before there is a model."""
+        if not self._last:
+            return None
+        (*_, (end, atoms)), at = self._last, math.log(beta)
+        places = [place for place, _ in self._last]
+        if not self._smooth or len(places) < 2 or not 0 < end - at <= FARTHEST * (places[-2] - end):
+            return atoms
+        shares = [math.prod((at - y) / (x - y) for y in places if y != x) for x in places]  # Lagrange's polynomials
+        V, intercept = atoms.V * shares[-1], atoms.intercept * shares[-1]
+        for share, (_, found) in zip(shares, self._last[:-1], strict=False):
+            V, intercept = V + share * found.V, intercept + share * found.intercept
+        return replace(atoms, V=V, intercept=intercept)

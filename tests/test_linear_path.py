@@ -1,0 +1,65 @@
+"""A path of the linear head: where its fits begin, and its β as scikit-learn's C."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+import convexhead as ch
+from convexhead.path import regularization_path
+from convexhead.program.heads import make_head
+from convexhead.trail import Trail
+
+X, Y = (part[:300] for part in load_digits(return_X_y=True))
+X = X / 16
+SETTINGS = {"head": "linear", "fit_intercept": True, "random_state": 0}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_path_tells_scikit_learns_C(classes):
+    some = np.isin(Y, range(classes))
+    x, y = X[some], Y[some]
+    w = 1.0 + np.arange(len(y)) % 3
+    rows = regularization_path(x, y, w, beta_ratios=[0.5, 0.02], tol=1e-8, **SETTINGS)
+    for row in rows:
+        theirs = LogisticRegression(C=row["C"], tol=1e-10, max_iter=10_000).fit(x, y, w)
+        np.testing.assert_allclose(row["model"].predict_proba(x), theirs.predict_proba(x), atol=1e-4)
+        wrong = LogisticRegression(C=2 * row["C"], tol=1e-10, max_iter=10_000).fit(x, y, w)
+        assert np.abs(row["model"].predict_proba(x) - wrong.predict_proba(x)).max() > 1e-3
+
+
+def test_other_heads_have_no_C():
+    (row,) = regularization_path(X[:60], Y[:60], head="mlp", beta_ratios=[0.5], tol=0.1, random_state=0)
+    assert "C" not in row
+    (row,) = regularization_path(X[:60], 1.0 * Y[:60], loss="squared", beta_ratios=[0.5], **SETTINGS)
+    assert "C" not in row
+
+
+def test_C_after_cross_validation():
+    clf = ch.ConvexHeadClassifierCV("linear", fit_intercept=True, beta_ratios=[0.3, 0.1], cv=2, class_weight="balanced")
+    clf.fit(X, Y)
+    np.testing.assert_allclose(clf.C_, 1 / (len(Y) * clf.beta_))
+    assert not hasattr(clf.set_params(refit=False).fit(X, Y), "C_")
+
+
+def test_a_fit_begins_on_the_curve_of_those_before():
+    rows = regularization_path(X, Y, beta_ratios=0.3 * 1.8 ** -np.arange(6.0), tol=1e-6, **SETTINGS)
+    models = [row["model"].model_ for row in rows]
+    trail = Trail()
+    assert trail.start(1.0) is None
+    for model, following in itertools.pairwise(models):
+        trail.add(model)
+        start = trail.start(following.beta)
+        far, last = (float((atoms.V - following.atoms.V).norm()) for atoms in (start, model.atoms))
+        assert far < (1.0 if model is models[0] else 0.4) * last or model is models[0]
+    assert far < 0.1 * last  # by a parabola
+    for beta in (models[-1].beta / 100, models[-2].beta):  # too far, or back
+        assert trail.start(beta) is models[-2].atoms
+
+
+def test_one_token_is_not_copied():
+    head, tokens = make_head("linear", 1, 5), torch.zeros(3, 1, 5)
+    assert head.pool_tokens(tokens) is tokens
