@@ -195,13 +195,6 @@ def test_a_checkpoint_from_before_solvers_had_names_goes_on(tmp_path):
     assert resume(instance, tmp_path / "c").certificate == calm.certificate
 
 
-def test_a_relu_has_no_checkpoints(tmp_path):
-    with pytest.raises(InputError, match="solver='relu-exact' has no checkpoints: leave checkpoint out"):
-        solve(
-            relu_problem(), 0.1, tol=0.1, generator=generator(), checkpoint=Checkpoint(tmp_path / "c", {}, minutes=0.0)
-        )
-
-
 # -- interrupts -------------------------------------------------------------------------------------------------------
 def test_ctrl_c_while_tokens_are_hashed_leaves_an_honest_model(monkeypatch):
     identify = problems.identify

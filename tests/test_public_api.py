@@ -63,10 +63,11 @@ PARAMETERS = {
     ch.certify: {
         "weights", "X", "y", "sample_weight", "beta", "head", "activation", "pool", "grid", "gates", "n_blocks",
         "outputs", "queries", "query_norm", "intercept", "loss", "tol", "lower_bound", "device", "random_state",
+        "distributed",
     },
     ch.regularization_path: {
         "X", "y", "sample_weight", "beta_ratios", "X_val", "y_val", "loss", "patience", "search_tol", "callback",
-        "progress", "parameters",
+        "progress", "checkpoint", "checkpoint_minutes", "parameters",
     },
     ch.attach: {"backbone", "model", "dtype"},
     ch.load: {"path"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from convexhead import inputs
-from convexhead.audited import Audited, of_probe, understood
+from convexhead.audited import Audited, of_probe, plainly, understood
 from convexhead.certificate.certificate import Certificate, relative_to
 from convexhead.certificate.certify import certify_atoms
 from convexhead.drive import Solution, solve
-from convexhead.dual_norm.query_ascent import STARTS, QueryMaxima, price
+from convexhead.dual_norm.query_ascent import STARTS, QueryMaxima, mean_token, price
 from convexhead.errors import InputError
 from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import precision
@@ -35,6 +37,7 @@ from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.program.losses import Loss, make_loss
 from convexhead.program.problem import Problem
 from convexhead.reading import split_for, tokens_of
+from convexhead.runtime.ranks import Ranks, join_ranks
 from convexhead.runtime.surroundings import undisturbed
 from convexhead.spec import Spec
 
@@ -65,12 +68,12 @@ def certify(
     lower_bound: Certificate | None = None,
     device: str = "auto",
     random_state: int | None = None,
+    distributed: bool = False,
 ) -> Certificate:
     """Certificate of a trained head for the convex program at weight ``beta`` on the data it was trained on.
 
     The gap is rigorous but rests on the dual point that the weights themselves give, which is poor for weights far
-    from optimal. With a ``lower_bound`` from a fit of the same problem it is the true distance, up to that fit's gap;
-    `audit` finds both.
+    from optimal. With a ``lower_bound`` from a fit of the same problem it is the true distance up to that fit's gap.
 
     What the problem is is never guessed from the weights' values: a module has an intercept if it has that parameter,
     an estimator if it was fitted with one, factors if ``intercept`` is given, be it zero or not.
@@ -87,8 +90,7 @@ def certify(
         a pipeline that ends in one, which is audited on the features that its last step sees; a `torch.nn.Linear`; a
         state dict with one linear layer; or the path of an ``.npz``, ``.safetensors`` or ``.pth`` file with such
         weights. A path of a folder is a saved model. Attentive probes of others, as modules, state dicts or files:
-        learned queries, at most linear keys and values, a linear classifier. Their values are certified for their
-        queries. `convexhead.foreign` says which program each of them is.
+        learned queries, at most linear keys and values, a linear classifier. `convexhead.foreign` has their programs.
     X, y, sample_weight
         The training data, with the weights that the training had, as for `ConvexHeadClassifier.fit` (labels) or
         `ConvexHeadRegressor.fit` (float targets with ``loss`` other than cross-entropy). Labels are matched by name
@@ -108,6 +110,8 @@ def certify(
     lower_bound : Certificate or None
         Of the same problem at the same β, as ``certificate_`` of a fit: its ``dual`` bounds the optimum from below. A
         plain number is refused, since nothing says which problem it is of.
+    distributed : bool
+        Whether the processes that torchrun started share the samples; all of them get the same certificate.
 
     Raises
     ------
@@ -119,8 +123,9 @@ def certify(
         head=head, activation=activation, loss=loss or "cross-entropy", beta=beta, pool=pool, grid=grid,
         n_blocks=n_blocks, outputs=outputs, queries=queries, query_norm=query_norm, tol=tol, device=device,
     )  # fmt: skip
-    posed = _pose(weights, X, y, sample_weight, spec, loss, gates, intercept, random_state)
-    return posed.certificate(lower_bound)
+    with _processes(distributed) as ranks:
+        posed = _pose(weights, X, y, sample_weight, spec, loss, gates, intercept, random_state, ranks)
+        return posed.agreed(lower_bound).certificate(lower_bound)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,12 +197,13 @@ def audit(
     find_optimum: bool = True,
     device: str = "auto",
     random_state: int | None = None,
+    distributed: bool = False,
 ) -> Audit:
     """What is proven of a trained head from its weights alone, and its distance from a certified optimum.
 
     Parameters
     ----------
-    weights, X, y, sample_weight, beta, pool, loss, tol, device, random_state
+    weights, X, y, sample_weight, beta, pool, loss, tol, device, random_state, distributed
         As of `certify`.
     reference : Certificate or None
         As ``lower_bound`` of `certify`.
@@ -207,7 +213,13 @@ def audit(
     """
     _check_reference(reference)
     spec = Spec(loss=loss or "cross-entropy", beta=beta, pool=pool, tol=tol, device=device)
-    posed = _pose(weights, X, y, sample_weight, spec, loss, None, None, random_state)
+    with _processes(distributed) as ranks:
+        posed = _pose(weights, X, y, sample_weight, spec, loss, None, None, random_state, ranks)
+        return _audited(posed.agreed(reference, find_optimum=find_optimum), reference, find_optimum)
+
+
+def _audited(posed: _Posed, reference: Certificate | None, find_optimum: bool) -> Audit:
+    """The two statements about weights and their problem."""
     head, atoms, missing = posed.problem.head, posed.atoms, None
     cheap = not head.learns_mixing or isinstance(head, Attentive)
     proven = posed.certificate(None) if not head.learns_mixing or reference is None else None
@@ -221,6 +233,14 @@ def audit(
     return Audit(proven, reference, sharpest, posed.beta, posed.told, missing)
 
 
+@contextlib.contextmanager
+def _processes(distributed: bool) -> Iterator[Ranks]:
+    """Those that share the samples: if the block fails in one of them, it fails in all."""
+    ranks = join_ranks() if distributed else Ranks()
+    with ranks.all_or_none():
+        yield ranks
+
+
 @dataclass(frozen=True, eq=False)
 class _Posed:
     """Weights and the problem that they are audited for; ``beta`` is the user's."""
@@ -231,6 +251,12 @@ class _Posed:
     tol: float
     told: str | None
     seed: int | None
+
+    def agreed(self, reference: Certificate | None, **more: bool) -> _Posed:
+        """This, once all processes have the same, and the same of ``more``."""
+        known = None if reference is None else reference.to_dict()
+        facts = {"beta": self.beta, "tol": self.tol, "random_state": self.seed, "reference": known, **more}
+        return self.problem.ranks.agree(lambda: self, lambda posed: facts)
 
     def certificate(self, reference: Certificate | None) -> Certificate:
         """The certificate of the weights, with the reference's bound where that is better."""
@@ -249,23 +275,25 @@ class _Posed:
 
     def optimum(self) -> Solution:
         """The optimum that a solver finds, with its certificate."""
-        problem = self.problem.astype(precision(self.problem.operator.X.shape, self.tol, self.problem.head))
+        shape = self.problem.n, *self.problem.operator.X.shape[1:]
+        problem = self.problem.astype(precision(shape, self.tol, self.problem.head))
         generator = torch.Generator().manual_seed(self.seed or 0)
         return solve(problem, problem.coordinates.beta(self.beta), tol=self.tol, generator=generator)
 
     def missing(self, head: Attentive, atoms: Atoms) -> MissingQuery | None:
         """The best query that a search finds from those of the head and from random tokens, no longer than they are."""
-        own, X = head.queries, self.problem.operator.tokens()
+        own, mean = head.queries, mean_token(self.problem.operator)
         rho = float(own.norm(dim=1).max())
-        if head.query_norm != "each" or own.shape[1] != head.d or rho == 0 or not bool(X.isfinite().all()):
+        if head.query_norm != "each" or own.shape[1] != head.d or rho == 0 or not bool(mean.isfinite().all()):
             return None
         problem = self.problem.astype(torch.float64, reuse=True)
         q = problem.losses.dual_point(problem.outputs(atoms.to(problem.device, torch.float64)))
         R = problem.losses.weigh(q) / problem.n
-        ball = QueryBall(torch.eye(head.d).double(), rho, None, X.double().mean((0, 1)).cpu())
+        ball = QueryBall(torch.eye(head.d).double(), rho, None, mean)
         known = QueryMaxima(own.new_zeros(len(own)), own, torch.zeros(len(own), dtype=torch.int64), rho)
         generator = torch.Generator().manual_seed(self.seed or 0)
-        best = price(problem.operator, ball, R, known, TokenDraw.of(X), generator, starts=STARTS // 4)
+        draw = TokenDraw.of(problem.operator.X, ranks=problem.ranks)
+        best = price(problem.operator, ball, R, known, draw, generator, starts=STARTS // 4)
         return MissingQuery(best.z[0], float(best.values[0]) / problem.coordinates.beta(self.beta))
 
 
@@ -279,6 +307,7 @@ def _pose(
     gates: Any,
     intercept: Any,
     seed: int | None,
+    ranks: Ranks,
 ) -> _Posed:
     """Weights of any form and the problem that they are audited for."""
     weights, X = own_features(weights, as_padded(inputs.resolve_store(X)))
@@ -290,29 +319,29 @@ def _pose(
         X, y, sample_weight = _images_of_training(model, X, y, sample_weight)
         beta = model.beta if beta is None else beta
     elif isinstance(weights, HeadModule):
-        X = _plain(split_for(X, weights.head.name, weights.head.pool))
+        X = plainly(split_for(X, weights.head.name, weights.head.pool))
     elif (found := read_head(weights, X)) is not None:
         if any(given is not None for given in (gates, spec.queries, intercept)):
             raise InputError(f"gates, queries and intercept go with factors: {found.name} has its own")
         if isinstance(found, AttentiveProbe):
-            X = _plain(X)
+            X = plainly(X)
             audited = of_probe(found, tokens_of(X)[0].shape[1:])
             told = found.told(make_loss(spec.loss).name, math.nan if beta is None else beta)
-            return _posed(audited, X, y, sample_weight, spec, loss, beta, told, seed)
+            return _posed(audited, X, y, sample_weight, spec, loss, beta, told, seed, ranks)
         spec = replace(spec, head="linear", activation="linear")
-        X = _plain(split_for(X, spec.head, spec.pool))
+        X = plainly(split_for(X, spec.head, spec.pool))
         program = found.program(X, y, sample_weight, beta=beta, loss=loss)
         weights, intercept = (None, program.coef), program.intercept
         y, sample_weight = program.y, program.sample_weight
         classes, loss, beta, told = program.classes, program.loss, program.beta, program.told
     else:
-        X = _plain(split_for(X, spec.head, spec.pool))
+        X = plainly(split_for(X, spec.head, spec.pool))
     X = with_lengths(X)
     shape = tokens_of(X)[0].shape[1:]
     audited = understood(weights if model is None else model, spec, shape, gates, intercept)
     if classes is not None:
         audited = replace(audited, classes=classes)
-    return _posed(audited, X, y, sample_weight, spec, loss, beta, told, seed)
+    return _posed(audited, X, y, sample_weight, spec, loss, beta, told, seed, ranks)
 
 
 def _posed(
@@ -325,15 +354,14 @@ def _posed(
     beta: float | None,
     told: str | None,
     seed: int | None,
+    ranks: Ranks,
 ) -> _Posed:
     if beta is None:
         raise InputError("beta must be a positive number, got None: an audit is at the weight of the training")
-    problem = audited.problem(X, y, sample_weight, loss, inputs.pick_device(spec.device))
+    problem = audited.problem(X, y, sample_weight, loss, inputs.pick_device(spec.device), ranks)
+    if ranks.size > 1 and seed is None:
+        seed = ranks.first_does(lambda: int(np.random.default_rng().integers(2**31)))
     return _Posed(problem, audited.atoms, float(beta), spec.tol, told, seed)
-
-
-def _plain(X: Any) -> Any:
-    return X if isinstance(X, Padded) else inputs.plain(X, "X")
 
 
 def _check_reference(lower_bound: Any) -> None:

@@ -22,10 +22,13 @@ from convexhead.program.blocks import atoms_from_blocks
 from convexhead.program.coordinates import Coordinates
 from convexhead.program.heads import Head
 from convexhead.program.heads.attentive import Attentive
+from convexhead.program.identity import describe_loss
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy, Loss, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.reading import supervision, tokens_of
+from convexhead.runtime.content import content_hash
+from convexhead.runtime.ranks import SOFTWARE, Ranks
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens
 from convexhead.spec import Spec
@@ -50,8 +53,38 @@ class Audited:
     spec: Spec = field(default_factory=Spec)
     classes: NDArray[Any] | None = None
 
-    def problem(self, X: Any, y: Any, sample_weight: Any, loss: str | Loss | None, device: torch.device) -> Problem:
-        """The problem that they were trained for, in the coordinates that serve its certificate best."""
+    def problem(
+        self, X: Any, y: Any, sample_weight: Any, loss: str | Loss | None, device: torch.device, ranks: Ranks
+    ) -> Problem:
+        """The problem that they were trained for, in the coordinates that serve its certificate best.
+
+        Processes that share the samples agree on them, and on the weights, first.
+        """
+
+        def facts(read: tuple[Tokens, Targets, Loss]) -> dict[str, Any]:
+            atoms, (tokens, targets, judge) = self.atoms, read
+            numbers = (targets.Y, targets.weights, describe_loss(judge))
+            return {
+                **SOFTWARE,
+                "head": [self.head.name, self.activation, self.fit_intercept, device.type],
+                "weights of the head": f"sha256:{content_hash(atoms.state(), self.gates, self.head.queries)}",
+                "data (tokens)": inputs.tokens_hash(tokens),
+                "data (targets and weights)": f"sha256:{content_hash(*numbers)}",
+            }
+
+        tokens, targets, judge = ranks.agree(lambda: self._read(X, y, sample_weight, loss), facts)
+        rows, activation = ranks.share(len(tokens)), make_activation(self.activation, self.head, self.gates)
+        mine = tokens[rows] if isinstance(tokens, torch.Tensor) else tokens.share(rows)
+        memory = default_memory(device)
+        operator = Operator(mine, self.head, activation, reuse=False, device=device, memory=memory, ranks=ranks)
+        weights = None if targets.weights is None else targets.weights[rows]
+        problem = Problem(operator, targets.Y[rows], judge, weights=weights, fit_intercept=self.fit_intercept)
+        return problem.in_coordinates(
+            Coordinates.of(tokens, targets.Y, self.head, activation, judge, self.fit_intercept)
+        )
+
+    def _read(self, X: Any, y: Any, sample_weight: Any, loss: str | Loss | None) -> tuple[Tokens, Targets, Loss]:
+        """All tokens, targets and weights of the training, checked, and its loss."""
         tokens, mask = tokens_of(X)
         if tokens.shape[1:] != (self.head.s, self.head.d):
             raise InputError(
@@ -68,11 +101,7 @@ class Audited:
             stored = isinstance(tokens, StoredTokens)
             left = inputs.some_samples(X if stored else tokens, targets.kept)
             tokens = inputs.open_tokens(left) if stored else left
-        judge, activation = make_loss(spec.loss), make_activation(self.activation, self.head, self.gates)
-        operator = Operator(tokens, self.head, activation, reuse=False, device=device, memory=default_memory(device))
-        Y, b = targets.Y, self.fit_intercept
-        problem = Problem(operator, Y, judge, weights=targets.weights, fit_intercept=b)
-        return problem.in_coordinates(Coordinates.of(tokens, Y, self.head, activation, judge, b))
+        return tokens, targets, make_loss(spec.loss)
 
     def _targets(
         self, tokens: Tokens, mask: NDArray[np.bool_] | None, y: Any, spec: Spec, sample_weight: Any
@@ -96,6 +125,11 @@ class Audited:
                 f"targets {tuple(np.shape(y))} do not fit outputs (n, {self.head.r}, {n_outputs}) of these weights"
             )
         return targets
+
+
+def plainly(X: Any) -> Any:
+    """``X`` as `inputs.plain` takes it, or with its mask as it is."""
+    return X if isinstance(X, Padded) else inputs.plain(X, "X")
 
 
 def understood(weights: Any, spec: Spec, shape: tuple[int, ...], gates: Any, intercept: Any) -> Audited:

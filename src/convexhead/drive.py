@@ -231,8 +231,6 @@ class _Run:
         if self.stage.double and written_by is None:
             solver = self._refine(solver)
         if self.checkpoint is not None:
-            if not solver.resumable:
-                raise InputError(f"solver={solver.name!r} has no checkpoints: leave checkpoint out")
             self.monitor.save = self._save
         if saved is not None:
             self.generator.set_state(saved.shared.pop("generator"))

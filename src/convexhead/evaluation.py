@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
 from convexhead.dense import mean_iou, pixel_accuracy, pixel_scores
@@ -13,11 +15,14 @@ from convexhead.estimators import ConvexHeadClassifier
 from convexhead.metrics import auroc, average_precision, mean_of_known
 from convexhead.reading import supervision
 from convexhead.regressor import ConvexHeadRegressor
+from convexhead.runtime.ranks import Ranks
 
 Scores = dict[str, Any]
 
 
-def scores_of(head: ConvexHeadClassifier | ConvexHeadRegressor, view: Any, images: str) -> Scores:
+def scores_of(
+    head: ConvexHeadClassifier | ConvexHeadRegressor, view: Any, images: str, ranks: Ranks | None = None
+) -> Scores:
     """Score a head on a split of a store.
 
     Parameters
@@ -27,6 +32,8 @@ def scores_of(head: ConvexHeadClassifier | ConvexHeadRegressor, view: Any, image
         With what the head predicts: classes, several labels, numbers or masks.
     images : path
         Where images with masks are.
+    ranks : Ranks or None
+        The processes that share the images; all get the same scores. Of masks each looks at all.
 
     Returns
     -------
@@ -44,21 +51,30 @@ def scores_of(head: ConvexHeadClassifier | ConvexHeadRegressor, view: Any, image
         A store with something else than what the head predicts.
     """
     model = head.model_
-    read = model.as_labelled(view)
+    read, ranks = model.as_labelled(view), ranks or Ranks()
     truth, _ = supervision(read, None, None, model.spec)  # refuses what the head is not for
     if not isinstance(head, ConvexHeadClassifier):
-        return _of_numbers(head.predict(view), truth, read.class_names)
+        return _of_numbers(_shared(head.predict, view, ranks), truth, read.class_names)
     if view.task == "masks":
         return _of_pixels(head, view, images)
     if view.task == "classes":
-        return _of_classes(head, view, truth)
-    return _of_labels(head.predict_proba(view), truth >= 0.5, read.class_names)
+        return _of_classes(head, _shared(head.predict_proba, view, ranks), truth)
+    return _of_labels(_shared(head.predict_proba, view, ranks), truth >= 0.5, read.class_names)
 
 
-def _of_classes(head: ConvexHeadClassifier, view: Any, labels: Any) -> Scores:
+def _shared(predict: Callable[[Any], Any], view: Any, ranks: Ranks) -> Any:
+    """What is predicted of all images, of which each process predicts some."""
+    if ranks.size == 1:
+        return predict(view)
+    rows = ranks.share(len(view))
+    mine = torch.from_numpy(predict(view.subset(np.arange(rows.start, rows.stop))))
+    return ranks.join(mine, len(view)).numpy()
+
+
+def _of_classes(head: ConvexHeadClassifier, p: Any, labels: Any) -> Scores:
     position = {label: i for i, label in enumerate(head.classes_.tolist())}
     truth = np.array([position.get(label, -1) for label in labels.tolist()])
-    ranked = np.argsort(-head.predict_proba(view), axis=1)
+    ranked = np.argsort(-p, axis=1)
     top1, top5 = (float((ranked[:, :k] == truth[:, None]).any(1).mean()) for k in (1, 5))
     return {"top1": top1, "top5": top5}
 

@@ -90,8 +90,9 @@ class Task:
 
     @cached_property
     def _late(self) -> Callable[[], bool]:
-        """Whether to end what comes before a solve."""
-        return after(self.spec.max_time)
+        """Whether to end what comes before a solve; all processes get the same answer."""
+        late, ranks = after(self.spec.max_time), self.problem.ranks
+        return lambda: bool(ranks.largest(late())[0])
 
     @cached_property
     def oracle(self) -> NormOracle | None:
@@ -251,9 +252,8 @@ def fit(
         spec = data.spec
         if checkpoint is None:
             return _task(data, ranks, draw_seed(spec.random_state, ranks), True).solve(callback=callback)[0]
-        if spec.activation == "relu" or spec.searches_queries:
-            what = "activation='relu'" if spec.activation == "relu" else "queries='search'"
-            raise InputError(f"{what} has no checkpoints: leave checkpoint out")
+        if spec.searches_queries:
+            raise InputError("queries='search' has no checkpoints: leave checkpoint out")
         saved = Checkpoint(checkpoint, {**spec.facts(), **data.fingerprint}, minutes=minutes, ranks=ranks)
         task = _task(data, ranks, saved.notes.setdefault("seed", draw_seed(spec.random_state, ranks)), True)
         if "beta_max" in saved.notes:
@@ -267,6 +267,8 @@ def _agreed(estimator: Trainable, X: Any, y: Any, sample_weight: Any, **run: Any
 
     def facts(data: Data) -> dict[str, Any]:
         device = inputs.pick_device(data.spec.device).type
+        if data.spec.activation == "relu":  # what is small, each process computes for itself: all must round alike
+            run["number of threads"] = torch.get_num_threads()
         return {**run, **SOFTWARE, "device": device, **data.spec.facts(), **data.fingerprint}
 
     return ranks_of(estimator).agree(lambda: estimator.read(X, y, sample_weight), facts)
@@ -307,8 +309,6 @@ def _problem(data: Data, ranks: Ranks, head: Head, generator: torch.Generator, t
     Y, loss, device = data.targets, make_loss(spec.loss), inputs.pick_device(spec.device)
     X = data.tokens if data.padded is None else data.padded.scaled(head)
     gates = _make_gates(spec, head, X, generator)
-    if spec.activation == "relu" and ranks.size > 1:
-        raise InputError("activation='relu' is solved in one process: start it without torchrun")
     activation, coordinates = make_activation(spec.activation, head, gates), Coordinates()
     if to_solve:
         coordinates = Coordinates.of(X, Y, head, activation, loss, spec.fit_intercept)

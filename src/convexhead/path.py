@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy
 from convexhead.reading import tokens_of
 from convexhead.regressor import ConvexHeadRegressor
+from convexhead.runtime.checkpoint import Checkpoint
 from convexhead.runtime.clock import now
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.surroundings import undisturbed
@@ -68,6 +71,8 @@ def regularization_path(
     search_tol: float | None = None,
     callback: Callable[[Row], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_minutes: float = 10.0,
     **parameters: Any,
 ) -> list[Row]:
     """Fit one head along falling β, each fit warm-started from the one before.
@@ -92,6 +97,10 @@ def regularization_path(
         Called after every fit.
     progress : callable (Progress) or None
         Called as the solver goes.
+    checkpoint : path or None
+        A folder in which each fit writes its state now and then, and when it ends. The same call goes on from there.
+    checkpoint_minutes : float
+        Minutes between two checkpoints of a fit.
     **parameters
         Of the estimator: ``head``, ``activation``, ``pool``, ``tol``, …
 
@@ -109,22 +118,16 @@ def regularization_path(
         Ctrl-C ended the path. The rows are those of the fits that were finished, or the first one with its honest
         gap; with ``search_tol``, where no fit has a certificate yet, KeyboardInterrupt is raised.
     """
-    ratios = sorted({float(ratio) for ratio in beta_ratios}, reverse=True)
-    if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
-        raise InputError(f"beta_ratios must be positive numbers, got {list(beta_ratios)!r}")
-    for reserved in ("beta", "beta_ratio"):
-        if reserved in parameters:
-            raise InputError(f"regularization_path sets {reserved} itself: pass beta_ratios instead")
-    if search_tol is not None and X_val is None:
-        raise InputError("search_tol solves only the best β to the end: pass X_val and y_val to choose it by")
-    template = _estimator(loss, parameters)
+    ratios = _falling(beta_ratios)
+    template = _template(loss, parameters, X_val, search_tol, checkpoint)
     with ranks_of(template).all_or_none():
         began = now()
-        agreed = {"beta_ratios": ratios, "patience": patience, "search_tol": search_tol}
+        agreed: dict[str, Any] = {"beta_ratios": ratios, "patience": patience, "search_tol": search_tol}
+        agreed |= {"checkpoint": None if checkpoint is None else str(checkpoint)}
         task = pose(template, X, y, sample_weight, to_solve=True, run="path", **agreed, validation=X_val is not None)
         if X_val is not None:
             _agree_on_held_out(task, X_val, y_val)
-        path = _Path(task, type(template), X_val, y_val, progress, began)
+        path = _Path(task, type(template), X_val, y_val, progress, began, _saved(checkpoint, checkpoint_minutes))
         path.follow(ratios, search_tol, patience, callback)
         if path.interrupted and len(path.rows) < len(ratios):
             told = f"interrupted: {len(path.rows)} of {len(ratios)} β were visited"
@@ -135,6 +138,31 @@ def regularization_path(
         if callback is not None:
             callback(chosen)
         return rows
+
+
+def _falling(beta_ratios: Sequence[float]) -> list[float]:
+    """The grid, checked, from the largest down."""
+    ratios = sorted({float(ratio) for ratio in beta_ratios}, reverse=True)
+    if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
+        raise InputError(f"beta_ratios must be positive numbers, got {list(beta_ratios)!r}")
+    return ratios
+
+
+def _template(
+    loss: str | None, parameters: dict[str, Any], X_val: Any, search_tol: float | None, checkpoint: str | Path | None
+) -> ConvexHeadClassifier | ConvexHeadRegressor:
+    """The estimator of a path, whose settings go together."""
+    for reserved in ("beta", "beta_ratio"):
+        if reserved in parameters:
+            raise InputError(f"regularization_path sets {reserved} itself: pass beta_ratios instead")
+    if search_tol is not None and X_val is None:
+        raise InputError("search_tol solves only the best β to the end: pass X_val and y_val to choose it by")
+    template = _estimator(loss, parameters)
+    if checkpoint is not None and search_tol is not None:
+        raise InputError("search_tol goes through the β too fast for checkpoints: leave one of them out")
+    if checkpoint is not None and not isinstance(template.random_state, numbers.Integral):
+        raise InputError("a path with checkpoints draws the same when it is resumed: pass random_state, a whole number")
+    return template
 
 
 def _agree_on_held_out(task: Task, X_val: Any, y_val: Any) -> None:
@@ -157,6 +185,8 @@ class _Path:
     ----------
     began : float
         When the row that is next was begun.
+    saved : (Path, float) or None
+        The folder of the checkpoints, and the minutes between them.
     interrupted : bool
         Whether Ctrl-C has ended it.
     """
@@ -167,6 +197,7 @@ class _Path:
     y_val: Any
     progress: Callable[[Progress], None] | None
     began: float
+    saved: tuple[Path, float] | None = None
     rows: list[Row] = field(default_factory=list)
     trail: Trail = field(default_factory=Trail)
     interrupted: bool = False
@@ -202,7 +233,14 @@ class _Path:
 
     def solved(self, task: Task, start: Atoms | None) -> Row:
         """The row of a certified fit."""
-        model, solution = task.solve(start=start, callback=self.progress)
+        checkpoint = None
+        if self.saved is not None:
+            folder, minutes = self.saved
+            checkpoint = _saved_in(folder / repr(task.spec.beta_ratio), task, minutes)
+            self.task.beta_max = task.beta_max
+        model, solution = task.solve(start=start, callback=self.progress, checkpoint=checkpoint)
+        if checkpoint is not None:
+            checkpoint.flush()
         self.interrupted = solution.interrupted
         if self.interrupted and self.rows and not solution.certificate.converged:
             raise KeyboardInterrupt  # beside fits that are finished, it says nothing
@@ -250,6 +288,24 @@ class _Path:
         after = [{**moment, "seconds": moment["seconds"] + before} for moment in model.history]
         row["model"] = self.estimator.from_model(replace(model, history=searched.history + after))
         return [row if other is chosen else {**other, "model": None} for other in self.rows], row
+
+
+def _saved(checkpoint: str | Path | None, minutes: float) -> tuple[Path, float] | None:
+    """Where fits write checkpoints, and how often."""
+    return None if checkpoint is None else (Path(checkpoint), minutes)
+
+
+def _saved_in(folder: Path, task: Task, minutes: float) -> Checkpoint:
+    """A checkpoint of ``task``, which takes the `beta_max` that it was begun with.
+
+    Another number of processes would round that otherwise.
+    """
+    settings = {**task.spec.facts(), **task.data.fingerprint}
+    saved = Checkpoint(folder, settings, minutes=minutes, ranks=task.problem.ranks)
+    if "beta_max" in saved.notes:
+        task.beta_max = saved.notes["beta_max"]
+    saved.notes["beta_max"] = task.beta_max
+    return saved
 
 
 def best(rows: list[Row]) -> Row:

@@ -29,10 +29,10 @@ from convexhead.evaluation import scores_of
 from convexhead.interrupts import Answer, interrupts
 from convexhead.path import DEFAULT_RATIOS, Row, best, grid_edge, regularization_path
 from convexhead.persistence import check_target, load
-from convexhead.reading import LOSSES
-from convexhead.report import evidence
 from convexhead.run_images import open_split, parts, train_of
+from convexhead.run_saving import save_run
 from convexhead.runtime import checkpoint as checkpoints
+from convexhead.runtime.content import content_hash
 from convexhead.runtime.progress import Notify, silent, solver_callback, solver_detail
 from convexhead.runtime.ranks import join_ranks
 from convexhead.runtime.run_folder import RunFolder
@@ -115,7 +115,7 @@ def fit(
                 clf.fit(train, callback=solver_callback(notify, "training", tracker), **saved)
         if ranks.rank == 0:
             notify("saving")
-            _save(clf, out, store, command, selection=None if cv is None else {"folds": cv})
+            save_run(clf, out, store, command, selection=None if cv is None else {"folds": cv})
             if clf.certificate_.converged:
                 checkpoints.remove(folder)
                 RunFolder(folder).remove()
@@ -167,6 +167,7 @@ def path(
     validation: float | None = None,
     loss: str | None = None,
     refit: bool = False,
+    checkpoint_minutes: float | None = None,
     random_state: int = 0,
     log: str | Path | None = None,
     notify: Notify = silent,
@@ -174,6 +175,8 @@ def path(
     **parameters: Any,
 ) -> PathRun:
     """Train a head along a falling grid of β, choose β on images that it was not trained on, save the chosen head.
+
+    Under torchrun all processes call this with the same arguments and share the images; the first one writes.
 
     Parameters
     ----------
@@ -186,51 +189,69 @@ def path(
     validation : float or None
         Share of the training images that are held out to choose β by. None: the store's val split chooses it, or where
         there is none a fifth of the training images.
-    loss : str or None
-        As for `fit`.
     refit : bool
         Train the head that is saved on all training images, the held-out ones too, at the chosen β/β_max.
+    checkpoint_minutes : float or None
+        Minutes between two checkpoints of a fit in ``OUT.checkpoint``, from which the same call goes on.
     random_state : int
         Of the held-out images, gates and random starts.
     log : str, path or None
-        Where a row of each β goes (see `convexhead.runtime.trackers`), when it is solved.
-    whiten, overwrite, notify, command
+        Where a row of each solved β goes (see `convexhead.runtime.trackers`).
+    loss, whiten, overwrite, notify, command
         As for `fit`. The held-out images count in the metric, as they do in the standardisation; their labels do not.
     **parameters
         Of `ConvexHeadClassifier`.
     """
     if validation is not None and not 0 < validation < 1:
         raise InputError(f"validation must be a share between 0 and 1, got {validation:g}")
-    if out is not None:
-        check_target(Path(out), overwrite=overwrite)
-    ratios = sorted(set(beta_ratios), reverse=True)
+    saved = _saved_beside(out, checkpoint_minutes, overwrite)
+    ratios, ranks = sorted(set(beta_ratios), reverse=True), join_ranks()
     notify("reading tokens", 0, len(ratios))
-    train = train_of(store, whiten)
+    train = train_of(store, whiten, ranks)
+    parameters |= {"distributed": ranks.size > 1}
     kept, held = parts(store, train, validation, random_state)
     if refit and held.split != "train":
         raise InputError("the val split chooses β, and all training images are trained on: leave refit out, or give "
                          "validation=0.2 to hold out training images")  # fmt: skip
     with interrupts.answer(Answer.FINISH):
-        with interrupts.answer(Answer.RAISE), tracking(log) as track:
+        with interrupts.answer(Answer.RAISE), tracking(log if ranks.rank == 0 else None) as track:
             told = _Told(ratios, notify, track)
             notify("preparing", 0, len(ratios))
             rows = regularization_path(
                 kept, beta_ratios=ratios, X_val=held,
-                callback=told.solved, progress=told.step, random_state=random_state,
+                callback=told.solved, progress=told.step, random_state=random_state, **saved,
                 **settings_for(train, loss, parameters),
             )  # fmt: skip
         chosen = best(rows)
         edge = grid_edge(ratios, chosen["beta_ratio"])
         again = None
-        if refit and interrupts.received is None:
-            again = _refitted(chosen["model"], train, solver_callback(notify, "training on all images"))
+        if refit and not ranks.largest(interrupts.received is not None)[0]:
+            again = _refitted(chosen["model"], train, solver_callback(notify, "training on all images"), saved)
         model = again or chosen["model"]
-        if out is not None:
+        if out is not None and ranks.rank == 0:
             notify("saving", len(rows), len(ratios))
             selection: dict[str, Any] = {"held_out": len(held), "refit": again is not None}
             selection |= {} if held.split == "train" else {"split": held.split}
-            _save(model, Path(out), store, command, path=rows, at_edge=edge, selection=selection)
+            save_run(model, Path(out), store, command, path=rows, at_edge=edge, selection=selection)
+            if "checkpoint" in saved and interrupts.received is None:
+                checkpoints.remove(saved["checkpoint"])
     return PathRun(rows, chosen, edge, len(ratios), len(kept), len(held), held.split, model, again is not None)
+
+
+def _saved_beside(out: str | Path | None, minutes: float | None, overwrite: bool) -> dict[str, Any]:
+    """The parameters of fits that write checkpoints beside the run ``out``, none where they write none.
+
+    A run that is there is refused, unless it is replaced or gone on with.
+    """
+    saved: dict[str, Any] = {}
+    if minutes is not None:
+        if out is None:
+            raise InputError("checkpoints are kept beside the run: say where that is, or leave checkpoint out")
+        folder = Path(out).with_name(f"{Path(out).name}.checkpoint")
+        saved, overwrite = {"checkpoint": folder, "checkpoint_minutes": minutes}, overwrite or folder.is_dir()
+    if out is not None:
+        check_target(Path(out), overwrite=overwrite)
+    return saved
 
 
 class _Told:
@@ -248,12 +269,19 @@ class _Told:
         self._track(row)
 
 
-def _refitted(chosen: Estimator, train: Any, callback: Callable[[Any], None]) -> Estimator | None:
-    """The same head trained on ``train``, with its gates or queries; None if Ctrl-C came before its certificate."""
+def _refitted(
+    chosen: Estimator, train: Any, callback: Callable[[Any], None], saved: dict[str, Any]
+) -> Estimator | None:
+    """The same head trained on ``train``, with its gates or queries; None if Ctrl-C came before its certificate.
+
+    ``saved``: how the path writes checkpoints.
+    """
+    if "checkpoint" in saved:
+        saved = {**saved, "checkpoint": saved["checkpoint"] / "all images"}
     again = clone(chosen).set_params(gates=chosen.gates_, queries=chosen.queries_)
     try:
         with interrupts.answer(Answer.RAISE):
-            again.fit(train, callback=callback)
+            again.fit(train, callback=callback, **saved)
     except KeyboardInterrupt:
         return None
     return None if again.stop_reason_ == Stop.INTERRUPTED.value else again
@@ -296,19 +324,28 @@ def adam(
     )  # fmt: skip
     with interrupts.answer(Answer.FINISH):
         notify("saving", epochs, epochs)
-        _save(clf, Path(out), store, command)
+        save_run(clf, Path(out), store, command)
     return clf, result
 
 
 def evaluate(run: str | Path, store: str | Path, *, split: str = "test", images: str | None = None) -> dict[str, Any]:
     """Score a run on a split of a store, whose classes or columns are matched by name: `evaluation.scores_of`.
 
-    ``images`` says where images with masks are, if they have moved. The result has ``run``, ``split`` and ``images``
+    Under torchrun all processes call this with the same arguments and share the images, but for images with masks.
+    ``images`` says where those are, if they have moved. The result has ``run``, ``split`` and ``images``
     (their number) beside the scores.
     """
     head, view = load(run), open_split(store, split)
     place = images or TokenStore.open(store).manifest.source
-    return {"run": str(run), "split": split, "images": len(view), **scores_of(head, view, place)}
+    ranks = join_ranks()
+
+    def facts(view: Any) -> dict[str, Any]:
+        return {"head": f"sha256:{content_hash(head.model_.atoms.state())}", "images": f"sha256:{view.identity}"}
+
+    with ranks.all_or_none():
+        ranks.agree(lambda: view, facts)
+        scores = scores_of(head, view, place, ranks)
+    return {"run": str(run), "split": split, "images": len(view), **scores}
 
 
 def audit(
@@ -322,6 +359,8 @@ def audit(
     tol: float = 1e-3,
 ) -> Audit:
     """Bound how far a trained head is from the global optimum on the training split of a store.
+
+    Under torchrun all processes call this with the same arguments and share the images.
 
     Parameters
     ----------
@@ -347,19 +386,7 @@ def audit(
     if reference is not None and known is None:
         raise InputError(f"{reference} has no certificate: give a run of `convexhead fit`")
     weights: Any = run if run.is_file() else load(run)
-    return find_audit(weights, train, beta=beta, pool=pool, tol=tol, reference=known, find_optimum=find_optimum)
-
-
-def _save(
-    model: Estimator,
-    out: Path,
-    store: str | Path,
-    command: Sequence[str],
-    **choice: Any,
-) -> None:
-    """The model, and beside it what a report shows of it; ``choice`` says how β was chosen."""
-    model.save(out)
-    pooled = model.pool is not None
-    if model.loss != LOSSES["classes"][0] or (pooled and model.model_.any_length):  # a report shows classes on a grid
-        return
-    evidence.write(evidence.collect(model, TokenStore.open(store), command=command, **choice), out)
+    return find_audit(
+        weights, train, beta=beta, pool=pool, tol=tol, reference=known, find_optimum=find_optimum,
+        distributed=join_ranks().size > 1,
+    )  # fmt: skip

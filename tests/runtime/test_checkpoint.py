@@ -39,6 +39,8 @@ RUNS = {
     "products in bfloat16": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
     "weighed": ("mlp", {"tol": 1e-7, "fit_intercept": True, "class_weight": "balanced"}),
     "ridge": ("linear", {"tol": 1e-12, "beta_ratio": 1e-6}),
+    "relu, exact": ("mlp", {"activation": "relu", "solver": "relu-exact", "tol": 1e-5, "beta_ratio": 0.1}),
+    "relu, searched": ("mlp", {"activation": "relu", "solver": "relu-search", "tol": 1e-4, "beta_ratio": 0.1}),
 }
 
 
@@ -50,6 +52,7 @@ class Killed(BaseException):
 def run(request, monkeypatch):
     """A function that fits, and is stopped at the given row of the history."""
     head, parameters = RUNS[request.param]
+    few = request.param.startswith("relu")  # whose dual norm is bounded tightly
     if parameters["tol"] >= 1e-4:
         monkeypatch.setattr("convexhead.fitting.SMALL_TOKENS", 0)
         parameters = {"solver": "column-generation", **parameters}
@@ -68,7 +71,8 @@ def run(request, monkeypatch):
                 raise error
 
         clf = ch.ConvexHeadClassifier(head, **{"beta_ratio": 0.05, "random_state": 3, **parameters, **others})
-        clf.fit(X, labels, weights, callback=count, checkpoint=folder, checkpoint_minutes=0.0)
+        tokens, of = (X[:12, :1, :2], labels[:12]) if few else (X, labels)
+        clf.fit(tokens, of, weights, callback=count, checkpoint=folder, checkpoint_minutes=0.0)
         return clf, len(rows)
 
     weights = rng.random(len(X)) * (np.arange(len(X)) % 5 > 0) if request.param == "weighed" else None
@@ -102,15 +106,18 @@ def same(one, other):
 def test_a_resumed_run_makes_the_same_iterates(run, tmp_path):
     calm, total = run()
     assert total >= 3
-    stages = []
-    for stop_at in sorted({2, total // 2, 3 * total // 4, total - 1} - {0, 1}):
+    stages, kept = [], []
+    for stop_at in sorted({2, total // 2, 3 * total // 4, total - 1, total} - {0, 1}):
         folder = tmp_path / str(stop_at)
         with pytest.raises(Killed):
             run(folder, stop_at=stop_at)
-        stages.append(json.loads((folder / "checkpoint.json").read_text())["about"]["stage"])
+        about = json.loads((folder / "checkpoint.json").read_text())["about"]
+        stages.append(about["stage"])
+        kept.append(len(about["history"]))
         resumed, rest = run(folder)
-        assert rest < total or stop_at < total // 2, "nothing was resumed"
+        assert rest == total - kept[-1]
         assert same(resumed, calm)
+    assert kept[-1] > 0, "nothing was resumed"
     assert run.kind != "single then double precision" or any(stage["double"] for stage in stages)
     again, rest = run(folder)  # of a finished run the last moments are repeated
     assert same(again, calm)
@@ -319,6 +326,45 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
         ch.ConvexHeadClassifier().fit(X, Y, checkpoint=tmp_path / "new", checkpoint_minutes=-1.0)
     checkpoints.remove(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+def along(folder=None, stop_at=None, random_state=0):
+    """The rows of a path, and how many rows of progress it took."""
+    rows = []
+
+    def count(row):
+        rows.append(row)
+        if len(rows) == stop_at:
+            raise Killed
+
+    found = ch.regularization_path(
+        X, Y, beta_ratios=[0.5, 0.3, 0.2], X_val=X[:20], y_val=Y[:20], progress=count, checkpoint=folder,
+        checkpoint_minutes=0.0, tol=1e-4, random_state=random_state, solver="column-generation",
+    )  # fmt: skip
+    return found, len(rows)
+
+
+@pytest.mark.slow
+def test_a_path_goes_on(tmp_path):
+    calm, total = along()
+    folder = tmp_path / "c"
+    for _ in range(2):
+        with pytest.raises(Killed):
+            along(folder, total // 3)
+    found, left = along(folder)
+    assert left <= total - total // 3, "nothing was resumed"
+    assert [row["val_score"] for row in found] == [row["val_score"] for row in calm]
+    assert all(same(one["model"], other["model"]) for one, other in zip(found, calm, strict=True))
+    with pytest.raises(InputError, match="pass random_state, a whole number"):
+        along(folder, random_state=None)
+    checkpoints.remove(folder)
+    assert not folder.exists()
+
+
+def test_a_search_along_a_path_has_no_checkpoints(tmp_path):
+    with pytest.raises(InputError, match="too fast for checkpoints: leave one of them out"):
+        ch.regularization_path(X, Y, X_val=X, y_val=Y, search_tol=0.1, random_state=0, checkpoint=tmp_path / "c")
 
 
 # A process that has imported everything forks one child an attempt.

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 import convexhead as ch
 from convexhead import fitting
+from convexhead.audit import audit
+from convexhead.baselines.attentive_probe import AttentiveProbe
 from convexhead.cli import app
 from convexhead.errors import ConvexHeadError, InputError
 from convexhead.path import regularization_path
@@ -48,7 +50,11 @@ CASES = {
     "grouped": {"head": "block-fno", "tol": 1e-7, "n_blocks": 5, "beta_ratio": 0.3},
     "ridge": {"head": "linear", "tol": 1e-7, "fit_intercept": True},
     "attentive": {"head": "attentive", "tol": 1e-7, "n_queries": 4, "beta_ratio": 0.3, "fit_intercept": True},
+    "relu, exact": {"head": "mlp", "activation": "relu", "solver": "relu-exact", "tol": 1e-4, "beta_ratio": 0.1},
+    "relu, searched": {"head": "mlp", "activation": "relu", "solver": "relu-search", "tol": 1e-4, "beta_ratio": 0.1},
 }
+FEW = slice(12), slice(1), slice(2)
+"""Of the tokens, for a ReLU: its dual norm is bounded tightly there."""
 
 
 def fit(case, *, callback=None, checkpoint=None, **options):
@@ -60,7 +66,8 @@ def fit(case, *, callback=None, checkpoint=None, **options):
         if case == "single precision":
             fitting.SMALL_TOKENS = 0
         clf = ch.ConvexHeadClassifier(**{"beta_ratio": 0.1, "random_state": 0, **CASES[case]}, **options)
-        return clf.fit(X, Y, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
+        tokens, labels = (X[FEW], Y[FEW[0]]) if case.startswith("relu") else (X, Y)
+        return clf.fit(tokens, labels, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
     finally:
         fitting.SMALL_TOKENS, restriction.MOST_VALUES = small, values
 
@@ -91,7 +98,18 @@ def everything(*cases, **options):
         X, TARGETS, loss="squared", head="mlp", beta_ratios=[0.3, 0.1], random_state=0, **options
     )
     results["path"] = [[row["objective"], row["train_score"]] for row in rows]
+    results["audits"] = list(audits(**options))
     return results
+
+
+def audits(**options):
+    """What is found of heads that stopped early, by all processes together."""
+    linear = (None, np.random.default_rng(1).normal(size=(5, 3)))
+    certificate = ch.certify(linear, X, Y, beta=0.1, head="linear", tol=1e-6, **options)
+    yield [certificate.primal, certificate.dual]
+    found = audit(AttentiveProbe(5, 3, n_queries=3, seed=0), X, Y, beta=0.01, tol=1e-6, random_state=0, **options)
+    assert found.missing is not None
+    yield [found.certificate.primal, found.certificate.dual, found.proven.dual, found.missing.reward]
 
 
 def launch(processes, tmp_path, *tasks):
@@ -99,7 +117,7 @@ def launch(processes, tmp_path, *tasks):
     out = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
     out.mkdir()
     command = [sys.executable, __file__, str(processes), str(out), *map(str, tasks)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     texts = [[(out / f"{kind}-{rank}").read_text() for rank in range(processes)] for kind in ("stdout", "stderr")]
     return json.loads(done.stdout), *texts
 
@@ -116,7 +134,7 @@ def test_several_processes_give_the_result_of_one(processes, cases, tmp_path):
     assert len(set(outputs)) == 1, "every process comes to the same, to the last bit"
     together, alone = json.loads(outputs[0]), everything(*cases)
     assert together.keys() == alone.keys()
-    for case in alone.keys() - {"unseeded", "path"}:
+    for case in alone.keys() - {"unseeded", "path", "audits"}:
         (primal, dual, converged, beta), (one, bound, same, weight) = together[case], alone[case]
         assert converged == same is True
         tol = CASES.get(case, {"tol": 1e-3})["tol"]
@@ -127,30 +145,37 @@ def test_several_processes_give_the_result_of_one(processes, cases, tmp_path):
     if not cases:
         assert np.shape(together["unseeded"]) == np.shape(alone["unseeded"])
         np.testing.assert_allclose(together["path"], alone["path"], rtol=1e-3)
+        for one, other in zip(together["audits"], alone["audits"], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_lost_worker_ends_the_run_and_any_number_goes_on(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("factored", 6),
+        pytest.param("relu, searched", 4, marks=pytest.mark.table),
+        ("path", 12),
+    ],
+)
+def test_a_lost_worker_ends_the_run_and_any_number_goes_on(kind, row, tmp_path):
     folder = tmp_path / "checkpoint"
-    codes, outputs, errors = launch(3, tmp_path, "lose", folder)
-    assert codes == [1, -9, 1]
+    codes, outputs, errors = launch(3, tmp_path, "lose", folder, kind, row)
+    assert codes == [1, -9, 1], errors
     assert not any(outputs)
     for rank in (0, 2):
         assert "another process of this run has stopped: see its message, then run the same again" in errors[rank]
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    assert len(manifest["parts"]) == 3
-    done = [row["objective"] for row in manifest["about"]["history"]]
-    assert len(done) >= 3
+    manifests = [json.loads(path.read_text()) for path in folder.rglob("checkpoint.json")]
+    assert all(len(manifest["parts"]) == 3 for manifest in manifests)
+    assert len(manifests) == (1 if kind in CASES else 2)
     shutil.copytree(folder, tmp_path / "copy")
-    codes, outputs, errors = launch(2, tmp_path, "resume", tmp_path / "copy")
+    codes, outputs, errors = launch(2, tmp_path, "resume", tmp_path / "copy", kind)
     assert codes == [0, 0], errors
     assert outputs[0] == outputs[1]
-    calm = fit("factored").certificate_
-    for primal, dual, converged, history in (json.loads(outputs[0]), resume(folder)):
-        assert converged
-        assert history[: len(done)] == done, "nothing was resumed"
-        assert primal == pytest.approx(calm.primal, rel=1e-6)
-        assert dual <= calm.primal
+    calm, rows = resume(None, kind)
+    for found, left in (json.loads(outputs[0]), resume(folder, kind)):
+        assert left < rows, "nothing was resumed"
+        np.testing.assert_allclose(found, calm, rtol=1e-6 if kind == "factored" else 2e-3)
 
 
 @pytest.mark.slow
@@ -273,7 +298,7 @@ def test_command_line(tmp_path):
     command = ["fit", str(store.path), *options, "--out"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "convexhead", *command]
     torchrun += [str(tmp_path / "two"), "--checkpoint", "0"]
-    done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)["certificate"]  # of one process, or this would be no JSON
     one = json.loads(CliRunner().invoke(app, [*command, str(tmp_path / "one")]).stdout)["certificate"]
@@ -284,6 +309,41 @@ def test_command_line(tmp_path):
     assert not (tmp_path / "two.checkpoint").exists()
 
 
+@pytest.mark.table
+def test_paths_audits_and_scores_from_the_command_line(tmp_path):
+    store = extract("sklearn:digits", "patches:2", tmp_path / "store", channels=3)
+    two, one = tmp_path / "two", tmp_path / "one"
+
+    def together(*arguments):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "convexhead"]
+        command = [sys.executable, *torchrun, *map(str, arguments), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def alone(*arguments):
+        return json.loads(CliRunner().invoke(app, [*map(str, arguments), "--json"]).stdout)
+
+    path = ["path", store.path, "--head", "linear", "--beta-ratios", "0.1,0.01", "--checkpoint", "0"]
+    shared, single = together(*path, "--out", two), alone(*path, "--out", one)
+    assert shared["best"] == single["best"]
+    for key in ("objective", "val_score", "train_score"):
+        values = [[row[key] for row in found["rows"]] for found in (shared, single)]
+        np.testing.assert_allclose(*values, rtol=1e-4)
+    assert not two.with_name("two.checkpoint").exists()
+    assert together("evaluate", two, store.path)["top1"] == alone("evaluate", two, store.path)["top1"]
+    proofs = [audit_of("audit", two, store.path)["certificate"] for audit_of in (together, alone)]
+    assert proofs[0]["primal"] == pytest.approx(proofs[1]["primal"], rel=1e-9)
+    assert proofs[0]["dual"] == pytest.approx(proofs[1]["dual"], rel=1e-4)
+
+
+def test_commands_that_share_nothing_refuse_several_processes(tmp_path):
+    environment = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0"}
+    done = CliRunner().invoke(app, ["predict", str(tmp_path), str(tmp_path)], env=environment)
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception) == "predict works in one process: start it without torchrun"
+
+
 def test_too_many_processes():
     with pytest.raises(InputError, match="3 samples cannot be shared by 4 processes: start fewer"):
         Ranks(0, 4).share(3)
@@ -291,11 +351,28 @@ def test_too_many_processes():
     assert [row for share in shares for row in range(11)[share]] == list(range(11))
 
 
-def resume(folder, **options):
-    """What comes of the run that was lost."""
-    clf = fit("factored", checkpoint=folder, **options)
-    certificate = clf.certificate_
-    return certificate.primal, certificate.dual, certificate.converged, [row["objective"] for row in clf.history_]
+def resume(folder, kind="factored", callback=None, **options):
+    """What comes of the run that was lost, and how many rows of progress it took."""
+    rows = []
+
+    def count(row):
+        rows.append(row)
+        if callback is not None:
+            callback(row)
+
+    saved = {"checkpoint": folder, "checkpoint_minutes": 0.0}
+    several = {"head": "self-attention", "tol": 1e-3, "random_state": 0, "solver": "column-generation", **options}
+    if kind == "path":
+        of = {"beta_ratios": [0.4, 0.2, 0.1], "X_val": X[:50], "y_val": Y[:50], "progress": count}
+        found = [
+            [row["objective"], row["dual"], row["val_score"]]
+            for row in regularization_path(X, Y, **of, **saved, **several)
+        ]
+    else:
+        certificate = fit(kind, callback=count, checkpoint=folder, **options).certificate_
+        assert certificate.converged
+        found = [certificate.primal, certificate.dual]
+    return found, len(rows)
 
 
 def stopped(**options):
@@ -314,16 +391,16 @@ def stopped(**options):
         yield clf.stop_reason_, clf.certificate_.gap, len(clf.history_)
 
 
-def lose(folder, **options):
-    """A run whose second process is killed."""
+def lose(folder, kind, last, **options):
+    """A run whose second process is killed at a row of its progress."""
     rows = []
 
     def kill(row):
         rows.append(row)
-        if os.environ["RANK"] == "1" and len(rows) == 6:
+        if os.environ["RANK"] == "1" and len(rows) == int(last):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return resume(folder, callback=kill, **options)
+    return resume(folder, kind, kill, **options)
 
 
 def vanish(folder, **options):

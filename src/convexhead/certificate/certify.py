@@ -228,7 +228,7 @@ def _over_ball(
     assert exact.head.queries is not None
     z, place = ball.coordinates(exact.head.queries)
     own = QueryMaxima(torch.zeros(len(z), dtype=torch.float64), z, place, ball.radius)
-    draw = TokenDraw.of(exact.operator.X)
+    draw = TokenDraw.of(exact.operator.X, ranks=exact.ranks)
     maxima = price(exact.operator, ball, dual.R, own, draw, generator, starts=STARTS, late=late)
     norm = DualNorm(dual.size, "norms of tokens", maxima, len(z) + STARTS)
     if 0 < ball.basis.shape[1] <= MAX_KEYS and exact.ranks.size == 1:

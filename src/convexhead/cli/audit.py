@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from convexhead.cli.entry import NOTHING, command
 from convexhead.cli.options import Json, Pool, Run, Store, Tol
-from convexhead.cli.output import audit_lines, emit
+from convexhead.cli.output import audit_lines, emit, speaks_for_all
 from convexhead.cli.progress import shown_progress
 
 Split = Annotated[str, Option(help="Which images of the store: test, train or val.")]
@@ -34,13 +34,15 @@ NoReference = Annotated[
 ]
 
 
-@command(NOTHING)
+@command(NOTHING, shares=True)
 def evaluate(run: Run, store: Store, split: Split = "test", images: Masks = None, as_json: Json = False) -> None:
     """Score a trained head on the images of a store: accuracy, mean average precision, R² or mean IoU."""
     from convexhead import runs
 
     with shown_progress(as_json, "scoring"):
         result = runs.evaluate(run, store, split=split, images=images)
+    if not speaks_for_all():
+        return
     emit(result, as_json, f"{split}: {_in_words(result)}")
 
 
@@ -67,7 +69,7 @@ def _in_words(scores: dict[str, Any]) -> str:
     return f"top-1 [bold]{100 * scores['top1']:.1f}%[/]{five} on {n} images"
 
 
-@command(NOTHING)
+@command(NOTHING, shares=True)
 def audit(
     run: Weights,
     store: Store,
@@ -85,6 +87,8 @@ def audit(
         found = runs.audit(
             run, store, beta=beta, reference=reference, find_optimum=not no_reference, pool=pool, tol=tol
         )
+    if not speaks_for_all():
+        return
     result: dict[str, Any] = {
         "run": str(run),
         "beta": found.beta,

@@ -20,8 +20,8 @@ from rich.markup import escape
 from typer.models import OptionInfo
 
 from convexhead._version import __version__
-from convexhead.cli.output import errors
-from convexhead.errors import ConvexHeadError
+from convexhead.cli.output import errors, several_processes
+from convexhead.errors import ConvexHeadError, InputError
 from convexhead.interrupts import interrupts
 
 app = typer.Typer(
@@ -65,6 +65,7 @@ def command(
     name: str | None = None,
     hidden: bool = False,
     cls: type[typer.core.TyperCommand] | None = None,
+    shares: bool = False,
 ) -> Callable[[Command], Command]:
     """Register a command that may be ended at any moment.
 
@@ -80,12 +81,17 @@ def command(
         Whether ``--help`` leaves it out.
     cls : type or None
         How its arguments are read; None: as typer does.
+    shares : bool
+        Whether processes that torchrun starts share its work. Others refuse: they would do the same and write over
+        each other.
     """
 
     def register(work: Command) -> Command:
         @functools.wraps(work)
         def run(**arguments: Any) -> None:
             interrupts.kept = kept.format(**arguments)
+            if not shares and several_processes():
+                raise InputError(f"{name or work.__name__} works in one process: start it without torchrun")
             try:
                 work(**arguments)
             except ConvexHeadError as error:

@@ -95,7 +95,7 @@ def class_list(text: str | None) -> list[str] | Path | None:
     return None if text is None else Path(text) if Path(text).is_file() else listed(text)
 
 
-@command(f"finished shards are kept in {{out}}; {AGAIN}", cls=SeveralNumbers)
+@command(f"finished shards are kept in {{out}}; {AGAIN}", cls=SeveralNumbers, shares=True)
 def extract(
     images: Images,
     out: Out,

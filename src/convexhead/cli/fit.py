@@ -73,7 +73,9 @@ Validation = Annotated[
 ]
 
 
-@command("no head was trained yet; with --checkpoint MINUTES the same command goes on from the last checkpoint")
+@command(
+    "no head was trained yet; with --checkpoint MINUTES the same command goes on from the last checkpoint", shares=True
+)
 def fit(
     store: Store,
     out: Out,
@@ -156,7 +158,7 @@ def fit(
         raise Stopped(f"the best head so far is saved in {out}, with the gap that it has; {more}")
 
 
-@command("no β was solved yet, and nothing was written; run the same command again")
+@command("no β was solved yet, and no head was written; run the same command again", shares=True)
 def path(
     store: Store,
     out: BestOut = None,
@@ -182,6 +184,8 @@ def path(
     label_smoothing: Smoothing = 0.0,
     pos_weight: PosWeight = None,
     solver: Solver = "auto",
+    max_memory: MaxMemory = None,
+    checkpoint: Checkpoint = None,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -192,7 +196,6 @@ def path(
     from rich.table import Table
 
     from convexhead import runs
-    from convexhead.path import EDGES
 
     with shown_progress(as_json) as notify, gaps_are_shown():
         found = runs.path(
@@ -201,9 +204,12 @@ def path(
             n_blocks=n_blocks, outputs=outputs, n_queries=n_queries, query_scale=query_scale,
             query_position=query_position, key_dim=key_dim, query_norm=query_norm,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing,
-            pos_weight=pos_weight, solver=solver, random_state=seed, device=device, overwrite=overwrite,
-            log=log, notify=notify, command=typed_command(),
+            pos_weight=pos_weight, solver=solver, max_memory=None if max_memory is None else 1e9 * max_memory,
+            checkpoint_minutes=checkpoint, random_state=seed, device=device, overwrite=overwrite, log=log,
+            notify=notify, command=typed_command(),
         )  # fmt: skip
+    if not speaks_for_all():
+        return
     best, held = found.chosen["beta_ratio"], found.n_held_out
     n, own = found.n_train + held if found.refitted else found.n_train, found.chosen_on != "train"
     validated = "validation mAP" if found.kept.loss == "binary-cross-entropy" else "validation"
@@ -218,23 +224,32 @@ def path(
         "trained_on": {"split": "train", "images": n, "held_out": 0 if found.refitted or own else held},
         "chosen_on": {"split": found.chosen_on, "images": held},
     }
+    if found.refitted:
+        kept = found.kept
+        result["refit"] = {"certificate": kept.certificate_.to_dict(), "beta": kept.beta_, "heads": kept.n_heads_}
+    emit(result, as_json, table, *_trained_on(found, n, held, own))
+    if interrupts.received is not None:
+        saved = "nothing was saved without --out" if out is None else f"the best head so far is saved in {out}"
+        saved += ", not trained on the held-out images" if refit and not found.refitted else ""
+        again = "" if out is None or checkpoint is not None else " with --overwrite"
+        solved = f"{len(found.rows)} of {found.n_ratios} β are done"
+        raise Stopped(f"{solved}, {saved}; run the same command again{again} for all")
+
+
+def _trained_on(found: Any, n: int, held: int, own: bool) -> list[str]:
+    """Which images trained the head of a path and which chose β, in words."""
+    from convexhead.path import EDGES
+
     lines = [f"trained on {n} of the {n + held} training images; the other {held} chose β"]
     if own:
         lines = [f"trained on all {n} training images; the {held} images of the split {found.chosen_on} chose β"]
     if found.refitted:
-        kept = found.kept
-        result["refit"] = {"certificate": kept.certificate_.to_dict(), "beta": kept.beta_, "heads": kept.n_heads_}
         lines = [f"{held} of the {n} training images chose β; the head that is kept was then trained on all {n}"]
-        lines.append(certificate_line(kept.certificate_))
+        lines.append(certificate_line(found.kept.certificate_))
     if found.at_edge is not None:
-        lines.append(f"[yellow]β/β_max {best:g} {EDGES[found.at_edge]}: try more with --beta-ratios[/]")
-    emit(result, as_json, table, *lines)
-    if interrupts.received is not None:
-        saved = "nothing was saved without --out" if out is None else f"the best head so far is saved in {out}"
-        saved += ", not trained on the held-out images" if refit and not found.refitted else ""
-        again = "" if out is None else " with --overwrite"
-        solved = f"{len(found.rows)} of {found.n_ratios} β are done"
-        raise Stopped(f"{solved}, {saved}; run the same command again{again} for all")
+        ratio = found.chosen["beta_ratio"]
+        lines.append(f"[yellow]β/β_max {ratio:g} {EDGES[found.at_edge]}: try more with --beta-ratios[/]")
+    return lines
 
 
 def _cells(row: dict[str, Any], found: Any) -> list[str]:

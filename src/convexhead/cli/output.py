@@ -45,6 +45,11 @@ def speaks_for_all() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
+def several_processes() -> bool:
+    """Whether torchrun started more processes than this one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextlib.contextmanager
 def gaps_are_shown() -> Iterator[None]:
     """A gap that was not reached stands in what is printed: no warning says it again."""

@@ -57,7 +57,7 @@ LikeImport = Annotated[
 ]
 
 
-@command(f"finished shards are kept in {{out}}; {AGAIN}", of=store_app, name="import")
+@command(f"finished shards are kept in {{out}}; {AGAIN}", of=store_app, name="import", shares=True)
 def import_(
     out: Out,
     arrays: Arrays = None,

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.dual_norm.scores import all_tokens
 from convexhead.program.activations import sample_gates
 from convexhead.program.operator import Operator
 from convexhead.runtime.clock import never
@@ -121,7 +122,9 @@ def ascend(
 def starts(operator: Operator, k: int, generator: torch.Generator) -> tuple[Float[Tensor, "k ..."], Int[Tensor, " k"]]:
     """``k`` random starts for every channel group, half of them standard normal, half drawn from the data."""
     head, groups = operator.head, operator.head.n_groups
-    gates = torch.cat([sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, operator.X)])
+    gates = torch.cat(
+        [sample_gates(head, k - k // 2, generator), sample_gates(head, k // 2, generator, all_tokens(operator))]
+    )
     U = gates.to(operator.device, operator.dtype).view(-1, *head.mixing_shape)
     span = head.mixing_span()
     if span is not None:

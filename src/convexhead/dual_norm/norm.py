@@ -109,6 +109,8 @@ class NormOracle:
         Of each channel group; None where they would take too much memory.
     method : str
         How bounds are had; see the module's text.
+    work : float
+        Scores that the next branch and bound may compute.
     """
 
     def __init__(self, problem: Problem, *, late: Callable[[], bool] = never) -> None:
@@ -118,7 +120,7 @@ class NormOracle:
         widest = max(head.mixing_size, problem.value_shape[0] * problem.c)
         small = widest * max(rows * head.n_groups, widest / WIDE) <= WRITTEN_OUT
         self.scores = scores_of(self.operator) if small else None
-        self._work = WORK
+        self.work = WORK
         self._faces: list[list[FacesOfDimension]] = []
         self._cells: list[tuple[Tensor, float]] = []
         self.method = "none" if self.scores is None else self._prepare(self.scores, late)
@@ -232,7 +234,7 @@ class NormOracle:
                 bound = bound * (1 + ROUNDING) + doubt_of(form, self._faces[scores.group]) + form.neglected
                 best.append(u @ scores.basis)
             elif method == "branch and bound":
-                work = self._work / len(forms)
+                work = self.work / len(forms)
                 bound, _, u = largest_norm(
                     form, lower=lower * (1 - ROUNDING), rtol=rtol, enough=enough, work=work, late=late
                 )
@@ -253,7 +255,7 @@ class NormOracle:
                 maxima = maxima.merge(self._in_double(R, more))
         known = DualNorm(upper, method, maxima, ascents)
         if known.loose and upper > enough:  # as much work would leave the next bound as loose
-            self._work = max(self._work / 4, WORK / 64)
+            self.work = max(self.work / 4, WORK / 64)
         if known.refuted or known.loose:
             upper = max(map(product_of_norms, forms))
             if upper < known.upper:

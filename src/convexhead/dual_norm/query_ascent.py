@@ -22,6 +22,7 @@ from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.program.operator import Operator
 from convexhead.runtime.clock import never
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, chunk_rows
 
 NUMBERS = 4_000_000
 """Numbers of workspace that a batch of samples may take. Chosen by hand."""
@@ -134,6 +135,15 @@ def price(
     return ascend_queries(operator, R, ball, z, place, iterations=ITERATIONS, late=late).distinct()
 
 
+def mean_token(operator: Operator) -> Float[Tensor, " d"]:
+    """The mean of all tokens of all samples, in float64 on the CPU."""
+    X = operator.X
+    total, step = torch.zeros(X.shape[2], dtype=torch.float64), chunk_rows(X, CHUNK_BYTES["cpu"])
+    for i in range(0, len(X), step):
+        total += X[i : i + step].double().sum((0, 1)).cpu()
+    return operator.ranks.sum(total)[0] / (operator.n * X.shape[1])
+
+
 def _values_and_slopes(
     operator: Operator, R: Tensor, ball: QueryBall, z: Tensor, place: Tensor
 ) -> tuple[Float[Tensor, " j"], Float[Tensor, "j k"]]:
@@ -148,6 +158,7 @@ def _values_and_slopes(
         X = operator.X[i : i + size].to(operator.device, operator.dtype)
         features = asked.prepare_linear(X, reuse=False)["features"]
         M += (features.flatten(1).T @ R[i : i + size, 0].to(X.dtype)).double()
+    (M,) = operator.ranks.sum(M)
     left, sigma, right = torch.linalg.svd(M.view(len(z), head.d, -1), full_matrices=False)
     a, b = left[:, :, 0].to(operator.dtype), right[:, 0].to(operator.dtype)  # (j, d), (j, c)
     slope = torch.zeros(len(z), head.d, dtype=torch.float64, device=operator.device)
@@ -157,4 +168,5 @@ def _values_and_slopes(
         read = X @ a.T  # (b, s, j)
         pull = maps * (read - (maps * read).sum(1, keepdim=True)) * (R[i : i + size, 0].to(X.dtype) @ b.T).unsqueeze(1)
         slope += (pull.flatten(0, 1).T @ X.flatten(0, 1)).double()
+    (slope,) = operator.ranks.sum(slope)
     return sigma[:, 0].cpu(), slope.cpu() @ ball.basis

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from convexhead.program.operator import Operator
 from convexhead.program.patterns import EPSILON, hyperplanes_of, preactivation_rows
+from convexhead.runtime.stored_tokens import AllTokens
 
 TINY = torch.finfo(torch.float64).tiny
 UNDERFLOW = 2 * math.sqrt(TINY)
@@ -121,11 +122,16 @@ class Form:
         return u @ self.L + (u @ self.K.T).clamp_min(0) @ self.c
 
 
+def all_tokens(operator: Operator) -> AllTokens:
+    """Return the tokens of all processes: for small problems, and for a few samples of large ones."""
+    return AllTokens(operator.X, operator.ranks, operator.n)
+
+
 def scores_of(operator: Operator) -> list[Scores]:
-    """Return the scores of every channel group, in float64."""
-    found = []
+    """Return the scores of every channel group on all samples, those of other processes too, in float64."""
+    found, X = [], all_tokens(operator)[:].double()
     for group in range(operator.head.n_groups):
-        rows = preactivation_rows(operator.head, operator.tokens().double(), group)
+        rows = preactivation_rows(operator.head, X, group)
         enough = operator.head.mixing_span()
         if enough is not None:
             rows = rows @ enough.to(rows).T
@@ -159,6 +165,7 @@ def score_weights(operator: Operator, R: Float[Tensor, "n r c"], group: int) -> 
     basis = torch.eye(e * c, dtype=torch.float64, device=operator.device).view(-1, e, c)
     block = torch.full((e * c,), group, device=operator.device)
     V = head.mask_values(basis, block)
+    R = operator.ranks.join(R, operator.n)
     T = (R @ V.flatten(0, 1).T).unflatten(-1, V.shape[:2])
-    data = head.prepare(operator.tokens().double())
+    data = head.prepare(all_tokens(operator)[:].double())
     return head.pool_rows_adjoint(head.read_adjoint(data, T)).movedim(1, -1).flatten(0, -2)

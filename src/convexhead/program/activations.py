@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convexhead.errors import InputError
 from convexhead.program.heads.base import Data, GradientCost, Head, mix_features, mix_features_adjoint
-from convexhead.runtime.stored_tokens import Tokens
+from convexhead.runtime.stored_tokens import AllTokens, Tokens
 
 FEATURE_ATOMS = 6
 """Least number of atoms in a block at which gated features are read instead of tokens. Chosen by hand."""
@@ -287,7 +287,7 @@ def make_activation(name: str, head: Head, gates: Tensor | None) -> Activation:
 
 
 def sample_gates(
-    head: Head, n_gates: int, generator: torch.Generator, X: Tokens | None = None
+    head: Head, n_gates: int, generator: torch.Generator, X: Tokens | AllTokens | None = None
 ) -> Float[Tensor, "J ..."]:
     """``n_gates`` random gates, float64 ``(J, *head.gate_shape)``: continuous, so ties have probability 0.
 
@@ -298,7 +298,7 @@ def sample_gates(
         ``J``.
     generator : torch.Generator
         Decides everything: equal states give equal gates.
-    X : Tensor (n, s, d), StoredTokens or None
+    X : Tensor (n, s, d), StoredTokens, AllTokens or None
         None: standard normal gates. Tokens: gates ``K_Sᵀ z`` with ``z`` standard normal and ``K_S`` the pre-activations
         of eight random samples as linear functions of the gate: normal gates in the metric of the data, whose
         patterns cut through where the tokens are.

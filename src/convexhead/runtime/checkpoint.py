@@ -229,12 +229,14 @@ class Checkpoint:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, where there is one."""
-    if (folder / MANIFEST).is_file():
-        for path in [folder / MANIFEST, *_files(folder)]:
+    """Delete a checkpoint, or a folder of checkpoints, where there is one."""
+    parts = [path.parent for path in [*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")]]
+    for part in parts:
+        for path in [part / MANIFEST, *_files(part)]:
             path.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    for part in dict.fromkeys([*parts, folder]) if parts else ():
+        if not any(part.iterdir()):
+            part.rmdir()
 
 
 def _files(folder: Path) -> list[Path]:

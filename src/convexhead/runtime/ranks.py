@@ -75,6 +75,14 @@ class Ranks:
                 out[i] = piece.view(parts[i].shape)
         return tuple(out)
 
+    def join(self, part: Tensor, n: int) -> Tensor:
+        """Return all ``n`` rows in every process, of which ``part`` is this one's `share`."""
+        if self.size == 1:
+            return part
+        whole = part.new_zeros(n, *part.shape[1:])
+        whole[self.share(n)] = part
+        return self.sum(whole)[0]
+
     def largest(self, *values: float) -> tuple[float, ...]:
         """Return the largest of each of ``values`` over the processes."""
         if self.size == 1:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from convexhead.runtime.ranks import Ranks
+
 CHUNK_BYTES = {"cpu": 32e6, "cuda": 256e6}
 """Bytes of tokens that are read at a time. Chosen by hand: long enough for a disk, little beside a budget."""
 
@@ -115,6 +117,43 @@ class SomeRows:
 
 
 Tokens = Tensor | StoredTokens
+
+
+class AllTokens:
+    """Tokens of all processes, of which some are asked for: each process brings its own, and all get the same.
+
+    Parameters
+    ----------
+    X : Tensor (m, s, d) or StoredTokens
+        Those of this process.
+    ranks : Ranks
+    n : int
+        Samples of all processes together.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        ``(n, s, d)``.
+    """
+
+    def __init__(self, X: Tokens, ranks: Ranks, n: int) -> None:
+        self._X, self._ranks, self._n = X, ranks, n
+        self.shape = (n, *X.shape[1:])
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """Return the samples at ``index``, a slice or positions among all, in every process."""
+        if self._ranks.size == 1:
+            return self._X[index]
+        rows = torch.arange(self._n)[index]
+        share = self._ranks.share(self._n)
+        mine = (rows >= share.start) & (rows < share.stop)
+        own = self._X[rows[mine] - share.start]
+        found = own.new_zeros(len(rows), *own.shape[1:])
+        found[mine] = own
+        return self._ranks.sum(found)[0]
 
 
 def forget_pages(source: Any) -> None:

@@ -60,8 +60,6 @@ class Solver(ABC):
         Whether its passes may be in single precision.
     keeps_state : bool
         Whether it can `refine` its precision; else a new one begins at its model.
-    resumable : bool
-        Whether it has a `state` to write to checkpoints.
     most_steps : int
         Steps after which no progress is to be expected.
     target : float
@@ -72,7 +70,6 @@ class Solver(ABC):
     bounds_heads: ClassVar[bool] = True
     in_single: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = False
-    resumable: ClassVar[bool] = True
     most_steps: int
 
     def __init__(
@@ -108,8 +105,7 @@ class Solver(ABC):
             self.begin()
         self._restored = False
         for _ in range(self.most_steps):
-            if self.resumable:
-                self.monitor.offer(self.state)
+            self.monitor.offer(self.state)
             stop = self.step()
             if stop is not Stop.CONVERGED and self.monitor.out_of_time():
                 return Stop.TIME
@@ -133,17 +129,18 @@ class Solver(ABC):
         """Return outputs to take the dual point at; None for those of the model."""
         return None
 
+    @abstractmethod
     def state(self) -> tuple[State, State]:
         """Return what the steps to come depend on: tensors of all processes, and of this process's samples."""
-        raise NotImplementedError(f"{self.name} cannot be resumed")
 
     def restore(self, shared: State, rows: State) -> None:
         """Go on from a `state`: the next `advance` takes the steps that would have come then."""
         self._restore(shared, rows)
         self._restored = True
 
+    @abstractmethod
     def _restore(self, shared: State, rows: State) -> None:
-        raise NotImplementedError(f"{self.name} cannot be resumed")
+        """Inverse of `state`."""
 
     def refine(self) -> Problem:
         """Go on in float64 with all that is known; return the problem there."""

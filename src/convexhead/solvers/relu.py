@@ -27,6 +27,7 @@ from convexhead.program.problem import Evaluation, Problem
 from convexhead.solvers.base import Solver, Stop, scaled_dual
 from convexhead.solvers.cones import descend_in_cones
 from convexhead.solvers.factored import FactoredDescent, Passes
+from convexhead.solvers.monitor import State
 from convexhead.solvers.pricing import with_best_step
 from convexhead.solvers.whitening import Whitening
 
@@ -44,7 +45,6 @@ class ReLUColumnGeneration(Solver):
     `Solver`.
     """
 
-    resumable = False
     batch = 16
     """Least number of atoms that one pricing may add. Chosen by hand."""
     search: ClassVar[dict[str, Any]]
@@ -70,6 +70,20 @@ class ReLUColumnGeneration(Solver):
         if lowest < math.inf and self._objective(self.problem.outputs(self.model), self.model) > lowest:
             return model
         return self.model
+
+    def state(self) -> tuple[State, State]:
+        """Return the model, the lowest one, how the rounds went, and what bounds may still cost."""
+        lowest, model = self._lowest
+        rounds = [lowest, self._best, self._since, self.oracle.work]
+        shared = {"round": torch.tensor(rounds, dtype=torch.float64), **self.model.state()}
+        return {**shared, **{f"lowest {name}": tensor for name, tensor in model.state().items()}}, {}
+
+    def _restore(self, shared: State, rows: State) -> None:
+        lowest, self._best, since, self.oracle.work = shared["round"].tolist()
+        self._since = int(since)
+        self.model = Atoms.restored(shared)
+        before = {name.removeprefix("lowest "): t for name, t in shared.items() if name.startswith("lowest ")}
+        self._lowest = lowest, Atoms.restored(before)
 
     def begin(self) -> None:
         """Go on from the lowest model, and forget how the rounds went."""
@@ -274,6 +288,15 @@ class SearchedRounds(ReLUColumnGeneration):
     def dual_point(self) -> Float[Tensor, "n r c"] | None:
         """Return outputs with the best dual point that searches suggest: rewards rise and fall as objectives fall."""
         return self._dual_point
+
+    def state(self) -> tuple[State, State]:
+        """Return also the outputs with the best dual point."""
+        shared, rows = super().state()
+        return shared, rows if self._dual_point is None else {"dual point": self._dual_point}
+
+    def _restore(self, shared: State, rows: State) -> None:
+        super()._restore(shared, rows)
+        self._dual_point = rows.get("dual point")
 
     def _price(self, f: Float[Tensor, "n r c"], objective: float) -> tuple[LocalMaxima, float]:
         R = self.problem.residual(f)

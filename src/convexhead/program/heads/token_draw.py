@@ -23,7 +23,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convexhead.runtime.stored_tokens import CHUNK_BYTES, Tokens, chunk_rows, read_ahead
+from convexhead.runtime.ranks import Ranks
+from convexhead.runtime.stored_tokens import CHUNK_BYTES, AllTokens, Tokens, chunk_rows, read_ahead
 
 Hashes = NDArray[np.uint64]
 
@@ -34,7 +35,7 @@ class TokenDraw:
 
     Attributes
     ----------
-    X : Tensor (n, s, d) or StoredTokens
+    X : AllTokens (n, s, d)
         Rows of ``−∞`` are tokens that a sample does not have.
     rows : int array (m,)
         Where each different sample is, in the order of their hashes.
@@ -44,13 +45,13 @@ class TokenDraw:
         Of its tokens, whatever their order.
     """
 
-    X: Tokens
+    X: AllTokens
     rows: NDArray[np.int64]
     weights: NDArray[np.float64]
     hashes: Hashes
 
     @classmethod
-    def of(cls, X: Tokens, weights: Float[Tensor, " n"] | None = None) -> TokenDraw:
+    def of(cls, X: Tokens, weights: Float[Tensor, " n"] | None = None, ranks: Ranks | None = None) -> TokenDraw:
         """Read and hash all tokens.
 
         Parameters
@@ -58,12 +59,17 @@ class TokenDraw:
         X : Tensor (n, s, d) or StoredTokens
         weights : Tensor (n,) or None
             None: all count alike.
+        ranks : Ranks or None
+            The processes that share the samples, each with its own ``X``; all of them draw the same.
         """
+        ranks = ranks or Ranks()
         chunks = read_ahead(X, chunk_rows(X, CHUNK_BYTES["cpu"]))
         found = [_of_samples(_of_tokens(chunk), _there(chunk)) for _, chunk in chunks]
-        hashes, rows, which = np.unique(np.concatenate(found), return_index=True, return_inverse=True)
-        each = np.ones(len(X)) if weights is None else weights.double().cpu().numpy()
-        return cls(X, rows, np.bincount(which, each, len(rows)).astype(np.float64), hashes)
+        n = int(ranks.sum(torch.tensor(len(X)))[0])
+        every = ranks.join(torch.from_numpy(np.concatenate(found).view(np.int64)), n).numpy().view(np.uint64)
+        hashes, rows, which = np.unique(every, return_index=True, return_inverse=True)
+        each = np.ones(n) if weights is None else weights.double().cpu().numpy()
+        return cls(AllTokens(X, ranks, n), rows, np.bincount(which, each, len(rows)).astype(np.float64), hashes)
 
     def samples(self, count: int, seed: int = 0) -> tuple[Float[Tensor, "k s d"], Float[Tensor, " k"]]:
         """All different samples with their weights, or ``count`` random ones that weigh alike; float64 on the CPU."""
