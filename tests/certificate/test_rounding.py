@@ -12,6 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import convexhead as ch
 import convexhead.certificate.certify
@@ -156,6 +157,20 @@ def in_long_double(head: Head, X: np.ndarray, U: np.ndarray) -> np.ndarray:
 def shift(a: int, t: int) -> int:
     """``a − t`` on the 2 × 2 grid."""
     return (a // 2 - t // 2) % 2 * 2 + (a % 2 - t % 2) % 2
+
+
+@pytest.mark.parametrize("name", ["self-attention", "mlp-mixer", "fno", "block-fno", "mlp"])
+def test_small_heads_are_certified_to_ten_digits(name):
+    """Of decompositions that are known to be better than `DECOMPOSED`."""
+    images = load_digits()
+    X = images.images[:120].reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4) / 16
+    settings = {"head": name, "beta_ratio": 0.3, "random_state": 0}
+    loose, tight = (
+        ch.ConvexHeadClassifier(**settings, tol=tol).fit(X, images.target[:120]).certificate_ for tol in (1e-6, 1e-10)
+    )
+    assert tight.converged
+    assert tight.relative_gap <= 1e-10
+    assert loose.dual <= tight.dual <= tight.primal <= loose.primal
 
 
 # -- losses that vanish, probabilities near 0 and 1 ---------------------------------------------------------------

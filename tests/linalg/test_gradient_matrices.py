@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mpmath
+import numpy as np
 import pytest
 import torch
 
 from convexhead.linalg import deflation
 from convexhead.linalg.deflation import spectral_norm
-from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, rounding_of_norm, worth_decomposing
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.heads import make_head
 from convexhead.program.losses import CrossEntropy
@@ -84,6 +86,38 @@ def test_tiny_matrices_keep_their_norm():
     problem, R = build("self-attention", "linear")
     tiny = formed_norm(GradientMatrices(problem.operator, 1e-200 * R))
     assert tiny == pytest.approx(1e-200 * formed_norm(GradientMatrices(problem.operator, R)), rel=1e-12, abs=0)
+
+
+def hard_matrices(p, q):
+    """Singular values that are all the same, nearly so, graded, one alone, at the ends of a range; integers, ties."""
+    rng = np.random.default_rng(p * 100 + q)
+    m = min(p, q)
+    left, right = (np.linalg.qr(rng.normal(size=(side, side)))[0][:, :m] for side in (p, q))
+    for values in (
+        np.ones(m), 1 + 1e-15 * np.arange(m), np.logspace(0, -18, m), np.eye(1, m)[0], np.logspace(100, 90, m),
+        1 + 1e-8 * rng.normal(size=m),
+    ):  # fmt: skip
+        yield (left * values) @ right.T
+    yield rng.integers(-2, 3, size=(p, q)).astype(float)
+    yield np.ones((p, q))
+
+
+@pytest.mark.parametrize(("p", "q"), [(1, 1), (2, 5), (4, 3), (12, 12), (7, 30), (40, 9)])
+def test_the_norm_of_a_formed_matrix_misses_by_less_than_is_charged(p, q):
+    """Against 40 digits. With samples that are unit vectors the gradient matrix is the residual itself."""
+    head = make_head("mlp", 1, p)
+    operator = Operator(torch.eye(p).double().unsqueeze(1), head, make_activation("linear", head, None))
+    for matrix in hard_matrices(p, q):
+        R = torch.from_numpy(matrix).unsqueeze(1)
+        G = GradientMatrices(operator, R)
+        assert torch.equal(operator.gradient_matrices(R, torch.arange(1))[0], R[:, 0])
+        with mpmath.workdps(40):
+            tall = mpmath.matrix((matrix if p >= q else matrix.T).tolist())
+            exact = mpmath.sqrt(max(mpmath.eigsy(tall.T * tall, eigvals_only=True)))
+            missed = abs(mpmath.mpf(formed_norm(G)) / exact - 1)
+        assert missed <= rounding_of_norm(p, q)
+        assert missed <= 1e-13  # so the charge, which grows faster than errors do, has much in reserve
+    assert rounding_of_norm(p, q) <= 1e-10
 
 
 def test_nothing_is_kept_beyond_the_budget_and_room_is_given_back():

@@ -29,13 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexhead.certificate.certificate import Certificate, relative_to
-from convexhead.certificate.dual import DualPoint, error_of_objective
+from convexhead.certificate.dual import DECOMPOSED, DualPoint, error_of_objective
 from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.dual_norm.norm import DualNorm, NormOracle
 from convexhead.dual_norm.query_ascent import STARTS, QueryMaxima, price
 from convexhead.dual_norm.query_bound import MAX_KEYS, largest_reward
 from convexhead.errors import InputError
-from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, worth_decomposing
+from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, rounding_of_norm, worth_decomposing
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.heads.token_draw import TokenDraw
@@ -198,7 +198,8 @@ def _spectral(
     """From the largest singular value of gradient matrices, decomposed or not."""
     G = GradientMatrices(dual.problem.operator, dual.R)
     if worth_decomposing(G):
-        return LowerBound(dual.spectral(formed_norm(G)), "singular values")
+        rounded = rounding_of_norm(G.p, G.q) if dual.R.device.type == "cpu" else DECOMPOSED
+        return LowerBound(dual.spectral(formed_norm(G), rounded), "singular values")
     fast = GradientMatrices(problem.operator, dual.R.to(problem.dtype)) if dual.in_single_range else G
     bound = KrylovBound(G, fast, model.directions, tol, failure_probability, generator)
     primal, enough, steps = model.primal, False, 0

@@ -47,8 +47,8 @@ FOUND = 1e-6
 GUESSES = 8
 """Largest number of guesses near ``τ = 1``; then the whole interval is searched. Chosen by hand."""
 DECOMPOSED = 1e-9
-"""Relative amount by which σ is raised to cover rounding in decompositions. Derived: ``u`` times the order of a
-matrix."""
+"""Relative amount by which σ is raised to cover rounding in decompositions, at most. Derived: ``u`` times the order of
+a matrix; of small ones `rounding_of_norm` knows more."""
 INSIDE = 1 - 1e-12
 """Share of the largest scaling in the domain of ``ℓ*`` that is used. Derived: rounding moves the point by less."""
 INTERCEPT_BOX = 1e4
@@ -190,18 +190,21 @@ class DualPoint:
         value = -mean - cost - tau * self._box - rounding * (abs(mean) + tau * self._pairing)
         return value if math.isfinite(value) else -math.inf
 
-    def bound(self, sigma: float) -> float:
-        """Bound ``max_j ‖𝒜_j*(R)‖₂`` if it was computed as ``sigma``; ``∞`` if that is no number."""
-        raised = sigma * (1 + DECOMPOSED) + self.raised
+    def bound(self, sigma: float, rounded: float = DECOMPOSED) -> float:
+        """Bound ``max_j ‖𝒜_j*(R)‖₂`` if it was computed as ``sigma``; ``∞`` if that is no number.
+
+        ``rounded``: relative amount by which the decomposition of what was formed may have missed.
+        """
+        raised = sigma * (1 + min(rounded, DECOMPOSED)) + self.raised
         return raised if math.isfinite(raised) else math.inf
 
     def largest(self, sigma: float) -> float:
         """Return the largest ``τ ≤ 1`` with ``τ σ ≤ β`` in the domain."""
         return min(1.0, self.domain, self.beta / self.bound(sigma))
 
-    def spectral(self, sigma: float) -> float:
-        """``max_τ D(τ)`` over ``τ σ ≤ β``."""
-        return self._best(min(self.domain, self.beta / self.bound(sigma)))
+    def spectral(self, sigma: float, rounded: float = DECOMPOSED) -> float:
+        """``max_τ D(τ)`` over ``τ σ ≤ β``; ``rounded`` as in `bound`."""
+        return self._best(min(self.domain, self.beta / self.bound(sigma, rounded)))
 
     def ridge(self) -> float:
         """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``."""

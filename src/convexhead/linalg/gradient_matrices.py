@@ -121,6 +121,22 @@ def formed_norm(G: GradientMatrices) -> float:
     return max(_largest(G.operator.gradient_matrices(G.R, some)) for some in blocks)
 
 
+def rounding_of_norm(p: int, q: int) -> float:
+    """Bound the relative amount by which `formed_norm` may miss the norm of formed matrices ``(p, q)``, by LAPACK.
+
+    With ``m`` the smaller side, ``l`` the larger one and ``u = 2⁻⁵³``, the error of the largest eigenvalue ``σ²`` is
+
+    * ``2 u ‖G‖²_F`` of scaling and ``l u ‖G‖²_F`` of the Gram matrix, in any order of the sums; ``‖G‖²_F ≤ m σ²``;
+    * ``16 m^2.5 u σ²`` of its tridiagonal form: ``m`` reflections from either side, each to within ``8 m u`` times the
+      Frobenius norm, at most ``√m σ²`` (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, section 19.3);
+    * ``180 m² u σ²`` of the QL iteration: at most ``30 m`` sweeps of ``m`` rotations, each to within ``6 u`` times σ².
+
+    The error of ``σ`` is half of it all; the other half is in reserve.
+    """
+    m, unit = min(p, q), torch.finfo(torch.float64).eps / 2
+    return unit * ((max(p, q) + 2) * m + 16 * m**2.5 + 180 * m**2)
+
+
 def _largest(G: Float[Tensor, "j p q"]) -> float:
     """The largest singular value of all; scaled first, since squares of tiny entries would vanish."""
     scale = float(G.abs().max())
