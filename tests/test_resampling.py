@@ -40,7 +40,7 @@ def by_hand(outcome, rows):
     """The score of some images, an image as often as it is in ``rows``."""
     if isinstance(outcome, OfLabels):
         y, p = outcome.targets[rows] >= 0.5, outcome.p[rows]
-        return np.mean([average_precision_score(y[:, k], p[:, k]) for k in range(y.shape[1]) if 0 < y[:, k].mean() < 1])
+        return np.mean([average_precision_score(y[:, k], p[:, k]) for k in range(y.shape[1]) if y[:, k].any()])
     if isinstance(outcome, OfNumbers):
         return r2_score(outcome.targets[rows], outcome.f[rows])
     matrix = outcome.confusions[rows].sum(0)
@@ -94,5 +94,8 @@ def test_p_values_of_methods_that_are_alike_are_uniform():
 def test_scores_that_are_not_defined_are_nan():
     p, y = np.array([0.1, 0.9, 0.5]), np.array([True, False, False])
     weights = np.array([[1.0, 0, 0], [0, 1, 1], [2, 1, 0]])
-    np.testing.assert_allclose(average_precisions(p, y, weights), [np.nan, np.nan, 2 / 3])
+    np.testing.assert_allclose(average_precisions(p, y, weights), [1, np.nan, 2 / 3])
+    common = OfLabels(np.array([[0.9, 0.2], [0.8, 0.7], [0.7, 0.1]]), np.array([[1.0, 0], [1, 1], [0, 0]]))
+    without = np.array([[1.0, 1, 0]])  # in this draw all images have the first label
+    np.testing.assert_allclose(common.scores(without), [1.0])
     assert np.isnan(r_squareds(p, np.array([1.0, 2, 2]), np.array([[0.0, 1, 1]]))).all()

@@ -119,17 +119,16 @@ def average_precisions(
 ) -> Float[Array, " k"]:
     """The average precision of one label under each weighting, as of `metrics.average_precision`: ties count together.
 
-    NaN where all images with a weight have the label, or none.
+    NaN where no image with a weight has the label; 1 where all have it.
     """
     order = np.argsort(-p, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))
     weights, right = weights[:, order], truth[order]
     hits, seen = np.cumsum(weights * right, 1)[:, ends], np.cumsum(weights, 1)[:, ends]
     precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
-    total, every = hits[:, -1], seen[:, -1]
+    total = hits[:, -1]
     value = (np.diff(hits, axis=1, prepend=0.0) * precision).sum(1)
-    known = (total > 0) & (total < every)
-    return np.divide(value, total, out=np.full(len(total), np.nan), where=known)
+    return np.divide(value, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
 def r_squareds(f: Float[Array, " n"], y: Float[Array, " n"], weights: Float[Array, "k n"]) -> Float[Array, " k"]:

@@ -175,7 +175,8 @@ class OfLabels(_Drawn):
 
     def scores(self, weights: Array) -> Array:
         truth, total, known = self.truth, np.zeros(len(weights)), np.zeros(len(weights))
-        for k in range(self.p.shape[1]):
+        # A label that all images of a draw have stays in the mean: labels would else leave it by how common they are.
+        for k in np.flatnonzero(truth.any(0) & ~truth.all(0)):
             value = average_precisions(self.p[:, k], truth[:, k], weights)
             total, known = total + np.nan_to_num(value), known + ~np.isnan(value)
         return np.divide(total, known, out=np.full(len(weights), np.nan), where=known > 0)
