@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import inspect
 import re
@@ -241,6 +242,17 @@ def test_gallery_shows_each_script():
 def test_citation_and_changelog_are_of_this_version():
     assert f"\nversion: {ch.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(rf"^## {re.escape(ch.__version__)} ", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+@each([ROOT / "docs" / "certificates.md", ROOT / "docs" / "first-probe.md"])
+def test_the_example_of_a_certificate_is_the_demo_s(page):
+    with open(ROOT / "benchmarks" / "results" / "demo.csv", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["head"] == "self-attention")
+    numbers = {name: float(row[name]) for name in ("primal", "dual", "beta", "relative_gap", "sigma_slack")}
+    numbers["failure_probability"] = float(row["failure_probability"])
+    gap = numbers["primal"] - numbers["dual"]
+    certificate = ch.Certificate(**numbers, gap=gap, scope=row["scope"], converged=row["converged"] == "True")
+    assert f"\n    {certificate}\n" in page.read_text()
 
 
 def test_readme_fits_one_screen():
