@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -91,7 +91,8 @@ class TokenDraw:
                 drawn.append(own[first[_winners(hashes, times.astype(np.float64), 1, seed)[0]]])
         return torch.stack(drawn)
 
-    def _read(self, chosen: Int[NDArray[np.int64], " k"]) -> Float[Tensor, "k s d"]:
+    def _read(self, chosen: NDArray[np.int64]) -> Float[Tensor, "k s d"]:
+        """The samples ``chosen (k,)``."""
         return self.X[torch.from_numpy(self.rows[chosen])].double().cpu()
 
 
