@@ -11,7 +11,7 @@ FOLDER: 2.0 GB for a million samples, 2.5 GB for 200,000 of 49 x 128. Stores of 
     million   16 x 64     12,500 62,500 250,000 1,000,000    1e-2
     wide      49 x 128    12,500 50,000 200,000              1e-3
 
-The head is self-attention, β/β_max = 0.1. --budget-mb is the estimator's `max_memory` at the largest size, and smaller
+The head is self-attention, β/β_max = 0.3. --budget-mb is the estimator's `max_memory` at the largest size, and smaller
 sizes get their part of it: a fourth of the tokens as float32, so that three fourths are read again in every pass.
 Libraries, targets, outputs and residuals come beside it. Each fit has a process of its own, which writes
 checkpoints. With --slice it is killed after so many seconds (SIGKILL) and begun again from its last checkpoint, as
@@ -52,7 +52,7 @@ from common import Row, Table, hardware, tflop_equivalents
 from convexhead.tokens.import_arrays import import_arrays
 from memory import peak
 
-RANK, RATIO, CHUNK, STEP = 6, 0.1, 2500, 0.02
+RANK, RATIO, CHUNK, STEP = 6, 0.3, 2500, 0.02
 
 
 class Case(NamedTuple):
