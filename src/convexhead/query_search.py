@@ -6,7 +6,7 @@ A query pays where ``‖Σ_i φ_q(X_i) R_iᵀ‖₂ > β``. So, from the mean of
 
 1. *solve* for the queries at hand, from the last solution;
 2. *drop* queries with ``Z_j = 0``, and join those that are nearly one;
-3. *price*: ascend the reward from the queries at hand and from sampled ones; end where the highest is hardly above β;
+3. *price*: ascend the reward from sampled queries, at last from those at hand too; end where none is far above β;
 4. *polish*: descend on the objective over queries and weights together;
 5. *add* the highest of the local maxima that are not nearly queries at hand.
 
@@ -90,7 +90,8 @@ def find_queries(
         model, _ = approach(problem, beta, tol=gap, start=atoms, generator=generator)
         R = _residual(problem, model.to(problem.device, problem.dtype))
         queries, atoms = _kept(queries, model.to(problem.device, problem.dtype))
-        found = price(problem.operator, ball, R, queries, draw, generator, starts=starts, late=late)
+        known = queries.select(torch.arange(len(queries) if starts == STARTS else 0))  # else `_polished` moves them
+        found = price(problem.operator, ball, R, known, draw, generator, starts=starts, late=late)
         worth = found.select(found.values > beta * (1 + WORTH * tol))
         last = gap == tol and starts == STARTS
         if late() or (last and not len(worth)):
