@@ -17,7 +17,7 @@ all solvers in turns.
 digits, and on Lite0 as many from the smallest up as fit into 240 s; both start each fit where the one before ended.
 
 ``memory``: the largest resident memory of a process that fits 50,000 float32 features, from an array or from a store,
-above what it had before it read them, in units of the features.
+above what it had before it read them, in units of the features: benchmarks/results/linear_memory.csv.
 
 ``100000``: two threads, seconds, a limit of 240 s each, after which scikit-learn and torch's L-BFGS are stopped
 where they are. Rows: benchmarks/results/linear_head.csv. Each value of ``--only`` takes some minutes, most of them
@@ -224,8 +224,9 @@ def measure_memory(source: str, C: float) -> None:
     digits = load_digits()
     fit_ours(digits.data / 16, digits.target, 1.0, 1e-3)  # with all that a first fit loads
     before = resident("VmRSS")
-    X = ch.TokenStore.open(source)["train"] if Path(source).is_dir() else np.load(source)
-    y = np.load(Path(source).parent / "y.npy")
+    stored = Path(source).is_dir()
+    X = ch.TokenStore.open(source)["train"] if stored else np.load(source)
+    y = np.asarray(X.labels) if stored else np.load(Path(source).parent / "y.npy")
     model = fit_ours(X, y, C, 1e-3)
     features = 4 * len(y) * model.n_features_in_
     print((resident("VmHWM") - before) / features, model.certificate_.relative_gap)
@@ -237,13 +238,12 @@ def compare_memory(X: np.ndarray, y: np.ndarray, C: float, table: Table) -> None
         array, store = Path(folder) / "X.npy", Path(folder) / "store"
         np.save(array, X)
         np.save(Path(folder) / "y.npy", y)
-        ch.tokens.import_arrays({"tokens": X[:, None], "labels": y}, store, standardize=False, dtype="float32")
+        ch.tokens.import_arrays({"train": (X, y)}, store, standardize=False, dtype="float32")
         for told, source in {"array": array, "store": store}.items():
             command = [sys.executable, __file__, "--child", str(source), str(C)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             units, gap = map(float, done.stdout.split())
-            row = {"instance": f"memory of {len(X)} x {X.shape[1]} from an {told}".replace("an store", "a store")}
-            row |= {"C": f"{C:g}", "asked": "0.001", "solver": "convexhead", "dtype": "float32"}
+            row = {"source": told, "samples": len(X), "channels": X.shape[1], "classes": len(set(y)), "C": f"{C:g}"}
             table.add({**row, "relative_gap_certified": f"{gap:.2g}", "memory_in_features": f"{units:.3g}"})
             print(told, units, flush=True)
 
@@ -350,7 +350,8 @@ def main() -> None:
             for C, first in ((0.01, 1e-3), (1.0, 1e-5)):
                 run(name, X, y, C, (np.float32, np.float64), first)
         if "memory" in args.only and each == 500:
-            compare_memory(X, y, 0.01, table)
+            about = {name: machine[name] for name in ("cpu", "cores", "threads", "versions")}
+            compare_memory(X, y, 0.01, Table("linear_memory", ("source", "samples"), about, again=True))
 
 
 if __name__ == "__main__":

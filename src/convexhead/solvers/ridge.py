@@ -38,6 +38,9 @@ REACHED = 0.4
 losses are not quadratic. In float64 systems are solved as far as Newton's method gains by it."""
 PRODUCTS, FAR_PRODUCTS = 60, 10
 """Largest number of products with one Hessian, and the same while the gap is above `NEAR`. Chosen by hand."""
+MANY_PRODUCTS = 12
+"""Products of a Newton system above which samples in doubt count one by one in the next ones. Chosen by hand: to factor
+them takes about as long."""
 WIDEST = 8192
 """Channels up to which their second moments are formed and factored; beyond it their diagonal must do."""
 BEYOND = 1e-3
@@ -78,7 +81,7 @@ class RidgeNewton(Solver):
 
     def _set_up(self, start: Atoms) -> None:
         B = _matrix(start)
-        self._B, self._like, self._stage = B.double(), start, 0.0
+        self._B, self._like, self._stage, self._slow = B.double(), start, 0.0, False
         self._descent: FactoredDescent | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
@@ -112,7 +115,8 @@ class RidgeNewton(Solver):
         """Return weights, ``β_s`` and outputs; or what L-BFGS has."""
         if self._descent is not None:
             return {**self._descent.state(), "iteration": torch.tensor(self._iteration)}, {}
-        return {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}, {"outputs": self._f}
+        shared = {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}
+        return {**shared, "slow": torch.tensor(self._slow)}, {"outputs": self._f}
 
     def _restore(self, shared: State, rows: State) -> None:
         if "iteration" in shared:
@@ -120,6 +124,7 @@ class RidgeNewton(Solver):
             self._descent = FactoredDescent.restored(self.problem, shared, self.beta)
             return
         self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
+        self._slow = bool(shared.get("slow", False))
 
     def begin(self) -> None:
         """Choose the first β anew."""
@@ -232,15 +237,16 @@ class RidgeNewton(Solver):
         """
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
         near = gap <= NEAR
-        preconditioner = LinearCurvature(passes, self._moments, f, beta, in_doubt=near)
+        preconditioner = LinearCurvature(passes, self._moments, f, beta, in_doubt=near and self._slow)
         x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
         image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
         enough = enough if dtype == torch.float32 else 0.0
         forcing = min(FORCING, math.sqrt(gap))
         z = preconditioner.solve(r)
         q, rz = z, float((r * z).sum())
-        first = rz
+        first, products = rz, 0
         for _ in range(PRODUCTS if near else FAR_PRODUCTS):
+            products += 1
             Hq = passes.curved(f, q, image)
             Hq[:, :-1] += beta * q[:, :-1]
             curvature = float((q * Hq).sum())
@@ -255,6 +261,7 @@ class RidgeNewton(Solver):
             if not forcing**2 * first < rz < math.inf or float(r[:, :-1].double().square().sum()) <= enough:
                 break
             q = z + (rz / last) * q
+        self._slow |= products > MANY_PRODUCTS
         if isinstance(self.problem.loss, CrossEntropy):  # softmax does not see a shift of all outputs: none is made
             shift = x[:, -1].mean()
             x[:, -1] -= shift
