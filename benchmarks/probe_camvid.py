@@ -54,7 +54,8 @@ def main() -> None:
         results = probe(place, out, crop_pct=1.0, channels=64, reduce="pca", **PROBES[name])
         print(results["page"], flush=True)
         for row in results["rows"]:
-            table.add({"known": name, **{key: value for key, value in row.items() if key not in NOT_NOTED}})
+            noted = {key: value for key, value in row.items() if key not in NOT_NOTED and value is not None}
+            table.add({"known": name, **noted})
 
 
 def write_images(source: Path, out: Path, name: str) -> None:
