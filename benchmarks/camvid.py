@@ -66,7 +66,8 @@ def chosen(head: str, store: TokenStore, images: str, options: argparse.Namespac
         regularization_path, store["train"], head=head, pool=None, beta_ratios=options.ratios, random_state=0
     )
     if head in MIXING:
-        rows = path(X_val=store["val"], patience=1, search_tol=SEARCH_TOL, tol=options.tol, max_time=options.max_time)
+        each = None if options.max_time is None else options.max_time / (len(options.ratios) + 1)
+        rows = path(X_val=store["val"], patience=1, search_tol=SEARCH_TOL, tol=options.tol, max_time=each)
         return best(rows)["model"], spent(began)
     rows = path(tol=1e-6 if head == "linear" else options.tol)  # scikit-learn's solution is that near
     models = [row["model"] for row in rows]
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", default=list(HEADS))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.01, 0.003, 0.001])
     parser.add_argument("--tol", type=float, default=1e-2)
-    parser.add_argument("--max-time", type=float, default=None, help="seconds of one fit of a head that mixes tokens")
+    parser.add_argument("--max-time", type=float, default=None, help="seconds of the fits of a head that mixes tokens")
     parser.add_argument("--adam-epochs", type=int, default=20)
     parser.add_argument("--store", type=Path, default=Path("camvid-tokens"))
     parser.add_argument("--pictures", type=Path, default=None)
