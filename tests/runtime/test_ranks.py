@@ -167,7 +167,7 @@ def test_a_lost_worker_ends_the_run_and_any_number_goes_on(kind, row, tmp_path):
         assert "another process of this run has stopped: see its message, then run the same again" in errors[rank]
     manifests = [json.loads(path.read_text()) for path in folder.rglob("checkpoint.json")]
     assert all(len(manifest["parts"]) == 3 for manifest in manifests)
-    assert len(manifests) == (1 if kind in CASES else 2)
+    assert len(manifests) == 1 if kind in CASES else len(manifests) > 1
     shutil.copytree(folder, tmp_path / "copy")
     codes, outputs, errors = launch(2, tmp_path, "resume", tmp_path / "copy", kind)
     assert codes == [0, 0], errors
