@@ -1,6 +1,7 @@
 """How much of a comparison of features is the optimiser? The usual linear probes beside the certified optimum.
 
     python benchmarks/optimiser_noise.py FEATURES [FEATURES ...] [--table NAME] [--seeds N] [--epochs N ...]
+                                         [--grid C ...] [--untimed]
     python benchmarks/optimiser_noise.py --figure [--table NAME]
 
 Each FEATURES is ``DATASET/NAME.npz`` with ``X_train (n, d)``, ``y_train (n,)``, the same of val and test, and perhaps
@@ -11,11 +12,11 @@ DATASET, the name of the folder, have the same test samples: their order by accu
 All methods get the same features, standardised on train, and all choices are made on val:
 
 =====================  ===============================================================================================
-certified              the optimum to a proven gap of 1e-5, at each C of `GRID`
+certified              the optimum to a proven gap of 1e-5, at each C of the grid
 certified path         the field's 45 values of C, each to a proven gap of 1e-3, upwards from 1e-6 until three decades
                        bring no better accuracy on val
-scikit-learn default   `LogisticRegression` with ``tol=1e-4, max_iter=100`` and float32 features, at each C of `GRID`
-scikit-learn tight     ``tol=1e-8``, no limit of steps, float64, at the C of `GRID` that the certified head chooses
+scikit-learn default   `LogisticRegression` with ``tol=1e-4, max_iter=100`` and float32 features, at each C of the grid
+scikit-learn tight     ``tol=1e-8``, no limit of steps, float64, at the C of the grid that the certified head chooses
 SGD                    as DINOv2's linear evaluation: 13 rates x batch/256, momentum 0.9, batch 128, cosine, no
                        penalty, start N(0, 0.01²); 10 passes over the data
 SGD with L2            the same with the penalty of the certified head's C in the gradient: its objective
@@ -23,7 +24,7 @@ AdamW                  three rates, decay 0.01, the same schedule, 20 passes
 =====================  ===============================================================================================
 
 ``excess`` is that of the objective over a proven lower bound, relative to it, at the row's C: the true one is at most
-that. ``difference`` is test accuracy minus that of the certified head at the C that val chooses from `GRID`, with a
+that. ``difference`` is test accuracy minus that of the certified head at the C that val chooses from the grid, with a
 bootstrap interval over the test samples or groups, the same draws for both. Each row is kept at once in
 ``benchmarks/results/NAME.csv``; what each method gets right is kept in ``--work``, and the same command goes on.
 ``NAME_order.csv`` has the pairs of features whose order differs. CPU seconds, one thread.
@@ -58,7 +59,7 @@ from convexhead.report import drawing
 from convexhead.runtime.clock import count_processor_time
 from linear_head import PATH, objective, timed_on_cpu
 
-GRID = (1e-3, 1e-2, 0.1, 1.0, 100.0)
+GRID = (1e-3, 1e-2, 0.1, 1.0)
 DINO_RATES = (*(k * 10.0**e for e in range(-5, -1) for k in (1, 2, 5)), 0.1)
 ADAMW_RATES, ADAMW_DECAY, ADAMW_EPOCHS = (1e-4, 1e-3, 1e-2), 0.01, 20
 BATCH = 128
@@ -182,6 +183,7 @@ class Measured:
     features: Features
     table: Table
     work: Path
+    timed: bool = True
 
     def key(self, method: str, C: float, seed: int | str = "") -> Row:
         return {"dataset": self.features.dataset, "features": self.features.name, "method": method, "C": f"{C:.4g}",
@@ -211,6 +213,8 @@ class Measured:
             difference = right.mean() - reference.mean()
             row |= {"difference": f"{difference:.5f}", "low": f"{low:.5f}", "high": f"{high:.5f}"}
         np.save(_file(self.work, key), right)
+        if not self.timed:
+            del row["seconds"]
         self.table.add({**key, **row})
         print("  ".join(f"{name}={value}" for name, value in {**key, **row}.items()), flush=True)
 
@@ -233,11 +237,11 @@ def draws(groups: Array, right: Sequence[Array], seed: int = 0) -> Array:
     return np.stack([times @ np.bincount(groups, weights=each) for each in right]) / (times @ sizes)
 
 
-def measure(measured: Measured, *, seeds: int, epochs: Sequence[int]) -> None:
+def measure(measured: Measured, *, seeds: int, epochs: Sequence[int], grid: Sequence[float] = GRID) -> None:
     """All methods on one set of features, those that are not there yet."""
     f = measured.features
-    if not all(measured.done(**measured.key("certified", C)) for C in GRID):
-        seconds, rows = timed_on_cpu(partial(certified_path, f, GRID, 1e-5))
+    if not all(measured.done(**measured.key("certified", C)) for C in grid):
+        seconds, rows = timed_on_cpu(partial(certified_path, f, grid, 1e-5))
         for row in rows:
             model = row["model"]
             about = {"seconds": f"{row['seconds']:.4g}", "settings": f"gap {row['relative_gap']:.1e}"}
@@ -245,12 +249,6 @@ def measure(measured: Measured, *, seeds: int, epochs: Sequence[int]) -> None:
         print(f"{seconds:.1f} s for {len(rows)} values of C", flush=True)
     reference = chosen(measured.rows("certified"))
     bounds = {row["C"]: float(row["bound"]) for row in measured.rows("certified")}
-    if not measured.rows("certified path"):
-        seconds, rows = timed_on_cpu(partial(certified_path, f, PATH, 1e-3, PATIENCE))
-        row = best(rows)
-        told = f"{len(rows)} values, largest gap {max(row['relative_gap'] for row in rows):.1e}"
-        measured.add(measured.key("certified path", row["C"]), row["model"].coef_, row["model"].intercept_,
-                     row["dual"], seconds=f"{seconds:.4g}", settings=told)  # fmt: skip
 
     def fit(method: str, C: float, dtype: type, **options: Any) -> None:
         key = measured.key(method, C)
@@ -258,7 +256,7 @@ def measure(measured: Measured, *, seeds: int, epochs: Sequence[int]) -> None:
             seconds, (W, b, steps) = timed_on_cpu(partial(by_sklearn, f, C, dtype, **options))
             measured.add(key, W, b, bounds[key["C"]], seconds=f"{seconds:.4g}", settings=f"{steps} steps")
 
-    for C in GRID:
+    for C in grid:
         fit("scikit-learn default", C, np.float32)
     fit("scikit-learn tight", float(reference["C"]), np.float64, tol=1e-8, max_iter=100_000)
 
@@ -277,6 +275,12 @@ def measure(measured: Measured, *, seeds: int, epochs: Sequence[int]) -> None:
             k = int(np.argmax(accuracy))
             told = f"rate {names[k]:g}" + (" (edge of the grid)" if k in (0, len(names) - 1) else "")
             measured.add(key, W[k], b[k], bounds[key["C"]], seconds=f"{seconds:.4g}", settings=told)
+    if not measured.rows("certified path"):
+        seconds, rows = timed_on_cpu(partial(certified_path, f, PATH, 1e-3, PATIENCE))
+        row = best(rows)
+        told = f"{len(rows)} values, largest gap {max(row['relative_gap'] for row in rows):.1e}"
+        measured.add(measured.key("certified path", row["C"]), row["model"].coef_, row["model"].intercept_,
+                     row["dual"], seconds=f"{seconds:.4g}", settings=told)  # fmt: skip
 
 
 # -- order ------------------------------------------------------------------------------------------------------------
@@ -361,27 +365,29 @@ def draw(rows: Sequence[Row]) -> None:
                 left.plot([max(1e-6, float(row["excess"])) for row in at], [y] * len(at), **style)
                 kept = [chosen([row for row in some if row.get("seed", "") == seed])
                         for seed in dict.fromkeys(row.get("seed", "") for row in some)]  # fmt: skip
-                points = np.array([[100 * float(row[key]) for key in ("low", "difference", "high")] for row in kept])
+                points = np.array(
+                    [[100 * float(row[key]) for key in ("low", "difference", "high")] for row in kept]
+                ).reshape(-1, 3)
                 right.plot(points[:, 1], [y] * len(kept), **style)
                 right.hlines([y] * len(kept), points[:, 0], points[:, 2], color=color, lw=0.6, alpha=0.6)
         left.set_yticks(range(len(names)), [" ".join(name) for name in names])
-        left.set(xscale="log", xlabel="objective above the proven optimum, same C", ylim=(len(names) - 0.5, -0.5))
-        drawing.log_ticks(left.xaxis, drawing.percent)
-        right.set_xlabel("test accuracy minus the optimum's, points, each at its best C")
+        left.set(xscale="log", xlabel="excess of the objective, same C", ylim=(len(names) - 0.5, -0.5))
+        drawing.log_ticks(left.xaxis, drawing.percent, numticks=5)
+        right.set_xlabel("test accuracy minus the optimum's, points")
         right.axvline(0, color=drawing.INK, lw=0.8)
         entries = [(name, {"color": MARKS[name][0], "marker": MARKS[name][1], "linestyle": "none"}) for name in methods]
         drawing.legend(figure, entries, 3)
         FIGURE.write_text(drawing.svg(figure, background="white"))
 
 
-def run(paths: Sequence[Path], name: str, work: Path, *, seeds: int, epochs: Sequence[int]) -> None:
+def run(paths: Sequence[Path], name: str, work: Path, *, timed: bool = True, **options: Any) -> None:
     """Measure all features, and write both tables."""
     machine = {**hardware("scikit-learn", clock=time.process_time), "clock": "CPU seconds"}
     table = Table(name, ("dataset", "features", "method", "C", "seed"), machine)
     all_features = [Features.read(path) for path in paths]
     torch.optim.SGD([torch.zeros(1)], lr=1.0).step()  # the first one imports for a second
     for f in all_features:
-        measure(Measured(f, table, work), seeds=seeds, epochs=epochs)
+        measure(Measured(f, table, work, timed), **options)
     others = [row for row in read_csv(f"{name}_order") if row["dataset"] not in {f.dataset for f in all_features}]
     if rows := others + orders(table, all_features, work):
         write_csv(f"{name}_order", rows)
@@ -394,6 +400,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("optimiser-noise"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, nargs="+", default=[10], help="of SGD; the first with L2 too")
+    parser.add_argument("--grid", type=float, nargs="+", default=list(GRID), metavar="C")
+    parser.add_argument("--untimed", action="store_true", help="leave seconds out: others use the machine")
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
@@ -401,7 +409,8 @@ def main() -> None:
     threadpool_limits(1)
     count_processor_time()
     if args.features:
-        run(args.features, args.table, args.work, seeds=args.seeds, epochs=args.epochs)
+        options = {"seeds": args.seeds, "epochs": args.epochs, "grid": args.grid, "timed": not args.untimed}
+        run(args.features, args.table, args.work, **options)
     if args.figure:
         draw(read_csv(args.table))
 
