@@ -3,7 +3,7 @@
     python benchmarks/attentive.py STORE --scale 2k --work RUN [--only certified self-attention …] [--minutes 7]
     python benchmarks/attentive.py STORE --scale 2k --work RUN --counts       # numbers of queries and seeds, a figure
 
-The rows of 10k are those of ``--settings 0.5 2 places --queries 96 --metrics 0.5 --rates 0.003 0.01``.
+The rows of 10k are those of ``--settings 0.5 2 places --queries 96 256 --metrics 0.5 --rates 0.003 0.01``.
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`. Images, validation part, pooling, principal
 components and standardisation are those of the experiment's scale (`convexhead.experiments.cifar100.SCALES`). RUN keeps
@@ -47,19 +47,19 @@ from convexhead.baselines.adam import train_adam
 from convexhead.baselines.attentive_probe import OPTIONS, AttentiveProbe, train_attentive_probe
 from convexhead.experiments.cells import finite, network_scores, top
 from convexhead.experiments.cifar100 import SCALES
-from convexhead.experiments.run_folder import Piece, RunFolder
 from convexhead.experiments.splits import Part, Splits, chosen_splits
 from convexhead.experiments.tuning import Tuned, tune
 from convexhead.fitting import pose
 from convexhead.path import best
 from convexhead.report import drawing
+from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens import whitened
 
 METRICS, QUERY_SCALES = (0.5, 0.0, 1.0), (2.0, 1.0, 4.0)
 RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
 SEARCH_TOL, TOL = 0.02, 1e-3
 SAMPLED, CHOSEN_WITH, TRAINED = (32, 96, 256), 96, (1, 4, 16, 64)
-COUNTS, SEEDS = (8, 32, 96, 192, 512, 1024), range(5)
+COUNTS, SEEDS = (8, 32, 96, 192, 512), range(3)
 ATOMS = 64
 """Of the networks with trained queries, at most; the certified heads have fewer."""
 RESAMPLES = 10_000
