@@ -154,7 +154,7 @@ def test_several_processes_give_the_result_of_one(processes, cases, tmp_path):
     ("kind", "row"),
     [
         ("factored", 6),
-        pytest.param("relu, searched", 4, marks=pytest.mark.table),
+        pytest.param("relu, searched", 8, marks=pytest.mark.table),
         ("path", 12),
     ],
 )
