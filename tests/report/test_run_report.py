@@ -217,7 +217,7 @@ def test_an_attentive_head_shows_what_its_queries_look_at(work, tmp_path):
     # From the formula: the softmax of the scores of the image's own tokens, and the norms of what each query adds.
     Z = np.zeros((9, 11 + 1, 4))
     for j, (U, V) in enumerate(zip(model.mixing_, model.values_, strict=True)):
-        Z[j] = np.einsum("kd,kc->dc", U, V.reshape(len(V), -1))
+        Z[j] = np.einsum("kd,kc->dc", U, V.reshape(len(V), 4))
     squares = (Z**2).sum((1, 2))
     order = np.argsort(-squares, kind="stable")[:6]
     titles = [f"query {j}\n{drawing.percent(round(squares[j] / squares.sum(), 3))}" for j in order]

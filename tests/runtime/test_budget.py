@@ -256,6 +256,7 @@ import convexhead.program.operator
 from convexhead.program.activations import make_activation
 from convexhead.certificate.certify import certify_atoms
 from convexhead.program.heads import make_head
+from convexhead.program.heads.self_attention import SelfAttention
 from convexhead.inputs import open_tokens
 from convexhead.program.losses import Squared
 from convexhead.program.atoms import Atoms
@@ -264,6 +265,7 @@ from convexhead.program.problem import Problem
 from convexhead.solvers.increments import Increments
 
 convexhead.program.operator.has_fast_bfloat16 = lambda device: True
+SelfAttention.values_first = lambda self, c: False  # mixed tokens are what takes memory
 
 def peak():  # getrusage would count the parent's memory from before the exec
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
