@@ -13,7 +13,7 @@ from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import scaled_dual
 from convexhead.solvers.pricing import Directions
-from convexhead.solvers.subspace import Subspace
+from convexhead.solvers.subspace import Subspace, most_coefficients
 from convexhead.solvers.whitening import Whitening, curvatures
 
 
@@ -127,3 +127,10 @@ def test_soft_labels_in_single_precision_have_a_bound():
         soft = Problem(problem.operator.astype(dtype), Y, problem.loss, weights=normal(40, 1, 1, seed=6).abs())
         bounds.append(scaled_dual(soft, soft.outputs(atoms.to("cpu", dtype)), 1.0, 0.5, atoms.intercept))
     assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
+
+
+def test_more_samples_leave_room_for_more_coefficients():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    room = {n: most_coefficients(n, cpu) for n in (200, 8_000, 50_000, 10**6)}
+    assert room == {200: 3000, 8_000: 3000, 50_000: 7500, 10**6: 8000}
+    assert most_coefficients(50_000, cuda) == 10_000

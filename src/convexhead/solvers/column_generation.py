@@ -29,7 +29,7 @@ from convexhead.solvers.increments import Increments
 from convexhead.solvers.monitor import State
 from convexhead.solvers.pricing import FORMED_STEPS, Directions, lacking_directions, leading_directions, with_best_step
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
-from convexhead.solvers.subspace import MOST_COEFFICIENTS, Subspace
+from convexhead.solvers.subspace import Subspace, most_coefficients
 from convexhead.solvers.whitening import Whitening
 
 
@@ -216,7 +216,7 @@ class ColumnGeneration(Solver):
 
     def _beside(self, widest: int) -> int:
         """Directions a block that steps go over beside the model's own: more make a step dearer, not better."""
-        side = math.isqrt(MOST_COEFFICIENTS[self.problem.device.type] // self.problem.n_blocks)
+        side = math.isqrt(most_coefficients(self.problem.n, self.problem.device) // self.problem.n_blocks)
         return min(widest // 2 + self._extra(), side - widest)
 
     def _restricts(self) -> bool:
