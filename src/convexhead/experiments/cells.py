@@ -30,6 +30,7 @@ from convexhead.fitting import pose
 from convexhead.modules import HeadModule
 from convexhead.path import best, regularization_path
 from convexhead.persistence import load
+from convexhead.program.heads.attentive import Attentive
 from convexhead.program.problem import Problem
 from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens.store.view import SplitView
@@ -298,10 +299,15 @@ def _train(
 
 
 def restore_network(model: ConvexHeadClassifier, weights: dict[str, torch.Tensor]) -> HeadModule:
-    """The network that a run of `train_with_adam` left, from its weights and the gates of its convex head."""
-    gates = model.model_.gates
+    """The network that a run of `train_with_adam` left, from its weights and the gates of its convex head.
+
+    Where it trained queries of its own they are among the weights, and may be fewer than the convex head's.
+    """
+    gates, head = model.model_.gates, model.model_.head
+    if "queries" in weights:
+        head = Attentive(head.s, head.d, queries=weights["queries"], query_norm=model.query_norm)
     module = HeadModule(
-        model.model_.head,
+        head,
         model.activation,
         gates,
         weights["block"],

@@ -130,11 +130,12 @@ DRAWN = (
     "percentiles over 1,000 draws of the test images with replacement (seed {seed}). It does not say what other train "
     "images would give."
 )
-EXCHANGED = (
-    "the score minus that of the linear head, with its 95% interval over the same draws.",
-    "what the two methods say is exchanged for random images, 1,000 times; the share of draws in which they then "
-    "differ by as much, at least 0.001. Two-sided, not corrected for the number of rows.",
-)
+COMPARED = (
+    ("Difference", "the score minus that of the linear head, with its 95% interval over the same draws."),
+    ("p", "what the two methods say is exchanged for random images, 1,000 times; the share of draws in which they then "
+     "differ by as much, at least 0.001. Two-sided, not corrected for the number of rows."),
+)  # fmt: skip
+"""What the columns say that compare a row with the linear head's."""
 PAIRED = "paired test against linear, by exchange"
 CLASSES = Layout(
     (
@@ -183,8 +184,7 @@ LABELS = Layout(
         ("Cross-entropy", "binary, mean over images and labels, in nats; – where a probability of 0 or 1 is wrong, "
          "which makes it infinite."),
         ("All right", "share of the test images whose labels are all right, at a probability of one half."),
-        ("Difference", EXCHANGED[0]),
-        ("p", EXCHANGED[1]),
+        *COMPARED,
     ),
     f"{PAIRED}. Exact: all labels right",
 )  # fmt: skip
@@ -204,8 +204,7 @@ NUMBERS = Layout(
         ("R²", "1 − Σ (y − f)² / Σ (y − mean of y)² on the test images, mean over the columns."),
         ("95% interval", f"of R²: {DRAWN}"),
         ("Mean absolute error", "over images and columns, in the unit of the numbers."),
-        ("Difference", EXCHANGED[0]),
-        ("p", EXCHANGED[1]),
+        *COMPARED,
     ),
     f"{PAIRED}. MAE: mean absolute error",
     percent=False,
@@ -227,8 +226,7 @@ MASKS = Layout(
          "Probabilities of tokens are interpolated to pixels. Pixels without a label do not count."),
         ("95% interval", f"of mean IoU: {DRAWN} Frames that follow each other are alike: it is too narrow for these."),
         ("Pixels right", "share of the pixels whose likeliest class is that of the mask."),
-        ("Difference", EXCHANGED[0]),
-        ("p", EXCHANGED[1]),
+        *COMPARED,
     ),
     PAIRED,
 )  # fmt: skip
