@@ -159,10 +159,11 @@ def test_compare_writes_a_page(work, capsys):
     assert {"results.json", "table.md", "table.csv", "models", "figures"} <= {p.name for p in out.iterdir()}
 
 
-def test_compare_takes_the_queries_of_an_attentive_head(work, capsys):
+@pytest.mark.parametrize(("n_queries", "norm"), [(5, "each"), (20, "each"), (20, "all")])  # 16 are trained at most
+def test_compare_takes_the_queries_of_an_attentive_head(work, tmp_path, capsys, n_queries, norm):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
-    out, queries = work / "attentive-comparison", ("--n-queries", 5, "--query-norm", "each", "--key-dim", 2)
+    out, queries = tmp_path / "comparison", ("--n-queries", n_queries, "--query-norm", norm, "--key-dim", 2)
     options = ("--heads", "attentive", "--beta-ratios", 0.3, "--seeds", 1, *queries)
     result = call_json(capsys, "compare", work / "tokens", "--out", out, *options)
     (row,) = result["rows"]
@@ -172,8 +173,8 @@ def test_compare_takes_the_queries_of_an_attentive_head(work, capsys):
 
     assert row["twin"]["runs"][0]["objective"] >= row["certificate"]["dual"]
     saved = ch.load(out / "models" / "attentive-linear")
-    assert len(saved.queries_) == 5
-    assert saved.query_norm == "each"
+    assert len(saved.queries_) == n_queries
+    assert saved.query_norm == norm
     assert (
         call_json(capsys, "evaluate", out / "models" / "attentive-linear", work / "tokens")["top1"]
         == (row["test_accuracy"])
