@@ -173,6 +173,7 @@ def test_compare_takes_the_queries_of_an_attentive_head(work, tmp_path, capsys, 
 
     assert row["twin"]["runs"][0]["objective"] >= row["certificate"]["dual"]
     saved = ch.load(out / "models" / "attentive-linear")
+    assert "the same fixed queries, which were sampled once" in (out / "index.html").read_text()
     assert len(saved.queries_) == n_queries
     assert saved.query_norm == norm
     assert (
