@@ -18,11 +18,12 @@ X = X / 16
 SETTINGS = {"head": "linear", "fit_intercept": True, "random_state": 0}
 
 
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_a_path_tells_scikit_learns_C(classes):
+def test_a_path_tells_scikit_learns_C(classes, weighted):
     some = np.isin(Y, range(classes))
     x, y = X[some], Y[some]
-    w = 1.0 + np.arange(len(y)) % 3
+    w = 1.0 + np.arange(len(y)) % 3 if weighted else None
     rows = regularization_path(x, y, w, beta_ratios=[0.5, 0.02], tol=1e-8, **SETTINGS)
     for row in rows:
         theirs = LogisticRegression(C=row["C"], tol=1e-10, max_iter=10_000).fit(x, y, w)

@@ -297,7 +297,7 @@ def as_weights(weights: Any, n: int, r: int, c: int | None, *, pooled: bool) -> 
 def _finished(Y: Tensor, w: Array, classes: Array | None, pos_weight: Any = None) -> Targets:
     """Samples without weight left out, the others' weights over their mean."""
     if pos_weight is None and w.shape[1:] == (1, 1) and (w == 1).all():
-        return Targets(Y, None, None, None, classes)
+        return Targets(Y, None, None, None, classes, float(len(w)))
     if not (w > 0).any():
         raise InputError("no label that counts has a weight above 0")
     with np.errstate(over="ignore"):
