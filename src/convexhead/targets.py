@@ -142,7 +142,9 @@ def true_labels(y: Any, spec: Spec, classes: Array) -> Array:
 def _forms(spec: Spec, s: int) -> str:
     """The shapes that ``y`` may have, in words."""
     if is_multilabel(spec):
-        return f"indicators (n, {s}, c)" if every_token(spec) else "an indicator matrix (n, c) of ones and zeros"
+        if every_token(spec):
+            return f"indicators (n, {s}, c)"
+        return "an indicator matrix (n, c) of ones and zeros, c ≥ 2 (of one column use loss='cross-entropy')"
     if every_token(spec):
         return f"labels (n, {s}) or probabilities (n, {s}, c) with pool=None"
     return "labels (n,) or probabilities (n, c)"

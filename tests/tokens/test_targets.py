@@ -133,6 +133,9 @@ X = np.zeros((4, 4, 3), np.float32)
         (np.zeros((4, 2, 2)), "regression", r"\(n, c\)"),
         (np.zeros(3), "regression", "4 samples"),
         (np.zeros((4, 0)), "multi-label", r"\(4, 0\)"),
+        (np.array([0, 1, 0, 1]), "multi-label", "two classes apart: say task='classes'"),
+        (np.array([[0], [1], [0], [1]]), "multi-label", "two classes apart: say task='classes'"),
+        (np.eye(4, dtype=int), "classes", "labels of the 4 tokens"),
     ],
 )
 def test_targets_are_refused(y, task, message, tmp_path):

@@ -242,9 +242,11 @@ class TokenFolder(ClassFolders):
 def _labels(roles: dict[str, Rows]) -> NDArray[Any]:
     rows, tokens = roles["labels"], roles["tokens"]
     if len(rows.shape) == 2 and len(rows) == len(tokens) and rows.shape[1] > 1:
+        of_tokens = rows.shape[1:] == tokens.shape[1:-1]
         raise InputError(
             f"{rows.name} has {rows.shape[1]} columns: say task='multi-label' if they are ones and zeros of as many "
             "classes, or task='regression' if they are numbers"
+            + (f"; labels of the {rows.shape[1]} tokens go beside the arrays to fit(X, y) with pool=None" * of_tokens)
         )
     if rows.shape not in ((len(tokens),), (len(tokens), 1)):
         raise InputError(f"{rows.name} has shape {rows.shape} for the {len(tokens)} samples of {tokens.name}")

@@ -169,8 +169,6 @@ def check_task(task: str, columns: Sequence[str]) -> str:
         raise InputError(
             f"task={CLASSES!r} reads one column, and there are {', '.join(columns)}: say which, ?label=NAME"
         )
-    if task == MULTI_LABEL and len(columns) == 1:
-        raise InputError(f"{columns[0]!r} alone tells two classes apart: say task={CLASSES!r}, or give more columns")
     return task
 
 

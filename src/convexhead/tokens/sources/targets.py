@@ -30,10 +30,15 @@ def check_targets(values: NDArray[Any], task: str, where: str) -> NDArray[np.flo
     Raises
     ------
     InputError
-        Texts, NaN, infinity, or for several classes values outside of [0, 1]; with the row.
+        Texts, NaN, infinity, or for several classes values outside of [0, 1], with the row; a single class.
     """
     if values.dtype.kind not in "biuf":
         raise InputError(f"{where} holds {values.dtype}: targets are numbers")
+    if task == MULTI_LABEL and values.shape[1] == 1:
+        raise InputError(
+            f"{where} has one column, which tells two classes apart: say task='classes', or give a column for each of "
+            "several classes"
+        )
     targets = values.astype(np.float64)
     bad, why = ~np.isfinite(targets), "a value is missing or infinite: fill it in, or leave the image out"
     if task == MULTI_LABEL and not bad.any():
