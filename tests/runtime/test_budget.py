@@ -152,6 +152,23 @@ def test_precisions_give_back_what_they_took(stored):
 
 
 @pytest.mark.usefixtures("_no_collection")
+@pytest.mark.parametrize("mapped", [True, False])
+def test_pooled_tokens_are_made_once_for_each_precision_and_go_with_their_samples(stored, mapped):
+    head = make_head("linear", S, D)
+    X = open_tokens(np.load(stored, mmap_mode="r")) if mapped else torch.from_numpy(np.load(stored))
+    operator = Operator(X, head, make_activation("linear", head, None), dtype=torch.float32, memory=1e7)
+    left, double = operator.budget.left, operator.astype(torch.float64)
+    assert double.samples.complete
+    assert operator.astype(torch.float64, reuse=True).samples is double.samples
+    pooled = torch.from_numpy(np.load(stored)).double().mean(1, keepdim=True)
+    assert torch.equal(torch.cat([data["X"] for _, data in double.samples.batches(7)]), pooled)
+    assert operator.budget.left == left - double.samples.bytes
+    budget = operator.budget
+    del operator, double
+    assert budget.left == left
+
+
+@pytest.mark.usefixtures("_no_collection")
 @pytest.mark.parametrize("activation", ["linear", "gated-relu"])
 def test_a_certificate_gives_back_its_copy(stored, activation):
     problem = make_problem(stored, 1e7, activation=activation)

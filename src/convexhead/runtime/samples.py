@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = {"cpu": 3_000_000, "cuda": 1_000_000_000}
 """Bytes of workspace that a batch may take. Chosen by hand: on a CPU it stays in the caches during a pass."""
+COMPACT = 0.25
+"""Prepared tokens of at most this share of the bytes of their tokens are kept in every precision once it was asked for.
+Chosen by hand: pooled tokens are a few hundredths, and to pool again costs a pass over all tokens."""
 
 
 class Samples:
@@ -92,6 +95,7 @@ class Samples:
         self._fill(self.data, dtype, self.batch_size(self._workspace), pack=True)
         self.norms: list[Tensor] = []
         self.moments: dict[bool, Tensor] = {}
+        self._compact: dict[torch.dtype, Samples] = {}
 
     def __len__(self) -> int:
         return self.n
@@ -210,11 +214,18 @@ class Samples:
 
     # -- the same samples otherwise -----------------------------------------------------------------------------------
     def astype(self, dtype: torch.dtype, *, reuse: bool) -> Samples:
-        """Prepared in another precision, and kept as far as the budget that both share still goes."""
-        other, first = copy(self), self.X[:1].to(self.device)
+        """Prepared in another precision, and kept as far as the budget that both share still goes.
+
+        What is small beside its tokens is kept whether ``reuse`` or not, and is made once for each precision.
+        """
+        if dtype in self._compact:
+            return self._compact[dtype]
+        other, first = self._copy(), self.X[:1].to(self.device)
         other.dtype = other.product_dtype = dtype
         packed = None if self.masks is None else self.masks[:1]
         other.like = self.activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
+        if sum(value.nbytes for value in other.like.values()) <= COMPACT * token_bytes(self.X):
+            self._compact[dtype], reuse = other, True
         other.kept, other.data = self._room(other.like, first, reuse)
         self.budget.lend(other.bytes, other)
         # Masks do not depend on the precision: only tokens are prepared anew.
@@ -223,7 +234,7 @@ class Samples:
 
     def with_products(self, dtype: torch.dtype) -> Samples:
         """Large products in another precision, from the tokens prepared here."""
-        other = copy(self)
+        other = self._copy()
         other.product_dtype = dtype
         each = sum(value.numel() for value in self.like.values()) * dtype.itemsize
         other.kept = self.budget.fits(self.kept, 2 * each)  # as much again is left for mixed tokens
@@ -233,13 +244,19 @@ class Samples:
 
     def take(self, index: Tensor) -> Samples:
         """Some of the samples, with what was prepared of them."""
-        other = copy(self)
+        other = self._copy()
         other.n, other.masks = len(index), None if self.masks is None else self.masks[index]
         other.norms, other.moments = [norms[index] for norms in self.norms], {}
         if self.complete:
             other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
         else:
             other.X, other.data, other.kept = self.X[index].to(self.device), {}, 0
+        return other
+
+    def _copy(self) -> Samples:
+        """A copy that holds none of the same samples in other precisions, so that nothing refers to itself."""
+        other = copy(self)
+        other._compact = {}
         return other
 
 
