@@ -134,7 +134,7 @@ class Work:
                     patience=1, search_tol=SEARCH_TOL, tol=TOL, grid=self.splits.grid, **options,
                 )  # fmt: skip
             row = best(rows)
-            return self._scored(row["model"], row["beta_ratio"], whiten, len(rows), options)
+            return self.scored(row["model"], row["beta_ratio"], whiten, len(rows), options)
 
         return self.once(name, make)
 
@@ -153,11 +153,11 @@ class Work:
                     **options,
                 )
                 clf.fit(*self.data(whiten)["train"])
-            return self._scored(clf, ratio, whiten, 1, options)
+            return self.scored(clf, ratio, whiten, 1, options)
 
         return self.once(f"found-{ratio:g}", make)
 
-    def _scored(self, model: Any, ratio: float, whiten: float, fits: int, options: dict[str, Any]) -> Piece:
+    def scored(self, model: Any, ratio: float, whiten: float, fits: int, options: dict[str, Any]) -> Piece:
         data, certificate = self.data(whiten), model.certificate_
         right = model.predict(data["test"][0]) == data["test"][1]
         record = {
@@ -188,9 +188,9 @@ class Work:
                 batch_size=self.adam.batch_size, seed=seed, weight_decay_mode="decoupled", train_queries=True,
             )  # fmt: skip
             about = {"whiten": whiten, "queries": count, "learning_rate": lr, "weight_decay": decay}
-            return self._network(result.module, data, about, result.objective)
+            return self.network(result.module, data, about, result.objective)
 
-        return self._tuned(f"trained-{count}", run)
+        return self.tuned(f"trained-{count}", run)
 
     def probe(self) -> Tuned:
         """The experiment's attentive probe."""
@@ -203,11 +203,11 @@ class Work:
             )
             network = AttentiveProbe.restored(piece.tensors)
             about = {"whiten": 0.0, "queries": len(network.queries), "learning_rate": lr, "weight_decay": decay}
-            return self._network(network, data, about, piece.record["objective"])
+            return self.network(network, data, about, piece.record["objective"])
 
-        return self._tuned("probe", run)
+        return self.tuned("probe", run)
 
-    def _network(self, network: torch.nn.Module, data: Data, about: Row, objective: float | None) -> Piece:
+    def network(self, network: torch.nn.Module, data: Data, about: Row, objective: float | None) -> Piece:
         classes = np.unique(data["train"][1])
         scores = network_scores(network, data["validation"][0])
         right = classes[network_scores(network, data["test"][0]).argmax(1)] == data["test"][1]
@@ -215,7 +215,7 @@ class Work:
         record = {**about, "objective": objective, "validation_accuracy": top(scores, classes, data["validation"][1])}
         return Piece(record, {"right": torch.from_numpy(right)})
 
-    def _tuned(self, name: str, run: Callable[[float, float, int], Piece]) -> Tuned:
+    def tuned(self, name: str, run: Callable[[float, float, int], Piece]) -> Tuned:
         """Learning rate and weight decay with one seed, the best with two more."""
         return tune(
             self,  # type: ignore[arg-type]  # of the folder only `once` is used
@@ -280,16 +280,16 @@ def described(name: str, runs: list[Piece], tried: list[Piece]) -> Row:
     }
 
 
-def with_differences(rows: list[Row]) -> list[Row]:
-    """Rows with their distance from the certified head that validation chooses; not the shares themselves."""
-    certified = (row for row in rows if row["row"] == "certified")
-    reference = max(certified, key=lambda row: row["validation"])["right"]
+def with_differences(rows: list[Row], of: str = "certified") -> list[Row]:
+    """Rows with their distance from the one named ``of`` that validation chooses; not the shares themselves."""
+    named = (row for row in rows if row["row"] == of)
+    reference = max(named, key=lambda row: row["validation"])["right"]
     draws = np.random.default_rng(0).integers(len(reference), size=(RESAMPLES, len(reference)))
     for row in rows:
         difference = reference - row.pop("right")
         if difference.any():
             low, high = np.quantile(difference[draws].mean(1), (0.025, 0.975))
-            row |= {"certified_ahead": round(difference.mean(), 4), "low": round(low, 4), "high": round(high, 4)}
+            row |= {f"{of}_ahead": round(difference.mean(), 4), "low": round(low, 4), "high": round(high, 4)}
     return rows
 
 
@@ -360,6 +360,7 @@ def draw(rows: list[Row], title: str) -> None:
             ax.minorticks_off()
         left.set(ylabel="test accuracy, %", title=title)
         right.set(ylabel="processor seconds, path over β", yscale="log")
+        drawing.log_ticks(right.yaxis, subs=(1, 2, 5))
         IMAGE.write_text(drawing.svg(figure, background="white"))
 
 

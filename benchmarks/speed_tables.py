@@ -18,13 +18,15 @@ from evaluation import BFLOAT16
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTHING = "*(no rows yet)*"
+WORDS = ("solver", "settings")
 LAUNCHES = 100.0
 """Evaluations that take so many times their arithmetic are a GPU's launches, and stay in the CSV."""
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; all columns but the first are aligned right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    """A table; all columns but the first and those of `WORDS` are aligned right."""
+    sides = ["---" if column in WORDS else "---:" for column in columns[1:]]
+    lines = [columns, ["---", *sides], *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 

@@ -12,6 +12,7 @@ import typer
 import typer.main
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx_gallery.sorting import FileNameSortKey
 from typer.cli import get_docs_for_click
 
 DOCS = Path(__file__).parent
@@ -21,6 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import convexhead  # noqa: E402
 import convexhead.cli  # noqa: E402
+
+
+class FirstFit(FileNameSortKey):
+    """The gallery begins with the example of a first fit."""
+
+    def __call__(self, filename: str) -> str:
+        return "" if filename == "plot_first_fit.py" else super().__call__(filename)
+
 
 project = "convexhead"
 author = "The convexhead developers"
@@ -78,7 +87,7 @@ sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "examples"),
     "gallery_dirs": "gallery",
     "filename_pattern": r"/plot_",
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": FirstFit,
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
@@ -112,6 +121,11 @@ def write_commands(app: Sphinx) -> None:
     command.commands = {name: one for name, one in command.commands.items() if not one.hidden}
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="convexhead", title="Command line")
     text = re.sub(r"^\* `-?-?(install|show)-completion`.*\n", "", text, flags=re.M)
+    for name, one in command.commands.items():  # the list has the first words of each
+        text = re.sub(
+            rf"^\* `{name}`: .*", f"* `{name}`: {one.get_short_help_str(limit=1000)}", text, count=1, flags=re.M
+        )
+    text = re.sub(r"(?<![\w`-])--[a-z][\w-]*(?![^`\n]*`)", r"`\g<0>`", text)  # else a dash is typeset
     (DOCS / "cli.md").write_text(text)
 
 

@@ -33,6 +33,6 @@ for steps, found in zip(iterations, audits, strict=True):
 figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
 axis.loglog(iterations, [found.distance[1] for found in audits], "o-", label="at most")
 axis.loglog(iterations, [found.distance[0] for found in audits], "s:", label="at least")
-axis.set(xlabel="max_iter", ylabel="distance of the objective from the optimum")
+axis.set(xlabel="max_iter", ylabel="distance from the optimum")
 axis.legend()
 plt.show()
