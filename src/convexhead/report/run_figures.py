@@ -156,7 +156,7 @@ def confusion(run: Run) -> Figure:
         if len(names) <= 12:
             for (row, column), count in np.ndenumerate(matrix):
                 if count:
-                    ink = "white" if shares[row, column] > 0.55 else INK
+                    ink = "white" if shares[row, column] > 0.55 else "black"  # on a map, dark pages too
                     told = str(count) if matrix.max() < 10_000 else f"{100 * shares[row, column]:.0f}%"
                     ax.text(column, row, told, ha="center", va="center", fontsize=7, color=ink)
         bar = figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045, format=percent)
