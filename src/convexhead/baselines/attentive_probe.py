@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.runtime.samples import default_memory
 from convexhead.runtime.stored_tokens import StoredTokens, Tokens, token_bytes
 
+Probe = TypeVar("Probe", bound=nn.Module)
 QUERIES = 16
 OPTIONS = tuple((lr, decay) for lr in (0.001, 0.003, 0.01, 0.03) for decay in (0.01, 0.3))
 """Pairs of learning rate and weight decay to try."""
@@ -122,9 +123,28 @@ def fit_attentive_probe(
     lr, weight_decay, epochs, batch_size, seed
         Of AdamW, and of the order of the images.
     """
+    probe = AttentiveProbe(open_tokens(tokens).shape[2], n_outputs, seed=seed)
+    return train_probe(
+        probe, tokens, targets, loss, lr=lr, weight_decay=weight_decay, epochs=epochs, batch_size=batch_size, seed=seed
+    )
+
+
+def train_probe(
+    probe: Probe,
+    tokens: Any,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Probe, float]:
+    """Train any network of tokens as the attentive probe is trained; parameters as of `fit_attentive_probe`."""
     device = pick_device("auto")
     X, targets = _on_device(tokens, device), targets.to(device)
-    probe = AttentiveProbe(X.shape[2], n_outputs, seed=seed).to(device)
+    probe = probe.to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     total = epochs * math.ceil(len(X) / batch_size)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 + 0.5 * math.cos(math.pi * t / total))
