@@ -29,6 +29,8 @@ from convexhead.runtime.surroundings import undisturbed
 from convexhead.solvers.monitor import Progress
 from convexhead.trail import Trail
 
+PROVEN = ("primal", "dual", "gap", "relative_gap", "converged")
+"""What a row has of a certificate, ``primal`` as ``objective``."""
 DEFAULT_RATIOS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
 Row = dict[str, Any]
 
@@ -244,7 +246,7 @@ class _Path:
         self.interrupted = solution.interrupted
         if self.interrupted and self.rows and not solution.certificate.converged:
             raise KeyboardInterrupt  # beside fits that are finished, it says nothing
-        return self._row(model, solution.certificate.to_dict())
+        return self._row(model, {name: getattr(solution.certificate, name) for name in PROVEN})
 
     def searched(self, task: Task, start: Atoms | None, tol: float) -> Row:
         """The row of a fit that ends at the solver's own estimate."""
@@ -265,7 +267,7 @@ class _Path:
             "beta": model.beta,
             **({} if times is None else {"C": times / model.beta}),
             "objective": proof["primal"],
-            **{key: proof[key] for key in ("dual", "gap", "relative_gap", "converged")},
+            **{name: proof[name] for name in PROVEN if name != "primal"},
             "n_heads": len(model.atoms),
             "train_score": self.task.score(model),
             # One process scores for all, so that they choose alike.

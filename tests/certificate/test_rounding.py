@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 import convexhead as ch
 import convexhead.certificate.certify
 from convexhead.certificate.certify import certify_atoms
-from convexhead.certificate.dual import DualPoint, pairwise_sum
+from convexhead.certificate.dual import DualPoint
 from convexhead.certificate.spectral_bound import KrylovBound
 from convexhead.drive import solve
 from convexhead.errors import InputError
@@ -29,6 +29,7 @@ from convexhead.program.loss_check import check_loss
 from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
+from convexhead.program.sample_losses import pairwise_sum
 from kinds import head_of, pooled
 from reference import attend, mix, pool
 

@@ -39,8 +39,9 @@ from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, r
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.heads.token_draw import TokenDraw
-from convexhead.program.intercept import solve_intercept
+from convexhead.program.intercept import improved_intercept, solve_intercept
 from convexhead.program.loss_check import check_loss
+from convexhead.program.losses import FEW_CLASSES
 from convexhead.program.problem import Problem
 from convexhead.runtime.clock import never
 
@@ -79,6 +80,8 @@ class Evaluated:
         if not torch.equal(atoms.V, exact.mask_values(atoms.V, atoms.block)):
             raise InputError("values are not zero outside the output group of their block")
         f = exact.outputs(atoms)
+        if not exact.head.learns_mixing and exact.c <= FEW_CLASSES:
+            f = f.movedim(2, 0).contiguous().movedim(0, 2)  # as the targets lie
         if exact.head.learns_mixing:
             directions, sigma = exact.balance(atoms)
             penalty = float(sum(values.sum() for values in sigma))
@@ -169,20 +172,46 @@ def certify_atoms(
         raise InputError("the lower bound that was passed is NaN")
     # The linear head takes two passes: a copy in float64 would be twice the features, unless it pools many tokens.
     exact = problem.astype(torch.float64, reuse=problem.head.learns_mixing or problem.head.s > 1)
+    if not problem.head.learns_mixing and problem.c <= FEW_CLASSES:
+        exact = exact.class_by_class()
     model = Evaluated.of(exact, atoms, beta)
     f = model.outputs if dual_point is None else dual_point.to(exact.device, torch.float64)
+    if not problem.head.learns_mixing:
+        dual, own = _frobenius(exact, model, f, beta, tol)
+        return _certificate(
+            problem, beta, tol, model, dual, _best(exact, model, dual, own, known_dual, known_from), known_failure
+        )
     if problem.fit_intercept:
         f = f + solve_intercept(exact, f)
     dual = DualPoint(exact, f, beta, model.gradients if f is model.outputs else None)
     ball = problem.head.ball
     if ball is not None and dual.computable:
         own = _over_ball(exact, dual, ball, tol, generator, late)
-    elif problem.head.learns_mixing and problem.activation.convex and dual.computable:
+    elif problem.activation.convex and dual.computable:
         own = _spectral(problem, model, dual, tol, failure_probability, max_steps, generator, found)
     else:
         own = _other(exact, model, dual, tol, generator, oracle, late)
     bound = _best(exact, model, dual, own, known_dual, known_from)
     return _certificate(problem, beta, tol, model, dual, bound, known_failure)
+
+
+def _frobenius(
+    exact: Problem, model: Evaluated, f: Float[Tensor, "n r c"], beta: float, tol: float
+) -> tuple[DualPoint, LowerBound]:
+    """From the norm of the gradient of a linear head, at the outputs ``f`` with a better intercept."""
+    enough = model.primal - model.error - tol * abs(model.primal)
+    q = model.gradients if f is model.outputs else exact.losses.dual_point(f)
+    if not exact.fit_intercept:
+        dual = DualPoint(exact, f, beta, q)
+        return dual, LowerBound(dual.ridge(enough), "Frobenius norm")
+    moved, at_moved = improved_intercept(exact, f, q)
+    dual = DualPoint(exact, moved, beta, at_moved)
+    value = dual.ridge(enough)
+    if not value >= enough:
+        other = DualPoint(exact, f + solve_intercept(exact, f), beta)
+        if (better := other.ridge()) > value:
+            dual, value = other, better
+    return dual, LowerBound(value, "Frobenius norm")
 
 
 def _spectral(
@@ -261,9 +290,7 @@ def _other(
     oracle: NormOracle | None,
     late: Callable[[], bool],
 ) -> LowerBound:
-    """Of the linear head, of a ReLU, and of gradients that are out of the range of float64."""
-    if not exact.head.learns_mixing:
-        return LowerBound(dual.ridge(), "Frobenius norm")
+    """Of a ReLU, and of gradients that are out of the range of float64."""
     if not dual.computable:
         return LowerBound(dual.spectral(dual.size), "norms of tokens")
     oracle = oracle or NormOracle(exact, late=late)

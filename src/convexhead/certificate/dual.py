@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,7 @@ from torch import Tensor
 from convexhead.program.losses import Loss
 from convexhead.program.operator import GRADIENT_BYTES
 from convexhead.program.problem import Problem
-from convexhead.program.sample_losses import SampleLosses
+from convexhead.program.sample_losses import pairwise_additions
 from convexhead.runtime.samples import BATCH_BYTES
 
 CLOSE = 1e-4
@@ -108,23 +108,25 @@ class DualPoint:
         self.problem, self.beta, self.assumed = problem, beta, ""
         losses = problem.losses
         q = losses.dual_point(f) if q is None else q
-        self._left, self._box, left = q.new_zeros(problem.c), 0.0, 0.0
-        if type(problem.loss).scaled_domain is Loss.scaled_domain:  # it would make ∇ℓ(f) again
-            limit = max(1.0, min(losses.at(rows).scale_limit(q[rows]) for rows in problem.rows))
-        else:
-            limit = min(losses.at(rows).scaled_domain(f[rows]) for rows in problem.rows)
+        self._left, self._box, left, limit = q.new_zeros(problem.c), 0.0, 0.0, None
+        self._means: dict[float, float] = {}
         if problem.fit_intercept:
-            self._targets, self._total = self._sum(losses.Y), self._sum(torch.ones_like(losses.Y))
-            projected = self._without_sum(q)
+            self._targets, self._total = problem.target_sums
+            projected, excess = self._without_sum(q)
             within = min(losses.at(rows).scale_limit(projected[rows]) for rows in problem.rows)
             within = -problem.ranks.largest(-within)[0]
-            if self._in_domain(min(1.0, within) * INSIDE * projected):
-                q, self._left, limit = projected, self._left_of(projected), within
+            first = min(1.0, within) * INSIDE
+            mean = problem.mean_of(lambda losses, x: losses.conjugate(first * x), projected)
+            if math.isfinite(mean):
+                self._means[first] = mean
+                q, self._left, limit = projected, self._left_of(projected, excess), within
             else:
                 box = INTERCEPT_BOX * (1 + problem.largest_target)
-                self._box = box * float(self._left_of(q).sum()) / problem.n
+                self._box = box * float(self._left_of(q, self._sum(q)).sum()) / problem.n
                 self.assumed = f"for intercepts of at most {box:.0e}"
             left = float(self._left.sum()) / problem.n
+        if limit is None:
+            limit = self._limit(f, q)
         self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
         g = losses.weigh(q)
         self.R = g / problem.n
@@ -143,25 +145,32 @@ class DualPoint:
         self._slope = -float(problem.sum((f * self.R).sum())[0])
         self._values: dict[float, float] = {}
 
+    def _limit(self, f: Tensor, q: Tensor) -> float:
+        """The largest known ``τ ≥ 1`` with ``τ q`` in the domain of ``ℓ*``, ``q`` the residual at ``f``."""
+        losses, rows = self.problem.losses, self.problem.rows
+        if type(self.problem.loss).scaled_domain is Loss.scaled_domain:  # it would make ∇ℓ(f) again
+            return max(1.0, min(losses.at(part).scale_limit(q[part]) for part in rows))
+        return min(losses.at(part).scaled_domain(f[part]) for part in rows)
+
     def _sum(self, q: Tensor) -> Float[Tensor, " c"]:
         """``Σ ω q``."""
-        return self.problem.sum(pairwise_sum(self.problem.losses.weigh(q).flatten(0, 1)))[0]
+        return self.problem.sum(self.problem.losses.summed(q))[0]
 
-    def _without_sum(self, q: Tensor) -> Tensor:
-        problem = self.problem
+    def _without_sum(self, q: Tensor) -> tuple[Tensor, Float[Tensor, " c"]]:
+        """A point near ``q`` whose sum is 0 but for rounding, and that sum."""
+        problem, excess = self.problem, self._sum(q)
         for _ in range(2):  # once more for what the first time was rounded
-            q = problem.loss.without_sum(q, problem.Y, self._sum(q), self._targets, self._total)
-        return q
+            q = problem.loss.without_sum(q, problem.Y, excess, self._targets, self._total)
+            excess = self._sum(q)
+        return q, excess
 
-    def _left_of(self, q: Tensor) -> Float[Tensor, " c"]:
-        """A bound on ``|Σ_i ω_i q_ik|`` in exact arithmetic, after rows have been made to sum to 0 where they must."""
+    def _left_of(self, q: Tensor, excess: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
+        """A bound on ``|Σ_i ω_i q_ik|`` in exact arithmetic, which was computed as ``excess``, after rows have been made
+        to sum to 0 where they must."""
         problem, size = self.problem, self._sum(q.abs())
-        levels = math.log2(problem.n * problem.head.r) + 4 + problem.ranks.size
+        levels = pairwise_additions(problem.n * problem.head.r) + 4 + problem.ranks.size
         rows = (summing(problem.c) + 16) * size.sum() * (size > 0)
-        return self._sum(q).abs() + UNIT * (levels * size + rows)
-
-    def _in_domain(self, q: Tensor) -> bool:
-        return math.isfinite(self.problem.mean_of(SampleLosses.conjugate, q))
+        return excess.abs() + UNIT * (levels * size + rows)
 
     @cached_property
     def computable(self) -> bool:
@@ -181,8 +190,10 @@ class DualPoint:
 
     def _value(self, tau: float) -> float:
         problem, cost = self.problem, 0.0
-        point, scale = (self.R, tau * problem.n) if self._q is None else (self._q, tau)
-        mean = problem.mean_of(lambda losses, x: losses.conjugate(scale * x), point)
+        mean = self._means.get(tau)
+        if mean is None:
+            point, scale = (self.R, tau * problem.n) if self._q is None else (self._q, tau)
+            mean = problem.mean_of(lambda losses, x: losses.conjugate(scale * x), point)
         if problem.fit_intercept:
             left, reach = tau * self._left, self._reach
             cost = problem.loss.cost_of_sum(left, self._targets, self._total, abs(mean), reach, problem.n)
@@ -206,23 +217,28 @@ class DualPoint:
         """``max_τ D(τ)`` over ``τ σ ≤ β``; ``rounded`` as in `bound`."""
         return self._best(min(self.domain, self.beta / self.bound(sigma, rounded)))
 
-    def ridge(self) -> float:
-        """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``."""
+    def ridge(self, enough: float = math.inf) -> float:
+        """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``, or what it is where ``τ`` is nearly 1 if that is ``enough``."""
         norm = self.size
         if self.computable:
             block = torch.zeros(1, dtype=torch.int64, device=self.R.device)
             one = torch.ones(1, dtype=self.R.dtype, device=self.R.device)
             norm = float(self.problem.operator.adjoint_times_mixing(self.R, one, block).norm())
-        return self._best(self.domain, self.bound(norm))
+        norm = self.bound(norm)
+        for tau in self._means:  # where the conjugate is known already
+            if tau <= self.domain and (value := self._penalised(tau, norm)) >= enough:
+                return value
+        return self._best(self.domain, norm)
+
+    def _penalised(self, tau: float, norm: float) -> float:
+        """``φ(τ) = D(τ) − τ² norm² / (2β)``."""
+        result = self.value(tau) - (tau * norm) * (tau * norm) / (2 * self.beta)
+        return result if math.isfinite(result) else -math.inf
 
     def _best(self, limit: float, norm: float = 0.0) -> float:
-        """The best ``φ(τ) = D(τ) − τ² norm² / (2β)`` at any τ up to ``limit`` and 2: each is a valid bound, the search
-        only a choice. ``φ`` is concave, as a rule."""
-
-        def value(tau: float) -> float:
-            result = self.value(tau) - (tau * norm) * (tau * norm) / (2 * self.beta)
-            return result if math.isfinite(result) else -math.inf
-
+        """The best ``φ(τ)`` at any τ up to ``limit`` and 2: each is a valid bound, the search only a choice. ``φ`` is
+        concave, as a rule."""
+        value = partial(self._penalised, norm=norm)
         top, slope = min(limit, 2.0), self._slope - norm * norm / self.beta
         if not top > 0:
             return value(0.0)
@@ -298,12 +314,3 @@ def error_of_objective(
     propagated = problem.mean(delta * slope + problem.losses.largest * head.r * problem.c / 2 * delta.square())
     own = UNIT * (64 + 2 * summing(problem.n) + head.r * problem.c + 8 * atoms)
     return propagated + own * terms
-
-
-def pairwise_sum(x: Float[Tensor, "m ..."]) -> Tensor:
-    """Sum over the first dimension in which each term passes through ``⌈log₂ m⌉`` additions."""
-    while len(x) > 1:
-        half = len(x) // 2
-        paired = x[:half] + x[half : 2 * half]
-        x = torch.cat([paired, x[2 * half :]]) if len(x) % 2 else paired
-    return x[0]

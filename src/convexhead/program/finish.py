@@ -23,14 +23,16 @@ def zero_model(problem: Problem) -> Atoms:
 def finish(problem: Problem, atoms: Atoms, negligible: float, max_heads: int | None) -> Atoms:
     """Return the model that is certified and kept: float64, balanced, no negligible atoms, its intercept solved for.
 
-    Atoms are negligible that together carry the share ``negligible`` of the nuclear norm.
+    Atoms are negligible that together carry the share ``negligible`` of the nuclear norm. The linear head's one atom
+    and its intercept were found together, and stay as they are.
     """
     atoms = atoms.to(problem.device, torch.float64)
-    if problem.head.learns_mixing:
-        atoms, singular_values = problem.balance(atoms)
-        atoms.V = problem.mask_values(atoms.V, atoms.block)  # balancing leaves rounding there
-        if len(atoms):
-            atoms = _without_negligible(problem, atoms, torch.cat(singular_values), negligible, max_heads)
+    if not problem.head.learns_mixing:
+        return atoms
+    atoms, singular_values = problem.balance(atoms)
+    atoms.V = problem.mask_values(atoms.V, atoms.block)  # balancing leaves rounding there
+    if len(atoms):
+        atoms = _without_negligible(problem, atoms, torch.cat(singular_values), negligible, max_heads)
     if problem.fit_intercept:
         exact = problem.astype(torch.float64)
         # Not from the intercept at hand: where it is not unique, one that does not depend on the way there.

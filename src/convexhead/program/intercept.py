@@ -72,6 +72,26 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
     return torch.as_tensor(b, dtype=f.dtype, device=f.device)
 
 
+def improved_intercept(
+    problem: Problem, f: Float[Tensor, "n r c"], q: Float[Tensor, "n r c"]
+) -> tuple[Float[Tensor, "n r c"], Float[Tensor, "n r c"]]:
+    """Outputs and ``∇ℓ`` after one Newton step in the intercept from ``f``, where ``∇ℓ`` is ``q``; or those given,
+    where their sum is nearer to 0."""
+    losses = problem.losses
+
+    def left(q: Tensor) -> Tensor:
+        return problem.sum(losses.weigh(q).sum((0, 1)))[0]
+
+    g = left(q)
+    H = problem.sum(losses.summed_hessian(f))[0]
+    step = np.linalg.lstsq(H.cpu().numpy(), g.cpu().numpy(), rcond=1e-10)[0]
+    moved = f - torch.as_tensor(step, dtype=f.dtype, device=f.device)
+    at_moved = losses.dual_point(moved)
+    if float(left(at_moved).abs().sum()) < float(g.abs().sum()):
+        return moved, at_moved
+    return f, q
+
+
 def _output_by_output(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:
     """Roots of ``g_k(b_k) = Σ_i R_ik``, which rises: Newton steps, halvings of the bracket where they leave it."""
     losses, t = problem.losses, (problem.Y - f).flatten(0, 1)

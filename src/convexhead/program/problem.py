@@ -89,6 +89,7 @@ class Problem:
         self.losses = self._losses(operator.device, operator.dtype)
         self.coordinates = Coordinates()
         self.stated: Problem | None = None
+        self._target_sums: list[tuple[Tensor, Tensor]] = []  # shared by the same problem in all precisions
         self.head.output_mask(self.c)  # refuses outputs that cannot be written in groups
 
     # -- the same problem otherwise -----------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ class Problem:
         """
         part = self._on(self.operator.take(index), self.losses.at(index))
         part.targets, part.weights, part.stated = part.Y, part.losses.weights, None
+        part._target_sums = []
         vars(part).pop("identity", None)
         return part
 
@@ -262,6 +264,15 @@ class Problem:
         """This process's samples in slices whose outputs, in float64, stay in the caches."""
         step = max(1, BATCH_BYTES[self.device.type] // 8 // (self.head.r * self.c))
         return [slice(i, i + step) for i in range(0, len(self.Y), step)]
+
+    @property
+    def target_sums(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """``Σ ω y`` and ``Σ ω`` over samples and rows, in float64: made once for a problem in all its precisions."""
+        if not self._target_sums:
+            losses = self.exact_losses
+            targets, ones = self.sum(losses.summed(losses.Y), losses.summed(torch.ones_like(losses.Y)))
+            self._target_sums.append((targets, ones))
+        return self._target_sums[0]
 
     @cached_property
     def largest_target(self) -> float:

@@ -20,6 +20,8 @@ from convexhead.program.losses import Loss
 
 Weights = Float[Tensor, "n wr wc"]
 """``ω``; a side of length 1 stands for all rows, or all outputs."""
+FAN = 8
+"""Terms that a level of `pairwise_sum` adds. Chosen by hand: with two it takes three times as many calls."""
 
 
 class SampleLosses:
@@ -117,6 +119,10 @@ class SampleLosses:
         """``ω q``."""
         return q if self.weights is None else self.weights * q
 
+    def summed(self, q: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:
+        """``Σ ω q`` over samples and rows, by `pairwise_sum`."""
+        return pairwise_sum(self.weigh(q).flatten(0, 1))
+
     def unweigh(self, g: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
         """``q`` of ``ω q``, and 0 where ``ω`` is 0."""
         return g if self.weights is None else torch.where(self.weights > 0, g / self.weights, 0.0)
@@ -150,3 +156,20 @@ class SampleLosses:
         assert self.weights is not None
         values = values.view(len(self.Y), *self.weights.shape[1:])
         return torch.where(self.weights > 0, self.weights * values, 0.0).flatten(1).sum(1)
+
+
+def pairwise_sum(x: Float[Tensor, "m ..."]) -> Tensor:
+    """Sum over the first dimension, in which each term passes through few additions: see `pairwise_additions`."""
+    while len(x) > FAN:
+        rest, x = x[len(x) // FAN * FAN :], x[: len(x) // FAN * FAN].unflatten(0, (FAN, -1)).sum(0)
+        x[0] += rest.sum(0)
+    return x.sum(0)
+
+
+def pairwise_additions(m: int) -> int:
+    """Bound the additions that a term of `pairwise_sum` passes through: ``FAN`` in each of ``⌈log m / log FAN⌉``
+    levels."""
+    levels = 1
+    while m > FAN:
+        m, levels = m // FAN, levels + 1
+    return FAN * levels
