@@ -9,8 +9,12 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import convexhead as ch
+from convexhead.certificate.certify import certify_atoms
+from convexhead.fitting import pose
 from convexhead.path import regularization_path
 from convexhead.program.heads import make_head
+from convexhead.solvers import linear_passes
+from convexhead.solvers.linear_passes import LinearPasses
 from convexhead.trail import Trail
 
 X, Y = (part[:300] for part in load_digits(return_X_y=True))
@@ -64,3 +68,43 @@ def test_a_fit_begins_on_the_curve_of_those_before():
 def test_one_token_is_not_copied():
     head, tokens = make_head("linear", 1, 5), torch.zeros(3, 1, 5)
     assert head.pool_tokens(tokens) is tokens
+
+
+def linear_problem(dtype=torch.float32):
+    task = pose(ch.ConvexHeadClassifier(beta=1e-3, **SETTINGS), X, Y, to_solve=True)
+    return task.problem.astype(dtype)
+
+
+def test_products_in_bfloat16_are_about_right():
+    passes = LinearPasses(linear_problem())
+    draw = torch.Generator().manual_seed(0)
+    B, f = torch.randn(10, 65, generator=draw), torch.randn(len(X), 1, 10, generator=draw)
+    exactly, roughly = passes.curved(f, B, torch.empty_like(f)), passes.curved_roughly(f, B)
+    assert 1e-5 < float((roughly - exactly).norm() / exactly.norm()) < 0.02
+    assert not passes.half_pays  # so few samples
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1e-6])
+def test_a_fit_with_products_in_bfloat16_is_certified_as_well(ratio, monkeypatch):
+    settings = {"beta_ratio": ratio, "tol": 1e-4, **SETTINGS}
+    plain = ch.ConvexHeadClassifier(**settings).fit(X, Y)
+    used = []
+    roughly = LinearPasses.curved_roughly
+    monkeypatch.setattr(LinearPasses, "curved_roughly", lambda *args: used.append(1) or roughly(*args))
+    monkeypatch.setattr(linear_passes, "LARGE", 0)
+    monkeypatch.setattr(linear_passes, "has_fast_bfloat16", lambda device: True)
+    rough = ch.ConvexHeadClassifier(**settings).fit(X, Y)
+    assert used
+    assert plain.certificate_.converged
+    assert rough.certificate_.converged
+    assert rough.certificate_.dual <= plain.certificate_.primal <= rough.certificate_.primal * (1 + 1e-4)
+
+
+def test_a_certificate_does_without_an_intercept_that_is_not_the_best():
+    task = pose(ch.ConvexHeadClassifier(beta=1e-5, tol=1e-6, **SETTINGS), X, Y, to_solve=True)
+    _, solution = task.solve()
+    atoms = solution.atoms.to("cpu", torch.float64)
+    atoms.intercept = atoms.intercept + 1e-3 * torch.linspace(-1, 1, 10)
+    found = certify_atoms(task.problem, atoms, 1e-5, tol=1e-3)
+    assert found.dual <= solution.certificate.primal < found.primal
+    assert found.converged

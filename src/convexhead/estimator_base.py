@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -150,7 +151,7 @@ class HeadEstimator(BaseEstimator):
         """
         if hasattr(cls, "classes_") != (model.classes is not None):
             raise InputError(f"{cls.__name__} is not the estimator of this model, which has classes {model.classes!r}")
-        settings = {name: getattr(model.spec, name) for name in cls._get_param_names() if name in SETTINGS}
+        settings = {name: getattr(model.spec, name) for name in _settings_of(cls)}  # type: ignore[arg-type]
         return hold(cls(**settings), model)
 
     def __dir__(self) -> list[str]:
@@ -225,6 +226,12 @@ class HeadEstimator(BaseEstimator):
     def save(self, path: str | Path) -> None:
         """Write a folder ``config.json`` + ``weights.safetensors``; read it back with `convexhead.load`."""
         self._fitted().save(path)
+
+
+@cache
+def _settings_of(cls: type[HeadEstimator]) -> tuple[str, ...]:
+    """The parameters of an estimator that are settings of a head."""
+    return tuple(name for name in cls._get_param_names() if name in SETTINGS)
 
 
 def hold(estimator: E, model: Model) -> E:

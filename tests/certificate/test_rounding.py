@@ -29,7 +29,7 @@ from convexhead.program.loss_check import check_loss
 from convexhead.program.losses import CrossEntropy, Huber, Loss, Squared, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
-from convexhead.program.sample_losses import pairwise_sum
+from convexhead.program.sample_losses import pairwise_additions, pairwise_sum
 from kinds import head_of, pooled
 from reference import attend, mix, pool
 
@@ -326,7 +326,12 @@ def test_residuals_lose_their_sum_and_stay_in_the_domain(loss, size):
 def test_pairwise_sums_have_a_short_chain():
     x = torch.full((2**20 + 3,), 0.1, dtype=torch.float64)
     truth = exact(0.1) * (2**20 + 3)
-    assert abs(exact(float(pairwise_sum(x))) - truth) <= 21 * exact(2.0**-53) * truth
+    assert abs(exact(float(pairwise_sum(x))) - truth) <= pairwise_additions(len(x)) * exact(2.0**-53) * truth
+    assert pairwise_additions(2**20 + 3) == 56
+    for m in range(1, 200):
+        x = torch.arange(1.0, m + 1, dtype=torch.float64)
+        assert pairwise_sum(torch.stack([x, -x], dim=1)).tolist() == [m * (m + 1) / 2, -m * (m + 1) / 2]
+        assert x.tolist() == list(range(1, m + 1))  # as it was
 
 
 # -- a loss of the user's own -----------------------------------------------------------------------------------------

@@ -165,8 +165,8 @@ class DualPoint:
         return q, excess
 
     def _left_of(self, q: Tensor, excess: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
-        """A bound on ``|Σ_i ω_i q_ik|`` in exact arithmetic, which was computed as ``excess``, after rows have been made
-        to sum to 0 where they must."""
+        """A bound on ``|Σ_i ω_i q_ik|``, computed as ``excess``, in exact arithmetic, after rows have been made to sum
+        to 0 where they must."""
         problem, size = self.problem, self._sum(q.abs())
         levels = pairwise_additions(problem.n * problem.head.r) + 4 + problem.ranks.size
         rows = (summing(problem.c) + 16) * size.sum() * (size > 0)

@@ -139,8 +139,8 @@ class Problem:
         """
         part = self._on(self.operator.take(index), self.losses.at(index))
         part.targets, part.weights, part.stated = part.Y, part.losses.weights, None
-        part._target_sums = []
         vars(part).pop("identity", None)
+        vars(part).update(_target_sums=[])
         return part
 
     @property

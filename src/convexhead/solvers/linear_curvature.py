@@ -50,7 +50,7 @@ class LinearCurvature:
         for part in problem.rows:
             w[part] = problem.losses.at(part).curvature(f[part])
         w = w.flatten(0, 1)
-        m = min(rows // c, passes.d // 2, MOST_SAMPLES) if in_doubt and moments.ndim == 2 else 0
+        m = min(rows // c, 3 * passes.d // 4, MOST_SAMPLES) if in_doubt and moments.ndim == 2 else 0
         rank, size = problem.ranks.rank, problem.ranks.size
         first, stop = m * rank // size, m * (rank + 1) // size  # of each output, those of this process
         largest, index = w.topk(min(stop - first, len(w)), dim=0)

@@ -10,15 +10,19 @@ which makes products and softmax of few classes several times faster.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from convexhead.program.heads.base import Data
+from convexhead.program.operator import has_fast_bfloat16
 from convexhead.program.problem import Problem
 
 Weights = Float[Tensor, "c d1"]
+LARGE = 1e8
+"""Multiplications of a product from which bfloat16 is looked at. Chosen by hand: below it other work counts more."""
 
 
 class LinearPasses:
@@ -58,6 +62,25 @@ class LinearPasses:
     def adjoint(self, R: Float[Tensor, "n r c"]) -> Weights:
         """``Rᵀ Φ``."""
         return self._summed(lambda rows, X: self._pulled(X, R[rows]))
+
+    @cached_property
+    def half_pays(self) -> bool:
+        """Whether products in bfloat16 are much faster, in all processes."""
+        problem = self.problem
+        large = problem.n * problem.head.r * self.d * problem.c >= LARGE
+        fast = large and problem.dtype == torch.float32 and has_fast_bfloat16(problem.device)
+        return not problem.ranks.largest(not fast)[0]
+
+    def curved_roughly(self, f: Float[Tensor, "n r c"], B: Weights) -> Weights:
+        """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ`` from products in bfloat16, which keep 8 bits of the features, and of ``B``."""
+
+        def multiply(rows: slice, X: Tensor) -> Tensor:
+            half = X.bfloat16()
+            Z = (B[:, :-1].bfloat16() @ half.T).float().add_(B[:, -1:])
+            R = self.problem.losses.at(rows).hessian_times(f[rows], self._as_outputs(Z))
+            return self._pulled(X, R, half)
+
+        return self._summed(multiply).div_(self.problem.n)
 
     def curved(self, f: Float[Tensor, "n r c"], B: Weights, images: Float[Tensor, "n r c"]) -> Weights:
         """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ``, and ``Φ Bᵀ`` in ``images``: one pass for both products."""
@@ -105,12 +128,17 @@ class LinearPasses:
         return torch.cat([torch.cat([second, first[None, :-1]]), first[:, None]], dim=1)
 
     def _pushed(self, X: Float[Tensor, "m d"], B: Weights) -> Float[Tensor, "b r c"]:
-        return torch.addmm(B[:, -1:], B[:, :-1], X.T).unflatten(1, (-1, self.problem.head.r)).movedim(0, 2)
+        return self._as_outputs(torch.addmm(B[:, -1:], B[:, :-1], X.T))
 
-    def _pulled(self, X: Float[Tensor, "m d"], R: Float[Tensor, "b r c"]) -> Weights:
+    def _as_outputs(self, f: Float[Tensor, "c m"]) -> Float[Tensor, "b r c"]:
+        return f.unflatten(1, (-1, self.problem.head.r)).movedim(0, 2)
+
+    def _pulled(
+        self, X: Float[Tensor, "m d"], R: Float[Tensor, "b r c"], half: BFloat16[Tensor, "m d"] | None = None
+    ) -> Weights:
         R = R.movedim(2, 0).flatten(1)
         last = R.sum(1, keepdim=True) if self.problem.fit_intercept else torch.zeros_like(R[:, :1])
-        return torch.cat([R @ X, last], dim=1)
+        return torch.cat([R @ X if half is None else (R.bfloat16() @ half).float(), last], dim=1)
 
     def _summed(self, part: Callable[[slice, Tensor], Tensor]) -> Weights:
         out = torch.zeros(self.problem.c, self.d + 1, dtype=self.problem.dtype, device=self.problem.device)

@@ -5,7 +5,8 @@
 Far from the optimum Newton's steps are long and wrong: a sample that is misclassified with certainty has no curvature.
 Near it they are all that is needed. So the method starts at a larger β, where the optimum is near, and follows it.
 Products with ``X`` are the price: one for each product with the Hessian, half a one for a gradient, and none in a line
-search, where outputs are known on the whole plane that is searched.
+search, where outputs are known on the whole plane that is searched. Hessians need only be about right: where the
+hardware multiplies bfloat16 faster, their products are made in it for as long as the gap falls fast.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ PRODUCTS, FAR_PRODUCTS = 60, 10
 MANY_PRODUCTS = 12
 """Products of a Newton system above which samples in doubt count one by one in the next ones. Chosen by hand: to factor
 them takes about as long."""
+FEW_CHANNELS = 256
+"""Channels up to which samples in doubt always count one by one. Chosen by hand: to factor them costs little there."""
 WIDEST = 8192
 """Channels up to which their second moments are formed and factored; beyond it their diagonal must do."""
 BEYOND = 1e-3
@@ -52,6 +55,9 @@ CHECK_EVERY = 5
 """Steps of L-BFGS between two looks at the gap. Chosen by hand."""
 IDLE = 20
 """Looks in a row that find neither a lower objective nor a smaller gap, after which rounding is all that moves. Chosen
+by hand."""
+FALLS = 3.0
+"""Factor by which the gap must fall in a step near the optimum, or its products are no longer made in bfloat16. Chosen
 by hand."""
 AGREES = 0.8
 """Share of the decrease of the quadratic model above which a step needs no search. Chosen by hand."""
@@ -81,7 +87,8 @@ class RidgeNewton(Solver):
 
     def _set_up(self, start: Atoms) -> None:
         B = _matrix(start)
-        self._B, self._like, self._stage, self._slow = B.double(), start, 0.0, False
+        self._B, self._like, self._stage = B.double(), start, 0.0
+        self._slow, self._rough, self._before = self.problem.head.d <= FEW_CHANNELS, True, math.inf
         self._descent: FactoredDescent | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
@@ -116,7 +123,8 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return {**self._descent.state(), "iteration": torch.tensor(self._iteration)}, {}
         shared = {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}
-        return {**shared, "slow": torch.tensor(self._slow)}, {"outputs": self._f}
+        flags = {"slow": torch.tensor(self._slow), "rough": torch.tensor(self._rough)}
+        return {**shared, **flags, "before": torch.tensor(self._before, dtype=torch.float64)}, {"outputs": self._f}
 
     def _restore(self, shared: State, rows: State) -> None:
         if "iteration" in shared:
@@ -124,7 +132,8 @@ class RidgeNewton(Solver):
             self._descent = FactoredDescent.restored(self.problem, shared, self.beta)
             return
         self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
-        self._slow = bool(shared.get("slow", False))
+        self._slow, self._rough = bool(shared.get("slow", False)), bool(shared.get("rough", False))
+        self._before = float(shared.get("before", math.inf))
 
     def begin(self) -> None:
         """Choose the first β anew."""
@@ -144,6 +153,8 @@ class RidgeNewton(Solver):
         )
         if gap <= self.target * (1.0 if self.problem.dtype == torch.float32 else BEYOND):
             return Stop.CONVERGED
+        self._rough &= not self._before <= NEAR or gap <= self._before / FALLS
+        self._before = gap if self._stage == self.beta else math.inf
         self._stage = self._next_stage(at_f, data_term, square)
         objective = data_term + self._stage * square / 2
         g = at_f.clone()
@@ -236,7 +247,7 @@ class RidgeNewton(Solver):
             The gap that is asked for.
         """
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
-        near = gap <= NEAR
+        near, rough = gap <= NEAR, self._rough and passes.half_pays
         preconditioner = LinearCurvature(passes, self._moments, f, beta, in_doubt=near and self._slow)
         x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
         image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
@@ -247,14 +258,15 @@ class RidgeNewton(Solver):
         first, products = rz, 0
         for _ in range(PRODUCTS if near else FAR_PRODUCTS):
             products += 1
-            Hq = passes.curved(f, q, image)
+            Hq = passes.curved_roughly(f, q) if rough else passes.curved(f, q, image)
             Hq[:, :-1] += beta * q[:, :-1]
             curvature = float((q * Hq).sum())
             if not curvature > 0:
                 break
             a = rz / curvature
             x += a * q
-            Z += a * image
+            if not rough:
+                Z += a * image
             r = r - a * Hq
             z = preconditioner.solve(r)
             last, rz = rz, float((r * z).sum())
@@ -262,6 +274,8 @@ class RidgeNewton(Solver):
                 break
             q = z + (rz / last) * q
         self._slow |= products > MANY_PRODUCTS
+        if rough:
+            Z = passes.outputs(x.to(dtype))
         if isinstance(self.problem.loss, CrossEntropy):  # softmax does not see a shift of all outputs: none is made
             shift = x[:, -1].mean()
             x[:, -1] -= shift
