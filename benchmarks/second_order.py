@@ -32,7 +32,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import convexhead as ch
-from attentive import METRICS, TOL, Data, Found, Work, described, validation, with_differences
+from attentive import METRICS, RATIOS, SEARCH_TOL, TOL, Data, Found, Work, described, validation, with_differences
 from common import hardware, read_csv, write_csv
 from convexhead.baselines.attentive_probe import OPTIONS, train_probe
 from convexhead.baselines.probes import INVERSE_WEIGHTS
@@ -117,11 +117,11 @@ class MomentProbe(nn.Module):
 class SecondOrder(Work):
     """Pieces of this page; those of certified self-attention are `Work`'s."""
 
-    def constant_query(self, whiten: float, ratios: tuple[float, ...]) -> Piece:
+    def constant_query(self, whiten: float) -> Piece:
         """A path of second-order pooling with a nuclear norm."""
         data = {part: (with_constant_query(X), y) for part, (X, y) in self.data(whiten).items()}
         options = {"head": "self-attention", "pool": "cls", "random_state": 0}
-        return self.once(f"second-order-whiten{whiten:g}", lambda: self._path(data, whiten, ratios, {}, options))
+        return self.once(f"second-order-whiten{whiten:g}", lambda: self._path(data, whiten, RATIOS, 1, options))
 
     def linear(self, name: str, whiten: float, standardised: bool) -> Piece:
         """A path of the linear head on features of one image each."""
@@ -134,24 +134,25 @@ class SecondOrder(Work):
             options = {"head": "linear", "fit_intercept": True, "random_state": 0}
             unit = 1 / (len(data["train"][1]) * ch.beta_max(*data["train"], **options))
             ratios = tuple(unit / C for C in INVERSE_WEIGHTS[::2])
-            return self._path(data, whiten, ratios, {"standardised": standardised}, options)
+            path = self._path(data, whiten, ratios, None, options)
+            path.record["standardised"] = standardised
+            return path
 
         return self.once(f"{name}-whiten{whiten:g}-{'standardised' if standardised else 'plain'}", make)
 
     def _path(
-        self, data: Data, whiten: float, ratios: tuple[float, ...], about: dict[str, Any], options: dict[str, Any]
+        self, data: Data, whiten: float, ratios: tuple[float, ...], patience: int | None, options: dict[str, Any]
     ) -> Piece:
-        """The whole path, each fit certified, and its best head on the test images."""
+        """A path as those of `Work`, and its best head on the test images."""
         rows = ch.regularization_path(
-            *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=ratios, tol=TOL,
-            **options,
+            *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=ratios,
+            patience=patience, search_tol=SEARCH_TOL, tol=TOL, **options,
         )  # fmt: skip
         row = best(rows)
         model = row["model"]
         right = model.predict(data["test"][0]) == data["test"][1]
         record = {
             "whiten": whiten,
-            **about,
             "features": data["train"][0].shape[-1],
             "beta_ratio": row["beta_ratio"],
             "edge": row["beta_ratio"] in (min(ratios), max(ratios)),
@@ -181,7 +182,7 @@ class SecondOrder(Work):
 
 def families(work: SecondOrder) -> dict[str, Callable[[], Found]]:
     """What there is to run: the row of each."""
-    metrics, ratios = work.options.metrics, SCALES[work.options.scale].path.beta_ratios
+    metrics = work.options.metrics
 
     def best_of(name: str, fits: list[Piece]) -> Found:
         return name, [max(fits, key=validation)], fits
@@ -199,7 +200,7 @@ def families(work: SecondOrder) -> dict[str, Callable[[], Found]]:
 
     return {
         "self-attention": attention,
-        "second-order": lambda: best_of("second-order", [work.constant_query(a, ratios) for a in metrics]),
+        "second-order": lambda: best_of("second-order", [work.constant_query(a) for a in metrics]),
         **{name: lambda name=name: linear(name) for name in FEATURES},  # type: ignore[misc]
         "moment-probe": moment_probe,
     }

@@ -65,7 +65,7 @@ def test_a_file_is_audited_with_two_numbers(store, probe, tmp_path, capsys):
     assert alone["certificate"] == found["proven"]
     assert call("audit", tmp_path / "probe.npz", store) == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "above the optimum: objective" in words
+    assert "above the optimum: of the objective" in words
     assert "proven from these weights alone: objective" in words
     assert "not converged" not in words
     assert call("audit", tmp_path / "probe.npz", store, "--no-reference") == 0

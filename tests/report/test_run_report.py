@@ -575,6 +575,6 @@ def test_a_head_by_adam_is_told_its_distance_from_the_optimum_of_its_problem():
     ]
     distances_in_words(runs)
     assert runs[0]["distance"] == (
-        "Its objective lies 2.0% to 2.1% above the optimum, by the certified optimum of convex."
+        "Of its objective, 2.0% to 2.1% lies above the optimum, by the certified optimum of convex."
     )
     assert runs[1]["distance"] is runs[2]["distance"] is None

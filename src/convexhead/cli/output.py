@@ -87,7 +87,7 @@ def audit_lines(audit: Audit, whose: str) -> list[str]:
         far = f"at most {most}" if least == "0%" else most if least == most else f"{least} to {most}"
         mark = "[green]at the optimum[/]" if certificate.converged else "[yellow]above the optimum[/]"
         lines.append(
-            f"{mark}: objective {certificate.primal:.6g} lies {far} above it; the certified optimum {whose} is "
+            f"{mark}: of the objective {certificate.primal:.6g}, {far} lies above it; the certified optimum {whose} is "
             f"{audit.reference.primal:.6g}, the lower bound {certificate.dual:.6g}"
         )
     if audit.proven is not None:

@@ -173,9 +173,10 @@ def distances_in_words(runs: list[dict[str, Any]]) -> None:
             best = min(solved, key=lambda other: other["certificate"]["primal"])
             dual = max(other["certificate"]["dual"] for other in (*solved, run))
             least, scale = max(own - best["certificate"]["primal"], 0.0), abs(own) or 1.0
+            shares = dict.fromkeys((relative(least / scale), relative((own - dual) / scale)))
             run["distance"] = (
-                f"Its objective lies {relative(least / scale)} to {relative((own - dual) / scale)} above the "
-                f"optimum, by the certified optimum of {best['name']}."
+                f"Of its objective, {' to '.join(shares)} lies above the optimum, by the certified optimum of "
+                f"{best['name']}."
             )
 
 
