@@ -65,6 +65,8 @@ class Samples:
         ``‖X_i‖_F`` once they have been asked for, in any precision.
     moments : dict of Tensor (d + 1, d + 1), and of its diagonal (d + 1,) under True
         Second moments of pooled tokens once a solver has made them, in any precision.
+    compact : dict of Samples
+        The same samples in other precisions, where they are small beside their tokens.
     budget : Budget
         Shared with the same samples in other precisions, and with whoever keeps what is mixed from them.
     """
@@ -95,7 +97,7 @@ class Samples:
         self._fill(self.data, dtype, self.batch_size(self._workspace), pack=True)
         self.norms: list[Tensor] = []
         self.moments: dict[bool, Tensor] = {}
-        self._compact: dict[torch.dtype, Samples] = {}
+        self.compact: dict[torch.dtype, Samples] = {}
 
     def __len__(self) -> int:
         return self.n
@@ -218,14 +220,14 @@ class Samples:
 
         What is small beside its tokens is kept whether ``reuse`` or not, and is made once for each precision.
         """
-        if dtype in self._compact:
-            return self._compact[dtype]
+        if dtype in self.compact:
+            return self.compact[dtype]
         other, first = self._copy(), self.X[:1].to(self.device)
         other.dtype = other.product_dtype = dtype
         packed = None if self.masks is None else self.masks[:1]
         other.like = self.activation.prepare(first.to(dtype), reuse=reuse, masks=packed)
         if sum(value.nbytes for value in other.like.values()) <= COMPACT * token_bytes(self.X):
-            self._compact[dtype], reuse = other, True
+            self.compact[dtype], reuse = other, True
         other.kept, other.data = self._room(other.like, first, reuse)
         self.budget.lend(other.bytes, other)
         # Masks do not depend on the precision: only tokens are prepared anew.
@@ -256,7 +258,7 @@ class Samples:
     def _copy(self) -> Samples:
         """A copy that holds none of the same samples in other precisions, so that nothing refers to itself."""
         other = copy(self)
-        other._compact = {}
+        other.compact = {}
         return other
 
 
