@@ -132,10 +132,13 @@ class DualPoint:
         self.R = g / problem.n
         self._q = None if losses.weights is None else q  # else n R says it
         a = problem.operator.samples.mix_bounds
-        size, pairing, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), (g * losses.Y).abs().sum(), q.abs().amax()
+        size, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), torch.stack(q.aminmax()).abs().max()
+        pairing = torch.stack([(g[rows] * losses.Y[rows]).abs().sum() for rows in problem.rows]).sum()
         size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
         self.size = size * (1 + 1e-9)
-        most, largest, far = problem.ranks.largest(float(a.max()), float(spread), float(f.abs().max()))
+        most, largest, far = problem.ranks.largest(
+            float(a.max()), float(spread), float(torch.stack(f.aminmax()).abs().max())
+        )
         self._most = most
         tiny = torch.finfo(torch.float64).tiny
         self.raised = chain(problem) * (UNIT * self.size + tiny) + most * left
@@ -158,16 +161,19 @@ class DualPoint:
 
     def _without_sum(self, q: Tensor) -> tuple[Tensor, Float[Tensor, " c"]]:
         """A point near ``q`` whose sum is 0 but for rounding, and that sum."""
-        problem, excess = self.problem, self._sum(q)
+        problem, excess, out = self.problem, self._sum(q), torch.empty_like(q)
         for _ in range(2):  # once more for what the first time was rounded
-            q = problem.loss.without_sum(q, problem.Y, excess, self._targets, self._total)
-            excess = self._sum(q)
+            for rows in problem.rows:
+                out[rows] = problem.loss.without_sum(q[rows], problem.Y[rows], excess, self._targets, self._total)
+            q, excess = out, self._sum(out)
         return q, excess
 
     def _left_of(self, q: Tensor, excess: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
         """A bound on ``|Σ_i ω_i q_ik|``, computed as ``excess``, in exact arithmetic, after rows have been made to sum
         to 0 where they must."""
-        problem, size = self.problem, self._sum(q.abs())
+        problem, losses = self.problem, self.problem.losses
+        sizes = torch.stack([losses.at(rows).summed(q[rows].abs()) for rows in problem.rows])
+        (size,) = problem.sum(sizes.sum(0) * (1 + 1e-9))
         levels = pairwise_additions(problem.n * problem.head.r) + 4 + problem.ranks.size
         rows = (summing(problem.c) + 16) * size.sum() * (size > 0)
         return excess.abs() + UNIT * (levels * size + rows)
