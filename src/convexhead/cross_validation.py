@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import check_scoring, get_scorer_names, log_loss, make_scorer
-from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from convexhead._version import __version__
 from convexhead.errors import InputError, warn
 from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import Task, pose, ranks_of
+from convexhead.folds import Rows, splits_of
 from convexhead.model import Model
 from convexhead.padding import Padded
 from convexhead.path import EDGES, C_times_beta, grid_edge
@@ -51,7 +51,6 @@ TIE = 1e-12
 units in the last place of float64, for sums over folds."""
 
 Scorer = Callable[..., Any]
-Rows = NDArray[np.int64]
 
 
 @dataclass
@@ -200,47 +199,6 @@ def _beyond(found: Choice, largest: float) -> list[float]:
 
 
 # -- the folds ---------------------------------------------------------------------------------------------------------
-def splits_of(cv: Any, X: Any, y: Any, groups: Any, *, classifier: bool) -> list[tuple[Rows, Rows]]:
-    """The samples to train on and those to score on, of each fold; rising, so that stores are read in their order.
-
-    Raises
-    ------
-    InputError
-        No splits, or samples that are none, or that are in both parts.
-    """
-    with inputs.told_plainly():
-        listed = isinstance(cv, Iterable) and not isinstance(cv, str) and not hasattr(cv, "split")
-        tokens = X.tokens if isinstance(X, Padded) else X
-        splits = list(cv) if listed else list(check_cv(cv, y, classifier=classifier).split(tokens, y, groups))
-    if not splits:
-        raise InputError("cv gives no split: pass a number of folds, a splitter, or pairs (train, test) of indices")
-    found = []
-    for i, split in enumerate(splits):
-        try:
-            train, test = split
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                "cv must give pairs (train, test) of indices; pass one split as [(train, test)]"
-            ) from error
-        rows = _rows(train, len(y), f"train part of split {i + 1}"), _rows(test, len(y), f"test part of split {i + 1}")
-        if both := np.intersect1d(*rows).tolist():
-            raise InputError(
-                f"split {i + 1} of cv has samples in both parts, such as {both[0]}: scores would be of them"
-            )
-        found.append(rows)
-    return found
-
-
-def _rows(index: Any, n: int, what: str) -> Rows:
-    with inputs.told_plainly():
-        rows = np.asarray(index)
-    if rows.dtype == bool and rows.shape == (n,):
-        rows = np.flatnonzero(rows)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu" or not len(rows) or rows.min() < 0 or rows.max() >= n:
-        raise InputError(f"the {what} of cv must be indices of samples below {n}, at least one")
-    return np.sort(rows).astype(np.int64)
-
-
 def some(X: Any, rows: Rows) -> Any:
     """Some samples of what ``fit`` takes as X; those of a store or a memory map stay on disk."""
     if isinstance(X, Padded):

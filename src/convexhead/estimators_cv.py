@@ -108,8 +108,8 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
     beta_ratios : int, list of float, or None
         The grid of ``β/β_max``, or how many values from 0.5 to 0.002, at equal ratios; None: 12.
     cv : int, splitter, or iterable of (train, test)
-        The folds, as in all of scikit-learn: an int is that many, stratified by the labels and not shuffled. One split
-        that is given is enough.
+        The folds, as in all of scikit-learn: an int is that many, stratified by the labels and not shuffled, with
+        ``groups`` those of ``StratifiedGroupKFold``. One split that is given is enough.
     scoring : str, callable or None
         Any scorer of scikit-learn; None: accuracy, and for several labels the mean average precision. Where
         probabilities matter take ``"neg_log_loss"``.
@@ -226,7 +226,8 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         X, y, sample_weight, mask
             As for `ConvexHeadClassifier.fit`; weights count in fits and in scores.
         groups : array (n,) or None
-            For splitters that keep groups together.
+            Numbers or names of groups of samples that belong together, such as the images of a patient. No fold has a
+            group in both parts; a splitter that would is refused.
         callback : callable (Progress) or None
             Called as the solver goes, in every fit.
         checkpoint : path or None
@@ -260,7 +261,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
 class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
     """A `ConvexHeadRegressor` that chooses β by cross-validation: see `ConvexHeadClassifierCV`.
 
-    Its folds are those of ``KFold``, and ``scoring=None`` is R². Scores of a fold with one sample need another scoring.
+    Its folds are those of ``KFold``, with ``groups`` of ``GroupKFold``, and ``scoring=None`` is R². Scores of a fold with one sample need another scoring.
     """
 
     def __init__(

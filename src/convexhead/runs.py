@@ -29,7 +29,7 @@ from convexhead.evaluation import scores_of
 from convexhead.interrupts import Answer, interrupts
 from convexhead.path import DEFAULT_RATIOS, Row, best, grid_edge, regularization_path
 from convexhead.persistence import check_target, load
-from convexhead.run_images import open_split, parts, train_of
+from convexhead.run_images import grouped, open_split, parts, train_of
 from convexhead.run_saving import save_run
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.runtime.content import content_hash
@@ -48,6 +48,7 @@ def fit(
     whiten: float = 0.0,
     loss: str | None = None,
     cv: int | None = None,
+    groups: str | Path | None = None,
     checkpoint_minutes: float | None = None,
     overwrite: bool = False,
     log: str | Path | None = None,
@@ -76,6 +77,8 @@ def fit(
     cv : int or None
         Choose β by cross-validation with that many folds, and train on all images at that β. Until the head is
         certified, finished fits of the folds are kept in ``OUT.folds`` (by a single process), and used again.
+    groups : path or None
+        With ``cv``, a table of images that folds keep together, see `read_groups`.
     checkpoint_minutes : float or None
         Minutes between two checkpoints in ``OUT.checkpoint``. The same call goes on from the last one, which is deleted
         when the head is certified.
@@ -106,6 +109,7 @@ def fit(
     if cv is not None:
         check_cross_validated(parameters, saved)
         saved = {"checkpoint": folder} if ranks.size == 1 else {}
+    saved |= grouped(train, groups, cv)
     clf = estimator_for(parameters, cv)
     # A first Ctrl-C ends the solver, and never the writing of what it found.
     with interrupts.answer(Answer.FINISH):
@@ -115,7 +119,8 @@ def fit(
                 clf.fit(train, callback=solver_callback(notify, "training", tracker), **saved)
         if ranks.rank == 0:
             notify("saving")
-            save_run(clf, out, store, command, selection=None if cv is None else {"folds": cv})
+            chosen = None if cv is None else {"folds": cv, "grouped": groups is not None}
+            save_run(clf, out, store, command, selection=chosen)
             if clf.certificate_.converged:
                 checkpoints.remove(folder)
                 RunFolder(folder).remove()
@@ -165,6 +170,7 @@ def path(
     overwrite: bool = False,
     beta_ratios: Sequence[float] = DEFAULT_RATIOS,
     validation: float | None = None,
+    groups: str | Path | None = None,
     loss: str | None = None,
     refit: bool = False,
     checkpoint_minutes: float | None = None,
@@ -189,6 +195,8 @@ def path(
     validation : float or None
         Share of the training images that are held out to choose β by. None: the store's val split chooses it, or where
         there is none a fifth of the training images.
+    groups : path or None
+        As for `fit`. ``validation`` is then a share of the groups.
     refit : bool
         Train the head that is saved on all training images, the held-out ones too, at the chosen β/β_max.
     checkpoint_minutes : float or None
@@ -209,7 +217,7 @@ def path(
     notify("reading tokens", 0, len(ratios))
     train = train_of(store, whiten, ranks)
     parameters |= {"distributed": ranks.size > 1}
-    kept, held = parts(store, train, validation, random_state)
+    kept, held = parts(store, train, validation, random_state, groups)
     if refit and held.split != "train":
         raise InputError("the val split chooses β, and all training images are trained on: leave refit out, or give "
                          "validation=0.2 to hold out training images")  # fmt: skip

@@ -19,6 +19,7 @@ from convexhead.cli.options import (
     Device,
     FitIntercept,
     Gates,
+    Groups,
     Head,
     Json,
     KeyDim,
@@ -85,6 +86,7 @@ def fit(
     beta_ratio: BetaRatio = 0.05,
     beta: Beta = None,
     cv: Folds = None,
+    groups: Groups = None,
     pool: Pool = "mean",
     whiten: Whiten = 0.0,
     tol: Tol = 1e-3,
@@ -119,9 +121,9 @@ def fit(
     with shown_progress(as_json) as notify, gaps_are_shown():
         clf = runs.fit(
             store, out, head=head, activation=activation, loss=loss, beta=beta, beta_ratio=beta_ratio, cv=cv,
-            pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks, outputs=outputs,
-            n_queries=n_queries, query_scale=query_scale, query_position=query_position, key_dim=key_dim,
-            query_norm=query_norm, fit_intercept=fit_intercept, class_weight=class_weight,
+            groups=groups, pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates, n_blocks=n_blocks,
+            outputs=outputs, n_queries=n_queries, query_scale=query_scale, query_position=query_position,
+            key_dim=key_dim, query_norm=query_norm, fit_intercept=fit_intercept, class_weight=class_weight,
             label_smoothing=label_smoothing, pos_weight=pos_weight, solver=solver, max_heads=max_heads,
             max_time=max_time, max_memory=None if max_memory is None else 1e9 * max_memory, random_state=seed,
             device=device, checkpoint_minutes=checkpoint, overwrite=overwrite, log=log, notify=notify,
@@ -143,11 +145,10 @@ def fit(
         f"{clf.n_heads_} heads, β = {clf.beta_:.4g} (β_max {clf.beta_max_:.4g}), {result['seconds']:.1f} s, "
         f"saved in [bold]{escape(str(out))}[/]"
     )
-    chosen = []
+    chosen = [] if cv is None else [_choice(clf, cv)]
     if cv is not None:
         result |= {"beta_ratio": clf.beta_ratio_, "beta_ratios": clf.beta_ratios_.tolist()}
         result |= {"scores": clf.scores_.tolist()} | ({"C": clf.C_} if hasattr(clf, "C_") else {})
-        chosen = [_choice(clf, cv)]
     emit(result, as_json, *chosen, certificate_line(certificate), summary)
     if interrupts.received is not None:
         if certificate.converged:
@@ -167,6 +168,7 @@ def path(
     loss: Loss = None,
     beta_ratios: BetaRatios = "0.5,0.25,0.12,0.06,0.03,0.015",
     validation: Validation = None,
+    groups: Groups = None,
     refit: Refit = False,
     pool: Pool = "mean",
     whiten: Whiten = 0.0,
@@ -199,8 +201,8 @@ def path(
 
     with shown_progress(as_json) as notify, gaps_are_shown():
         found = runs.path(
-            store, out, beta_ratios=ratios(beta_ratios), validation=validation, refit=refit, head=head,
-            activation=activation, loss=loss, pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates,
+            store, out, beta_ratios=ratios(beta_ratios), validation=validation, groups=groups, refit=refit,
+            head=head, activation=activation, loss=loss, pool=pool_of(pool), whiten=whiten, tol=tol, n_gates=n_gates,
             n_blocks=n_blocks, outputs=outputs, n_queries=n_queries, query_scale=query_scale,
             query_position=query_position, key_dim=key_dim, query_norm=query_norm,
             fit_intercept=fit_intercept, class_weight=class_weight, label_smoothing=label_smoothing,

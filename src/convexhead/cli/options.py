@@ -23,6 +23,13 @@ Log = Annotated[
     str | None,
     Option(help="Where rows of the training go: FILE.csv, FILE.jsonl, tensorboard:FOLDER or wandb:PROJECT."),
 ]
+Groups = Annotated[
+    Path | None,
+    Option(
+        help="Table (.csv or .parquet) with the columns image and group. Images of a group, such as frames of a drive, "
+        "are all trained on or all held out."
+    ),
+]
 Device = Annotated[str, Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
 
 # -- a head ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from convexhead.cli.extract import Backbone, Channels, ClassNames, CropPct, Redu
 from convexhead.cli.options import (
     ClassChannels,
     Device,
+    Groups,
     Json,
     KeyDim,
     Layer,
@@ -99,6 +100,7 @@ def probe(
     shots: Shots = "",
     fractions: Fractions = "",
     draws: Draws = 3,
+    groups: Groups = None,
     seed: Seed = 0,
     device: Device = "auto",
     leaderboard: Leaderboard = None,
@@ -121,7 +123,7 @@ def probe(
             query_norm=query_norm,
             shots=counts(shots, "--shots") if shots else (),
             fractions=ratios(fractions, "--fractions") if fractions else (),
-            draws=draws, seed=seed, device=device, leaderboard=leaderboard, log=log, notify=notify,
+            draws=draws, groups=groups, seed=seed, device=device, leaderboard=leaderboard, log=log, notify=notify,
             command=typed_command(),
         )  # fmt: skip
     page = Path(results["page"]).resolve()

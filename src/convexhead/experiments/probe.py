@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from convexhead.errors import InputError, choose, require
 from convexhead.experiments import leaderboard as board
 from convexhead.experiments.probe_data import Budget, ProbeData, budgets_of, is_store, open_data
@@ -50,6 +52,7 @@ def probe(
     shots: Sequence[int] = (),
     fractions: Sequence[float] = (),
     draws: int = 3,
+    groups: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     leaderboard: str | Path | None = None,
@@ -81,6 +84,9 @@ def probe(
         train images chose.
     draws : int
         How many random choices of each of these.
+    groups : path or None
+        Table of images that belong together, see `read_groups`. Folds, held-out images and smaller budgets keep groups
+        together.
     leaderboard : path or None
         File to append a JSON line a row to.
     log : str, path or None
@@ -107,7 +113,9 @@ def probe(
     out = Path(out)
     folder = _folder(out)
     with tracking(log) as track:
-        data = open_data(images, out, budgets, seed=seed, device=device, notify=notify, options=extraction)
+        data = open_data(
+            images, out, budgets, seed=seed, device=device, notify=notify, groups=groups, options=extraction
+        )
         told = _Told(notify, track, command)
         return _run(Fits(data, settings, folder, device), chosen, budgets, draws, leaderboard, told)
 
@@ -224,6 +232,8 @@ def _dataset(data: ProbeData) -> dict[str, Any]:
         "test": len(data.test),
         "test_is": data.test_is,
         "classes": len(data.store.class_names),
+        "groups": None if data.groups is None else len(np.unique(data.groups)),
+        "grouping": data.grouping,
         "tokens": s,
         "channels": d,
         "backbone": backbone_of(data.store),

@@ -83,7 +83,10 @@ class Baselines:
         return neighbours_mean(k).fit(X, y).predict(X_test), None
 
     def _score(self, said: Array, classes: Array | None, y: Array) -> float:
-        return self.data.task.score(said, y if classes is None else np.searchsorted(classes, y))
+        if classes is None:
+            return self.data.task.score(said, y)
+        place = {label: k for k, label in enumerate(classes.tolist())}
+        return self.data.task.score(said, np.array([place.get(label, -1) for label in y.tolist()]))  # −1: never right
 
     # -- the attentive probe ----------------------------------------------------------------------------------------
     def _attentive(self, view: SplitView, option: list[float] | None, name: str) -> Piece:

@@ -14,12 +14,16 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from convexhead.errors import InputError
 from convexhead.experiments.probe_tasks import CLASSES, LABELS, MASKS, NUMBERS, TASKS, Task
 from convexhead.experiments.splits import CHUNK, hold_out
+from convexhead.folds import check_groups, grouped_folds, hold_out_groups
+from convexhead.group_table import check_tested_apart, read_groups
 from convexhead.reading import KNOWN
+from convexhead.runtime.content import content_hash
 from convexhead.runtime.progress import Notify
 from convexhead.tokens.extract import extract
 from convexhead.tokens.fit_reduction import fit_reduction
 from convexhead.tokens.progress import told_to
 from convexhead.tokens.sources.base import ImageSource, MaskSource
+from convexhead.tokens.sources.label_table import read_table
 from convexhead.tokens.sources.open import open_source
 from convexhead.tokens.store.manifest import MANIFEST
 from convexhead.tokens.store.store import TokenStore
@@ -61,8 +65,10 @@ class Budget:
     def is_all(self) -> bool:
         return self.shots is None and self.fraction is None
 
-    def rows(self, labels: Rows | None, images: int, seed: int) -> Rows:
+    def rows(self, labels: Rows | None, images: int, seed: int, groups: Rows | None = None) -> Rows:
         """Rows of the chosen images. A smaller choice of the same draw is part of a larger one.
+
+        Where there are groups, images are taken group by group, in a random order that is the same for all classes.
 
         Parameters
         ----------
@@ -70,13 +76,17 @@ class Budget:
             Of images with one class each; None: a share is of all images.
         images : int
             ``n``.
+        groups : int array (n,) or None
+            See `convexhead.folds.check_groups`.
         """
         if self.is_all:
             return np.arange(images)
         rng, chosen = np.random.default_rng([seed, self.draw]), []
-        groups = [np.arange(images)] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
-        for group in groups:
-            rows = rng.permutation(group)
+        place = np.zeros(images) if groups is None else rng.permutation(groups.max() + 1)[groups]
+        classes = [np.arange(images)] if labels is None else [np.flatnonzero(labels == c) for c in np.unique(labels)]
+        for each in classes:
+            rows = rng.permutation(each)
+            rows = rows[np.argsort(place[rows], kind="stable")]
             count = self.shots if self.fraction is None else max(1, round(self.fraction * len(rows)))
             chosen.append(rows[:count])
         return np.sort(np.concatenate(chosen))
@@ -112,6 +122,8 @@ class ProbeData:
         What the test images are, in words.
     images : MaskSource or None
         Where the images are, if they have masks.
+    groups : int array (n,) or None
+        Of the train images, if some belong together.
     task : Task
     labels : int array (n,) or None
         Of the train images, if they have one class each.
@@ -122,6 +134,7 @@ class ProbeData:
     test: SplitView
     test_is: str
     images: ImageSource | None = None
+    groups: Rows | None = None
     task: Task = field(init=False)
     labels: Rows | None = field(init=False)
 
@@ -144,6 +157,11 @@ class ProbeData:
         if self.task.name == MASKS and view is self.train and (y.max((0, 1)) > 0).sum() < 2:
             raise InputError(f"{what} whose pixels have one class: a probe needs two classes or more")
 
+    @property
+    def grouping(self) -> str | None:
+        """A hash of the groups; None where there are none."""
+        return None if self.groups is None else content_hash(self.groups)[:16]
+
     def vectors(self, view: SplitView) -> NDArray[Any]:
         """The mean token of each image, ``(n, d)``, without the constant channel."""
         means = np.concatenate([view[i : i + CHUNK].mean(1) for i in range(0, len(view), CHUNK)])
@@ -153,7 +171,7 @@ class ProbeData:
         """Folds of the train images: stratified and shuffled, fewer where the smallest class has fewer images.
 
         Of images without one class each they are shuffled alone. Of masks they are blocks in the order of the images,
-        which often are frames of one drive after another.
+        which often are frames of one drive after another. Groups are kept together, see `grouped_folds`.
 
         Raises
         ------
@@ -163,6 +181,8 @@ class ProbeData:
         if cv < 2:
             raise InputError(f"cv must be at least 2 folds, got {cv}")
         n = len(self.train)
+        if self.groups is not None:
+            return grouped_folds(cv, self.labels, self.groups)
         if self.labels is None:
             if n < cv:
                 raise InputError(f"cv={cv} folds need {cv} train images, and there are {n}: give more images")
@@ -192,6 +212,7 @@ def open_data(
     seed: int,
     device: str,
     notify: Notify,
+    groups: str | Path | None,
     options: dict[str, Any],
 ) -> ProbeData:
     """The store ``images``, or one of these images in ``out / "tokens"``; that is made, gone on with, or used again.
@@ -202,6 +223,8 @@ def open_data(
         ``options`` of an extraction for tokens that are there already, or images that cannot be used.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if groups is not None:
+        read_table(Path(groups).expanduser())  # a file that is none is told before any work
     if is_store(images):
         if given:
             raise InputError(
@@ -216,7 +239,7 @@ def open_data(
         source = open_source(images, **masked)
         check_budgets(budgets, "masks" if isinstance(source, MaskSource) else getattr(source, "task", "classes"))
         store = extract(source, out=out / "tokens", device=device, progress=told_to(notify), **given)
-    data = _split(store, seed, source if isinstance(source, MaskSource) else None)
+    data = _split(store, seed, source if isinstance(source, MaskSource) else None, groups)
     check_budgets(budgets, data.task.name)
     return data
 
@@ -246,18 +269,26 @@ def check_budgets(budgets: Sequence[Budget], known: str) -> None:
         )
 
 
-def _split(store: TokenStore, seed: int, images: ImageSource | None) -> ProbeData:
+def _split(store: TokenStore, seed: int, images: ImageSource | None, table: str | Path | None) -> ProbeData:
     if "train" not in store.splits:
         raise InputError(f"{store.path} has no train split, only {', '.join(store.splits)}")
+    train = store["train"]
+    groups = None if table is None else check_groups(read_groups(table, train), len(train))
     for split, told in (("test", "the test split"), ("val", "the val split, since there is no test split")):
         if split in store.splits:
-            return ProbeData(store, store["train"], store[split], told, images)
-    view = store["train"]
-    kept, held, told = _hold_out(store, view, seed)
+            if table is not None:
+                check_tested_apart(table, train, store[split])
+            return ProbeData(store, train, store[split], told, images, groups)
+    if groups is None:
+        kept, held, told = _hold_out(store, train, seed)
+    else:
+        rows, others = hold_out_groups(_labels(train), groups, HELD_OUT, seed)
+        kept, held, groups = train.subset(rows), train.subset(others), groups[rows]
+        told = f"{100 * HELD_OUT:g}% of the groups, held out with seed {seed}"
     # The store's reduction has seen the images that are held out here.
     reduction = fit_reduction(kept.unreduced().tokens_there(), **store.reduction.options)
     told = f"{told}, since there is no test split"
-    return ProbeData(store, kept.reduced(reduction), held.reduced(reduction), told, images)
+    return ProbeData(store, kept.reduced(reduction), held.reduced(reduction), told, images, groups)
 
 
 def _hold_out(store: TokenStore, view: SplitView, seed: int) -> tuple[SplitView, SplitView, str]:

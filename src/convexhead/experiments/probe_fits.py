@@ -127,7 +127,7 @@ class Fits:
 
     def fit(self, method: str, budget: Budget, of_all: Fit | None, told: Told) -> Fit:
         """Train ``method``; ``of_all`` is its fit on all images, from which a smaller budget takes what was chosen."""
-        rows = budget.rows(self.data.labels, len(self.data.train), self.settings.seed)
+        rows = budget.rows(self.data.labels, len(self.data.train), self.settings.seed, self.data.groups)
         view = self.data.train if budget.is_all else self.data.train.subset(rows)
         chosen = None if of_all is None else of_all.piece.record["chosen"]
         metrics = self.settings.whiten if of_all is None else (of_all.piece.record.get("whiten", 0.0),)
@@ -135,6 +135,8 @@ class Fits:
             **asdict(self.settings), "method": method, "train": view.identity, "chosen": chosen,
             "whiten": () if method in BASELINES else metrics,
         }  # fmt: skip
+        if self.data.grouping is not None:
+            facts["groups"] = self.data.grouping
         if method != "attentive":
             del facts["queries"]
         slug = budget.title.replace(" ", "-").replace("%", "-percent")

@@ -85,6 +85,7 @@ def terminal_tables(results: Results) -> list[Table]:
             f"{results['title']}: {data['name']}, {data['train']} train and {data['test']} test images",
             " ".join([
                 f"Tested on {data['test_is']}. p: {layout.test}. Gap: certified. Time: with the choice of β.",
+                *([f"{data['groups']} groups of train images are kept together."] if data.get("groups") else []),
                 *left_out(results),
             ]),
             [layout.columns[i].short or "" for i in narrow],

@@ -125,7 +125,8 @@ def _trained_on(model: Any, about: dict[str, Any]) -> str | None:
         return f"{n} of the {origin.images} images of the split {origin.split!r}; the other {others} {chose}"
     every = f"all {origin.images} images of the split {origin.split!r}"
     if selection.get("folds"):
-        return f"{every}; β was chosen on them by cross-validation with {selection['folds']} folds"
+        kept = ", which keep groups together" if selection.get("grouped") else ""
+        return f"{every}; β was chosen on them by cross-validation with {selection['folds']} folds{kept}"
     if selection.get("split") == "val":
         return f"{every}; the {selection['held_out']} images of the split 'val' chose β"
     if selection.get("refit"):
