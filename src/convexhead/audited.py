@@ -112,7 +112,9 @@ class Audited:
             y = padded_like(mask, y, spec.ignore_index if classified else 0.0)
         inputs.check_lengths(tokens, len(inputs.plain(y, "y")))
         if classified:
-            targets = read_classes(as_labels(y, spec), spec, self.head.s, sample_weight, self.classes, mask)
+            targets = read_classes(
+                as_labels(y, spec, sample_weight), spec, self.head.s, sample_weight, self.classes, mask
+            )
             present = targets.Y.shape[2]
             if targets.Y.dtype == torch.bool and self.head.r == 1:  # the training saw all of them
                 present = int(targets.Y.flatten(0, 1).any(0).sum())

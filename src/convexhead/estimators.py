@@ -329,7 +329,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         if not is_multilabel(self._fitted().spec):
             return self.score(X, y, sample_weight)
         y, sample_weight = self._to_compare(X, y, sample_weight)
-        p, y = self.predict_proba(X), true_labels(y, self.model_.spec, self.classes_)
+        p, y = self.predict_proba(X), true_labels(y, self.model_.spec, self.classes_, sample_weight)
         r = 1 if self.model_.spec.pool is not None else y.shape[1]
         w = as_weights(sample_weight, len(y), r, y.shape[-1], pooled=self.model_.spec.pool is not None)
         w = np.broadcast_to(w, (len(y), r, y.shape[-1])).reshape(-1, y.shape[-1])

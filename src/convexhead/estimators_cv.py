@@ -249,7 +249,7 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
         spec = self.to_spec()
         X = as_padded(inputs.resolve_store(X), mask)
         y, sample_weight = supervision(X, y, sample_weight, spec)
-        y = as_labels(_of_tokens(X, y, self.pool, self.ignore_index), spec)
+        y = as_labels(_of_tokens(X, y, self.pool, self.ignore_index), spec, sample_weight)
         return self._choose(ConvexHeadClassifier(), X, y, sample_weight, groups, callback, checkpoint)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
@@ -261,7 +261,8 @@ class ConvexHeadClassifierCV(_ChoosesBeta, ConvexHeadClassifier):
 class ConvexHeadRegressorCV(_ChoosesBeta, ConvexHeadRegressor):
     """A `ConvexHeadRegressor` that chooses β by cross-validation: see `ConvexHeadClassifierCV`.
 
-    Its folds are those of ``KFold``, with ``groups`` of ``GroupKFold``, and ``scoring=None`` is R². Scores of a fold with one sample need another scoring.
+    Its folds are those of ``KFold``, with ``groups`` of ``GroupKFold``, and ``scoring=None`` is R². Scores of a fold
+    with one sample need another scoring.
     """
 
     def __init__(

@@ -162,6 +162,8 @@ def as_padded(X: Any, mask: Any = None) -> Any:
     """`Padded` where samples of arrays have different numbers of tokens; anything else, stores too, unchanged."""
     if isinstance(X, Padded):
         return X
+    if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
+        X = list(X)
     if mask is None:
         return Padded.of_list(X) if is_ragged(X) else X
     if inputs.is_store(inputs.resolve_store(X)) or is_ragged(X):

@@ -111,7 +111,8 @@ def read_labelled(X: Any, y: Any, spec: Spec, sample_weight: Any = None, classes
         Tokens, labels or weights that cannot be used, or that do not fit together; a single class.
     """
     tokens, mask = tokens_of(X)
-    y = as_labels(padded_like(mask, y, spec.ignore_index) if every_token(spec) else y, spec)
+    counted = mask if sample_weight is None and every_token(spec) else sample_weight
+    y = as_labels(padded_like(mask, y, spec.ignore_index) if every_token(spec) else y, spec, counted)
     inputs.check_lengths(tokens, len(y))
     targets = read_classes(y, spec, tokens.shape[1], sample_weight, classes, mask)
     data = _data(spec, X, tokens, targets, y if targets.kept is None else y[targets.kept])

@@ -31,7 +31,7 @@ def accuracy(y: Any, predicted: Array, spec: Spec, classes: Array, sample_weight
     classes : array (c,)
         Names of the columns of probabilities.
     """
-    y = true_labels(y, spec, classes)
+    y = true_labels(y, spec, classes, sample_weight)
     if y.shape != predicted.shape:
         raise InputError(f"y has the shape {y.shape}, predictions are {predicted.shape}")
     several, r = is_multilabel(spec), y.shape[1] if every_token(spec) else 1

@@ -28,8 +28,9 @@ from convexhead.program.losses import BinaryCrossEntropy, with_positive_weights
 from convexhead.spec import Spec
 
 Array = NDArray[Any]
-ROW_SUM = 1e-6
-"""How far the sum of a row of probabilities may be from 1; such rows are divided by it. Chosen by hand: float32."""
+ROW_SUM = 1e-5
+"""How far the sum of a row of probabilities may be from 1, and a probability from [0, 1]; such rows are divided by it.
+Chosen by hand: float32. Of half precision it is the spacing of its numbers at 1."""
 
 
 @dataclass(eq=False)
@@ -131,9 +132,9 @@ def read_classes(
     return _finished(_smoothed(Y, spec.label_smoothing), w, named, spec.pos_weight)
 
 
-def true_labels(y: Any, spec: Spec, classes: Array) -> Array:
+def true_labels(y: Any, spec: Spec, classes: Array, weights: Any = None) -> Array:
     """What predictions are compared with: labels, or of rows of probabilities the likeliest class; indicators."""
-    y = as_labels(y, spec)
+    y = as_labels(y, spec, weights)
     if is_multilabel(spec):
         return y >= 0.5
     return classes[y.argmax(-1)] if y.ndim == (3 if every_token(spec) else 2) else y
@@ -150,13 +151,14 @@ def _forms(spec: Spec, s: int) -> str:
     return "labels (n,) or probabilities (n, c)"
 
 
-def as_labels(y: Any, spec: Spec | None = None) -> Array:
-    """``y`` as an array whose missing values and mixed types have been refused.
+def as_labels(y: Any, spec: Spec | None = None, weights: Any = None) -> Array:
+    """``y`` as an array whose missing values and mixed types have been refused, but where ``weights`` are 0.
 
     A column ``(n, 1)`` is labels of samples, as scikit-learn has it, unless ``spec`` asks for those of tokens.
     """
     with inputs.told_plainly():
-        y = np.asarray(inputs.plain(y, "y"))
+        y = _array_of(inputs.plain(y, "y"))
+        y = _without_gaps(y, weights)
         if y.ndim == 2 and y.shape[1] == 1 and not (spec and every_token(spec)):
             y = column_or_1d(y, warn=True)
         if y.dtype == object and len({type(label) for label in y.ravel().tolist()}) > 1:
@@ -165,6 +167,41 @@ def as_labels(y: Any, spec: Spec | None = None) -> Array:
         if y.ndim == 1 and not _plainly_labels(y):
             check_classification_targets(y)
     return y
+
+
+def _array_of(y: Any) -> Array:
+    """An array; of Python's own numbers in a column of objects one of numbers.
+
+    Raises
+    ------
+    InputError
+        Samples with lists of labels.
+    """
+    rows = (
+        [each for each in y if isinstance(each, (list, tuple, set, frozenset))] if isinstance(y, (list, tuple)) else []
+    )
+    if any(isinstance(row, (set, frozenset)) for row in rows) or len({len(row) for row in rows}) > 1:
+        raise InputError(
+            "y holds lists of labels: pass ones and zeros (n, c), as sklearn.preprocessing.MultiLabelBinarizer makes "
+            "them, with loss='binary-cross-entropy'"
+        )
+    y = np.asarray(y)
+    plain = y.dtype == object and all(isinstance(label, (bool, int, float, np.generic)) for label in y.ravel().tolist())
+    return np.array(y.tolist()) if plain and len({type(label) for label in y.ravel().tolist()}) == 1 else y
+
+
+def _without_gaps(y: Array, weights: Any) -> Array:
+    """``y`` with a label that counts in place of missing ones whose weight is 0."""
+    if weights is None or np.isscalar(weights):
+        return y
+    w = np.asarray(inputs.plain(weights, "sample_weight"))
+    if w.dtype.kind not in "biuf" or w.shape != y.shape[: w.ndim] or (w > 0).all() or not (w > 0).any():
+        return y
+    if y.dtype != object and (y.dtype.kind != "f" or np.isfinite(y).all()):
+        return y
+    y = y.copy()
+    y[w == 0] = y[w > 0][0]
+    return _array_of(y)
 
 
 def _plainly_labels(y: Array) -> bool:
@@ -183,10 +220,13 @@ def _one_hot(rows: Array, counted: NDArray[np.bool_], classes: Array | None) -> 
     if rows.dtype.kind == "f" and not np.array_equal(rows[counted], np.floor(rows[counted])):
         raise InputError("labels must be whole numbers or names; for float targets use ConvexHeadRegressor")
     present = np.unique(rows[counted])
+    if not len(present):
+        raise InputError("no label counts: each is to be ignored, or has the weight 0")
     if classes is None:
         if len(present) < 2:
-            only = f" ({present.tolist()[0]!r})" if len(present) else ""
-            raise InputError(f"only one class is present{only}: a classifier needs at least two classes")
+            raise InputError(
+                f"only one class is present ({present.tolist()[0]!r}): a classifier needs at least two classes"
+            )
         classes = present
     place = {label: i for i, label in enumerate(classes.tolist())}
     if foreign := [label for label in present.tolist() if label not in place]:
@@ -225,18 +265,20 @@ def _probabilities(rows: Array, spec: Spec, w: Array) -> Tensor:
     """Rows of probabilities as float64, those of weight 0 alike; checked."""
     with inputs.told_plainly():
         Y = np.where(w > 0, rows.astype(np.float64), 0.0)
-    if (Y < 0).any() or (Y > 1).any():
+    slack = max(ROW_SUM, float(np.finfo(rows.dtype).eps) if rows.dtype.kind == "f" else 0.0)
+    if (Y.clip(-slack, 1 + slack) != Y).any():
         hint = "labels of several columns are no targets here" if spec.loss == "cross-entropy" else "0, 1 or between"
         raise InputError(f"y has values outside [0, 1]: {hint}")
+    total = Y.sum(2, keepdims=True)
+    Y = Y.clip(0, 1)
     if not is_multilabel(spec):
-        total = Y.sum(2, keepdims=True)
         whole = np.broadcast_to(w, (*Y.shape[:2], 1)) > 0
-        if (np.abs(total - 1) > ROW_SUM)[whole].any():
+        if (np.abs(total - 1) > slack)[whole].any():
             raise InputError(
                 "rows of y do not sum to 1, so they are no probabilities of classes: where a sample has several "
                 "labels, or none, use loss='binary-cross-entropy'"
             )
-        first = np.eye(1, Y.shape[2])
+        total, first = Y.sum(2, keepdims=True), np.eye(1, Y.shape[2])
         Y = np.where(whole, np.where(total == 1, Y, Y / np.where(whole, total, 1)), first)
     return torch.from_numpy(Y)
 
@@ -281,7 +323,10 @@ def as_weights(weights: Any, n: int, r: int, c: int | None, *, pooled: bool) -> 
     if np.isscalar(weights):
         weights = np.full(n, weights)
     with inputs.told_plainly():
-        w = np.asarray(inputs.plain(weights, "sample_weight"), dtype=np.float64)
+        try:
+            w = np.asarray(inputs.plain(weights, "sample_weight"), dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"sample_weight must be an array of numbers: {error}") from error
     shapes: dict[tuple[int, ...], tuple[int, int, int]] = {(n,): (n, 1, 1)}
     if not pooled:
         shapes[n, r] = (n, r, 1)

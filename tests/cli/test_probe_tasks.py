@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, log_loss, mean_absolute_error, r2_score, roc_auc_score
 from sklearn.model_selection import KFold
-from sklearn.neighbors import KNeighborsRegressor
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 import convexhead as ch
 from convexhead.dense import pixel_scores
@@ -214,3 +214,79 @@ def test_images_that_are_all_alike_are_refused(tmp_path, capsys):
         out = tmp_path / said[:3]
         assert call("probe", root, "--backbone", "patches:4", "--out", out) == 1
         assert said in capsys.readouterr().err
+
+
+# -- images at their own aspect ratio ----------------------------------------------------------------------------------
+def write_shapes(root, masks):
+    """Noise of three shapes whose class, or mask, is how bright it is."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 18), ("test", 9)):
+        for i in range(count):
+            width, height = ((16, 16), (16, 8), (8, 16))[i % 3]
+            bright = 0 if masks else (i // 3) % 2
+            pixels = rng.integers(0, 150, (height, width, 3)) + 60 * bright
+            folder = root / split / ("images" if masks else ("dark", "light")[bright])
+            folder.mkdir(parents=True, exist_ok=True)
+            if masks:
+                mask = np.zeros((height, width), np.uint8)
+                mask[:, width // 2 :] = 1
+                pixels[mask > 0] += 40
+                (root / split / "labels").mkdir(exist_ok=True)
+                Image.fromarray(mask).save(root / split / "labels" / f"{i:02d}.png")
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
+    return root
+
+
+OWN_SHAPE = ("--backbone", "patches:4", "--keep-aspect", "--image-size", 16, "--beta-ratios", "0.3", "--tol", 1e-2)
+
+
+@pytest.mark.slow
+def test_masks_of_images_of_any_shape(tmp_path):
+    images, out = write_shapes(tmp_path / "images", masks=True), tmp_path / "out"
+    heads = ("--heads", "linear,self-attention,mlp-mixer,mlp,attentive")
+    assert call("probe", images, *OWN_SHAPE, *heads, "--out", out) == 0
+    results = results_of(out)
+    assert [row["method"] for row in results["rows"]] == ["linear", "self-attention", "mlp"]
+    assert set(results["left_out"]) == {"mlp-mixer", "attentive", "k-nn", "attentive-probe"}
+    assert "mixes tokens by their position" in results["left_out"]["mlp-mixer"]
+    assert "one output an image" in results["left_out"]["attentive"]
+    test = ch.TokenStore.open(out / "tokens")["test"]
+    assert set(test.lengths) == {8, 16}
+    for row in results["rows"]:
+        scores = pixel_scores(ch.load(out / row["run"]), test, images)
+        assert row["mean_iou"] == pytest.approx(scores.mean_iou)
+        assert row["mean_iou"] > 0.5
+
+
+@pytest.mark.slow
+def test_classes_of_images_of_any_shape(tmp_path):
+    images, out = write_shapes(tmp_path / "images", masks=False), tmp_path / "out"
+    heads = ("--heads", "linear,mlp-mixer,attentive", "--n-queries", 4)
+    assert call("probe", images, *OWN_SHAPE, *heads, "--out", out) == 0
+    left_out = results_of(out)["left_out"]
+    assert set(left_out) == {"mlp-mixer", "attentive", "attentive-probe"}
+    assert "--no-query-position" in left_out["attentive"]
+    assert call("probe", images, *OWN_SHAPE, *heads, "--no-query-position", "--out", out) == 0
+    assert set(results_of(out)["left_out"]) == {"mlp-mixer", "attentive-probe"}
+    assert "up to 16" in (out / "index.html").read_text()
+    store = ch.TokenStore.open(out / "tokens")
+    vectors = [
+        np.stack([view[i][:s, :-1].mean(0) for i, s in enumerate(view.lengths)])
+        for view in (store["train"], store["test"])
+    ]
+    row = row_of(out, "k-nn")
+    near = KNeighborsClassifier(row["chosen"], metric="cosine", weights="distance")
+    right = near.fit(vectors[0], store["train"].labels).predict(vectors[1]) == store["test"].labels
+    assert row["top1"] == pytest.approx(right.mean())
+
+
+@pytest.mark.slow
+def test_masks_on_one_grid_take_heads_that_mix(tmp_path):
+    images, out = write(tmp_path / "images", "masks", (("train", 12), ("test", 6))), tmp_path / "out"
+    options = (*OPTIONS[:2], "--beta-ratios", "0.3", "--tol", 1e-2, "--void", 9)
+    assert call("probe", images, *options, "--heads", "self-attention,mlp-mixer", "--out", out) == 0
+    test = ch.TokenStore.open(out / "tokens")["test"]
+    for head in ("linear", "self-attention", "mlp-mixer"):
+        row = row_of(out, head)
+        assert row["converged"]
+        assert row["mean_iou"] == pytest.approx(pixel_scores(ch.load(out / row["run"]), test, images).mean_iou)

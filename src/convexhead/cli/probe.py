@@ -9,7 +9,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from convexhead.cli.entry import AGAIN, command
-from convexhead.cli.extract import Backbone, Channels, ClassNames, CropPct, Reduction, Void, class_list
+from convexhead.cli.extract import Backbone, Channels, ClassNames, CropPct, KeepAspect, Reduction, Void, class_list
 from convexhead.cli.options import (
     ClassChannels,
     Device,
@@ -81,6 +81,7 @@ def probe(
     class_channels: ClassChannels = None,
     image_size: Sides = None,
     crop_pct: CropPct = None,
+    keep_aspect: KeepAspect = None,
     token_pool: TokenPool = None,
     channels: Channels = None,
     reduce: Reduction = None,
@@ -114,13 +115,11 @@ def probe(
     with shown_progress(as_json) as notify:
         results = probing.probe(
             images, out, backbone=backbone, layer=layers(layer), class_channels=class_channels,
-            image_size=sides(image_size), crop_pct=crop_pct, token_pool=token_pool, void=void,
-            class_names=class_list(class_names),
-            channels=channels, reduce=None if reduce is None else reduce.value, heads=names(heads),
-            baselines=names(baselines), cv=cv, beta_ratios=ratios(beta_ratios), tol=tol,
-            whiten=ratios(whiten, "--whiten"),
-            n_queries=n_queries, query_scale=query_scale, query_position=query_position, key_dim=key_dim,
-            query_norm=query_norm,
+            image_size=sides(image_size), crop_pct=crop_pct, keep_aspect=keep_aspect, token_pool=token_pool,
+            void=void, class_names=class_list(class_names), channels=channels,
+            reduce=None if reduce is None else reduce.value, heads=names(heads), baselines=names(baselines), cv=cv,
+            beta_ratios=ratios(beta_ratios), tol=tol, whiten=ratios(whiten, "--whiten"), n_queries=n_queries,
+            query_scale=query_scale, query_position=query_position, key_dim=key_dim, query_norm=query_norm,
             shots=counts(shots, "--shots") if shots else (),
             fractions=ratios(fractions, "--fractions") if fractions else (),
             draws=draws, groups=groups, seed=seed, device=device, leaderboard=leaderboard, log=log, notify=notify,

@@ -16,7 +16,7 @@ from convexhead.experiments.probe_data import Budget, ProbeData, budgets_of, is_
 from convexhead.experiments.probe_fits import RATIOS, Fit, Fits, ProbeSettings
 from convexhead.experiments.probe_outcomes import OUTCOMES
 from convexhead.experiments.probe_rows import row_of
-from convexhead.experiments.probe_tasks import BASELINES
+from convexhead.experiments.probe_tasks import BASELINES, lacking
 from convexhead.experiments.query_settings import QuerySettings
 from convexhead.experiments.results import write_csv
 from convexhead.experiments.splits import backbone_of
@@ -159,7 +159,8 @@ def _folder(out: Path) -> RunFolder:
 
 
 def _results(fits: Fits, chosen: Sequence[str], budgets: Sequence[Budget], told: _Told) -> Results:
-    data, lacks = fits.data, fits.data.task.lacks
+    data = fits.data
+    lacks = lacking(data.task, data.train.lengths is not None, fits.settings.queries.query_position)
     rows = _rows(fits, [method for method in chosen if method not in lacks], budgets, told)
     return {
         "title": f"Probe of {backbone_of(data.store)}",
@@ -235,6 +236,7 @@ def _dataset(data: ProbeData) -> dict[str, Any]:
         "groups": None if data.groups is None else len(np.unique(data.groups)),
         "grouping": data.grouping,
         "tokens": s,
+        "tokens_differ": data.train.lengths is not None,
         "channels": d,
         "backbone": backbone_of(data.store),
         "weights": manifest.config["weights"],

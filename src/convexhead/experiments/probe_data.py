@@ -163,8 +163,10 @@ class ProbeData:
         return None if self.groups is None else content_hash(self.groups)[:16]
 
     def vectors(self, view: SplitView) -> NDArray[Any]:
-        """The mean token of each image, ``(n, d)``, without the constant channel."""
-        means = np.concatenate([view[i : i + CHUNK].mean(1) for i in range(0, len(view), CHUNK)])
+        """The mean of the tokens that each image has, ``(n, d)``, without the constant channel."""
+        lengths = np.full(len(view), view.shape[1]) if view.lengths is None else view.lengths
+        sums = np.concatenate([view[i : i + CHUNK].sum(1) for i in range(0, len(view), CHUNK)])
+        means = sums / lengths[:, None].astype(sums.dtype)
         return means[:, :-1] if view.reduction is not None and view.reduction.constant else means
 
     def folds(self, cv: int, seed: int) -> list[tuple[Rows, Rows]]:
@@ -319,9 +321,4 @@ def _hold_out(store: TokenStore, view: SplitView, seed: int) -> tuple[SplitView,
 
 
 def _labels(view: SplitView) -> Rows | None:
-    if view.lengths is not None:
-        raise InputError(
-            "the samples have different numbers of tokens, which not all methods of a probe take: use fit, path and "
-            "evaluate on this store"
-        )
     return np.asarray(view.labels) if view.task == CLASSES else None

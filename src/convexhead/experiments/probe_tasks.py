@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from convexhead.dense import token_iou
 from convexhead.metrics import average_precision, mean_of_known
+from convexhead.program.heads import HEADS
 
 Array = NDArray[Any]
 BASELINES = ("k-nn", "attentive-probe")
@@ -81,6 +82,8 @@ def _token_iou(clf: Any, view: Any, y: Array, sample_weight: Array) -> float:
 
 
 ONE_OUTPUT = "has one output an image, and masks need one for every token"
+BY_POSITION = "mixes tokens by their position, and these images have different numbers of tokens"
+EQUAL = "is trained on images of one number of tokens"
 TASKS = {
     task.name: task
     for task in (
@@ -93,6 +96,26 @@ TASKS = {
     )
 }  # fmt: skip
 """The tasks by their names."""
+
+
+def lacking(task: Task, ragged: bool, query_position: bool) -> dict[str, str]:
+    """Methods that cannot do the task, with a sentence each.
+
+    Parameters
+    ----------
+    task : Task
+    ragged : bool
+        Images have different numbers of tokens.
+    query_position : bool
+        Whether sampled queries depend on the place.
+    """
+    found = dict(task.lacks)
+    if ragged:
+        found |= {name: BY_POSITION for name, head in HEADS.items() if not head.any_length and name != "attentive"}
+        found |= {"attentive-probe": EQUAL}
+        if query_position:
+            found |= {"attentive": f"{BY_POSITION}: --no-query-position reads what tokens are alone"}
+    return found | task.lacks
 
 
 def positions(y: Array) -> tuple[Tensor, int, Array | None]:

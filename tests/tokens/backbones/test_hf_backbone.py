@@ -229,3 +229,66 @@ def test_a_whole_clip_in_a_folder(tmp_path: Path, photos: Path) -> None:
     library().CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE).save_pretrained(tmp_path / "clip")
     store = extract(photos, f"hf:{tmp_path / 'clip'}", tmp_path / "out", standardize=False)
     assert (store.grid, store.manifest.n_prefix, store.manifest.shape) == ((4, 4), 1, (16, 32))
+
+
+# -- images at their own aspect ratio ----------------------------------------------------------------------------------
+def shaped(folder: Path) -> Path:
+    """A folder of photographs of three shapes."""
+    rng = np.random.default_rng(1)
+    for i, (width, height) in enumerate([(64, 64), (90, 40), (40, 90)]):
+        (folder / "a").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(folder / "a" / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "patch", "longest", "n_prefix"), [("vit", 8, 64, 1), ("dinov2", 14, 56, 5)])
+@pytest.mark.parametrize("layer", [None, 1])
+def test_images_keep_their_aspect_ratio(
+    tmp_path: Path, kind: str, patch: int, longest: int, n_prefix: int, layer: int | None
+) -> None:
+    model, photos = save(tmp_path / "model", kind), shaped(tmp_path / "photos")
+    spec, options = f"hf:{tmp_path / 'model'}", {"image_size": longest, "keep_aspect": True}
+    store = extract(photos, spec, tmp_path / "store", layer=layer, dtype="float32", standardize=False, **options)
+    view = store["train"]
+    backbone = open_backbone(spec, layer=layer, **options)
+    mean, std = (torch.tensor(backbone.preprocessing[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    resample = Image.Resampling(backbone.preprocessing["resample"])
+    for i, name in enumerate(view.files):
+        with Image.open(photos / name) as image:
+            h, w = (max(1, round(side * longest / max(image.size) / patch)) for side in image.size[::-1])
+            pixels = np.array(image.convert("RGB").resize((w * patch, h * patch), resample))
+        assert tuple(view.grids[i]) == (h, w)
+        x = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
+        with torch.no_grad():
+            asked = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
+            output = model(pixel_values=x[None], output_hidden_states=True, **asked)
+        expected = (output.last_hidden_state if layer is None else output.hidden_states[layer + 1])[0].numpy()
+        np.testing.assert_allclose(view[i][: h * w], expected[n_prefix:], atol=1e-4)
+        np.testing.assert_allclose(view.prefix(i, i + 1)[0], expected[:n_prefix], atol=1e-4)
+        assert not view[i][h * w :].any()
+    again = extract(photos, None, tmp_path / "again", like=store.path)
+    np.testing.assert_array_equal(again.read(), store.read())
+
+
+def test_networks_and_processors_that_do_not_keep_it_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "convnext", "convnext")
+    save(tmp_path / "vit", "vit")
+    model = library().Swinv2Model(library().Swinv2Config(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1],
+                                                         num_heads=[1, 2], window_size=4))  # fmt: skip
+    model.save_pretrained(tmp_path / "swin")
+    library().ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "swin")
+    for kind, size, message in (
+        ("convnext", 64, r"gives \d+x\d+ tokens .* leave keep_aspect out"),
+        ("swin", 64, "leave keep_aspect out|gives no tokens for images"),
+        ("vit", 60, "use 56 or 64"),
+        ("vit", (64, 32), "one number"),
+        ("vit", None, "keep_aspect needs image_size"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_backbone(f"hf:{tmp_path / kind}", image_size=size, keep_aspect=True)
+    processor = json.loads((tmp_path / "vit" / "preprocessor_config.json").read_text())
+    odd = {**processor, "size": {"longest_edge": 32}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(odd))
+    with pytest.raises(InputError, match="image processor"):
+        open_backbone(f"hf:{tmp_path / 'vit'}", image_size=64, keep_aspect=True)

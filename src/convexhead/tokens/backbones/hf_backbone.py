@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convexhead.errors import FileFormatError, HubError, InputError, require
+from convexhead.tokens.backbones.aspect import longest_side
 from convexhead.tokens.backbones.base import ImageSize, TokenBatch, hash_state
-from convexhead.tokens.backbones.hf_preprocessing import Pixels, choose_pixels
+from convexhead.tokens.backbones.hf_preprocessing import Pixels, choose_pixels, kept_pixels
 from convexhead.tokens.backbones.hub import cached_file, check_reachable
 from convexhead.tokens.backbones.layout import NetworkBackbone
 from convexhead.tokens.backbones.timm_import import import_torchvision
@@ -39,6 +40,10 @@ class TransformersBackbone(NetworkBackbone):
             self.register_buffer(name, getattr(pixels, name), persistent=False)
         self.requires_grad_(False).train(False)
         self._try()
+        if (kept := pixels.kept) is not None:
+            self.most_tokens = (kept.longest // kept.patch) ** 2
+            for size in ((kept.longest, kept.longest), kept.size(2, 1), kept.size(1, 2)):
+                self(torch.zeros(1, 3, *size))
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return the image's bytes, or the floats of the image processor where that is used itself."""
@@ -46,7 +51,12 @@ class TransformersBackbone(NetworkBackbone):
 
     def forward(self, images: Tensor) -> TokenBatch:
         x = images if images.is_floating_point() else (images.float() - self.mean) / self.std
-        layout = self.layout(x)
+        layout, kept = self.layout(x), self._pixels.kept
+        if kept is not None and layout.grid != (grid := (x.shape[2] // kept.patch, x.shape[3] // kept.patch)):
+            raise InputError(
+                f"{self.spec!r} gives {layout.grid[0]}x{layout.grid[1]} tokens for images of {x.shape[2]}x{x.shape[3]} "
+                f"pixels, which have {grid[0]}x{grid[1]} patches: leave keep_aspect out"
+            )
         return layout.batch(self.features(x))
 
     def features(self, x: Tensor) -> Any:
@@ -142,8 +152,7 @@ def open_hf(
     spec = f"hf:{name}"
     if crop_pct is not None:
         raise InputError(f"{spec!r} crops as its image processor says: omit crop_pct")
-    if keep_aspect:
-        raise InputError(f"{spec!r} is sized as its image processor says: leave keep_aspect out, or use timm:NAME")
+    longest = longest_side(spec, image_size, crop_pct) if keep_aspect else None
     if isinstance(image_size, tuple):
         raise InputError(f"{spec!r} takes squares: give one number as image_size")
     local = Path(name).expanduser()
@@ -161,5 +170,11 @@ def open_hf(
         reason = " ".join(str(error).split())[:300]
         kind = FileFormatError if local.is_dir() else HubError
         raise kind(f"cannot load {spec!r} as a vision model: {reason}") from error
-    native = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
-    return TransformersBackbone(spec, model, layer, choose_pixels(spec, processor, image_size, native))
+    vision = getattr(model.config, "vision_config", model.config)
+    if longest is None:
+        pixels = choose_pixels(spec, processor, image_size, getattr(vision, "image_size", None))
+    elif isinstance(patch := getattr(vision, "patch_size", None), int):
+        pixels = kept_pixels(spec, processor, longest, patch)
+    else:
+        raise InputError(f"transformers does not say how many pixels a token of {spec!r} is: leave keep_aspect out")
+    return TransformersBackbone(spec, model, layer, pixels)

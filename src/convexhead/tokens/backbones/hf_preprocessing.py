@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from convexhead.errors import InputError
+from convexhead.tokens.backbones.aspect import KeptAspect
 
 AGREE = 0.05
 """Greatest difference of normalised pixels: two byte levels, as between two libraries' interpolations, are 0.04."""
@@ -37,6 +38,8 @@ class Pixels(NamedTuple):
         Everything on which the pixels depend, as plain JSON values.
     size
         ``(h, w)`` of a prepared square image.
+    kept
+        How images keep their aspect ratio, or None.
     """
 
     prepare: Callable[[Image.Image], Tensor]
@@ -44,6 +47,7 @@ class Pixels(NamedTuple):
     std: Tensor
     settings: dict[str, Any]
     size: tuple[int, int]
+    kept: KeptAspect | None = None
 
 
 def choose_pixels(spec: str, processor: Any, image_size: int | None, native: Any) -> Pixels:
@@ -59,14 +63,7 @@ def choose_pixels(spec: str, processor: Any, image_size: int | None, native: Any
     """
     config = processor.to_dict()
     images = [test_image(w, h) for w, h in TEST_SIZES]
-    expected = [_processed(spec, processor, image, {}) for image in images]
-    try:
-        settings = read_preprocessing(spec, config, None)
-        agree = all(_agree(settings, *pair) for pair in zip(images, expected, strict=True))
-        settings = read_preprocessing(spec, config, image_size)
-    except (InputError, KeyError, TypeError, ValueError):  # settings that ours do not have
-        agree = False
-    if agree:
+    if (settings := _agreed(spec, processor, images, image_size)) is not None:
         return pixels_of_settings(settings, native)
 
     options = _scaled(spec, config, image_size) if image_size is not None else {}
@@ -82,6 +79,40 @@ def choose_pixels(spec: str, processor: Any, image_size: int | None, native: Any
     one = torch.ones(3, 1, 1)
     size = (prepared.shape[1], prepared.shape[2])
     return Pixels(lambda image: _processed(spec, processor, image, options), 0 * one, one, settings, size)
+
+
+def kept_pixels(spec: str, processor: Any, longest: int, patch: int) -> Pixels:
+    """Return preprocessing that keeps the aspect ratio of images, and resamples and normalises as the processor does.
+
+    Raises
+    ------
+    InputError
+        The processor does something else too, or ``longest`` is no whole number of patches.
+    """
+    settings = _agreed(spec, processor, [test_image(w, h) for w, h in TEST_SIZES], None)
+    if settings is None:
+        raise InputError(
+            f"the image processor of {spec!r} does more than resize, crop and normalise: leave keep_aspect out"
+        )
+    resample = Image.Resampling(settings["resample"])
+    kept = KeptAspect(longest, patch, resample.name.lower()).check(spec)
+    mean, std = _on_bytes(settings)
+    settings = {name: settings[name] for name in ("resample", "mean", "std", "scale")}
+    return Pixels(
+        kept.prepare, mean, std, {**settings, "image_size": longest, "keep_aspect": True}, (longest, longest), kept
+    )
+
+
+def _agreed(spec: str, processor: Any, images: list[Image.Image], image_size: int | None) -> dict[str, Any] | None:
+    """Return our own settings for ``image_size`` where those of no size agree with the processor on test images."""
+    config = processor.to_dict()
+    expected = [_processed(spec, processor, image, {}) for image in images]
+    try:
+        settings = read_preprocessing(spec, config, None)
+        agree = all(_agree(settings, *pair) for pair in zip(images, expected, strict=True))
+        return read_preprocessing(spec, config, image_size) if agree else None
+    except (InputError, KeyError, TypeError, ValueError):  # settings that ours do not have
+        return None
 
 
 def pixels_of_settings(settings: dict[str, Any], native: Any) -> Pixels:
