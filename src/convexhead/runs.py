@@ -62,10 +62,8 @@ def fit(
 
     Parameters
     ----------
-    store : path
-        Folder of a token store.
-    out : path
-        Folder of the run.
+    store, out : path
+        Folders of a token store, and of the run.
     overwrite : bool
         Replace a run that is there. Where a checkpoint is gone on from, it is replaced all the same.
     whiten : float
@@ -84,10 +82,8 @@ def fit(
         when the head is certified.
     log : str, path or None
         Where rows of the solver go: a file or a service, see `convexhead.runtime.trackers`.
-    notify : callable
-        Told of progress, see `convexhead.runtime.progress`.
-    command : sequence of str
-        What a report says was typed to have this run.
+    notify, command : callable, sequence of str
+        Told of progress, see `convexhead.runtime.progress`; what a report says was typed to have this run.
     **parameters
         Of `ConvexHeadClassifier` or `ConvexHeadRegressor`.
 
@@ -186,10 +182,8 @@ def path(
 
     Parameters
     ----------
-    store : path
-        Folder of a token store.
-    out : path or None
-        Folder of the run that the chosen head is saved as; None: nothing is saved.
+    store, out : path
+        Folders of a token store, and of the run that the chosen head is saved as; without ``out`` nothing is saved.
     beta_ratios : sequence of float
         The grid over ``β/β_max``.
     validation : float or None

@@ -79,18 +79,13 @@ def probe(
         See `ProbeSettings`; the device is for backbone and heads.
     n_queries, query_scale, query_position, key_dim, query_norm
         See `QuerySettings`.
-    shots, fractions : sequence of int, of float
+    shots, fractions, draws : sequence of int, sequence of float, int
         Label efficiency: train on so many images of each class too, or on such shares of each or of all, at what all
-        train images chose.
-    draws : int
-        How many random choices of each of these.
+        train images chose; ``draws`` random choices of each.
     groups : path or None
-        Table of images that belong together, see `read_groups`. Folds, held-out images and smaller budgets keep groups
-        together.
-    leaderboard : path or None
-        File to append a JSON line a row to.
-    log : str, path or None
-        Where a row of each fit goes (see `convexhead.runtime.trackers`), when it is finished.
+        Table of images that folds, held-out parts and smaller budgets keep together, see `read_groups`.
+    leaderboard, log : path, str or None
+        File to append a JSON line a row to; where a row of each fit goes (see `convexhead.runtime.trackers`).
     notify, command
         As for `compare_heads`.
     **extraction
