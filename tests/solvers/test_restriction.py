@@ -9,7 +9,7 @@ from convexhead.certificate.certify import certify_atoms
 from convexhead.program.activations import make_activation, sample_gates
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
-from convexhead.program.losses import CrossEntropy
+from convexhead.program.losses import CrossEntropy, Huber
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers import restriction
@@ -144,3 +144,17 @@ def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypa
     estimate = model.history_[-1]["gap"] / model.history_[-1]["objective"]
     assert given["dual_point"] is not None
     assert model.certificate_.relative_gap < 1.5 * estimate < given["own"]
+
+
+def test_features_that_are_all_0_leave_the_intercept_to_solve_for():
+    head, gate = make_head("mlp", 6, 4), -torch.ones(1, 4, dtype=torch.float64)
+    X = data()[0].abs()  # no token passes the gate
+    Y = torch.arange(80.0, dtype=torch.float64).view(80, 1, 1)
+    problem = Problem(Operator(X, head, make_activation("gated-relu", head, gate)), Y, Huber(0.01), fit_intercept=True)
+    start = problem.empty()
+    start.intercept.fill_(1e3)
+    method = Fista(problem, 1.0, start, Monitor())
+    method.advance(1e-8)
+    certificate = certify_atoms(problem, method.atoms(), 1.0, tol=1e-6, generator=torch.Generator())
+    assert certificate.converged
+    assert torch.isfinite(method.Z).all()

@@ -81,7 +81,7 @@ class Fista(Solver):
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
         self.omega = norm / math.sqrt(problem.n * problem.head.r) or 1.0
         self.b = start.intercept / self.omega
-        self.L = max(norm**2 / problem.n / 64, torch.finfo(torch.float64).tiny)
+        self.L = norm**2 / problem.n / 64 or 1.0  # of features that are all 0 any will do
         self.ranks: list[int] = []
 
     @classmethod
@@ -210,7 +210,7 @@ class Fista(Solver):
         """Singular values shrunk by ``threshold``."""
         tall = Z.shape[1] >= Z.shape[2]
         values, Q = torch.linalg.eigh(torch.bmm(Z.mT, Z) if tall else torch.bmm(Z, Z.mT))
-        shrink = 1 - threshold / values.clamp_min(threshold**2).sqrt()
+        shrink = 1 - threshold / values.clamp_min(0).sqrt().clamp_min(threshold)
         scaled = Q * shrink.unsqueeze(1)
         return torch.bmm(torch.bmm(Z, scaled), Q.mT) if tall else torch.bmm(scaled, torch.bmm(Q.mT, Z))
 
