@@ -258,7 +258,7 @@ def test_options_of_fit_are_those_of_the_estimator():
     elsewhere = {"grid", "gates", "queries", "distributed", "verbose", "loss", "ignore_index"}
     options = dict(inspect.signature(fit.fit).parameters)
     assert options.pop("seed").default == 0
-    for own in ("store", "out", "checkpoint", "cv", "whiten", "overwrite", "log", "loss", "as_json"):
+    for own in ("store", "out", "checkpoint", "cv", "groups", "whiten", "overwrite", "log", "loss", "as_json"):
         del options[own]
     assert {*options, "random_state"} == {*parameters} - elsewhere
     assert {name: o.default for name, o in options.items()} == {name: parameters[name].default for name in options}

@@ -34,8 +34,7 @@ class Linear(Head):
         return {"queries": self.pool_tokens(X)}
 
     def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
-        X = data["queries"].unsqueeze(2)
-        return X if len(U) == 1 and float(U) == 1.0 else X * U.view(-1, 1)  # as a rule it is 1: no copy is made
+        return data["queries"].unsqueeze(2) * U.view(-1, 1)
 
     def linear_mix_adjoint(self, data: Data, T: Tensor, group: Tensor) -> Tensor:
         return torch.einsum("brkd,brd->k", T, data["queries"])
