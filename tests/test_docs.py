@@ -258,3 +258,18 @@ def test_the_example_of_a_certificate_is_the_demo_s(page):
 def test_readme_fits_one_screen():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 60
+
+
+def test_readme_quotes_the_probe_that_was_measured():
+    with (ROOT / "benchmarks/results/probe_folder.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file) if row["budget"] == "all"}
+    page = (ROOT / "README.md").read_text()
+    quoted = re.findall(r"^\| ([a-z-]+) \| ([\d.]+)% \| ([\d.]+)–([\d.]+) \|.*\| (\S+) \| (\S+) \|$", page, re.M)
+    assert [name for name, *_ in quoted] == list(rows)
+    for name, *shares, gap, heads in quoted:
+        row = rows[name]
+        assert [float(share) for share in shares] == [
+            round(100 * float(row[key]), 1) for key in ("top1", "low", "high")
+        ]
+        assert heads == (row["heads"] or "–")
+        assert gap == (f"{100 * float(row['relative_gap']):.2g}%" if row["relative_gap"] else "–")
