@@ -221,6 +221,16 @@ def test_like_takes_classes_and_void(masks, tmp_path):
         extract(masks, None, tmp_path / "third", like=tmp_path / "store", class_names=["a", "b", "c"])
 
 
+@pytest.mark.parametrize("void", [0, 1, 9])
+def test_classes_that_are_numbers_leave_the_void_out_wherever_it_lies(masks, tmp_path, void):
+    first = extract(masks, "patches:4", tmp_path / "store", void=void)
+    assert first.class_names == [str(number) for number in (0, 1, 2, 9) if number != void]
+    given = open_source(masks).like(first.class_names, void)
+    assert given.class_names == first.class_names
+    mask = np.asarray(Image.open(masks / "val" / "labels" / "img1.png")).astype(int)
+    assert np.array_equal(given.mask("val", 1) == -1, mask == void)
+
+
 def test_stores_without_masks_have_none(photos, tmp_path):
     store = extract(photos, "patches:4", tmp_path / "store")
     assert not store["train"].has_masks

@@ -135,8 +135,9 @@ class MaskFolder:
     def like(self, class_names: list[str], void: int | None) -> MaskFolder:
         """The source with these classes, and this void where it has none of its own."""
         void = void if self.void is None else self.void
-        own = self._names is not None or [str(number) for number in self._numbers] == class_names
-        other = MaskFolder(self.root, void, self._names if own else class_names)
+        other = MaskFolder(self.root, void, self._names)
+        if self._names is None and other.class_names != class_names:
+            other = MaskFolder(self.root, void, class_names)
         if other.class_names != class_names:
             raise InputError(
                 f"{self.spec!r} has the classes {_few(other.class_names)}, `like` has {_few(class_names)}: give the "
