@@ -146,9 +146,11 @@ def test_a_certificate_does_not_suffer_from_dropping_what_is_negligible(monkeypa
     assert model.certificate_.relative_gap < 1.5 * estimate < given["own"]
 
 
-def test_features_that_are_all_0_leave_the_intercept_to_solve_for():
+@pytest.mark.parametrize("least", [0.0, 1e-165, 1e-153, 1e-140])
+def test_features_that_are_all_nearly_0_leave_the_intercept_to_solve_for(least):
     head, gate = make_head("mlp", 6, 4), -torch.ones(1, 4, dtype=torch.float64)
-    X = data()[0].abs()  # no token passes the gate
+    X = data()[0].abs()  # no token passes the gate, but for one
+    X[0, 0] = -least
     Y = torch.arange(80.0, dtype=torch.float64).view(80, 1, 1)
     problem = Problem(Operator(X, head, make_activation("gated-relu", head, gate)), Y, Huber(0.01), fit_intercept=True)
     start = problem.empty()

@@ -61,6 +61,9 @@ class Fista(Solver):
     """Relative decrease of the objective that means nothing in a precision of the features."""
     lengthening: ClassVar = {torch.float64: 1.05, torch.float32: 1.02}
     """Factor by which a step grows from one iteration to the next: where rounding blurs decreases, with care."""
+    negligible = 1e-100
+    """Norm of features below which they are taken for 1 a row where steps and the intercept are scaled: the square of
+    it, and one over that, must stay numbers."""
     roughest = 1e-2
     """Mean loss above which a rough value is good enough to estimate a gap. Chosen by hand: far more than rounding."""
     trials = 60
@@ -79,9 +82,10 @@ class Fista(Solver):
         square = torch.tensor(self.dense.norm() ** 2, dtype=torch.float64)
         norm = math.sqrt(float(problem.sum(square)[0]))  # about, or above, that of all processes' features
         # The intercept is scaled so that a unit of it moves the outputs about as much as a unit of Z does.
-        self.omega = norm / math.sqrt(problem.n * problem.head.r) or 1.0
+        norm = norm if norm > self.negligible else math.sqrt(problem.n * problem.head.r)
+        self.omega = norm / math.sqrt(problem.n * problem.head.r)
         self.b = start.intercept / self.omega
-        self.L = norm**2 / problem.n / 64 or 1.0  # of features that are all 0 any will do
+        self.L = norm**2 / problem.n / 64
         self.ranks: list[int] = []
 
     @classmethod
