@@ -3,6 +3,10 @@
 import os
 import tempfile
 
+# Before torch is loaded: several workers with two threads each wait for each other several times as long as they work
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 import annotations

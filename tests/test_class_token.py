@@ -103,6 +103,7 @@ def test_commands_agree(work, tmp_path, capsys, command):
     assert primal == pytest.approx(run.certificate_.primal, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_page_shows_the_patches_where_they_lie(work, tmp_path):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")

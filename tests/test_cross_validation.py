@@ -30,6 +30,7 @@ RATIOS = [0.6, 0.3, 0.1, 0.02]
 TIGHT = 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "activation"), [("mlp", "linear"), ("self-attention", "linear"), ("mlp", "gated-relu")]
 )
@@ -202,6 +203,7 @@ def test_a_class_that_a_fold_does_not_train_on():
     assert (ch.ConvexHeadClassifierCV("linear", **settings).fit(X, NAMES).scores_ == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the best β")
 @pytest.mark.parametrize("make", [ch.ConvexHeadClassifierCV, ch.ConvexHeadRegressorCV])
 def test_weights_are_repetitions_in_fits_and_scores(make):
@@ -243,6 +245,7 @@ def test_whatever_fit_takes(kind, tmp_path):
     assert clf.n_features_in_ == 3
 
 
+@pytest.mark.slow
 def test_a_store_is_read_in_parts(tmp_path, monkeypatch):
     pytest.importorskip("PIL")
     from convexhead.tokens import SplitView, extract
@@ -404,6 +407,7 @@ def solved(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_stopped_choice_goes_on_to_the_same_scores(solved, tmp_path, stop):
     """The grid goes on to smaller β here; the stop lies in the first fold, in the third one, and behind the grid."""
@@ -432,6 +436,7 @@ def test_a_stopped_choice_goes_on_to_the_same_scores(solved, tmp_path, stop):
     assert not solved
 
 
+@pytest.mark.slow
 def test_kept_fits_are_of_the_same_choice_alone(solved, tmp_path):
     clf = ch.ConvexHeadClassifierCV("linear", beta_ratios=[0.4, 0.2], cv=2, random_state=0, refit=False)
     kept = tmp_path / "kept"

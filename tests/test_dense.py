@@ -170,6 +170,7 @@ def test_what_masks_are_not_made_of(store, masks, run, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_the_page_shows_pixels(store, masks, run, tmp_path):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")

@@ -40,6 +40,7 @@ def relu_problem(n=12, c=1):
 
 
 # -- solvers by name --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["mlp", "fno", "block-fno"])
 def test_every_solver_of_a_problem_finds_its_optimum(name, dtype):

@@ -34,6 +34,7 @@ def apart(splits, groups=GROUPS):
 
 
 # -- folds -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_number_of_folds_keeps_groups_together_as_scikit_learn_does():
     stratified = list(StratifiedGroupKFold(4).split(X, Y, DRIVES))
     clf = ch.ConvexHeadClassifierCV("mlp", cv=4, **SETTINGS)

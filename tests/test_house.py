@@ -77,6 +77,7 @@ def circles() -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_import_circles():
     assert circles() == []
 
@@ -102,6 +103,7 @@ def solver_classes() -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", FILES)
 def test_nobody_asks_which_solver_it_is(module):
     solvers = solver_classes()

@@ -102,6 +102,7 @@ def test_an_estimate_is_never_called_a_proof(flat, monkeypatch):
     assert "not proven" in str(certificate)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_and_other_seeds_agree(flat):
     again = ch.ConvexHeadClassifier(**SETTINGS, key_dim=2).fit(X, Y)
     assert np.array_equal(again.queries_, flat.queries_)
@@ -122,6 +123,7 @@ def test_a_found_head_is_saved_with_its_ball(flat, tmp_path):
     np.testing.assert_allclose(module(torch.from_numpy(X)).detach().numpy(), flat.decision_function(X), atol=1e-10)
 
 
+@pytest.mark.slow
 def test_places_are_searched_too_and_an_intercept_may_be_fitted():
     settings = {**SETTINGS, "query_position": True, "fit_intercept": True, "beta_ratio": 0.5, "key_dim": 1}
     clf = ch.ConvexHeadClassifier(**settings).fit(X, Y)

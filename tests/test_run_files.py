@@ -53,6 +53,7 @@ def test_a_run_is_replaced_when_asked_to(store, tmp_path, capsys):
     assert ch.load(out).beta_ratio == 0.4
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_from_its_checkpoint(store, tmp_path):
     out, fit = tmp_path / "run", {"head": "self-attention", "beta_ratio": 0.01, "tol": 1e-7}
     runs.fit(store.path, out, checkpoint_minutes=0.0, max_time=0.1, **fit)

@@ -131,6 +131,7 @@ def test_decoupled_decay_is_labelled_another_objective():
     assert decoupled.objective > coupled.objective
 
 
+@pytest.mark.slow
 def test_learning_rate_is_tuned_on_what_is_asked():
     problem = build("mlp", "linear")
 
@@ -208,6 +209,7 @@ def test_gradients_in_weights_are_those_of_the_problem_whether_or_not_queries_ar
     assert passes.objective(0.1) < before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["l2", "decoupled"])
 def test_trained_queries_are_below_the_optimum_of_those_that_they_start_from(how):
     problem = attentive()

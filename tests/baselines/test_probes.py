@@ -24,6 +24,7 @@ def splits(request):
     return Splits(parts[0], parts[1], lambda: parts[2], names, (4, 1), "digits", "pixels", {})
 
 
+@pytest.mark.slow
 def test_the_bound_is_below_scikit_learn_s_optimum(splits, tmp_path):
     (piece,) = fit_probe("mean-token", splits, AdamSettings(), RunFolder(tmp_path)).runs
     record, y = piece.record, splits.train.labels
@@ -42,6 +43,7 @@ def test_the_bound_is_below_scikit_learn_s_optimum(splits, tmp_path):
     assert record["objective"] <= reached * (1 + record["relative_gap"]) * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_its_weights_take_vectors_as_they_are(splits, tmp_path):
     (piece,) = fit_probe("mean-token", splits, AdamSettings(), RunFolder(tmp_path)).runs
     scores = probe_scores("mean-token", piece, splits.train, splits.validation)

@@ -159,6 +159,7 @@ def test_compare_writes_a_page(work, capsys):
     assert {"results.json", "table.md", "table.csv", "models", "figures"} <= {p.name for p in out.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_queries", "norm"), [(5, "each"), (20, "each"), (20, "all")])  # 16 are trained at most
 def test_compare_takes_the_queries_of_an_attentive_head(work, tmp_path, capsys, n_queries, norm):
     pytest.importorskip("jinja2")

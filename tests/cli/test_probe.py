@@ -261,6 +261,7 @@ def test_a_store_in_place_of_images(probed, tmp_path, capsys):
     assert not (tmp_path / "out" / "tokens").exists()
 
 
+@pytest.mark.slow
 def test_without_a_test_split_a_fifth_is_held_out(tmp_path, capsys):
     photos = write_images(tmp_path / "photos", {".": 20})
     out = tmp_path / "out"

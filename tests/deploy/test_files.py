@@ -80,6 +80,7 @@ def test_files_run_without_this_package(work, photos, tmp_path):
     assert not found
 
 
+@pytest.mark.slow
 def test_two_classes_are_one_column_of_scikit_learn(tmp_path):
     skops = pytest.importorskip("skops.io")
     rng = np.random.default_rng(0)

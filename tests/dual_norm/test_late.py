@@ -82,6 +82,7 @@ def test_patterns_end_with_a_bound(k):
         assert largest_norm_on_faces(form, faces(form.K))[0] <= whole <= part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "method"), [(3, "branch and bound"), (8, "product of norms")])
 def test_an_oracle_that_is_late_takes_the_next_method(d, method):
     problem = build(d=d, n=d + 1)

@@ -77,6 +77,7 @@ def tensors(*parts):
     return [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_query_reads_more_than_the_bound(kind):
     for seed, (k, rho, most) in enumerate(((1, 0.5, 99), (2, 5.0, 300), (3, 5.0, 300), (2, 1e3, 4), (1, 1e3, 99))):

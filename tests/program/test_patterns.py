@@ -135,6 +135,7 @@ def test_too_many_patterns_are_refused():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data_driven", [False, True])
 @pytest.mark.parametrize("name", ["mlp", "block-fno", "self-attention"])
 def test_sampled_patterns_are_distinct_and_seeded(name, data_driven):

@@ -331,6 +331,7 @@ def test_positive_weights_are_weights_of_entries():
 
 
 # -- tokens that stay on disk ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_tokens_on_disk_are_weighed_as_in_memory(tmp_path):
     images = RNG.integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(40) % 3)

@@ -157,6 +157,7 @@ def scenes(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_masks_follow_images_of_any_shape(scenes, tmp_path, capsys):
     out, run = tmp_path / "store", tmp_path / "run"
     sizes = ("--image-size", 48, "--keep-aspect")

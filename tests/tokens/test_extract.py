@@ -48,6 +48,7 @@ def test_stored_tokens_are_the_backbones(photos: Path, tmp_path: Path, dtype: An
     np.testing.assert_array_equal(store["test"].labels, source.labels("test"))
 
 
+@pytest.mark.slow
 def test_prefix_tokens_are_kept(photos: Path, tmp_path: Path, weights: Path) -> None:
     spec = f"timm:vit_small_patch14_dinov2@{weights / 'dinov2_vits14_imgfocus_fp16.safetensors'}"
     store = extract(photos, spec, tmp_path / "out", image_size=28, channels=96, shard_size=4)

@@ -104,6 +104,7 @@ def test_a_shift_on_a_wide_grid_is_refused(shift: int, axis: int) -> None:
         find_layout(rolled, model, torch.zeros(3, 37 * K, 40 * K))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [28, 42])
 def test_few_tokens_of_a_trained_network(size: int, weights: Path) -> None:
     """A trained network mixes a few tokens so much that one draw of noise does not show their order."""

@@ -55,6 +55,7 @@ WAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_weights(tmp_path: Path, models: list[torch.nn.Module], state: dict[str, Any], way: str) -> None:
     wrap, told = WAYS[way]
@@ -100,6 +101,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", REFUSED)
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], way: str) -> None:
     monkeypatch.chdir(tmp_path)
