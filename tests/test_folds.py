@@ -172,7 +172,15 @@ def test_a_probe_keeps_groups_together(store, tmp_path, capsys):
     told = json.loads((tmp_path / "grouped/table.json").read_text())
     assert told["dataset"]["test_is"].startswith("20% of the groups")
     assert told["dataset"]["groups"] == 9
-    assert "<dd>9</dd>" in (tmp_path / "grouped/index.html").read_text()
+    assert told["dataset"]["test_groups"] == 3
+    page = (tmp_path / "grouped/index.html").read_text()
+    assert "<dd>9</dd>" in page
+    assert "draws of the 3 groups of test images with replacement" in page
+    assert "exchanged for random groups" in page
+    assert "McNemar" not in page
+    alone = (tmp_path / "alone/index.html").read_text()
+    assert "draws of the test images with replacement" in alone
+    assert "McNemar" in alone
     row = next(row for row in told["rows"] if row["method"] == "linear")
     model = ch.load(tmp_path / "grouped" / row["run"])
     train = model.origin_.rows
@@ -195,3 +203,10 @@ def test_a_group_in_train_and_test_is_refused(tmp_path, capsys):
     assert call("probe", tmp_path / "store", *options, "--groups", tmp_path / "mixed.csv") == 1
     assert "the group 'drive 0' has train images, and the test image '059.png'" in capsys.readouterr().err
     assert call("probe", tmp_path / "store", *options, "--groups", tmp_path / "apart.csv") == 0
+    assert json.loads((tmp_path / "out/table.json").read_text())["dataset"]["test_groups"] == 4
+    (tmp_path / "train.csv").write_text("\n".join(["image,group", *lines[:40]]))
+    assert call("probe", tmp_path / "store", *options, "--groups", tmp_path / "train.csv") == 0
+    assert json.loads((tmp_path / "out/table.json").read_text())["dataset"]["test_groups"] is None
+    (tmp_path / "some.csv").write_text("\n".join(["image,group", *lines[:-1]]))
+    assert call("probe", tmp_path / "store", *options, "--groups", tmp_path / "some.csv") == 1
+    assert "no row for the image '059.png' of the split test" in capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 from sklearn.metrics import average_precision_score, r2_score
 
 from convexhead import resampling
-from convexhead.experiments.probe_outcomes import OfLabels, OfNumbers, OfPixels
+from convexhead.experiments.probe_outcomes import OfClasses, OfLabels, OfNumbers, OfPixels
+from convexhead.metrics import Predictions
 from convexhead.resampling import average_precisions, interval, paired, r_squareds, score
 
 DRAWS = 100
@@ -99,3 +100,65 @@ def test_scores_that_are_not_defined_are_nan():
     without = np.array([[1.0, 1, 0]])  # in this draw all images have the first label
     np.testing.assert_allclose(common.scores(without), [1.0])
     assert np.isnan(r_squareds(p, np.array([1.0, 2, 2]), np.array([[0.0, 1, 1]]))).all()
+
+
+# -- images that belong together ---------------------------------------------------------------------------------------
+def classes(seed=0, n=40):
+    rng = np.random.default_rng(seed)
+    predicted, truth = rng.integers(0, 2, n), np.random.default_rng(9).integers(0, 2, n)
+    return OfClasses(Predictions(truth, predicted, 1 + (predicted != truth), np.full(n, 0.6)))
+
+
+@pytest.mark.parametrize("make", [labels, numbers, pixels])
+def test_groups_are_drawn_whole(make):
+    outcome = make()
+    n = len(outcome)
+    groups = np.random.default_rng(1).permutation(np.arange(n) % 7)
+    rng = np.random.default_rng(5)
+    draws = [rng.integers(0, 7, 7) for _ in range(DRAWS)]
+    scores = [by_hand(outcome, np.concatenate([np.flatnonzero(groups == g) for g in drawn])) for drawn in draws]
+    np.testing.assert_allclose(interval(outcome, seed=5, groups=groups), np.quantile(scores, [0.025, 0.975]))
+
+
+@pytest.mark.parametrize("make", [classes, labels, numbers, pixels])
+def test_each_image_a_group_is_each_image(make):
+    first, second = make(0), make(1)
+    alone = np.arange(len(first))
+    if make is not classes:
+        assert first.against(second, 3, alone) == pytest.approx(first.against(second, 3))
+        assert first.values("abc", 3, alone) == pytest.approx(first.values("abc", 3))
+        return
+    low, high = (first.values("ab", 3, alone)[key] for key in ("low", "high"))
+    assert low < first.values("ab", 3)["top1"] < high
+    assert first.against(second, 3, alone)["p_value"] == pytest.approx(first.against(second, 3)["p_value"], abs=0.15)
+
+
+@pytest.mark.parametrize("make", [classes, labels, numbers, pixels])
+def test_copies_of_images_in_their_groups_tell_nothing_new(make):
+    """Of images that are there four times, drawing single ones promises an interval of half the width."""
+    first, second = make(0), make(1)
+
+    def four_times(outcome):
+        if isinstance(outcome, OfClasses):
+            return OfClasses(
+                Predictions(**{key: np.tile(value, 4) for key, value in vars(outcome.predictions).items()})
+            )
+        return type(outcome)(*(np.concatenate([value] * 4) for value in outcome.arrays()))
+
+    n = len(first)
+    groups, names = np.tile(np.arange(n), 4), "abc"
+    once, fold = first.values(names, 0, np.arange(n)), four_times(first).values(names, 0, groups)
+    assert (fold["low"], fold["high"]) == pytest.approx((once["low"], once["high"]), rel=1e-6)
+    blind = four_times(first).values(names, 0)
+    assert blind["high"] - blind["low"] < 0.75 * (fold["high"] - fold["low"])
+    tested = four_times(first).against(four_times(second), 0, groups)
+    assert tested["p_value"] == first.against(second, 0, np.arange(n))["p_value"]
+
+
+@pytest.mark.parametrize("make", [classes, labels, numbers, pixels])
+def test_a_single_group_has_no_interval(make):
+    one = np.zeros(len(make()), int)
+    values, tested = make(0).values("abc", 0, one), make(0).against(make(1), 0, one)
+    assert values["low"] is values["high"] is None
+    assert tested["p_value"] == 1
+    assert tested.get("difference_low") is None

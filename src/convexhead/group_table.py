@@ -47,6 +47,11 @@ def read_groups(path: str | Path, view: SplitView) -> NDArray[Any]:
     return np.array([told[name] for name in names])
 
 
+def names_some(path: str | Path, view: SplitView) -> bool:
+    """Whether a table of groups has a row of an image of this split; `read_groups` then asks for all of them."""
+    return not _table(path).keys().isdisjoint(view.files)
+
+
 def check_tested_apart(path: str | Path, train: SplitView, test: SplitView) -> None:
     """Refuse a group of the train images of which another split has images too, so far as the table tells.
 

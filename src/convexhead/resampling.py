@@ -7,7 +7,8 @@ An outcome is what one method says of ``n`` images, and gives its score where im
   scores then differ by as much: approximate randomisation (Noreen, *Computer-Intensive Methods for Testing Hypotheses*,
   1989). Its null hypothesis is that the methods are alike on each image.
 
-The same seed and number of images give the same draws, for every method.
+Images that belong together, as the frames of a drive, are drawn and exchanged together: the groups are independent, the
+images in one are not. The same seed and number of images, or the same groups, give the same draws, for every method.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Groups = Int[Array, " n"]
 DRAWS = 1000
 """Draws of a bootstrap and of a paired test, the usual number."""
 CHUNK = 4_000_000
@@ -67,23 +69,37 @@ def score(outcome: Outcome) -> float:
     return float(outcome.scores(np.ones((1, len(outcome))))[0])
 
 
-def interval(outcome: Outcome, *, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of the score over images drawn with replacement; NaN where no draw has a score."""
-    return _percentiles(_drawn(outcome, seed))
+def interval(outcome: Outcome, *, seed: int = 0, groups: Groups | None = None) -> tuple[float, float]:
+    """The 95% percentile interval of the score over images, or groups, drawn with replacement.
+
+    Parameters
+    ----------
+    outcome : Outcome
+        Of ``n`` images.
+    seed : int
+    groups : int array (n,) or None
+        The group of each image, numbered from 0; None: each image is one.
+
+    Returns
+    -------
+    (float, float)
+        NaN where no draw has a score, and of a single group, which tells nothing of others.
+    """
+    return _percentiles(_drawn(outcome, seed, groups))
 
 
-def paired(first: O, second: O, *, seed: int = 0) -> Difference:
-    """Compare two methods on the same images."""
+def paired(first: O, second: O, *, seed: int = 0, groups: Groups | None = None) -> Difference:
+    """Compare two methods on the same images; parameters are those of `interval`."""
     value = score(first) - score(second)
     both, n = first.joined(second), len(first)
     rng, as_large = np.random.default_rng([seed, 1]), 0
     for k in _chunks(2 * n):
-        own = rng.random((k, n)) < 0.5
+        own = _of_images(rng.random((k, _units(n, groups))) < 0.5, groups)
         exchanged = both.scores(_pair(own)) - both.scores(_pair(~own))
         tie = ROUNDING * max(1.0, abs(value))
         # Where an exchange has no score it tells nothing against the null hypothesis.
         as_large += int((~(np.abs(exchanged) < abs(value) - tie)).sum())
-    low, high = _percentiles(_drawn(first, seed) - _drawn(second, seed))
+    low, high = _percentiles(_drawn(first, seed, groups) - _drawn(second, seed, groups))
     return Difference(value, low, high, (1 + as_large) / (1 + DRAWS))
 
 
@@ -91,13 +107,26 @@ def _pair(own: Bool[Array, "k n"]) -> Float[Array, "k m"]:
     return np.concatenate([own, ~own], 1).astype(float)
 
 
-def _drawn(outcome: Outcome, seed: int) -> Float[Array, " draws"]:
+def _drawn(outcome: Outcome, seed: int, groups: Groups | None) -> Float[Array, " draws"]:
     rng, n = np.random.default_rng(seed), len(outcome)
+    units = _units(n, groups)
+    if groups is not None and units < 2:
+        return np.full(DRAWS, np.nan)
     found = []
     for k in _chunks(n):
-        counts = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(k)])
-        found.append(outcome.scores(counts.astype(float)))
+        counts = np.stack([np.bincount(rng.integers(0, units, units), minlength=units) for _ in range(k)])
+        found.append(outcome.scores(_of_images(counts.astype(float), groups)))
     return np.concatenate(found)
+
+
+def _units(n: int, groups: Groups | None) -> int:
+    """How many are drawn: images, or groups."""
+    return n if groups is None else int(groups.max()) + 1
+
+
+def _of_images(drawn: Array, groups: Groups | None) -> Array:
+    """What was drawn for each unit ``(k, units)`` as what it is for each image ``(k, n)``."""
+    return drawn if groups is None else drawn[:, groups]
 
 
 def _chunks(n: int) -> list[int]:

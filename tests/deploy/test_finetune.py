@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.model_selection import train_test_split
 from torch import nn
 
 import convexhead as ch
 from command import call
+from convexhead.deploy import training
 from convexhead.deploy.training import Recipe, finetune, last_blocks
 from convexhead.errors import InputError
 from convexhead.tokens import extract, open_backbone
@@ -89,6 +91,28 @@ def test_the_learning_rate_is_chosen_on_training_images(trained, work, monkeypat
     recipe = Recipe(epochs=6, batch_size=8, rates=(1e-9, 3e-2), head_rates=(1.0,))
     found = finetune(clf, work / "photos", recipe=recipe, seeds=1, backbone=backbone)
     assert {trial.rate for trial in found.trials if trial.start == "random"} == {3e-2}
+
+
+def test_rates_are_chosen_with_a_head_that_has_not_seen_what_they_are_scored_on(trained, work, monkeypatch):
+    import numpy as np
+
+    backbone, clf = trained
+    view = ch.TokenStore.open(work / "small")["train"]
+    rows, _ = train_test_split(np.arange(60), test_size=0.2, stratify=view.labels, random_state=0)
+    by_hand = ch.ConvexHeadClassifier("mlp", beta=clf.beta_, tol=1e-2, random_state=0)
+    by_hand.fit(view.read()[rows], np.asarray(view.labels)[rows])
+    found, fitted_on = [], training._fitted_on
+
+    def kept(*arguments):
+        found.append(fitted_on(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(training, "_fitted_on", kept)
+    recipe = Recipe(epochs=1, batch_size=8, rates=(1e-3, 1e-4), head_rates=(1.0,))
+    finetune(clf, work / "photos", recipe=recipe, seeds=1, backbone=backbone)
+    (model,) = found
+    assert model.certificate.primal == pytest.approx(by_hand.certificate_.primal, rel=1e-2)
+    assert model.certificate.primal != pytest.approx(clf.certificate_.primal, rel=1e-2)
 
 
 def test_command_refuses_in_words(work, capsys):

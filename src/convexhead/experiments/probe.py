@@ -230,6 +230,7 @@ def _dataset(data: ProbeData) -> dict[str, Any]:
         "classes": len(data.store.class_names),
         "groups": None if data.groups is None else len(np.unique(data.groups)),
         "grouping": data.grouping,
+        "test_groups": None if data.test_groups is None else len(np.unique(data.test_groups)),
         "tokens": s,
         "tokens_differ": data.train.lengths is not None,
         "channels": d,

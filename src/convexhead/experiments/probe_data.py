@@ -15,7 +15,7 @@ from convexhead.errors import InputError
 from convexhead.experiments.probe_tasks import CLASSES, LABELS, MASKS, NUMBERS, TASKS, Task
 from convexhead.experiments.splits import CHUNK, hold_out
 from convexhead.folds import check_groups, grouped_folds, hold_out_groups
-from convexhead.group_table import check_tested_apart, read_groups
+from convexhead.group_table import check_tested_apart, names_some, read_groups
 from convexhead.reading import KNOWN
 from convexhead.runtime.content import content_hash
 from convexhead.runtime.progress import Notify
@@ -122,8 +122,8 @@ class ProbeData:
         What the test images are, in words.
     images : MaskSource or None
         Where the images are, if they have masks.
-    groups : int array (n,) or None
-        Of the train images, if some belong together.
+    groups, test_groups : int array (n,) or None
+        Of the train and the test images, if some belong together; None where the table has no row of a test image.
     task : Task
     labels : int array (n,) or None
         Of the train images, if they have one class each.
@@ -135,6 +135,7 @@ class ProbeData:
     test_is: str
     images: ImageSource | None = None
     groups: Rows | None = None
+    test_groups: Rows | None = None
     task: Task = field(init=False)
     labels: Rows | None = field(init=False)
 
@@ -278,19 +279,24 @@ def _split(store: TokenStore, seed: int, images: ImageSource | None, table: str 
     groups = None if table is None else check_groups(read_groups(table, train), len(train))
     for split, told in (("test", "the test split"), ("val", "the val split, since there is no test split")):
         if split in store.splits:
+            tested = None
             if table is not None:
                 check_tested_apart(table, train, store[split])
-            return ProbeData(store, train, store[split], told, images, groups)
+                known = names_some(table, store[split])
+                tested = check_groups(read_groups(table, store[split]), len(store[split])) if known else None
+            return ProbeData(store, train, store[split], told, images, groups, tested)
+    tested = None
     if groups is None:
         kept, held, told = _hold_out(store, train, seed)
     else:
         rows, others = hold_out_groups(_labels(train), groups, HELD_OUT, seed)
-        kept, held, groups = train.subset(rows), train.subset(others), groups[rows]
+        kept, held = train.subset(rows), train.subset(others)
+        tested, groups = np.unique(groups[others], return_inverse=True)[1], groups[rows]
         told = f"{100 * HELD_OUT:g}% of the groups, held out with seed {seed}"
     # The store's reduction has seen the images that are held out here.
     reduction = fit_reduction(kept.unreduced().tokens_there(), **store.reduction.options)
     told = f"{told}, since there is no test split"
-    return ProbeData(store, kept.reduced(reduction), held.reduced(reduction), told, images, groups)
+    return ProbeData(store, kept.reduced(reduction), held.reduced(reduction), told, images, groups, tested)
 
 
 def _hold_out(store: TokenStore, view: SplitView, seed: int) -> tuple[SplitView, SplitView, str]:

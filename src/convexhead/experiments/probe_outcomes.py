@@ -3,13 +3,14 @@
 =================  ==============================  ==================================================================
 known              score                           beside it
 =================  ==============================  ==================================================================
-one class          top-1                           top-5, balanced accuracy, calibration error, McNemar's test
+one class          top-1                           top-5, balanced accuracy, calibration error, a paired test
 several classes    mean average precision          AUROC, binary cross-entropy, share with all right, a paired test
 numbers            R²                              mean absolute error, a paired test
 masks              mean IoU                        share of pixels that are right, a paired test
 =================  ==============================  ==================================================================
 
 Each has the columns of its rows in the leaderboard, its value for each class or column, and the tensors that are kept.
+The paired test of classes is McNemar's where images stand alone; else, and of all others, it is by exchange.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ class Outcome(ABC):
         """The number of images."""
 
     @abstractmethod
-    def values(self, names: Sequence[str], seed: int) -> Values:
-        """The columns of a row, with ``low`` and ``high`` of the score."""
+    def values(self, names: Sequence[str], seed: int, groups: Array | None = None) -> Values:
+        """The columns of a row, with ``low`` and ``high`` of the score; ``groups`` as in `resampling.interval`."""
 
     @abstractmethod
-    def against(self, reference: Any, seed: int) -> Values:
+    def against(self, reference: Any, seed: int, groups: Array | None = None) -> Values:
         """How it compares with the linear head on the same images."""
 
     @abstractmethod
@@ -88,19 +89,26 @@ class OfClasses(Outcome):
     def __len__(self) -> int:
         return len(self.predictions.truth)
 
-    def values(self, names: Sequence[str], seed: int) -> Values:
-        low, high = bootstrap_interval(self.predictions, seed=seed)
+    def values(self, names: Sequence[str], seed: int, groups: Array | None = None) -> Values:
+        if groups is None:
+            low, high = bootstrap_interval(self.predictions, seed=seed)
+        else:
+            low, high = interval(_Right(self.predictions.right), seed=seed, groups=groups)
         return {
             "top1": top_k_accuracy(self.predictions),
-            "low": low,
-            "high": high,
+            "low": _known(low),
+            "high": _known(high),
             "top5": top_k_accuracy(self.predictions, TOP) if len(names) > TOP else None,
             "balanced_accuracy": balanced_accuracy(self.predictions),
             "calibration_error": calibration_error(self.predictions),
         }
 
-    def against(self, reference: OfClasses, seed: int) -> Values:
-        return mcnemar(self.predictions, reference.predictions)._asdict()
+    def against(self, reference: OfClasses, seed: int, groups: Array | None = None) -> Values:
+        test = mcnemar(self.predictions, reference.predictions)
+        if groups is not None:
+            mine, other = _Right(self.predictions.right), _Right(reference.predictions.right)
+            test = test._replace(p_value=paired(mine, other, seed=seed, groups=groups).p_value)
+        return test._asdict()
 
     def by_class(self, names: Sequence[str]) -> dict[str, float | None]:
         return {names[label]: value for label, value in per_class_accuracy(self.predictions).items()}
@@ -112,6 +120,22 @@ class OfClasses(Outcome):
     def restored(cls, tensors: dict[str, Tensor]) -> OfClasses:
         """Inverse of `tensors`."""
         return cls(Predictions(**{key: value.numpy() for key, value in tensors.items()}))
+
+
+@dataclass(frozen=True)
+class _Right:
+    """Which images are right, as a `convexhead.resampling.Outcome` whose score is the share of them."""
+
+    right: Array
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def scores(self, weights: Array) -> Array:
+        return weights @ self.right / weights.sum(1)
+
+    def joined(self, other: _Right) -> _Right:
+        return _Right(np.concatenate([self.right, other.right]))
 
 
 @dataclass(frozen=True)
@@ -133,14 +157,14 @@ class _Drawn(Outcome):
         pairs = zip(self.arrays(), other.arrays(), strict=True)
         return type(self)(*(np.concatenate(pair) for pair in pairs))
 
-    def values(self, names: Sequence[str], seed: int) -> Values:
-        low, high = interval(self, seed=seed)
-        return {self.score: score(self), "low": low, "high": high, **self.more()}
+    def values(self, names: Sequence[str], seed: int, groups: Array | None = None) -> Values:
+        low, high = interval(self, seed=seed, groups=groups)
+        return {self.score: score(self), "low": _known(low), "high": _known(high), **self.more()}
 
-    def against(self, reference: Any, seed: int) -> Values:
-        found = paired(self, reference, seed=seed)
+    def against(self, reference: Any, seed: int, groups: Array | None = None) -> Values:
+        found = paired(self, reference, seed=seed, groups=groups)
         return {
-            "difference": found.value, "difference_low": found.low, "difference_high": found.high,
+            "difference": found.value, "difference_low": _known(found.low), "difference_high": _known(found.high),
             "p_value": found.p_value,
         }  # fmt: skip
 
@@ -155,6 +179,11 @@ class _Drawn(Outcome):
     def arrays(self) -> list[Array]:
         """What is kept, in the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
+
+
+def _known(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if np.isnan(value) else value
 
 
 def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ def row_of(fit: Fit, outcome: Outcome, reference: Outcome, data: ProbeData, sett
     """
     record, budget, names = fit.piece.record, fit.budget, data.store.class_names
     certificate = record.get("certificate", {})
-    compared = outcome.against(reference, settings.seed)
+    compared = outcome.against(reference, settings.seed, data.test_groups)
     if fit.method == "linear":
         compared = dict.fromkeys(compared)
     return {
@@ -32,7 +32,7 @@ def row_of(fit: Fit, outcome: Outcome, reference: Outcome, data: ProbeData, sett
         "draw": None if budget.is_all else budget.draw,
         "train_images": len(fit.rows),
         "test_images": len(outcome),
-        **outcome.values(names, settings.seed),
+        **outcome.values(names, settings.seed, data.test_groups),
         **compared,
         "relative_gap": certificate.get("relative_gap"),
         "converged": certificate.get("converged"),

@@ -43,9 +43,9 @@ class Layout:
     by_class : (str, str)
         The title of the table of classes or columns, and a sentence of what is in it.
     notes : tuple of (str, str)
-        What the columns are; ``{seed}`` is the probe's.
+        What the columns are, with the words that `words` gives.
     test : str
-        The paired test in words.
+        The paired test, and what titles of columns are short for; with these words too.
     percent : bool
         Whether the score is a share.
     """
@@ -57,6 +57,28 @@ class Layout:
     notes: tuple[tuple[str, str], ...]
     test: str
     percent: bool = True
+
+
+def words(seed: int, groups: int | None) -> dict[str, str]:
+    """What the texts of a `Layout` say of draws, for a probe whose test images lie in so many groups, or alone."""
+    if groups is None:
+        return {
+            "seed": str(seed),
+            "drawn": "the test images",
+            "alike": " Frames that follow each other are alike: it is too narrow for these.",
+            "exchanged": "images",
+            "mcnemar": "McNemar's exact test that both are equally likely, two-sided, not corrected for the number of "
+            "rows.",
+            "short": "McNemar's exact test against linear",
+        }
+    return {
+        "seed": str(seed),
+        "drawn": f"the {groups} groups of test images" if groups > 1 else "groups (of a single one there is none)",
+        "alike": "",
+        "exchanged": "groups",
+        "mcnemar": EXCHANGED.format(exchanged="groups"),
+        "short": PAIRED,
+    }
 
 
 def p_value(value: object) -> str:
@@ -87,20 +109,19 @@ def _of(key: str, title: str, write: Callable[[object], str], short: str | None 
 
 
 def _interval(write: Callable[[object], str]) -> Column:
-    return Column(
-        "95% interval", lambda row: row["low"], lambda row: f"{write(row['low'])}–{write(row['high'])}", "95%"
-    )
+    def text(row: Row) -> str:
+        return NOTHING if row["low"] is None else f"{write(row['low'])}–{write(row['high'])}"
+
+    return Column("95% interval", lambda row: row["low"], text, "95%")
 
 
 def _difference(write: Callable[[object], str]) -> Column:
     def text(row: Row) -> str:
-        if row["difference"] is None:
-            return NOTHING
         value, low, high = (
-            ("+" if row[key] > 0 else "") + write(row[key])
+            NOTHING if row[key] is None else ("+" if row[key] > 0 else "") + write(row[key])
             for key in ("difference", "difference_low", "difference_high")
         )
-        return f"{value} ({low} to {high})"
+        return value if low == NOTHING else f"{value} ({low} to {high})"
 
     return Column("Difference", lambda row: row["difference"], text)
 
@@ -127,14 +148,17 @@ TRAINING = (
 )
 """Columns that every table ends with."""
 DRAWN = (
-    "percentiles over 1,000 draws of the test images with replacement (seed {seed}). It does not say what other train "
-    "images would give."
+    "percentiles over 1,000 draws of {drawn} with replacement (seed {seed}). It does not say what other train images "
+    "would give."
+)
+EXCHANGED = (
+    "what the two methods say is exchanged for random {exchanged}, 1,000 times; the share of draws in which they then "
+    "differ by as much, at least 0.001. Two-sided, not corrected for the number of rows."
 )
 COMPARED = (
     ("Difference", "the score minus that of the linear head, with its 95% interval over the same draws."),
-    ("p", "what the two methods say is exchanged for random images, 1,000 times; the share of draws in which they then "
-     "differ by as much, at least 0.001. Two-sided, not corrected for the number of rows."),
-)  # fmt: skip
+    ("p", EXCHANGED),
+)
 """What the columns say that compare a row with the linear head's."""
 PAIRED = "paired test against linear, by exchange"
 CLASSES = Layout(
@@ -159,9 +183,9 @@ CLASSES = Layout(
          "class; it is the mean over the images of the distance, in their bin, between this probability's mean and the "
          "share that is right."),
         ("Gained, lost", "images that only this method gets right, and that only the linear head gets right."),
-        ("p", "McNemar's exact test that both are equally likely, two-sided, not corrected for the number of rows."),
+        ("p", "{mcnemar}"),
     ),
-    "McNemar's exact test against linear. ECE: calibration error",
+    "{short}. ECE: calibration error",
 )  # fmt: skip
 LABELS = Layout(
     (
@@ -224,7 +248,7 @@ MASKS = Layout(
     (
         ("Mean IoU", "intersection over union of each class over all test pixels, mean over the classes that occur. "
          "Probabilities of tokens are interpolated to pixels. Pixels without a label do not count."),
-        ("95% interval", f"of mean IoU: {DRAWN} Frames that follow each other are alike: it is too narrow for these."),
+        ("95% interval", f"of mean IoU: {DRAWN}{{alike}}"),
         ("Pixels right", "share of the pixels whose likeliest class is that of the mask."),
         *COMPARED,
     ),

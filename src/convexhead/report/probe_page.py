@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexhead.errors import require
 from convexhead.report import drawing, page
-from convexhead.report.probe_columns import LAYOUTS, Layout
+from convexhead.report.probe_columns import LAYOUTS, Layout, words
 from convexhead.report.tables import Results, Row, plain_text
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def spread(point: dict[str, Any], layout: Layout) -> str:
     return f"{mean} ± {100 * sd:.1f}" if layout.percent else f"{mean} ± {sd:.3f}"
 
 
+def _words(results: Results) -> dict[str, str]:
+    return words(results["settings"]["seed"], results["dataset"].get("test_groups"))
+
+
 def left_out(results: Results) -> list[str]:
     """A sentence for each method that cannot do this."""
     return [f"{method} is left out: it {why}." for method, why in results["left_out"].items()]
@@ -70,6 +74,7 @@ def terminal_tables(results: Results) -> list[Table]:
     from rich.text import Text
 
     data, layout = results["dataset"], layout_of(results)
+    test = layout.test.format(**_words(results))
     narrow = [i for i, column in enumerate(layout.columns) if column.short]
 
     def table(title: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -84,7 +89,7 @@ def terminal_tables(results: Results) -> list[Table]:
         table(
             f"{results['title']}: {data['name']}, {data['train']} train and {data['test']} test images",
             " ".join([
-                f"Tested on {data['test_is']}. p: {layout.test}. Gap: certified. Time: with the choice of β.",
+                f"Tested on {data['test_is']}. p: {test}. Gap: certified. Time: with the choice of β.",
                 *([f"{data['groups']} groups of train images are kept together."] if data.get("groups") else []),
                 *left_out(results),
             ]),
@@ -148,7 +153,7 @@ def render(results: Results) -> str:
         page.environment().get_template("probe.html").render(
             results=results,
             layout=layout,
-            notes=[(what, text.format(seed=results["settings"]["seed"])) for what, text in layout.notes],
+            notes=[(what, text.format(**_words(results))) for what, text in layout.notes],
             rows=[(row, [(column.value(row), column.text(row)) for column in layout.columns]) for row in rows],
             classes=class_rows(results),
             budgets=[point["budget"] for point in next(iter(points.values()))] if points else [],
