@@ -287,7 +287,7 @@ class _Posed:
         if head.query_norm != "each" or own.shape[1] != head.d or rho == 0 or not bool(mean.isfinite().all()):
             return None
         problem = self.problem.astype(torch.float64, reuse=True)
-        q = problem.losses.dual_point(problem.outputs(atoms.to(problem.device, torch.float64)))
+        q = problem.dual_point(problem.outputs(atoms.to(problem.device, torch.float64)))
         R = problem.losses.weigh(q) / problem.n
         ball = QueryBall(torch.eye(head.d).double(), rho, None, mean)
         known = QueryMaxima(own.new_zeros(len(own)), own, torch.zeros(len(own), dtype=torch.int64), rho)

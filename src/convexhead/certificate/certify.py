@@ -39,7 +39,7 @@ from convexhead.linalg.gradient_matrices import GradientMatrices, formed_norm, r
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.heads.token_draw import TokenDraw
-from convexhead.program.intercept import improved_intercept, solve_intercept
+from convexhead.program.intercept import improve_intercept, solve_intercept
 from convexhead.program.loss_check import check_loss
 from convexhead.program.losses import FEW_CLASSES
 from convexhead.program.problem import Problem
@@ -90,7 +90,7 @@ class Evaluated:
         data_term = exact.data_term(f)
         primal = data_term + beta * penalty
         weights = float((atoms.U.unsqueeze(-1).flatten(1).norm(dim=1) * atoms.V.flatten(1).norm(dim=1)).sum())
-        q = exact.losses.dual_point(f)
+        q = exact.dual_point(f)
         error = error_of_objective(exact, f, q, weights, len(atoms), abs(data_term) + beta * penalty)
         error += exact.rounding(atoms, f)
         if not math.isfinite(primal + error):
@@ -175,12 +175,12 @@ def certify_atoms(
     if not problem.head.learns_mixing and problem.c <= FEW_CLASSES:
         exact = exact.class_by_class()
     model = Evaluated.of(exact, atoms, beta)
-    f = model.outputs if dual_point is None else dual_point.to(exact.device, torch.float64)
     if not problem.head.learns_mixing:
-        dual, own = _frobenius(exact, model, f, beta, tol)
+        dual, own = _frobenius(exact, model, dual_point, beta, tol)
         return _certificate(
             problem, beta, tol, model, dual, _best(exact, model, dual, own, known_dual, known_from), known_failure
         )
+    f = model.outputs if dual_point is None else dual_point.to(exact.device, torch.float64)
     if problem.fit_intercept:
         f = f + solve_intercept(exact, f)
     dual = DualPoint(exact, f, beta, model.gradients if f is model.outputs else None)
@@ -196,17 +196,23 @@ def certify_atoms(
 
 
 def _frobenius(
-    exact: Problem, model: Evaluated, f: Float[Tensor, "n r c"], beta: float, tol: float
+    exact: Problem, model: Evaluated, dual_point: Float[Tensor, "n r c"] | None, beta: float, tol: float
 ) -> tuple[DualPoint, LowerBound]:
-    """From the norm of the gradient of a linear head, at the outputs ``f`` with a better intercept."""
+    """From the norm of the gradient of a linear head, at the outputs given or its own, with a better intercept.
+
+    Arrays of outputs are what takes memory here: the model's own are moved in place, and are not its outputs any more.
+    """
     enough = model.primal - model.error - tol * abs(model.primal)
-    q = model.gradients if f is model.outputs else exact.losses.dual_point(f)
-    if not exact.fit_intercept:
-        dual = DualPoint(exact, f, beta, q)
-        return dual, LowerBound(dual.ridge(enough), "Frobenius norm")
-    moved, at_moved = improved_intercept(exact, f, q)
-    dual = DualPoint(exact, moved, beta, at_moved)
+    f, q = model.outputs, model.gradients
+    if dual_point is not None:
+        f = dual_point.to(exact.device, torch.float64, copy=True)
+        q = exact.dual_point(f)
+    if exact.fit_intercept:
+        improve_intercept(exact, f, q)
+    dual = DualPoint(exact, f, beta, q)
     value = dual.ridge(enough)
+    if not exact.fit_intercept:
+        return dual, LowerBound(value, "Frobenius norm")
     if not value >= enough:
         other = DualPoint(exact, f + solve_intercept(exact, f), beta)
         if (better := other.ridge()) > value:

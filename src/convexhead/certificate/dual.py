@@ -107,7 +107,8 @@ class DualPoint:
     ) -> None:
         self.problem, self.beta, self.assumed = problem, beta, ""
         losses = problem.losses
-        q = losses.dual_point(f) if q is None else q
+        own = q is None or losses.weights is not None  # whether ω q is an array that nobody else has
+        q = problem.dual_point(f) if q is None else q
         self._left, self._box, left, limit = q.new_zeros(problem.c), 0.0, 0.0, None
         self._means: dict[float, float] = {}
         if problem.fit_intercept:
@@ -119,7 +120,7 @@ class DualPoint:
             mean = problem.mean_of(lambda losses, x: losses.conjugate(first * x), projected)
             if math.isfinite(mean):
                 self._means[first] = mean
-                q, self._left, limit = projected, self._left_of(projected, excess), within
+                q, self._left, limit, own = projected, self._left_of(projected, excess), within, True
             else:
                 box = INTERCEPT_BOX * (1 + problem.largest_target)
                 self._box = box * float(self._left_of(q, self._sum(q)).sum()) / problem.n
@@ -128,12 +129,12 @@ class DualPoint:
         if limit is None:
             limit = self._limit(f, q)
         self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
-        g = losses.weigh(q)
-        self.R = g / problem.n
-        self._q = None if losses.weights is None else q  # else n R says it
-        a = problem.operator.samples.mix_bounds
-        size, spread = (a * self.R.flatten(1).norm(dim=1)).sum(), torch.stack(q.aminmax()).abs().max()
+        g, spread = losses.weigh(q), torch.stack(q.aminmax()).abs().max()
         pairing = torch.stack([(g[rows] * losses.Y[rows]).abs().sum() for rows in problem.rows]).sum()
+        self._q = None if losses.weights is None else q  # else n R says it
+        self.R = g.div_(problem.n) if own else g / problem.n
+        a = problem.operator.samples.mix_bounds
+        size = (a * torch.linalg.vector_norm(self.R, dim=(1, 2))).sum()
         size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
         self.size = size * (1 + 1e-9)
         most, largest, far = problem.ranks.largest(
@@ -145,7 +146,8 @@ class DualPoint:
         self._pairing = pairing / problem.n
         self._reach = far + problem.largest_target + 2 * largest
         # D'(1) is −Σ ⟨∇ℓ*(n R_i), R_i⟩, and f_i a gradient of ℓ* at ∇ℓ(f_i): only where to search depends on it.
-        self._slope = -float(problem.sum((f * self.R).sum())[0])
+        slope = torch.stack([(f[rows] * self.R[rows]).sum() for rows in problem.rows]).sum()
+        self._slope = -float(problem.sum(slope)[0])
         self._values: dict[float, float] = {}
 
     def _limit(self, f: Tensor, q: Tensor) -> float:
@@ -315,8 +317,8 @@ def error_of_objective(
     head = problem.head
     operations = problem.operator.samples.operations + atoms * head.terms + 64
     mixed = problem.operator.samples.mix_bounds * weights if weights else 0.0  # bounds may be infinite
-    delta = operations * UNIT * (mixed + f.abs().flatten(1).amax(1))
-    slope = problem.losses.weigh(q).abs().flatten(1).sum(1)
+    delta = operations * UNIT * (mixed + torch.maximum(f.amax((1, 2)), -f.amin((1, 2))))
+    slope = torch.linalg.vector_norm(problem.losses.weigh(q), 1, dim=(1, 2))
     propagated = problem.mean(delta * slope + problem.losses.largest * head.r * problem.c / 2 * delta.square())
     own = UNIT * (64 + 2 * summing(problem.n) + head.r * problem.c + 8 * atoms)
     return propagated + own * terms

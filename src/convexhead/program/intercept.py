@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from convexhead.program.losses import Huber, Squared
 
 if TYPE_CHECKING:
     from convexhead.program.problem import Problem
+    from convexhead.program.sample_losses import SampleLosses
 
 SEPARABLE = (Squared, Huber)
 """Losses of one output ``f_k − y_k`` after another, each with a minimum between the extreme differences."""
@@ -37,59 +39,58 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
     """
     if type(problem.loss) in SEPARABLE:
         return _output_by_output(problem, f)
-    losses = problem.losses
 
-    def shifted(b: np.ndarray) -> Tensor:
-        return f + torch.as_tensor(b, dtype=f.dtype, device=f.device)
-
-    def value_and_gradient(b: np.ndarray) -> tuple[float, np.ndarray]:
-        return problem.data_term(shifted(b)), mean_residual(b)
+    def value(b: np.ndarray) -> float:
+        shift = torch.as_tensor(b, dtype=f.dtype, device=f.device)
+        return problem.mean_of(lambda losses, x: losses.value(x + shift), f)
 
     def mean_residual(b: np.ndarray) -> np.ndarray:
-        total = losses.residual(shifted(b)).sum((0, 1))
-        return problem.sum(total)[0].cpu().numpy() / problem.n
+        shift = torch.as_tensor(b, dtype=f.dtype, device=f.device)
+        return _total(problem, lambda losses, x: losses.residual(x + shift).sum((0, 1)), f).cpu().numpy() / problem.n
+
+    def mean_hessian(b: np.ndarray) -> np.ndarray:
+        shift = torch.as_tensor(b, dtype=f.dtype, device=f.device)
+        return _total(problem, lambda losses, x: losses.summed_hessian(x + shift), f).cpu().numpy() / problem.n
 
     def newton(b: np.ndarray) -> tuple[np.ndarray, float]:
         """Steps from ``b`` as long as ``|Σ_i R_i|`` falls and the loss does not rise, and what is left of it."""
-        g, value = mean_residual(b), problem.data_term(shifted(b))
+        g, least = mean_residual(b), value(b)
         for _ in range(10):
             if np.abs(g).sum() <= 1e-15 * c:
                 break
-            H = problem.sum(losses.summed_hessian(shifted(b)))[0].cpu().numpy() / problem.n
-            trial = b - np.linalg.lstsq(H, g, rcond=1e-10)[0]
+            trial = b - np.linalg.lstsq(mean_hessian(b), g, rcond=1e-10)[0]
             trial_g = mean_residual(trial)
-            trial_value = problem.data_term(shifted(trial))
-            if not (np.abs(trial_g).sum() < np.abs(g).sum() and trial_value <= value + ROUNDING * (1 + abs(value))):
+            there = value(trial)
+            if not (np.abs(trial_g).sum() < np.abs(g).sum() and there <= least + ROUNDING * (1 + abs(least))):
                 break
-            b, g, value = trial, trial_g, trial_value
+            b, g, least = trial, trial_g, there
         return b, float(np.abs(g).sum())
 
     c = f.shape[-1]
     b, left = newton(np.zeros(c))
     if not left <= 1e-13 * c:
-        near = minimize(value_and_gradient, b, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+        near = minimize(value, b, jac=mean_residual, method="L-BFGS-B", options={"maxiter": 200}).x
         b = newton(near)[0]
     return torch.as_tensor(b, dtype=f.dtype, device=f.device)
 
 
-def improved_intercept(
-    problem: Problem, f: Float[Tensor, "n r c"], q: Float[Tensor, "n r c"]
-) -> tuple[Float[Tensor, "n r c"], Float[Tensor, "n r c"]]:
-    """Outputs and ``∇ℓ`` after one Newton step in the intercept from ``f``, where ``∇ℓ`` is ``q``; or those given,
-    where their sum is nearer to 0."""
-    losses = problem.losses
+def improve_intercept(problem: Problem, f: Float[Tensor, "n r c"], q: Float[Tensor, "n r c"]) -> None:
+    """Take one Newton step in the intercept from the outputs ``f``, where ``∇ℓ`` is ``q``, and move both in place; or
+    leave them, where their sum is nearer to 0 as it is. Some samples at a time, to save memory."""
+    g = _total(problem, lambda losses, x: losses.weigh(x).sum((0, 1)), q)
+    H = _total(problem, lambda losses, x: losses.summed_hessian(x), f)
+    step = torch.as_tensor(np.linalg.lstsq(H.cpu().numpy(), g.cpu().numpy(), rcond=1e-10)[0]).to(f)
+    moved = _total(problem, lambda losses, x: losses.residual(x - step).sum((0, 1)), f)
+    if not float(moved.abs().sum()) < float(g.abs().sum()):
+        return
+    for rows in problem.rows:
+        f[rows] -= step
+        q[rows] = problem.losses.at(rows).dual_point(f[rows])
 
-    def left(q: Tensor) -> Tensor:
-        return problem.sum(losses.weigh(q).sum((0, 1)))[0]
 
-    g = left(q)
-    H = problem.sum(losses.summed_hessian(f))[0]
-    step = np.linalg.lstsq(H.cpu().numpy(), g.cpu().numpy(), rcond=1e-10)[0]
-    moved = f - torch.as_tensor(step, dtype=f.dtype, device=f.device)
-    at_moved = losses.dual_point(moved)
-    if float(left(at_moved).abs().sum()) < float(g.abs().sum()):
-        return moved, at_moved
-    return f, q
+def _total(problem: Problem, part: Callable[[SampleLosses, Tensor], Tensor], x: Float[Tensor, "n r c"]) -> Tensor:
+    """The sum over all samples of what ``part`` makes of losses and ``x``, some samples at a time to save memory."""
+    return problem.sum(torch.stack([part(problem.losses.at(rows), x[rows]) for rows in problem.rows]).sum(0))[0]
 
 
 def _output_by_output(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:

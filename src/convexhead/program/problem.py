@@ -277,7 +277,7 @@ class Problem:
     @cached_property
     def largest_target(self) -> float:
         """``max |y|``."""
-        return self.ranks.largest(float(self.Y.abs().max()))[0]
+        return self.ranks.largest(float(torch.stack(self.Y.aminmax()).abs().max()))[0]
 
     # -- shapes -------------------------------------------------------------------------------------------------------
     @property
@@ -307,6 +307,13 @@ class Problem:
     def residual(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
         """``R_i = ω_i ∇ℓ(f_i, y_i) / n``."""
         return self.losses.residual(f) / self.n
+
+    def dual_point(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
+        """``∇ℓ(f_i, y_i)``, some samples at a time to save memory."""
+        q = torch.empty_like(f)
+        for rows in self.rows:
+            q[rows] = self.losses.at(rows).dual_point(f[rows])
+        return q
 
     def balance(self, atoms: Atoms) -> tuple[Atoms, list[Tensor]]:
         """The same function with balanced atoms and the least penalty known for it, and ``‖U_k‖‖V_k‖`` by block.
