@@ -56,9 +56,6 @@ CHECK_EVERY = 5
 IDLE = 20
 """Looks in a row that find neither a lower objective nor a smaller gap, after which rounding is all that moves. Chosen
 by hand."""
-SHORT = 0.25
-"""Share of Newton's step below which a step at the last β ends the work in float32. Chosen by hand: where β is tiny
-others would follow, of many products each, that lower the gap no more, and float64 needs a few whole ones."""
 FALLS = 3.0
 """Factor by which the gap must fall in a step near the optimum, or its products are no longer made in bfloat16. Chosen
 by hand."""
@@ -76,8 +73,8 @@ class RidgeNewton(Solver):
        small beside the gradient, or beside the gap that is asked for.
     4. Move to ``(1 + s)(W, b) + t Δ``, with ``s = 0, t = 1``, or the best of both where that is not what the quadratic
        model says. The scale ``s`` is what changes most when β falls.
-    5. Where a step in float32 is short at ``β_s = β``, rounding has turned it: end, and go on in float64.
-    6. Where a step finds nothing lower though the gap is large, the loss has too little curvature for Newton's method,
+
+    5. Where a step finds nothing lower though the gap is large, the loss has too little curvature for Newton's method,
        as Huber's of a tiny ``δ``: go on with L-BFGS.
 
     One `step` is 2 to 4, or one of L-BFGS. Weights and outputs are kept in float64, products are in the problem's
@@ -172,9 +169,7 @@ class RidgeNewton(Solver):
             return None
         if lower < objective:
             self._B, self._f = (1 + s) * self._B + t * x, Z.mul_(t).add_(self._f, alpha=1 + s)
-        # At the last β the quadratic model is nearly right, but for what float32 has rounded.
-        blurred = self.problem.dtype == torch.float32 and self._stage == self.beta and t < SHORT
-        return Stop.STALLED if blurred else None
+        return None
 
     def _falls_by_gradient(self, x: Weights, Z: Float[Tensor, "n r c"], missing: float) -> bool:
         """Take the step if it halves what is ``missing``, by the gradient: where β is tiny beside the features, that is
