@@ -6,7 +6,7 @@ which quasi-Newton steps crawl; within the cone of one activation pattern it is 
 
 Where rewards can be bounded (`ExactRounds`) rounds are few and thorough, and end within the cones of the patterns
 (`cones`). Elsewhere (`SearchedRounds`) the model begins wide, in random directions, and a round goes only as far as the
-gap at hand asks for, in whitened coordinates (`whitening`).
+gap at hand asks for, in whitened coordinates (`whitening`); it ends within cones only after a round that has not helped.
 """
 
 from __future__ import annotations
@@ -133,8 +133,12 @@ class ReLUColumnGeneration(Solver):
         """Up to `descent_steps` iterations, ended by decreases of less than ``noise``."""
 
     def _within_cones(self, atoms: Atoms) -> Atoms:
-        """The model after a descent within the cones of its patterns, where a method makes one."""
-        return atoms
+        """The model after a descent within the cones of its patterns, where scores are written out."""
+        if self.oracle.scores is None:
+            return atoms
+        return self._merge(
+            descend_in_cones(self.problem, atoms, self.oracle.scores, self.beta, self.monitor.out_of_time)
+        )
 
     def _objective(self, f: Float[Tensor, "n r c"], atoms: Atoms) -> float:
         """Of a model with outputs ``f``."""
@@ -252,13 +256,6 @@ class ExactRounds(ReLUColumnGeneration):
         self._run(descent, self.descent_steps, noise)
         return descent.atoms
 
-    def _within_cones(self, atoms: Atoms) -> Atoms:
-        if self.oracle.scores is None:
-            return atoms
-        return self._merge(
-            descend_in_cones(self.problem, atoms, self.oracle.scores, self.beta, self.monitor.out_of_time)
-        )
-
 
 class SearchedRounds(ReLUColumnGeneration):
     """Rounds for all other problems: a reward is what a search has found."""
@@ -339,6 +336,10 @@ class SearchedRounds(ReLUColumnGeneration):
             if not goes_on:
                 break
         return atoms
+
+    def _within_cones(self, atoms: Atoms) -> Atoms:
+        """Only where the last round has not helped: kinks may then be what holds the descent up."""
+        return super()._within_cones(atoms) if self._since else atoms
 
 
 class Rays:
