@@ -1,30 +1,37 @@
 """The Hessian of the linear head, near enough to precondition conjugate gradients.
 
-Of output ``k`` the Hessian's block is ``H_k = (1/n) Σ_i w_ik φ_i φ_iᵀ + β``, with ``w_ik`` the loss's second derivative
-and ``φ_i = (x_i, 1)``. Most of ``w`` is small and about alike; a few samples of every output, those that it is in doubt
-about, have much of it. So with ``S_k`` the ``m`` samples of largest ``w_ik`` and ``h`` the mean of all others
+The Hessian is ``(1/n) Σ_i Λ_i ⊗ φ_i φ_iᵀ + β``, with ``Λ_i (c, c)`` the second derivative of a row's loss and
+``φ_i = (x_i, 1)``. Most of it is small and about alike in all outputs; some rows, those that the head is in doubt about,
+have much of it, in few directions ``l`` of the outputs: two, of opposite sign, where the doubt is between two classes.
+So with ``m`` of these, ``Λ_i ≈ Σ_a l_a l_aᵀ``, and ``h`` the mean of the curvature that is left
 
-    M_k = h ΦᵀΦ/n + β + A_kᵀ A_k,    A_k the rows √(w_ik/n) φ_i, i ∈ S_k
+    M = h I ⊗ ΦᵀΦ/n + β + (1/n) Σ_a (l_a l_aᵀ) ⊗ (φ_a φ_aᵀ)
 
-One factor ``L Lᵀ = h ΦᵀΦ/n + β`` serves all outputs, and with ``Ã_k = A_k L⁻ᵀ``
+One factor ``L Lᵀ = h ΦᵀΦ/n + β`` serves all outputs. With ``φ̃_a = L⁻¹ φ_a/√n`` and ``Ã`` the rows ``l_a ⊗ φ̃_a``
 
-    M_k⁻¹ = L⁻ᵀ (I − E_kᵀ E_k) L⁻¹,    E_k = C_k⁻¹ Ã_k,    C_k C_kᵀ = I + Ã_k Ã_kᵀ
+    M⁻¹ = L⁻ᵀ (I − Ãᵀ K⁻¹ Ã) L⁻¹,    K = I + Ã Ãᵀ,    K_ab = δ_ab + (l_aᵀ l_b) (φ̃_aᵀ φ̃_b)
+
+so that ``K`` costs two small products, whatever the number of outputs.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.program.sample_losses import SampleLosses
 from convexhead.solvers.linear_passes import LinearPasses, Weights
 
-MOST_SAMPLES = 128
-"""Largest ``m``. Chosen by hand: they are kept beside the features, and more of them save few products."""
-AT_ONCE = 10
-"""Outputs whose samples are factored together. Chosen by hand: little memory beside that of all."""
-FLOOR = 1e-5
-"""Smallest eigenvalue of ``I − EᵀE``. Derived: products in float32 leave it positive."""
+MOST_DIRECTIONS = 1024
+"""Largest ``m``. Chosen by hand: ``K`` is factored in float64, and more of them save few products."""
+OF_A_ROW = 3
+"""Directions of one row of outputs that are looked at. Chosen by hand: doubt is between few classes."""
+ORDINARY = 30.0
+"""Largest ``c d ‖l‖² / Σ_i tr Λ_i``, about what a direction adds to ``K_aa``, with which ``m = 0``. Chosen by hand: so
+few products are needed there that the directions do not pay."""
+FLOOR = 1e-6
+"""Smallest eigenvalue of ``I − ÃᵀK⁻¹Ã``. Derived: products in float32 leave it positive."""
 
 
 class LinearCurvature:
@@ -34,11 +41,11 @@ class LinearCurvature:
     ----------
     passes : LinearPasses
     moments : Tensor (d + 1, d + 1) or (d + 1,)
-        ``ΦᵀΦ / (n r)``, or its diagonal, which is then all that ``M`` has.
+        ``ΦᵀΦ / (n r)``, or its diagonal, which is then all that ``L`` knows.
     f : Tensor (n, r, c)
     beta : float
     in_doubt : bool
-        Whether samples in doubt count one by one; else ``m = 0``.
+        Whether rows in doubt count one by one, where there are some; else ``m = 0``.
     """
 
     def __init__(
@@ -46,51 +53,94 @@ class LinearCurvature:
     ) -> None:
         problem = passes.problem
         rows, c = problem.n * problem.head.r, problem.c
-        w = torch.empty_like(f)
-        for part in problem.rows:
-            w[part] = problem.losses.at(part).curvature(f[part])
-        w = w.flatten(0, 1)
-        m = min(rows // c, 3 * passes.d // 4, MOST_SAMPLES) if in_doubt and moments.ndim == 2 else 0
         rank, size = problem.ranks.rank, problem.ranks.size
-        first, stop = m * rank // size, m * (rank + 1) // size  # of each output, those of this process
-        largest, index = w.topk(min(stop - first, len(w)), dim=0)
-        total = problem.sum(w.sum(dtype=torch.float64) - largest.sum(dtype=torch.float64))[0]
-        h = problem.head.r * float(total) / (c * max(rows - m, 1))
-        self._root = _factor(h, moments, beta, problem.fit_intercept).to(problem.dtype)
-        self.E: Tensor | None = None
+        m = min(rows // 2, c * (passes.d + 1) // 2, MOST_DIRECTIONS) if in_doubt else 0
+        first, stop = m * rank // size, m * (rank + 1) // size  # those of this process
+        total, directions, index = _most_in_doubt(passes, f, stop - first)
+        sizes = directions.square().sum(1, dtype=torch.float64)
+        (largest,) = problem.ranks.largest(float(sizes[:1].sum()))
+        whole, taken = map(float, problem.sum(sizes.new_tensor(total), sizes.sum()))
+        if largest * (passes.d + 1) * c <= ORDINARY * whole:
+            m, taken = 0, 0.0
+        h = problem.head.r * max(whole - taken, 0.0) / (c * rows)
+        self._root = _factor(h, moments, beta, problem.fit_intercept)
+        self._L: Tensor | None = None
         if m:
-            samples = w.new_zeros(c, m, passes.d + 1)
-            passes.take(index.T, into=samples[:, first : first + len(index)])
-            samples[:, first : first + len(index)] *= (largest.T / problem.n).sqrt().unsqueeze(2)
-            (self.E,) = problem.sum(samples)
-            for of_output in self.E.split(AT_ONCE):
-                of_output.copy_(self._in_doubt(of_output))
+            here = slice(first, first + len(index))
+            L, phi = f.new_zeros(m, c), f.new_zeros(m, passes.d + 1)
+            L[here] = directions / problem.n**0.5
+            passes.take(index, into=phi[here])
+            L, phi = problem.sum(L, phi)
+            phi = self._half(phi.double(), self._root)
+            K = (L.double() @ L.double().T).mul_(phi.T @ phi)
+            K.diagonal().add_(1.0)
+            self._K, failed = torch.linalg.cholesky_ex(K)
+            self._phi = phi.to(f.dtype)
+            if not failed and bool(self._phi.isfinite().all()):
+                self._L = L
+        self._root = self._root.to(problem.dtype)
 
     def solve(self, r: Weights) -> Weights:
         """``M⁻¹ r``."""
+        u = self._half(r, self._root)
+        if self._L is not None:
+            inside = ((self._phi.T @ u) * self._L).sum(1, keepdim=True)
+            inside = torch.cholesky_solve(inside.double(), self._K).to(u.dtype)
+            u = torch.addmm(u, self._phi, self._L * inside, alpha=FLOOR - 1)
         if self._root.ndim == 1:
-            return r / self._root
-        if self.E is None:
-            return torch.cholesky_solve(r.T, self._root).T
-        u = torch.linalg.solve_triangular(self._root, r.T, upper=False).T
-        inside = torch.bmm(self.E, u.unsqueeze(2))
-        u = u - (1 - FLOOR) * torch.bmm(self.E.mT, inside).squeeze(2)
-        return torch.linalg.solve_triangular(self._root.T, u.T, upper=True).T
+            return (u / self._root.unsqueeze(1)).T
+        return torch.linalg.solve_triangular(self._root.T, u, upper=True).T
 
-    def _in_doubt(self, A: Float[Tensor, "c m d1"]) -> Float[Tensor, "c m d1"]:
-        """``E``, in float64 where matrices are small."""
-        A = torch.linalg.solve_triangular(self._root, A.flatten(0, 1).T, upper=False).T.reshape(A.shape)
-        K = torch.bmm(A, A.mT).double()
-        K.diagonal(dim1=1, dim2=2).add_(1.0)
-        C, failed = torch.linalg.cholesky_ex(K)
-        E = torch.linalg.solve_triangular(C.to(A.dtype), A, upper=False)
-        usable = (failed == 0) & E.isfinite().all(2).all(1)
-        return torch.where(usable[:, None, None], E, 0.0)
+    @staticmethod
+    def _half(r: Float[Tensor, "m d1"], root: Tensor) -> Float[Tensor, "d1 m"]:
+        """``L⁻¹ rᵀ``."""
+        return r.T / root.unsqueeze(1) if root.ndim == 1 else torch.linalg.solve_triangular(root, r.T, upper=False)
+
+
+def _most_in_doubt(
+    passes: LinearPasses, f: Float[Tensor, "n r c"], m: int
+) -> tuple[float, Float[Tensor, "q c"], Int[Tensor, " q"]]:
+    """The trace of all ``Λ_i``, the ``m`` largest directions, or all there are, and their rows, in this process."""
+    total, r = 0.0, f.shape[1]
+    directions, index = f.new_zeros(0, f.shape[2]), torch.zeros(0, dtype=torch.int64, device=f.device)
+    for part in passes.problem.rows:
+        losses, here = passes.problem.losses.at(part), f[part]
+        curvature = losses.curvature(here)
+        total += float(curvature.sum(dtype=torch.float64))
+        if not m:
+            continue
+        if passes.problem.loss.separates == "entries":
+            size, entry = curvature.reshape(-1).topk(min(m, curvature.numel()))
+            row, found = entry // f.shape[2], f.new_zeros(len(entry), f.shape[2])
+            found.scatter_(1, (entry % f.shape[2]).unsqueeze(1), size.sqrt().unsqueeze(1))
+        else:
+            split = torch.stack(_split(losses, here, curvature)).flatten(1, 2)
+            size, which = split.square().sum(2).flatten().topk(min(m, split[..., 0].numel()))
+            row, found = which % split.shape[1], split.flatten(0, 1)[which]
+        directions, index = torch.cat([directions, found]), torch.cat([index, row + part.start * r])
+        kept = directions.square().sum(1).topk(min(m, len(index))).indices
+        directions, index = directions[kept], index[kept]
+    return total, directions, index
+
+
+def _split(losses: SampleLosses, f: Float[Tensor, "b r c"], curvature: Float[Tensor, "b r c"]) -> list[Tensor]:
+    """Columns ``l`` of a Cholesky factor of every ``Λ_i``, the largest of its diagonal first."""
+    found: list[Tensor] = []
+    left = curvature
+    for _ in range(min(OF_A_ROW, f.shape[2])):
+        most, k = left.max(2, keepdim=True)
+        column = losses.hessian_times(f, torch.zeros_like(f).scatter_(2, k, 1.0))
+        for before in found:
+            column = column - before * before.gather(2, k)
+        column = torch.where(most > 0, column / most.clamp_min(torch.finfo(f.dtype).tiny).sqrt(), 0.0)
+        left = (left - column.square()).clamp_min(0)
+        found.append(column)
+    return found
 
 
 def _factor(h: float, moments: Tensor, beta: float, fit_intercept: bool) -> Tensor:
-    """``L`` in float64; of a diagonal the diagonal itself."""
-    A = (h if 0 <= h < float("inf") else 0.0) * moments
+    """``L`` in float64; of a diagonal its root."""
+    A = (h if h < float("inf") else 0.0) * moments
     diagonal = A if A.ndim == 1 else A.diagonal()
     diagonal[:-1] += beta
     if fit_intercept:  # it has no β: a little of both, or there may be no factor
@@ -100,7 +150,7 @@ def _factor(h: float, moments: Tensor, beta: float, fit_intercept: bool) -> Tens
             A[-1], A[:, -1] = 0.0, 0.0
         diagonal[-1] = 1.0
     if A.ndim == 1:
-        return A
+        return A.sqrt()
     L, failed = torch.linalg.cholesky_ex(A)
     while failed and bool(A.isfinite().all()):
         diagonal += 1e-6 * diagonal.max()

@@ -91,15 +91,15 @@ class LinearPasses:
 
         return self._summed(multiply).div_(self.problem.n)
 
-    def take(self, index: Int[Tensor, "c m"], into: Float[Tensor, "c m d1"]) -> None:
+    def take(self, index: Int[Tensor, " m"], into: Float[Tensor, "m d1"]) -> None:
         """Copy the rows of ``Φ`` with these numbers, of this process's samples; without an intercept they end in 0."""
         r = self.problem.head.r
-        into[..., -1] = float(self.problem.fit_intercept)
+        into[:, -1] = float(self.problem.fit_intercept)
 
         def copy(rows: slice, data: Data) -> tuple[Tensor, ...]:
             X, first = data["queries"].flatten(0, 1), rows.start * r
             here = (index >= first) & (index < first + len(X))
-            into[..., :-1][here] = X[index[here] - first]
+            into[here, :-1] = X[index[here] - first]
             return ()
 
         self.problem.operator.over_batches(1, copy)

@@ -39,11 +39,6 @@ REACHED = 0.4
 losses are not quadratic. In float64 systems are solved as far as Newton's method gains by it."""
 PRODUCTS, FAR_PRODUCTS = 60, 10
 """Largest number of products with one Hessian, and the same while the gap is above `NEAR`. Chosen by hand."""
-MANY_PRODUCTS = 12
-"""Products of a Newton system above which samples in doubt count one by one in the next ones. Chosen by hand: to factor
-them takes about as long."""
-FEW_CHANNELS = 256
-"""Channels up to which samples in doubt always count one by one. Chosen by hand: to factor them costs little there."""
 WIDEST = 8192
 """Channels up to which their second moments are formed and factored; beyond it their diagonal must do."""
 BEYOND = 1e-3
@@ -88,7 +83,7 @@ class RidgeNewton(Solver):
     def _set_up(self, start: Atoms) -> None:
         B = _matrix(start)
         self._B, self._like, self._stage = B.double(), start, 0.0
-        self._slow, self._rough, self._before = self.problem.head.d <= FEW_CHANNELS, True, math.inf
+        self._rough, self._before = True, math.inf
         self._descent: FactoredDescent | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
@@ -123,8 +118,8 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return {**self._descent.state(), "iteration": torch.tensor(self._iteration)}, {}
         shared = {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}
-        flags = {"slow": torch.tensor(self._slow), "rough": torch.tensor(self._rough)}
-        return {**shared, **flags, "before": torch.tensor(self._before, dtype=torch.float64)}, {"outputs": self._f}
+        before = {"rough": torch.tensor(self._rough), "before": torch.tensor(self._before, dtype=torch.float64)}
+        return {**shared, **before}, {"outputs": self._f}
 
     def _restore(self, shared: State, rows: State) -> None:
         if "iteration" in shared:
@@ -132,7 +127,7 @@ class RidgeNewton(Solver):
             self._descent = FactoredDescent.restored(self.problem, shared, self.beta)
             return
         self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
-        self._slow, self._rough = bool(shared.get("slow", False)), bool(shared.get("rough", False))
+        self._rough = bool(shared.get("rough", False))
         self._before = float(shared.get("before", math.inf))
 
     def begin(self) -> None:
@@ -248,16 +243,15 @@ class RidgeNewton(Solver):
         """
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
         near, rough = gap <= NEAR, self._rough and passes.half_pays
-        preconditioner = LinearCurvature(passes, self._moments, f, beta, in_doubt=near and self._slow)
+        preconditioner = LinearCurvature(passes, self._moments, f, beta, in_doubt=near)
         x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
         image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
         enough = enough if dtype == torch.float32 else 0.0
         forcing = min(FORCING, math.sqrt(gap))
         z = preconditioner.solve(r)
         q, rz = z, float((r * z).sum())
-        first, products = rz, 0
+        first = rz
         for _ in range(PRODUCTS if near else FAR_PRODUCTS):
-            products += 1
             Hq = passes.curved_roughly(f, q) if rough else passes.curved(f, q, image)
             Hq[:, :-1] += beta * q[:, :-1]
             curvature = float((q * Hq).sum())
@@ -273,7 +267,6 @@ class RidgeNewton(Solver):
             if not forcing**2 * first < rz < math.inf or float(r[:, :-1].double().square().sum()) <= enough:
                 break
             q = z + (rz / last) * q
-        self._slow |= products > MANY_PRODUCTS
         if rough:
             Z = passes.outputs(x.to(dtype))
         if isinstance(self.problem.loss, CrossEntropy):  # softmax does not see a shift of all outputs: none is made
