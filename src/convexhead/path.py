@@ -214,7 +214,7 @@ class _Path:
         """Add a row for each of the falling ``ratios``, until patience or a person ends it."""
         for ratio in ratios:
             task = self.task.at(ratio)
-            start = self.trail.start(task.beta)
+            start = self.trail.start(task.beta, task.problem)
             try:
                 row = self.solved(task, start) if search_tol is None else self.searched(task, start, search_tol)
             except KeyboardInterrupt:
@@ -223,7 +223,7 @@ class _Path:
                 self.interrupted = True
                 return
             self.rows.append(row)
-            self.trail.add(row["model"].model_)
+            self.trail.add(row["model"].model_, row["objective"])
             if callback is not None:
                 callback(row)
             if self.interrupted:

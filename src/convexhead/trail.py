@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from convexhead.model import Model
 from convexhead.program.atoms import Atoms
+from convexhead.program.problem import Problem
 
 KEPT = 3
 """Models that the next one is predicted from: a parabola through them. Chosen by hand."""
@@ -20,25 +21,37 @@ class Trail:
     """The models of falling β, of which the last few are kept.
 
     The optimum of the linear head is a smooth curve in ``log β``, along which its weights and its intercept are
-    extrapolated. The atoms of other heads come and go: there the last model is the start.
+    extrapolated, if that leads to a lower objective than the last model has: small errors of models far apart are large
+    ones of what is extrapolated. The atoms of other heads come and go: there the last model is the start.
     """
 
     _last: list[tuple[float, Atoms]] = field(default_factory=list)
+    _objective: float = math.nan
     _smooth: bool = False
 
-    def add(self, model: Model) -> None:
-        """Note the model of the next β."""
-        self._smooth = not model.head.learns_mixing
-        self._last = [*self._last, (math.log(model.beta), model.atoms)][-KEPT:]
+    def add(self, model: Model, objective: float) -> None:
+        """Note the model of the next β and its objective."""
+        self._smooth, self._objective = not model.head.learns_mixing, objective
+        self._last = [*self._last, (model.beta, model.atoms)][-KEPT:]
 
-    def start(self, beta: float) -> Atoms | None:
+    def start(self, beta: float, problem: Problem) -> Atoms | None:
         """Where to begin at a smaller ``beta``; None before there is a model."""
         if not self._last:
             return None
-        (*_, (end, atoms)), at = self._last, math.log(beta)
-        places = [place for place, _ in self._last]
-        if not self._smooth or len(places) < 2 or not 0 < end - at <= FARTHEST * (places[-2] - end):
-            return atoms
+        (*_, (end, last)), predicted = self._last, self._predicted(beta)
+        if predicted is None:
+            return last
+        at_last = self._objective - (end - beta) * problem.penalty(last)
+        here = predicted.to(problem.device, problem.dtype)
+        found = problem.data_term(problem.outputs(here)) + beta * problem.penalty(here)
+        return predicted if found < at_last else last
+
+    def _predicted(self, beta: float) -> Atoms | None:
+        """What is extrapolated, where it can be."""
+        at, places = math.log(beta), [math.log(place) for place, _ in self._last]
+        if not self._smooth or len(places) < 2 or not 0 < places[-1] - at <= FARTHEST * (places[-2] - places[-1]):
+            return None
+        atoms = self._last[-1][1]
         shares = [math.prod((at - y) / (x - y) for y in places if y != x) for x in places]  # Lagrange's polynomials
         V, intercept = atoms.V * shares[-1], atoms.intercept * shares[-1]
         for share, (_, found) in zip(shares, self._last[:-1], strict=False):

@@ -23,7 +23,7 @@ from torch import Tensor
 from convexhead.program.sample_losses import SampleLosses
 from convexhead.solvers.linear_passes import LinearPasses, Weights
 
-MOST_DIRECTIONS = 1024
+MOST_DIRECTIONS = 512
 """Largest ``m``. Chosen by hand: ``K`` is factored in float64, and more of them save few products."""
 OF_A_ROW = 3
 """Directions of one row of outputs that are looked at. Chosen by hand: doubt is between few classes."""
@@ -44,17 +44,19 @@ class LinearCurvature:
         ``ΦᵀΦ / (n r)``, or its diagonal, which is then all that ``L`` knows.
     f : Tensor (n, r, c)
     beta : float
-    in_doubt : bool
-        Whether rows in doubt count one by one, where there are some; else ``m = 0``.
+
+    Attributes
+    ----------
+    beta : float
+    spread : float
+        The largest ``K_aa``: about the condition number of the Hessian.
     """
 
-    def __init__(
-        self, passes: LinearPasses, moments: Tensor, f: Float[Tensor, "n r c"], beta: float, *, in_doubt: bool
-    ) -> None:
-        problem = passes.problem
+    def __init__(self, passes: LinearPasses, moments: Tensor, f: Float[Tensor, "n r c"], beta: float) -> None:
+        problem, self.beta = passes.problem, beta
         rows, c = problem.n * problem.head.r, problem.c
         rank, size = problem.ranks.rank, problem.ranks.size
-        m = min(rows // 2, c * (passes.d + 1) // 2, MOST_DIRECTIONS) if in_doubt else 0
+        m = min(rows // 2, c * (passes.d + 1) // 2, MOST_DIRECTIONS)
         first, stop = m * rank // size, m * (rank + 1) // size  # those of this process
         total, directions, index = _most_in_doubt(passes, f, stop - first)
         sizes = directions.square().sum(1, dtype=torch.float64)
@@ -65,6 +67,7 @@ class LinearCurvature:
         h = problem.head.r * max(whole - taken, 0.0) / (c * rows)
         self._root = _factor(h, moments, beta, problem.fit_intercept)
         self._L: Tensor | None = None
+        self.spread = 1.0
         if m:
             here = slice(first, first + len(index))
             L, phi = f.new_zeros(m, c), f.new_zeros(m, passes.d + 1)
@@ -74,6 +77,7 @@ class LinearCurvature:
             phi = self._half(phi.double(), self._root)
             K = (L.double() @ L.double().T).mul_(phi.T @ phi)
             K.diagonal().add_(1.0)
+            self.spread = float(K.diagonal().max())
             self._K, failed = torch.linalg.cholesky_ex(K)
             self._phi = phi.to(f.dtype)
             if not failed and bool(self._phi.isfinite().all()):
@@ -107,8 +111,6 @@ def _most_in_doubt(
         losses, here = passes.problem.losses.at(part), f[part]
         curvature = losses.curvature(here)
         total += float(curvature.sum(dtype=torch.float64))
-        if not m:
-            continue
         if passes.problem.loss.separates == "entries":
             size, entry = curvature.reshape(-1).topk(min(m, curvature.numel()))
             row, found = entry // f.shape[2], f.new_zeros(len(entry), f.shape[2])

@@ -24,6 +24,9 @@ Weights = Float[Tensor, "c d1"]
 LARGE = 1e8
 """Multiplications of a product from which bfloat16 is looked at. Chosen by hand: below it other work counts more."""
 
+KEPT = 1 << 26
+"""Bytes of features in bfloat16 that are kept beside those at hand. Chosen by hand: little memory, 64 MB."""
+
 
 class LinearPasses:
     """Products with ``Φ`` and ``Φᵀ``; without an intercept the last column of ``B`` is 0.
@@ -42,6 +45,7 @@ class LinearPasses:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem.class_by_class()
         self.d = problem.head.d
+        self._halves: dict[int, Tensor] = {}
 
     def zeros(self, dtype: torch.dtype) -> Float[Tensor, "n r c"]:
         """Outputs, class by class."""
@@ -75,12 +79,21 @@ class LinearPasses:
         """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ`` from products in bfloat16, which keep 8 bits of the features, and of ``B``."""
 
         def multiply(rows: slice, X: Tensor) -> Tensor:
-            half = X.bfloat16()
+            half = self._half(rows, X)
             Z = (B[:, :-1].bfloat16() @ half.T).float().add_(B[:, -1:])
             R = self.problem.losses.at(rows).hessian_times(f[rows], self._as_outputs(Z))
             return self._pulled(X, R, half)
 
         return self._summed(multiply).div_(self.problem.n)
+
+    def _half(self, rows: slice, X: Float[Tensor, "m d"]) -> BFloat16[Tensor, "m d"]:
+        """Features in bfloat16, kept where all of them are small: to convert them takes as long as a product."""
+        if rows.start in self._halves:
+            return self._halves[rows.start]
+        half = X.bfloat16()
+        if 2 * self.problem.n * self.problem.head.r * self.d <= KEPT:
+            self._halves[rows.start] = half
+        return half
 
     def curved(self, f: Float[Tensor, "n r c"], B: Weights, images: Float[Tensor, "n r c"]) -> Weights:
         """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ``, and ``Φ Bᵀ`` in ``images``: one pass for both products."""

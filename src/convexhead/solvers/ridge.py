@@ -38,12 +38,12 @@ REACHED = 0.4
 """Share of the gap asked for at which the residual of a Newton system is small enough, in float32. Chosen by hand: the
 losses are not quadratic. In float64 systems are solved as far as Newton's method gains by it."""
 PRODUCTS, FAR_PRODUCTS = 60, 10
-"""Largest number of products with one Hessian, and the same while the gap is above `NEAR`. Chosen by hand."""
+"""Largest number of products with one Hessian, and the same far from the optimum. Chosen by hand."""
 WIDEST = 8192
 """Channels up to which their second moments are formed and factored; beyond it their diagonal must do."""
-BEYOND = 1e-3
-"""Gap at which steps in float64 end, in units of that asked for. Chosen by hand: weights are off by its root, and
-another step costs little."""
+BEYOND, CHEAP = 1e-3, 20
+"""Gap at which steps in float64 end, in units of that asked for, where the last one took at most so many products.
+Chosen by hand: weights are off by its root, and another step costs little."""
 ROUNDED = 1e-4
 """Relative gap below which rounding may be why a step finds nothing lower. Chosen by hand."""
 CHECK_EVERY = 5
@@ -54,6 +54,13 @@ by hand."""
 FALLS = 3.0
 """Factor by which the gap must fall in a step near the optimum, or its products are no longer made in bfloat16. Chosen
 by hand."""
+SHORT = 0.25
+"""Share of Newton's step below which rounding has turned a step at the last β. Chosen by hand."""
+CLOSE = 0.1
+"""What Newton's step would gain, by `LinearCurvature`, in units of the objective, at which it is near though the gap is
+large: where β is tiny, errors in steep directions make it large. Chosen by hand."""
+MOST_SPREAD = 1e5
+"""Condition number with which products in bfloat16 are near enough. Chosen by hand."""
 AGREES = 0.8
 """Share of the decrease of the quadratic model above which a step needs no search. Chosen by hand."""
 
@@ -83,8 +90,9 @@ class RidgeNewton(Solver):
     def _set_up(self, start: Atoms) -> None:
         B = _matrix(start)
         self._B, self._like, self._stage = B.double(), start, 0.0
-        self._rough, self._before = True, math.inf
+        self._rough, self._before, self._products = True, math.inf, 0
         self._descent: FactoredDescent | None = None
+        self._first: LinearCurvature | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
         self._f = self._passes.outputs(B).double()
@@ -146,16 +154,19 @@ class RidgeNewton(Solver):
             data_term + self.beta * square / 2 - self._missing(at_f, self.beta),
             1,
         )
-        if gap <= self.target * (1.0 if self.problem.dtype == torch.float32 else BEYOND):
+        cheap = self.problem.dtype == torch.float64 and self._products <= CHEAP
+        if gap <= self.target * (BEYOND if cheap else 1.0):
             return Stop.CONVERGED
         self._rough &= not self._before <= NEAR or gap <= self._before / FALLS
         self._before = gap if self._stage == self.beta else math.inf
+        self._stage = self._stage or self._first_stage(at_f, data_term, square)
         self._stage = self._next_stage(at_f, data_term, square)
         objective = data_term + self._stage * square / 2
         g = at_f.clone()
         g[:, :-1] += self._stage * self._B[:, :-1]
         asked = self.target if self._stage == self.beta else NEAR
-        x, Z = self._newton(g, self._missing(at_f, self._stage) / abs(objective), asked * abs(objective))
+        size = abs(objective)
+        x, Z = self._newton(g, size, self._missing(at_f, self._stage) / size, asked * size)
         s, t, lower = minimise_on_plane(self.problem, self._stage, self._f, Z, self._B, x, g, objective, AGREES)
         if not lower < objective and not self._falls_by_gradient(x, Z, self._missing(at_f, self._stage)):
             if gap <= ROUNDED or self.problem.dtype == torch.float32:
@@ -164,7 +175,10 @@ class RidgeNewton(Solver):
             return None
         if lower < objective:
             self._B, self._f = (1 + s) * self._B + t * x, Z.mul_(t).add_(self._f, alpha=1 + s)
-        return None
+        if t >= SHORT or self._stage > self.beta or self.problem.dtype != torch.float32:
+            return None
+        blurred, self._rough = not self._rough, False
+        return Stop.STALLED if blurred else None
 
     def _falls_by_gradient(self, x: Weights, Z: Float[Tensor, "n r c"], missing: float) -> bool:
         """Take the step if it halves what is ``missing``, by the gradient: where β is tiny beside the features, that is
@@ -213,45 +227,61 @@ class RidgeNewton(Solver):
         left = float(g[:, :-1].norm()) + mean * float(g[:, -1].norm())
         return left * left / (2 * beta)
 
+    def _first_stage(self, at_f: Weights, data_term: float, square: float) -> float:
+        """β itself where the start is near its optimum, else the least ``10ᵏ β`` at which it is not far from it."""
+        beta = self.beta
+        g = at_f.clone()
+        g[:, :-1] += beta * self._B[:, :-1]
+        self._first = self._curvature(beta)
+        step = self._first.solve(g.to(self.problem.dtype))
+        if float((g * step).sum()) / 2 <= CLOSE * abs(data_term + beta * square / 2):
+            return beta
+        while self._missing(at_f, beta) > FALL * abs(data_term + beta * square / 2) and beta < 1e12 * self.beta:
+            beta *= FALL
+        return beta
+
     def _next_stage(self, at_f: Weights, data_term: float, square: float) -> float:
-        """``β_s``: the first one, or the next one where its gap is small."""
-
-        def near(beta: float, times: float) -> bool:
-            return self._missing(at_f, beta) <= times * abs(data_term + beta * square / 2)
-
+        """``β_s``, or the next one where its gap is small."""
         beta = self._stage
-        if not beta:
-            beta = self.beta
-            while not near(beta, FALL) and beta < 1e12 * self.beta:
-                beta *= FALL
-        while beta > self.beta and near(beta, NEAR):
+        while beta > self.beta and self._missing(at_f, beta) <= NEAR * abs(data_term + beta * square / 2):
             beta = max(beta / FALL, self.beta)
         return self.beta if beta < 1.5 * self.beta else beta
 
     # -- the Newton system --------------------------------------------------------------------------------------------
-    def _newton(self, g: Weights, gap: float, asked: float) -> tuple[Weights, Float[Tensor, "n r c"]]:
+    def _curvature(self, beta: float) -> LinearCurvature:
+        """The preconditioner at the iterate."""
+        return LinearCurvature(self._passes, self._moments, self._f.to(self.problem.dtype), beta)
+
+    def _newton(
+        self, g: Weights, objective: float, gap: float, asked: float
+    ) -> tuple[Weights, Float[Tensor, "n r c"]]:
         """``Δ`` with ``∇²P Δ ≈ −g``, and its outputs.
 
         Parameters
         ----------
         g : Tensor (c, d + 1)
             The gradient at ``β_s``.
+        objective : float
+            Its size there.
         gap : float
             The relative gap there.
         asked : float
             The gap that is asked for.
         """
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
-        near, rough = gap <= NEAR, self._rough and passes.half_pays
-        preconditioner = LinearCurvature(passes, self._moments, f, beta, in_doubt=near)
+        first, self._first = self._first, None
+        preconditioner = first if first is not None and first.beta == beta else self._curvature(beta)
+        rough = self._rough and passes.half_pays and preconditioner.spread <= MOST_SPREAD
         x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
         image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
         enough = enough if dtype == torch.float32 else 0.0
         forcing = min(FORCING, math.sqrt(gap))
         z = preconditioner.solve(r)
         q, rz = z, float((r * z).sum())
-        first = rz
-        for _ in range(PRODUCTS if near else FAR_PRODUCTS):
+        first, near = rz, gap <= NEAR or rz / 2 <= CLOSE * objective
+        self._products = 0
+        for _ in range(FAR_PRODUCTS if not near else PRODUCTS):
+            self._products += 1
             Hq = passes.curved_roughly(f, q) if rough else passes.curved(f, q, image)
             Hq[:, :-1] += beta * q[:, :-1]
             curvature = float((q * Hq).sum())
