@@ -1,6 +1,7 @@
 """A path of the linear head: where its fits begin, and its β as scikit-learn's C."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,16 +54,26 @@ def test_C_after_cross_validation():
 def test_a_fit_begins_on_the_curve_of_those_before():
     rows = regularization_path(X, Y, beta_ratios=0.3 * 1.8 ** -np.arange(6.0), tol=1e-6, **SETTINGS)
     models = [row["model"].model_ for row in rows]
-    trail = Trail()
-    assert trail.start(1.0) is None
+    trail, problem = Trail(), linear_problem()
+    assert trail.start(1.0, problem) is None
     for model, following in itertools.pairwise(models):
         trail.add(model)
-        start = trail.start(following.beta)
+        start = trail.start(following.beta, problem)
         far, last = (float((atoms.V - following.atoms.V).norm()) for atoms in (start, model.atoms))
         assert far < (1.0 if model is models[0] else 0.4) * last or model is models[0]
     assert far < 0.1 * last  # by a parabola
     for beta in (models[-1].beta / 100, models[-2].beta):  # too far, or back
-        assert trail.start(beta) is models[-2].atoms
+        assert trail.start(beta, problem) is models[-2].atoms
+
+
+def test_what_leads_astray_is_no_start():
+    rows = regularization_path(X, Y, beta_ratios=[3e-8, 2e-8, 1.3e-8], tol=1e-2, **SETTINGS)
+    models = [row["model"].model_ for row in rows]
+    trail, problem = Trail(), linear_problem()
+    wrong = replace(models[1].atoms, V=10 * models[1].atoms.V.flip(2))
+    for model in (models[0], replace(models[1], atoms=wrong), models[2]):
+        trail.add(model)
+    assert trail.start(0.9 * models[2].beta, problem) is models[2].atoms
 
 
 def test_one_token_is_not_copied():

@@ -223,7 +223,7 @@ class _Path:
                 self.interrupted = True
                 return
             self.rows.append(row)
-            self.trail.add(row["model"].model_, row["objective"])
+            self.trail.add(row["model"].model_)
             if callback is not None:
                 callback(row)
             if self.interrupted:

@@ -14,6 +14,9 @@ KEPT = 3
 FARTHEST = 1.5
 """Largest step in ``log β`` that is predicted over, in units of the step before. Chosen by hand: a parabola that is
 followed further soon leads away."""
+ASTRAY = 1e5
+"""Gap of what is predicted, in units of its objective, above which the last model is a better start. Chosen by hand:
+errors in steep directions, which a step of Newton's method repairs, make it large, but not that large."""
 
 
 @dataclass
@@ -21,30 +24,28 @@ class Trail:
     """The models of falling β, of which the last few are kept.
 
     The optimum of the linear head is a smooth curve in ``log β``, along which its weights and its intercept are
-    extrapolated, if that leads to a lower objective than the last model has: small errors of models far apart are large
-    ones of what is extrapolated. The atoms of other heads come and go: there the last model is the start.
+    extrapolated, if that does not lead astray: errors of the models are larger ones of what is extrapolated. The atoms
+    of other heads come and go: there the last model is the start.
     """
 
     _last: list[tuple[float, Atoms]] = field(default_factory=list)
-    _objective: float = math.nan
     _smooth: bool = False
 
-    def add(self, model: Model, objective: float) -> None:
-        """Note the model of the next β and its objective."""
-        self._smooth, self._objective = not model.head.learns_mixing, objective
+    def add(self, model: Model) -> None:
+        """Note the model of the next β."""
+        self._smooth = not model.head.learns_mixing
         self._last = [*self._last, (model.beta, model.atoms)][-KEPT:]
 
     def start(self, beta: float, problem: Problem) -> Atoms | None:
         """Where to begin at a smaller ``beta``; None before there is a model."""
         if not self._last:
             return None
-        (*_, (end, last)), predicted = self._last, self._predicted(beta)
+        predicted = self._predicted(beta)
         if predicted is None:
-            return last
-        at_last = self._objective - (end - beta) * problem.penalty(last)
-        here = predicted.to(problem.device, problem.dtype)
-        found = problem.data_term(problem.outputs(here)) + beta * problem.penalty(here)
-        return predicted if found < at_last else last
+            return self._last[-1][1]
+        there = problem.value_and_gradient(predicted.to(problem.device, problem.dtype), beta)
+        gap = float(there.gradient.V.double().square().sum()) / (2 * beta)
+        return predicted if gap <= ASTRAY * abs(there.value) else self._last[-1][1]
 
     def _predicted(self, beta: float) -> Atoms | None:
         """What is extrapolated, where it can be."""

@@ -12,6 +12,8 @@ from convexhead.program.losses import LOSSES, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import scaled_dual
+from convexhead.solvers.linear_curvature import LinearCurvature
+from convexhead.solvers.linear_passes import LinearPasses
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.subspace import Subspace, most_coefficients
 from convexhead.solvers.whitening import Whitening, curvatures
@@ -134,3 +136,31 @@ def test_more_samples_leave_room_for_more_coefficients():
     room = {n: most_coefficients(n, cpu) for n in (200, 8_000, 50_000, 10**6)}
     assert room == {200: 3000, 8_000: 3000, 50_000: 7500, 10**6: 8000}
     assert most_coefficients(50_000, cuda) == 10_000
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("name", ["cross-entropy", "binary-cross-entropy"])
+def test_rows_in_doubt_are_in_the_curvature_of_the_linear_head(name, intercept):
+    """Of 60 rows all but 2 have outputs without doubt: what is left is the Hessian, in all outputs together."""
+    n, d, c, beta = 60, 40, 3, 1e-3
+    head = make_head("linear", 1, d)
+    X, Y = normal(n, 1, d), torch.eye(c, dtype=torch.float64)[torch.arange(n) % c].unsqueeze(1)
+    operator = Operator(X, head, make_activation("linear", head, None))
+    passes = LinearPasses(Problem(operator, Y, make_loss(name), fit_intercept=intercept))
+    f = torch.where(torch.arange(n).view(n, 1, 1) < 2, 0.3 * normal(n, 1, c, seed=1), 60 * (Y - 0.5))
+    M = LinearCurvature(passes, passes.moments(diagonal=False), f, beta)
+
+    def hessian(q):
+        images = torch.empty_like(f)
+        product = passes.curved(f, q, images)
+        product[:, :-1] += beta * q[:, :-1]
+        return product
+
+    units = torch.eye(c * (d + 1), dtype=torch.float64).view(-1, c, d + 1)
+    kept = slice(None) if intercept else slice(0, d)
+    product = torch.stack([M.solve(hessian(q))[:, kept].flatten() for q in units[units[:, :, kept].any(2).any(1)]])
+    found = torch.linalg.eigvals(product)
+    if intercept and name == "cross-entropy":  # a shift of all outputs changes nothing
+        found = found[found.abs() > 1e-6]
+    torch.testing.assert_close(found.real, torch.ones_like(found.real), rtol=0, atol=1e-3)
+    assert M.spread > 10

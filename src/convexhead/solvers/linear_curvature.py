@@ -1,9 +1,9 @@
 """The Hessian of the linear head, near enough to precondition conjugate gradients.
 
 The Hessian is ``(1/n) Σ_i Λ_i ⊗ φ_i φ_iᵀ + β``, with ``Λ_i (c, c)`` the second derivative of a row's loss and
-``φ_i = (x_i, 1)``. Most of it is small and about alike in all outputs; some rows, those that the head is in doubt about,
-have much of it, in few directions ``l`` of the outputs: two, of opposite sign, where the doubt is between two classes.
-So with ``m`` of these, ``Λ_i ≈ Σ_a l_a l_aᵀ``, and ``h`` the mean of the curvature that is left
+``φ_i = (x_i, 1)``. Most of it is small and about alike in all outputs. Some rows, those that the head is in doubt
+about, have much of it, in few directions ``l`` of the outputs: one, where the doubt is between two classes. So with
+``m`` of these, ``Λ_i ≈ Σ_a l_a l_aᵀ``, and ``h`` the mean of the curvature that is left
 
     M = h I ⊗ ΦᵀΦ/n + β + (1/n) Σ_a (l_a l_aᵀ) ⊗ (φ_a φ_aᵀ)
 
@@ -27,11 +27,11 @@ MOST_DIRECTIONS = 512
 """Largest ``m``. Chosen by hand: ``K`` is factored in float64, and more of them save few products."""
 OF_A_ROW = 3
 """Directions of one row of outputs that are looked at. Chosen by hand: doubt is between few classes."""
-ORDINARY = 30.0
+ORDINARY = 10.0
 """Largest ``c d ‖l‖² / Σ_i tr Λ_i``, about what a direction adds to ``K_aa``, with which ``m = 0``. Chosen by hand: so
 few products are needed there that the directions do not pay."""
-FLOOR = 1e-6
-"""Smallest eigenvalue of ``I − ÃᵀK⁻¹Ã``. Derived: products in float32 leave it positive."""
+FLOOR = 10.0
+"""Smallest eigenvalue of ``I − ÃᵀK⁻¹Ã``, in units of rounding. Derived: products leave it positive."""
 
 
 class LinearCurvature:
@@ -47,13 +47,12 @@ class LinearCurvature:
 
     Attributes
     ----------
-    beta : float
     spread : float
         The largest ``K_aa``: about the condition number of the Hessian.
     """
 
     def __init__(self, passes: LinearPasses, moments: Tensor, f: Float[Tensor, "n r c"], beta: float) -> None:
-        problem, self.beta = passes.problem, beta
+        problem = passes.problem
         rows, c = problem.n * problem.head.r, problem.c
         rank, size = problem.ranks.rank, problem.ranks.size
         m = min(rows // 2, c * (passes.d + 1) // 2, MOST_DIRECTIONS)
@@ -90,7 +89,7 @@ class LinearCurvature:
         if self._L is not None:
             inside = ((self._phi.T @ u) * self._L).sum(1, keepdim=True)
             inside = torch.cholesky_solve(inside.double(), self._K).to(u.dtype)
-            u = torch.addmm(u, self._phi, self._L * inside, alpha=FLOOR - 1)
+            u = torch.addmm(u, self._phi, self._L * inside, alpha=FLOOR * torch.finfo(u.dtype).eps - 1)
         if self._root.ndim == 1:
             return (u / self._root.unsqueeze(1)).T
         return torch.linalg.solve_triangular(self._root.T, u, upper=True).T

@@ -6,7 +6,8 @@ which quasi-Newton steps crawl; within the cone of one activation pattern it is 
 
 Where rewards can be bounded (`ExactRounds`) rounds are few and thorough, and end within the cones of the patterns
 (`cones`). Elsewhere (`SearchedRounds`) the model begins wide, in random directions, and a round goes only as far as the
-gap at hand asks for, in whitened coordinates (`whitening`); it ends within cones only after a round that has not helped.
+gap at hand asks for, in whitened coordinates (`whitening`); only one after a round that
+has not helped ends within cones.
 """
 
 from __future__ import annotations

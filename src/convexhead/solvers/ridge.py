@@ -6,7 +6,8 @@ Far from the optimum Newton's steps are long and wrong: a sample that is misclas
 Near it they are all that is needed. So the method starts at a larger β, where the optimum is near, and follows it.
 Products with ``X`` are the price: one for each product with the Hessian, half a one for a gradient, and none in a line
 search, where outputs are known on the whole plane that is searched. Hessians need only be about right: where the
-hardware multiplies bfloat16 faster, their products are made in it for as long as the gap falls fast.
+hardware multiplies bfloat16 faster, their products are made in it for as long as the gap falls fast, and the Hessian's
+condition number allows it.
 """
 
 from __future__ import annotations
@@ -54,11 +55,6 @@ by hand."""
 FALLS = 3.0
 """Factor by which the gap must fall in a step near the optimum, or its products are no longer made in bfloat16. Chosen
 by hand."""
-SHORT = 0.25
-"""Share of Newton's step below which rounding has turned a step at the last β. Chosen by hand."""
-CLOSE = 0.1
-"""What Newton's step would gain, by `LinearCurvature`, in units of the objective, at which it is near though the gap is
-large: where β is tiny, errors in steep directions make it large. Chosen by hand."""
 MOST_SPREAD = 1e5
 """Condition number with which products in bfloat16 are near enough. Chosen by hand."""
 AGREES = 0.8
@@ -92,7 +88,6 @@ class RidgeNewton(Solver):
         self._B, self._like, self._stage = B.double(), start, 0.0
         self._rough, self._before, self._products = True, math.inf, 0
         self._descent: FactoredDescent | None = None
-        self._first: LinearCurvature | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
         self._f = self._passes.outputs(B).double()
@@ -159,14 +154,12 @@ class RidgeNewton(Solver):
             return Stop.CONVERGED
         self._rough &= not self._before <= NEAR or gap <= self._before / FALLS
         self._before = gap if self._stage == self.beta else math.inf
-        self._stage = self._stage or self._first_stage(at_f, data_term, square)
         self._stage = self._next_stage(at_f, data_term, square)
         objective = data_term + self._stage * square / 2
         g = at_f.clone()
         g[:, :-1] += self._stage * self._B[:, :-1]
         asked = self.target if self._stage == self.beta else NEAR
-        size = abs(objective)
-        x, Z = self._newton(g, size, self._missing(at_f, self._stage) / size, asked * size)
+        x, Z = self._newton(g, self._missing(at_f, self._stage) / abs(objective), asked * abs(objective))
         s, t, lower = minimise_on_plane(self.problem, self._stage, self._f, Z, self._B, x, g, objective, AGREES)
         if not lower < objective and not self._falls_by_gradient(x, Z, self._missing(at_f, self._stage)):
             if gap <= ROUNDED or self.problem.dtype == torch.float32:
@@ -175,10 +168,7 @@ class RidgeNewton(Solver):
             return None
         if lower < objective:
             self._B, self._f = (1 + s) * self._B + t * x, Z.mul_(t).add_(self._f, alpha=1 + s)
-        if t >= SHORT or self._stage > self.beta or self.problem.dtype != torch.float32:
-            return None
-        blurred, self._rough = not self._rough, False
-        return Stop.STALLED if blurred else None
+        return None
 
     def _falls_by_gradient(self, x: Weights, Z: Float[Tensor, "n r c"], missing: float) -> bool:
         """Take the step if it halves what is ``missing``, by the gradient: where β is tiny beside the features, that is
@@ -227,50 +217,36 @@ class RidgeNewton(Solver):
         left = float(g[:, :-1].norm()) + mean * float(g[:, -1].norm())
         return left * left / (2 * beta)
 
-    def _first_stage(self, at_f: Weights, data_term: float, square: float) -> float:
-        """β itself where the start is near its optimum, else the least ``10ᵏ β`` at which it is not far from it."""
-        beta = self.beta
-        g = at_f.clone()
-        g[:, :-1] += beta * self._B[:, :-1]
-        self._first = self._curvature(beta)
-        step = self._first.solve(g.to(self.problem.dtype))
-        if float((g * step).sum()) / 2 <= CLOSE * abs(data_term + beta * square / 2):
-            return beta
-        while self._missing(at_f, beta) > FALL * abs(data_term + beta * square / 2) and beta < 1e12 * self.beta:
-            beta *= FALL
-        return beta
-
     def _next_stage(self, at_f: Weights, data_term: float, square: float) -> float:
-        """``β_s``, or the next one where its gap is small."""
+        """``β_s``: the first one, or the next one where its gap is small."""
+
+        def near(beta: float, times: float) -> bool:
+            return self._missing(at_f, beta) <= times * abs(data_term + beta * square / 2)
+
         beta = self._stage
-        while beta > self.beta and self._missing(at_f, beta) <= NEAR * abs(data_term + beta * square / 2):
+        if not beta:
+            beta = self.beta
+            while not near(beta, FALL) and beta < 1e12 * self.beta:
+                beta *= FALL
+        while beta > self.beta and near(beta, NEAR):
             beta = max(beta / FALL, self.beta)
         return self.beta if beta < 1.5 * self.beta else beta
 
     # -- the Newton system --------------------------------------------------------------------------------------------
-    def _curvature(self, beta: float) -> LinearCurvature:
-        """The preconditioner at the iterate."""
-        return LinearCurvature(self._passes, self._moments, self._f.to(self.problem.dtype), beta)
-
-    def _newton(
-        self, g: Weights, objective: float, gap: float, asked: float
-    ) -> tuple[Weights, Float[Tensor, "n r c"]]:
+    def _newton(self, g: Weights, gap: float, asked: float) -> tuple[Weights, Float[Tensor, "n r c"]]:
         """``Δ`` with ``∇²P Δ ≈ −g``, and its outputs.
 
         Parameters
         ----------
         g : Tensor (c, d + 1)
             The gradient at ``β_s``.
-        objective : float
-            Its size there.
         gap : float
             The relative gap there.
         asked : float
             The gap that is asked for.
         """
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
-        first, self._first = self._first, None
-        preconditioner = first if first is not None and first.beta == beta else self._curvature(beta)
+        preconditioner = LinearCurvature(passes, self._moments, f, beta)
         rough = self._rough and passes.half_pays and preconditioner.spread <= MOST_SPREAD
         x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
         image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
@@ -278,9 +254,9 @@ class RidgeNewton(Solver):
         forcing = min(FORCING, math.sqrt(gap))
         z = preconditioner.solve(r)
         q, rz = z, float((r * z).sum())
-        first, near = rz, gap <= NEAR or rz / 2 <= CLOSE * objective
+        first = rz
         self._products = 0
-        for _ in range(FAR_PRODUCTS if not near else PRODUCTS):
+        for _ in range(PRODUCTS if gap <= NEAR else FAR_PRODUCTS):
             self._products += 1
             Hq = passes.curved_roughly(f, q) if rough else passes.curved(f, q, image)
             Hq[:, :-1] += beta * q[:, :-1]
