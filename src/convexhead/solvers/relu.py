@@ -6,8 +6,8 @@ which quasi-Newton steps crawl; within the cone of one activation pattern it is 
 
 Where rewards can be bounded (`ExactRounds`) rounds are few and thorough, and end within the cones of the patterns
 (`cones`). Elsewhere (`SearchedRounds`) the model begins wide, in random directions, and a round goes only as far as the
-gap at hand asks for, in whitened coordinates (`whitening`); only one after a round that
-has not helped ends within cones.
+gap at hand asks for, in whitened coordinates (`whitening`); in float64, after one that has not helped, it ends within
+cones too.
 """
 
 from __future__ import annotations
@@ -339,8 +339,8 @@ class SearchedRounds(ReLUColumnGeneration):
         return atoms
 
     def _within_cones(self, atoms: Atoms) -> Atoms:
-        """Only where the last round has not helped: kinks may then be what holds the descent up."""
-        return super()._within_cones(atoms) if self._since else atoms
+        """Only where the last round has not helped: kinks, and not rounding, may be what holds the descent up."""
+        return super()._within_cones(atoms) if self._since and self.problem.dtype == torch.float64 else atoms
 
 
 class Rays:
