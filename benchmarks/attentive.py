@@ -61,7 +61,7 @@ METRICS, QUERY_SCALES = (0.5, 0.0, 1.0), (2.0, 1.0, 4.0)
 RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
 SEARCH_TOL = 0.02
 SAMPLED, CHOSEN_WITH, TRAINED = (32, 96, 256), 96, (1, 4, 16, 64)
-COUNTS, SEEDS = (8, 32, 96, 192, 512), range(3)
+COUNTS, SEEDS = (8, 32, 96, 192, 512, 1024), range(5)
 ATOMS = 64
 """Of the networks with trained queries, at most; the certified heads have fewer."""
 RESAMPLES = 10_000

@@ -90,7 +90,7 @@ def test_products_in_bfloat16_are_about_right():
     passes = LinearPasses(linear_problem())
     draw = torch.Generator().manual_seed(0)
     B, f = torch.randn(10, 65, generator=draw), torch.randn(len(X), 1, 10, generator=draw)
-    exactly, roughly = passes.curved(f, B, torch.empty_like(f)), passes.curved_roughly(f, B)
+    exactly, roughly = passes.curved(f, B), passes.curved(f, B, rough=True)
     assert 1e-5 < float((roughly - exactly).norm() / exactly.norm()) < 0.02
     assert not passes.half_pays  # so few samples
 
@@ -100,8 +100,13 @@ def test_a_fit_with_products_in_bfloat16_is_certified_as_well(ratio, monkeypatch
     settings = {"beta_ratio": ratio, "tol": 1e-4, **SETTINGS}
     plain = ch.ConvexHeadClassifier(**settings).fit(X, Y)
     used = []
-    roughly = LinearPasses.curved_roughly
-    monkeypatch.setattr(LinearPasses, "curved_roughly", lambda *args: used.append(1) or roughly(*args))
+    curved = LinearPasses.curved
+
+    def noted(*args, rough):
+        used.extend([1] * rough)
+        return curved(*args, rough=rough)
+
+    monkeypatch.setattr(LinearPasses, "curved", noted)
     monkeypatch.setattr(linear_passes, "LARGE", 0)
     monkeypatch.setattr(linear_passes, "has_fast_bfloat16", lambda device: True)
     rough = ch.ConvexHeadClassifier(**settings).fit(X, Y)

@@ -75,14 +75,16 @@ class LinearPasses:
         fast = large and problem.dtype == torch.float32 and has_fast_bfloat16(problem.device)
         return not problem.ranks.largest(not fast)[0]
 
-    def curved_roughly(self, f: Float[Tensor, "n r c"], B: Weights) -> Weights:
-        """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ`` from products in bfloat16, which keep 8 bits of the features, and of ``B``."""
+    def curved(self, f: Float[Tensor, "n r c"], B: Weights, *, rough: bool = False) -> Weights:
+        """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ``; roughly, from products in bfloat16, which keep 8 bits of features and ``B``."""
 
         def multiply(rows: slice, X: Tensor) -> Tensor:
-            half = self._half(rows, X)
-            Z = (B[:, :-1].bfloat16() @ half.T).float().add_(B[:, -1:])
-            R = self.problem.losses.at(rows).hessian_times(f[rows], self._as_outputs(Z))
-            return self._pulled(X, R, half)
+            if not rough:
+                half, Z = None, self._pushed(X, B)
+            else:
+                half = self._half(rows, X)
+                Z = self._as_outputs((B[:, :-1].bfloat16() @ half.T).float().add_(B[:, -1:]))
+            return self._pulled(X, self.problem.losses.at(rows).hessian_times(f[rows], Z), half)
 
         return self._summed(multiply).div_(self.problem.n)
 
@@ -94,15 +96,6 @@ class LinearPasses:
         if 2 * self.problem.n * self.problem.head.r * self.d <= KEPT:
             self._halves[rows.start] = half
         return half
-
-    def curved(self, f: Float[Tensor, "n r c"], B: Weights, images: Float[Tensor, "n r c"]) -> Weights:
-        """``(1/n) (∇²ℓ(f) Φ Bᵀ)ᵀ Φ``, and ``Φ Bᵀ`` in ``images``: one pass for both products."""
-
-        def multiply(rows: slice, X: Tensor) -> Tensor:
-            images[rows] = Z = self._pushed(X, B)
-            return self._pulled(X, self.problem.losses.at(rows).hessian_times(f[rows], Z))
-
-        return self._summed(multiply).div_(self.problem.n)
 
     def take(self, index: Int[Tensor, " m"], into: Float[Tensor, "m d1"]) -> None:
         """Copy the rows of ``Φ`` with these numbers, of this process's samples; without an intercept they end in 0."""

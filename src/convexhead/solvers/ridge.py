@@ -248,9 +248,8 @@ class RidgeNewton(Solver):
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
         preconditioner = LinearCurvature(passes, self._moments, f, beta)
         rough = self._rough and passes.half_pays and preconditioner.spread <= MOST_SPREAD
-        x, r, Z = torch.zeros_like(g), -g.to(dtype), torch.zeros_like(f)
-        image, enough = torch.empty_like(f), REACHED * 2 * beta * asked
-        enough = enough if dtype == torch.float32 else 0.0
+        x, r = torch.zeros_like(g), -g.to(dtype)
+        enough = REACHED * 2 * beta * asked if dtype == torch.float32 else 0.0
         forcing = min(FORCING, math.sqrt(gap))
         z = preconditioner.solve(r)
         q, rz = z, float((r * z).sum())
@@ -258,28 +257,23 @@ class RidgeNewton(Solver):
         self._products = 0
         for _ in range(PRODUCTS if gap <= NEAR else FAR_PRODUCTS):
             self._products += 1
-            Hq = passes.curved_roughly(f, q) if rough else passes.curved(f, q, image)
+            Hq = passes.curved(f, q, rough=rough)
             Hq[:, :-1] += beta * q[:, :-1]
             curvature = float((q * Hq).sum())
             if not curvature > 0:
                 break
             a = rz / curvature
             x += a * q
-            if not rough:
-                Z += a * image
             r = r - a * Hq
             z = preconditioner.solve(r)
             last, rz = rz, float((r * z).sum())
             if not forcing**2 * first < rz < math.inf or float(r[:, :-1].double().square().sum()) <= enough:
                 break
             q = z + (rz / last) * q
-        if rough:
-            Z = passes.outputs(x.to(dtype))
         if isinstance(self.problem.loss, CrossEntropy):  # softmax does not see a shift of all outputs: none is made
-            shift = x[:, -1].mean()
-            x[:, -1] -= shift
-            Z -= shift.to(dtype)
-        return x, Z.double()
+            x[:, -1] -= x[:, -1].mean()
+        del f
+        return x, passes.outputs(x.to(dtype)).double()
 
 
 def _matrix(atoms: Atoms) -> Weights:
