@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import convexhead as ch
+from convexhead import trail as trails
 from convexhead.certificate.certify import certify_atoms
 from convexhead.fitting import pose
 from convexhead.path import regularization_path
@@ -66,7 +67,8 @@ def test_a_fit_begins_on_the_curve_of_those_before():
         assert trail.start(beta, problem) is models[-2].atoms
 
 
-def test_what_leads_astray_is_no_start():
+def test_what_leads_astray_is_no_start(monkeypatch):
+    monkeypatch.setattr(trails, "FEW", 0)
     rows = regularization_path(X, Y, beta_ratios=[3e-8, 2e-8, 1.3e-8], tol=1e-2, **SETTINGS)
     models = [row["model"].model_ for row in rows]
     trail, problem = Trail(), linear_problem()

@@ -14,9 +14,12 @@ KEPT = 3
 FARTHEST = 1.5
 """Largest step in ``log β`` that is predicted over, in units of the step before. Chosen by hand: a parabola that is
 followed further soon leads away."""
-ASTRAY = 1e5
-"""Gap of what is predicted, in units of its objective, above which the last model is a better start. Chosen by hand:
-errors in steep directions, which a step of Newton's method repairs, make it large, but not that large."""
+ASTRAY = 10.0
+"""Gap of what is predicted, in units of its objective, above which the last model is the start. Chosen by hand: from
+there on a solver would begin at a larger β."""
+FEW = 10_000
+"""Number of weights up to which what is predicted is the start whatever its gap. Chosen by hand: a Newton step on so
+few repairs it."""
 
 
 @dataclass
@@ -40,12 +43,14 @@ class Trail:
         """Where to begin at a smaller ``beta``; None before there is a model."""
         if not self._last:
             return None
-        predicted = self._predicted(beta)
+        last, predicted = self._last[-1][1], self._predicted(beta)
         if predicted is None:
-            return self._last[-1][1]
+            return last
+        if predicted.V.numel() <= FEW:
+            return predicted
         there = problem.value_and_gradient(predicted.to(problem.device, problem.dtype), beta)
         gap = float(there.gradient.V.double().square().sum()) / (2 * beta)
-        return predicted if gap <= ASTRAY * abs(there.value) else self._last[-1][1]
+        return predicted if gap <= ASTRAY * abs(there.value) else last
 
     def _predicted(self, beta: float) -> Atoms | None:
         """What is extrapolated, where it can be."""
