@@ -121,8 +121,8 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return {**self._descent.state(), "iteration": torch.tensor(self._iteration)}, {}
         shared = {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}
-        before = {"rough": torch.tensor(self._rough), "before": torch.tensor(self._before, dtype=torch.float64)}
-        return {**shared, **before}, {"outputs": self._f}
+        last = {"rough": torch.tensor(self._rough), "products": torch.tensor(self._products)}
+        return {**shared, **last, "before": torch.tensor(self._before, dtype=torch.float64)}, {"outputs": self._f}
 
     def _restore(self, shared: State, rows: State) -> None:
         if "iteration" in shared:
@@ -130,7 +130,7 @@ class RidgeNewton(Solver):
             self._descent = FactoredDescent.restored(self.problem, shared, self.beta)
             return
         self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
-        self._rough = bool(shared.get("rough", False))
+        self._rough, self._products = bool(shared.get("rough", False)), int(shared.get("products", 0))
         self._before = float(shared.get("before", math.inf))
 
     def begin(self) -> None:
