@@ -79,6 +79,7 @@ def test_a_store_gives_the_class_token(work, head):
         assert told.primal == pytest.approx(clf.certificate_.primal, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "path", "refit", "cv", "adam"])
 def test_commands_agree(work, tmp_path, capsys, command):
     options = ["--head", "self-attention", "--pool", "cls", "--out", tmp_path / "run"]

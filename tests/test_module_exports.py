@@ -14,6 +14,7 @@ NEEDS = {"ONNX": ("onnxscript", "onnxruntime")}
 """Packages of an extra."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "case"),
     [

@@ -146,6 +146,7 @@ def test_learning_rate_is_tuned_on_what_is_asked():
     assert tune_learning_rate(train, rates, score=lambda result: result.objective).learning_rate == 1e-4
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_worth_nothing():
     problem = build("self-attention", "linear", loss="squared")
     result = train_adam(problem, 0.02, n_heads=3, lr=1e160, epochs=20)

@@ -114,6 +114,7 @@ def test_rows_are_those_of_heads_trained_by_hand(probed):
         np.testing.assert_array_equal(saved.predict(test), predicted)
 
 
+@pytest.mark.slow
 def test_pairs_are_counted_against_the_linear_head(probed):
     out, _ = probed
     test = ch.TokenStore.open(out / "tokens")["test"]

@@ -177,6 +177,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_of_two_is_twice_and_of_zero_is_not_there(head, kind):

@@ -37,6 +37,7 @@ def on(route: str, name: str) -> str:
     return {"small": "fista", "large": "column-generation"}[route]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(("name", "activation", "outputs"), CASES)
 def test_agrees_with_cvxpy_at_tiny_size(name, activation, outputs, pool, route):

@@ -113,6 +113,7 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[st
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
+@pytest.mark.slow
 def test_files_that_are_none(tmp_path: Path, state: dict[str, Any]) -> None:
     torch.save(state, tmp_path / "w.pth")
     whole = (tmp_path / "w.pth").read_bytes()
