@@ -108,7 +108,7 @@ def _most_in_doubt(
     directions, index = f.new_zeros(0, f.shape[2]), torch.zeros(0, dtype=torch.int64, device=f.device)
     for part in passes.problem.rows:
         losses, here = passes.problem.losses.at(part), f[part]
-        curvature = losses.curvature(here)
+        curvature = losses.curvature(here).clamp_min(0)  # a loss by automatic differentiation may round below
         total += float(curvature.sum(dtype=torch.float64))
         if passes.problem.loss.separates == "entries":
             size, entry = curvature.reshape(-1).topk(min(m, curvature.numel()))
