@@ -78,6 +78,16 @@ def test_what_leads_astray_is_no_start(monkeypatch):
     assert trail.start(0.9 * models[2].beta, problem) is models[2].atoms
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_rounding_turns_go_on_in_float64(seed):
+    rng = np.random.default_rng(seed)
+    X, y = 7e3 * rng.normal(size=(235, 1, 29)), rng.integers(0, 5, 235)  # second moments are 1e17 times β
+    steps: list = []
+    clf = ch.ConvexHeadClassifier("linear", beta=3e-10, tol=1e-4, max_time=10).fit(X, y, callback=steps.append)
+    assert clf.certificate_.converged
+    assert len(steps) < 100
+
+
 def test_one_token_is_not_copied():
     head, tokens = make_head("linear", 1, 5), torch.zeros(3, 1, 5)
     assert head.pool_tokens(tokens) is tokens

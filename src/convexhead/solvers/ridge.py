@@ -52,6 +52,8 @@ CHECK_EVERY = 5
 IDLE = 20
 """Looks in a row that find neither a lower objective nor a smaller gap, after which rounding is all that moves. Chosen
 by hand."""
+UNSURE = 10
+"""Newton steps in a row, in float32 and at one β, that find no smaller gap: rounding turns them. Chosen by hand."""
 FALLS = 3.0
 """Factor by which the gap must fall in a step near the optimum, or its products are no longer made in bfloat16. Chosen
 by hand."""
@@ -121,8 +123,11 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return {**self._descent.state(), "iteration": torch.tensor(self._iteration)}, {}
         shared = {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}
-        last = {"rough": torch.tensor(self._rough), "products": torch.tensor(self._products)}
-        return {**shared, **last, "before": torch.tensor(self._before, dtype=torch.float64)}, {"outputs": self._f}
+        counts = {"rough": self._rough, "products": self._products, "idle": self._idle}
+        gaps = {"before": self._before, "lowest": self._lowest[1]}
+        shared |= {name: torch.tensor(count) for name, count in counts.items()}
+        shared |= {name: torch.tensor(gap, dtype=torch.float64) for name, gap in gaps.items()}
+        return shared, {"outputs": self._f}
 
     def _restore(self, shared: State, rows: State) -> None:
         if "iteration" in shared:
@@ -131,11 +136,12 @@ class RidgeNewton(Solver):
             return
         self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
         self._rough, self._products = bool(shared.get("rough", False)), int(shared.get("products", 0))
-        self._before = float(shared.get("before", math.inf))
+        self._before, self._idle = float(shared.get("before", math.inf)), int(shared.get("idle", 0))
+        self._lowest[1] = float(shared.get("lowest", math.inf))
 
     def begin(self) -> None:
         """Choose the first β anew."""
-        self._stage = 0.0
+        self._stage, self._lowest, self._idle = 0.0, [math.inf, math.inf], 0
 
     def step(self) -> Stop | None:
         """Take a Newton step, if the gap asks for one, or a step of L-BFGS."""
@@ -154,17 +160,23 @@ class RidgeNewton(Solver):
             return Stop.CONVERGED
         self._rough &= not self._before <= NEAR or gap <= self._before / FALLS
         self._before = gap if self._stage == self.beta else math.inf
-        self._stage = self._next_stage(at_f, data_term, square)
-        objective = data_term + self._stage * square / 2
+        self._stage, stage = self._next_stage(at_f, data_term, square), self._stage
+        objective, missing = data_term + self._stage * square / 2, self._missing(at_f, self._stage)
+        if self._stage < stage or missing < self._lowest[1]:
+            self._idle, self._lowest[1] = 0, missing
+        self._idle += 1
+        if self._idle > UNSURE and self.problem.dtype == torch.float32:
+            return Stop.STALLED
         g = at_f.clone()
         g[:, :-1] += self._stage * self._B[:, :-1]
         asked = self.target if self._stage == self.beta else NEAR
-        x, Z = self._newton(g, self._missing(at_f, self._stage) / abs(objective), asked * abs(objective))
+        x, Z = self._newton(g, missing / abs(objective), asked * abs(objective))
         s, t, lower = minimise_on_plane(self.problem, self._stage, self._f, Z, self._B, x, g, objective, AGREES)
-        if not lower < objective and not self._falls_by_gradient(x, Z, self._missing(at_f, self._stage)):
+        if not lower < objective and not self._falls_by_gradient(x, Z, missing):
             if gap <= ROUNDED or self.problem.dtype == torch.float32:
                 return Stop.STALLED
             self._iteration, self._descent = 0, FactoredDescent(self.problem, self.atoms(), self.beta)
+            self._lowest, self._idle = [math.inf, math.inf], 0
             return None
         if lower < objective:
             self._B, self._f = (1 + s) * self._B + t * x, Z.mul_(t).add_(self._f, alpha=1 + s)
