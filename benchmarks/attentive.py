@@ -58,7 +58,7 @@ from convexhead.runtime.run_folder import Piece, RunFolder
 from convexhead.tokens import whitened
 
 METRICS, QUERY_SCALES = (0.5, 0.0, 1.0), (2.0, 1.0, 4.0)
-RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
+RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
 SEARCH_TOL = 0.02
 SAMPLED, CHOSEN_WITH, TRAINED = (32, 96, 256), 96, (1, 4, 16, 64)
 COUNTS, SEEDS = (8, 32, 96, 192, 512, 1024), range(5)
@@ -302,8 +302,11 @@ def families(work: Work) -> dict[str, Callable[[], list[Found]]]:
     options = {"query_scale": scale, "query_position": places}
 
     def certified() -> list[Found]:
-        fits = [sampled(work, count, *chosen) for count in work.options.queries]
-        return [("certified", [fit], [*(piece for piece in tried if piece.name != fit.name), fit]) for fit in fits]
+        seeds = range(work.options.seeds)
+        fits = [[sampled(work, count, *chosen, seed=seed) for seed in seeds] for count in work.options.queries]
+        return [
+            ("certified", runs, [*(piece for piece in tried if piece.name != runs[0].name), runs[0]]) for runs in fits
+        ]
 
     def each() -> list[Found]:
         fit = sampled(work, SAMPLED[0], *chosen, norm="each")
@@ -375,6 +378,7 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="*", type=float, default=METRICS)
     parser.add_argument("--settings", nargs=3, metavar=("METRIC", "SCALE", "places|content"), help="chosen before")
     parser.add_argument("--queries", nargs="*", type=int, default=SAMPLED)
+    parser.add_argument("--seeds", type=int, default=1, help="draws of the queries that a row is the mean of")
     parser.add_argument("--rates", nargs="*", type=float, default=sorted({rate for rate, _ in OPTIONS}))
     parser.add_argument("--tol", type=float, default=1e-3, help="of certified heads")
     parser.add_argument("--counts", action="store_true")

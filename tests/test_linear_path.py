@@ -1,6 +1,5 @@
 """A path of the linear head: where its fits begin, and its β as scikit-learn's C."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +9,12 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import convexhead as ch
-from convexhead import trail as trails
 from convexhead.certificate.certify import certify_atoms
 from convexhead.fitting import pose
 from convexhead.path import regularization_path
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
+from convexhead.program.problem import Problem
 from convexhead.solvers import linear_passes
 from convexhead.solvers.linear_passes import LinearPasses
 from convexhead.trail import Trail
@@ -52,30 +52,49 @@ def test_C_after_cross_validation():
     assert not hasattr(clf.set_params(refit=False).fit(X, Y), "C_")
 
 
-def test_a_fit_begins_on_the_curve_of_those_before():
+def test_a_fit_begins_in_the_span_of_those_before():
     rows = regularization_path(X, Y, beta_ratios=0.3 * 1.8 ** -np.arange(6.0), tol=1e-6, **SETTINGS)
     models = [row["model"].model_ for row in rows]
     trail, problem = Trail(), linear_problem()
     assert trail.start(1.0, problem) is None
-    for model, following in itertools.pairwise(models):
-        trail.add(model)
+    trail.add(models[0])
+    assert trail.start(models[1].beta, problem) is models[0].atoms
+    for before, last, following in zip(models, models[1:], models[2:], strict=False):
+        trail.add(last)
         start = trail.start(following.beta, problem)
-        far, last = (float((atoms.V - following.atoms.V).norm()) for atoms in (start, model.atoms))
-        assert far < (1.0 if model is models[0] else 0.4) * last or model is models[0]
-    assert far < 0.1 * last  # by a parabola
-    for beta in (models[-1].beta / 100, models[-2].beta):  # too far, or back
-        assert trail.start(beta, problem) is models[-2].atoms
+        optimum, reached, line, from_last = (
+            objective(problem, atoms, following.beta)
+            for atoms in (following.atoms, start, combined(last.atoms, before.atoms, 2.0, -1.0), last.atoms)
+        )
+        assert optimum * (1 - 1e-6) <= reached <= line * (1 + 1e-6)
+        assert reached - optimum < 0.1 * (from_last - optimum)
+        basis = np.stack([model.atoms.V.numpy().ravel() for model in (before, last)], axis=1)
+        V = start.V.numpy().ravel()
+        residual = V - basis @ np.linalg.lstsq(basis, V, rcond=None)[0]
+        assert np.linalg.norm(residual) < 1e-8 * np.linalg.norm(V)
 
 
-def test_what_leads_astray_is_no_start(monkeypatch):
-    monkeypatch.setattr(trails, "FEW", 0)
-    rows = regularization_path(X, Y, beta_ratios=[3e-8, 2e-8, 1.3e-8], tol=1e-2, **SETTINGS)
-    models = [row["model"].model_ for row in rows]
+@pytest.mark.parametrize("wrong", [10.0, -1.0, 1e3])
+def test_no_start_is_worse_than_the_last_model(wrong):
+    rows = regularization_path(X, Y, beta_ratios=[3e-3, 2e-3], tol=1e-2, **SETTINGS)
+    before, last = (row["model"].model_ for row in rows)
     trail, problem = Trail(), linear_problem()
-    wrong = replace(models[1].atoms, V=10 * models[1].atoms.V.flip(2))
-    for model in (models[0], replace(models[1], atoms=wrong), models[2]):
-        trail.add(model)
-    assert trail.start(0.9 * models[2].beta, problem) is models[2].atoms
+    trail.add(replace(before, atoms=combined(before.atoms, last.atoms, 0.0, wrong)))
+    trail.add(last)
+    for beta in (0.7 * last.beta, 1e-6 * last.beta, 1e3 * last.beta):
+        start = trail.start(beta, problem)
+        assert objective(problem, start, beta) <= objective(problem, last.atoms, beta) * (1 + 1e-6)
+
+
+def combined(first: Atoms, second: Atoms, of_first: float, of_second: float) -> Atoms:
+    """A model in the span of two."""
+    V, b = (of_first * getattr(first, name) + of_second * getattr(second, name) for name in ("V", "intercept"))
+    return replace(first, V=V, intercept=b)
+
+
+def objective(problem: Problem, atoms: Atoms, beta: float) -> float:
+    exact, atoms = problem.astype(torch.float64), problem.enter(atoms)
+    return exact.data_term(exact.outputs(atoms)) + problem.coordinates.beta(beta) * exact.penalty(atoms)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
+from convexhead.program.atoms import Atoms
 from convexhead.program.heads.base import Data
 from convexhead.program.operator import has_fast_bfloat16
 from convexhead.program.problem import Problem
@@ -66,6 +67,13 @@ class LinearPasses:
     def adjoint(self, R: Float[Tensor, "n r c"]) -> Weights:
         """``Rᵀ Φ``."""
         return self._summed(lambda rows, X: self._pulled(X, R[rows]))
+
+    def gradient(self, f: Float[Tensor, "n r c"]) -> Weights:
+        """``∇F = Rᵀ Φ``, from outputs in float64: what is left of a probability near 1 counts."""
+        R, losses = torch.empty_like(f, dtype=self.problem.dtype), self.problem.losses
+        for rows in self.problem.rows:
+            R[rows] = losses.at(rows).to(torch.float64).residual(f[rows]) / self.problem.n
+        return self.adjoint(R).double()
 
     @cached_property
     def half_pays(self) -> bool:
@@ -150,3 +158,13 @@ class LinearPasses:
         out = torch.zeros(self.problem.c, self.d + 1, dtype=self.problem.dtype, device=self.problem.device)
         self.problem.operator.over_batches(1, lambda rows, data: (part(rows, data["queries"].flatten(0, 1)),), out)
         return self.problem.sum(out)[0]
+
+
+def as_matrix(atoms: Atoms) -> Weights:
+    """``B`` of the linear head's one atom."""
+    return torch.cat([atoms.V[0], atoms.intercept.unsqueeze(0)]).T.contiguous()
+
+
+def as_atoms(B: Weights, like: Atoms) -> Atoms:
+    """Its atom, with the mixing weight that ``like`` has."""
+    return Atoms(like.U.to(B.dtype), B[:, :-1].T.contiguous().unsqueeze(0), like.block, B[:, -1].clone())

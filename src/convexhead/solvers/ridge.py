@@ -25,9 +25,9 @@ from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.linear_curvature import LinearCurvature
-from convexhead.solvers.linear_passes import LinearPasses, Weights
+from convexhead.solvers.linear_passes import LinearPasses, Weights, as_atoms, as_matrix
 from convexhead.solvers.monitor import State
-from convexhead.solvers.plane import minimise_on_plane
+from convexhead.solvers.span import Span
 
 FALL = 10.0
 """Factor by which β falls, and the gap, in units of the objective, that β starts at. Chosen by hand."""
@@ -71,8 +71,8 @@ class RidgeNewton(Solver):
        it is small for ``β_s > β``, let ``β_s`` fall.
     3. Solve ``∇²P Δ = −∇P`` by conjugate gradients, preconditioned by `LinearCurvature`. They end at a residual that is
        small beside the gradient, or beside the gap that is asked for.
-    4. Move to ``(1 + s)(W, b) + t Δ``, with ``s = 0, t = 1``, or the best of both where that is not what the quadratic
-       model says. The scale ``s`` is what changes most when β falls.
+    4. Move to ``(W, b) + Δ``, or to the best model in the `Span` of both where that is not what the quadratic model
+       says. The scale of ``(W, b)`` is what changes most when β falls.
 
     5. Where a step finds nothing lower though the gap is large, the loss has too little curvature for Newton's method,
        as Huber's of a tiny ``δ``: go on with L-BFGS.
@@ -86,7 +86,7 @@ class RidgeNewton(Solver):
     most_steps = 10_000
 
     def _set_up(self, start: Atoms) -> None:
-        B = _matrix(start)
+        B = as_matrix(start)
         self._B, self._like, self._stage = B.double(), start, 0.0
         self._rough, self._before, self._products = True, math.inf, 0
         self._descent: FactoredDescent | None = None
@@ -106,7 +106,7 @@ class RidgeNewton(Solver):
 
     def refine(self) -> Problem:
         """Go on in float64."""
-        self._B, self._descent = _matrix(self.atoms()).double(), None
+        self._B, self._descent = as_matrix(self.atoms()).double(), None
         self._take_precision(self.problem.astype(torch.float64, reuse=True))
         self._f = self._passes.outputs(self._B)
         return self.problem
@@ -115,8 +115,7 @@ class RidgeNewton(Solver):
         """Return the iterate."""
         if self._descent is not None:
             return self._descent.atoms
-        like, B = self._like, self._B.to(self.problem.dtype)
-        return Atoms(like.U.to(B.dtype), B[:, :-1].T.contiguous().unsqueeze(0), like.block, B[:, -1].clone())
+        return as_atoms(self._B.to(self.problem.dtype), self._like)
 
     def state(self) -> tuple[State, State]:
         """Return weights, ``β_s`` and outputs; or what L-BFGS has."""
@@ -148,7 +147,7 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return self._descend(self._descent)
         data_term = self.problem.mean_of(lambda losses, f: losses.to(torch.float64).value(f), self._f)
-        at_f = self._passes.adjoint(self._residual()).double()
+        at_f = self._passes.gradient(self._f)
         square = float(self._B[:, :-1].square().sum())
         gap = self.monitor.record(
             data_term + self.beta * square / 2,
@@ -171,7 +170,12 @@ class RidgeNewton(Solver):
         g[:, :-1] += self._stage * self._B[:, :-1]
         asked = self.target if self._stage == self.beta else NEAR
         x, Z = self._newton(g, missing / abs(objective), asked * abs(objective))
-        s, t, lower = minimise_on_plane(self.problem, self._stage, self._f, Z, self._B, x, g, objective, AGREES)
+        span = Span(self.problem, self._stage, [self._f, Z], [self._B, x])
+        shares = torch.ones(2, dtype=torch.float64)
+        lower = span.value(shares)
+        if not objective - lower >= -AGREES * float((g * x).sum()) / 2:
+            begin = (shares, lower) if lower < objective else (torch.tensor([1.0, 0.0], dtype=torch.float64), objective)
+            shares, lower = span.minimise(*begin)
         if not lower < objective and not self._falls_by_gradient(x, Z, missing):
             if gap <= ROUNDED or self.problem.dtype == torch.float32:
                 return Stop.STALLED
@@ -179,7 +183,8 @@ class RidgeNewton(Solver):
             self._lowest, self._idle = [math.inf, math.inf], 0
             return None
         if lower < objective:
-            self._B, self._f = (1 + s) * self._B + t * x, Z.mul_(t).add_(self._f, alpha=1 + s)
+            of_B, of_x = shares.tolist()
+            self._B, self._f = of_B * self._B + of_x * x, Z.mul_(of_x).add_(self._f, alpha=of_B)
         return None
 
     def _falls_by_gradient(self, x: Weights, Z: Float[Tensor, "n r c"], missing: float) -> bool:
@@ -187,7 +192,7 @@ class RidgeNewton(Solver):
         far below what rounding leaves of the objective."""
         before = self._B, self._f
         self._B, self._f = self._B + x, self._f + Z
-        at_f = self._passes.adjoint(self._residual()).double()
+        at_f = self._passes.gradient(self._f)
         if self._missing(at_f, self._stage) <= missing / 2:
             return True
         self._B, self._f = before
@@ -200,20 +205,13 @@ class RidgeNewton(Solver):
         if moved and self._iteration % CHECK_EVERY:
             return None
         gradient = descent.gradient or self.problem.empty()
-        missing = self._missing_of(_matrix(gradient).double(), self.beta)
+        missing = self._missing_of(as_matrix(gradient).double(), self.beta)
         if self.monitor.record(descent.value, descent.value - missing, 1) <= self.target:
             return Stop.CONVERGED
         falls = descent.value < self._lowest[0] or missing < self._lowest[1]
         self._lowest = [min(pair) for pair in zip(self._lowest, (descent.value, missing), strict=True)]
         self._idle = 0 if falls else self._idle + 1
         return None if moved and self._idle < IDLE else Stop.STALLED
-
-    def _residual(self) -> Float[Tensor, "n r c"]:
-        """``R``, from outputs in float64: what is left of a probability near 1 counts."""
-        R, losses = torch.empty_like(self._f, dtype=self.problem.dtype), self.problem.losses
-        for rows in self.problem.rows:
-            R[rows] = losses.at(rows).to(torch.float64).residual(self._f[rows]) / self.problem.n
-        return R
 
     def _missing(self, at_f: Weights, beta: float) -> float:
         """``P − D`` at a weight β, given ``∇F``: what moves a residual to a sum of 0 moves its gradient by the mean of
@@ -286,8 +284,3 @@ class RidgeNewton(Solver):
             x[:, -1] -= x[:, -1].mean()
         del f
         return x, passes.outputs(x.to(dtype)).double()
-
-
-def _matrix(atoms: Atoms) -> Weights:
-    """``B = [Wᵀ b]``."""
-    return torch.cat([atoms.V[0], atoms.intercept.unsqueeze(0)]).T.contiguous()
