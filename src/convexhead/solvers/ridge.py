@@ -38,8 +38,8 @@ FORCING = 0.3
 REACHED = 0.4
 """Share of the gap asked for at which the residual of a Newton system is small enough, in float32. Chosen by hand: the
 losses are not quadratic. In float64 systems are solved as far as Newton's method gains by it."""
-PRODUCTS, FAR_PRODUCTS = 60, 10
-"""Largest number of products with one Hessian, and the same far from the optimum. Chosen by hand."""
+PRODUCTS = 500
+"""Largest number of products with one Hessian. Chosen by hand: on nearly separable classes hundreds are needed."""
 WIDEST = 8192
 """Channels up to which their second moments are formed and factored; beyond it their diagonal must do."""
 BEYOND, CHEAP = 1e-3, 20
@@ -66,7 +66,8 @@ AGREES = 0.8
 class RidgeNewton(Solver):
     """Newton's method with conjugate gradients, outputs ``f`` and ``∇F = Xᵀ R`` at hand.
 
-    1. Choose the first weight ``β_s = 10ᵏ β``, the smallest whose gap is at most ten times the objective.
+    1. Choose the first weight ``β_s = 10ᵏ β``, the smallest whose gap is at most ten times the objective, or that for
+       which the weights at the start are the best multiple of themselves, where that is less.
     2. Make the gradient. The gap is ``‖∇_W‖²/(2β)``, but for what the intercept leaves; stop where it is small. While
        it is small for ``β_s > β``, let ``β_s`` fall.
     3. Solve ``∇²P Δ = −∇P`` by conjugate gradients, preconditioned by `LinearCurvature`. They end at a residual that is
@@ -135,8 +136,8 @@ class RidgeNewton(Solver):
             return
         self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
         self._rough, self._products = bool(shared.get("rough", False)), int(shared.get("products", 0))
-        self._before, self._idle = float(shared.get("before", math.inf)), int(shared.get("idle", 0))
-        self._lowest[1] = float(shared.get("lowest", math.inf))
+        self._idle = int(shared.get("idle", 0))
+        self._before, self._lowest[1] = (float(shared.get(name, math.inf)) for name in ("before", "lowest"))
 
     def begin(self) -> None:
         """Choose the first β anew."""
@@ -236,8 +237,10 @@ class RidgeNewton(Solver):
         beta = self._stage
         if not beta:
             beta = self.beta
-            while not near(beta, FALL) and beta < 1e12 * self.beta:
+            best_for = -float((at_f * self._B)[:, :-1].sum()) / square if square else math.inf
+            while not near(beta, FALL) and beta < min(best_for, 1e12 * self.beta):
                 beta *= FALL
+            beta = max(min(beta, best_for), self.beta)
         while beta > self.beta and near(beta, NEAR):
             beta = max(beta / FALL, self.beta)
         return self.beta if beta < 1.5 * self.beta else beta
@@ -265,7 +268,7 @@ class RidgeNewton(Solver):
         q, rz = z, float((r * z).sum())
         first = rz
         self._products = 0
-        for _ in range(PRODUCTS if gap <= NEAR else FAR_PRODUCTS):
+        for _ in range(PRODUCTS):
             self._products += 1
             Hq = passes.curved(f, q, rough=rough)
             Hq[:, :-1] += beta * q[:, :-1]
