@@ -107,6 +107,18 @@ def test_steps_that_rounding_turns_go_on_in_float64(seed):
     assert len(steps) < 100
 
 
+def test_classes_that_are_nearly_separable_take_few_steps():
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 12, 800)
+    means = 0.4 * rng.normal(size=(12, 40))
+    X = means[y] + rng.normal(size=(800, 40)) * rng.uniform(0.3, 1.7, (12, 1))[y]
+    X = (X - X.mean(0)) / X.std(0)
+    ratios = 1 / (800 * np.array([1e2, 1e3, 3e3, 1e4]) * ch.beta_max(X, y, head="linear", fit_intercept=True))
+    rows = regularization_path(X, y, beta_ratios=ratios, tol=1e-3, **SETTINGS)
+    assert all(row["converged"] for row in rows)
+    assert max(len(row["model"].history_) for row in rows) < 30
+
+
 def test_one_token_is_not_copied():
     head, tokens = make_head("linear", 1, 5), torch.zeros(3, 1, 5)
     assert head.pool_tokens(tokens) is tokens

@@ -87,7 +87,7 @@ class RidgeNewton(Solver):
     most_steps = 10_000
 
     def _set_up(self, start: Atoms) -> None:
-        B = as_matrix(start)
+        B = self._without_shift(as_matrix(start))
         self._B, self._like, self._stage = B.double(), start, 0.0
         self._rough, self._before, self._products = True, math.inf, 0
         self._descent: FactoredDescent | None = None
@@ -264,7 +264,7 @@ class RidgeNewton(Solver):
         x, r = torch.zeros_like(g), -g.to(dtype)
         enough = REACHED * 2 * beta * asked if dtype == torch.float32 else 0.0
         forcing = min(FORCING, math.sqrt(gap))
-        z = preconditioner.solve(r)
+        z = self._without_shift(preconditioner.solve(r))
         q, rz = z, float((r * z).sum())
         first = rz
         self._products = 0
@@ -278,12 +278,14 @@ class RidgeNewton(Solver):
             a = rz / curvature
             x += a * q
             r = r - a * Hq
-            z = preconditioner.solve(r)
+            z = self._without_shift(preconditioner.solve(r))
             last, rz = rz, float((r * z).sum())
             if not forcing**2 * first < rz < math.inf or float(r[:, :-1].double().square().sum()) <= enough:
                 break
             q = z + (rz / last) * q
-        if isinstance(self.problem.loss, CrossEntropy):  # softmax does not see a shift of all outputs: none is made
-            x[:, -1] -= x[:, -1].mean()
         del f
         return x, passes.outputs(x.to(dtype)).double()
+
+    def _without_shift(self, B: Weights) -> Weights:
+        """What softmax sees of ``B``: a shift of all outputs costs penalty, and rounding would make large ones."""
+        return B - B.mean(0) if isinstance(self.problem.loss, CrossEntropy) else B
