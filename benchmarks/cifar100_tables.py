@@ -2,6 +2,8 @@
 
     python benchmarks/cifar100_tables.py NAME RUN [RUN ...]     # rows of the runs into results/cifar100_NAME.csv,
                                                                 # of fewer images into results/cifar100_NAME_sizes.csv
+    python benchmarks/cifar100_tables.py NAME --probes STORE --scale 10k
+                                                                # its linear probes alone, anew
     python benchmarks/cifar100_tables.py                        # the tables of docs/cifar100-tables.md from these files
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from common import RESULTS, Row, read_csv, write_csv
 from convexhead.baselines.adam import OPTIMIZERS
-from convexhead.experiments.cifar100 import ON_REQUEST, PRIORITY
+from convexhead.experiments.cifar100 import ON_REQUEST, PRIORITY, SCALES
+from convexhead.experiments.comparison import run
 from convexhead.experiments.rows import METHOD
+from convexhead.experiments.splits import chosen_splits
+from convexhead.experiments.training import Settings
 from convexhead.report import drawing, methods
+from convexhead.tokens import TokenStore
 from speed_tables import markdown, prose
 
 PAGE = Path(__file__).parent.parent / "docs" / "cifar100-tables.md"
@@ -47,8 +54,8 @@ HEADS = (*PRIORITY, *(cell.head for cell in ON_REQUEST))
 def gather(name: str, runs: list[Path]) -> None:
     """Add the rows of finished runs."""
     rows = read_csv(f"cifar100_{name}")
-    for run in runs:
-        results = json.loads((run / "results.json").read_text())
+    for finished in runs:
+        results = json.loads((finished / "results.json").read_text())
         about = {key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")}
         new = [{**row, **about, **results["environment"]} for row in results["methods"]]
         fresh = {_cell(row) for row in new}
@@ -61,6 +68,19 @@ def gather(name: str, runs: list[Path]) -> None:
         if sizes:
             write_csv(f"cifar100_{name}_sizes", sizes)
     write_csv(f"cifar100_{name}", sorted(rows, key=_place))
+
+
+def gather_probes(name: str, store: Path, scale: str) -> None:
+    """Linear probes on the images and tokens of a scale, in place of those that the table has."""
+    splits = chosen_splits(TokenStore.open(store), SCALES[scale].images)
+    probes = ("mean-token", "class-token") if splits.train.has_class_tokens else ("mean-token",)
+    settings = Settings((), probes, SCALES[scale].path, SCALES[scale].adam)
+    with tempfile.TemporaryDirectory(prefix="convexhead-probes-") as folder:
+        results = run(splits, settings, Path(folder) / "run", title="Linear probes", jobs=1)
+    about = {key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")}
+    new = [{**row, **about, **results["environment"]} for row in results["methods"]]
+    rows = [row for row in read_csv(f"cifar100_{name}") if not row["head"].startswith("Linear probe")]
+    write_csv(f"cifar100_{name}", [*rows, *new])
 
 
 def _cell(row: Row) -> tuple[str, str]:
@@ -170,8 +190,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?")
     parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--probes", type=Path, metavar="STORE")
+    parser.add_argument("--scale", choices=list(SCALES))
     args = parser.parse_args()
-    if args.name is not None:
+    if args.probes is not None:
+        gather_probes(args.name, args.probes, args.scale)
+    elif args.name is not None:
         gather(args.name, args.runs)
     write_page()
 

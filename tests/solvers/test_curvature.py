@@ -12,7 +12,7 @@ from convexhead.program.losses import LOSSES, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import scaled_dual
-from convexhead.solvers.linear_curvature import LinearCurvature
+from convexhead.solvers.linear_curvature import BlockCurvature, LinearCurvature
 from convexhead.solvers.linear_passes import LinearPasses
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.subspace import Subspace, most_coefficients
@@ -163,3 +163,35 @@ def test_rows_in_doubt_are_in_the_curvature_of_the_linear_head(name, intercept):
         found = found[found.abs() > 1e-6]
     torch.testing.assert_close(found.real, torch.ones_like(found.real), rtol=0, atol=1e-3)
     assert M.spread > 10
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("name", ["cross-entropy", "binary-cross-entropy"])
+def test_blocks_are_those_of_the_hessian(name, intercept, weighted):
+    n, d, c, beta = 40, 5, 3, 1e-3
+    head = make_head("linear", n_tokens=1, n_channels=d)
+    X, Y = normal(n, 1, d), torch.eye(c, dtype=torch.float64)[torch.arange(n) % c].unsqueeze(1)
+    weights = normal(n, 1, 1, seed=2).abs() if weighted else None
+    operator = Operator(X, head, make_activation("linear", head, None))
+    problem = Problem(operator, Y, make_loss(name), weights=weights, fit_intercept=intercept)
+    passes, f = LinearPasses(problem), normal(n, 1, c, seed=1)
+    M = BlockCurvature(passes, f, beta)
+    kept = d + 1 if intercept else d
+    for k in range(c):
+        units = torch.zeros(kept, c, d + 1, dtype=torch.float64)
+        units[torch.arange(kept), k, torch.arange(kept)] = 1.0
+        block = torch.stack([passes.curved(f, q)[k] for q in units])[:, :kept]
+        block[:d, :d] += beta * torch.eye(d, dtype=torch.float64)
+        inverse = torch.stack([M.solve(q)[k] for q in units])[:, :kept]
+        torch.testing.assert_close(inverse @ block, torch.eye(kept, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_blocks_are_formed_where_they_pay():
+    head = make_head("linear", n_tokens=1, n_channels=40)
+    operator = Operator(normal(8, 1, 40), head, make_activation("linear", head, None))
+    passes = LinearPasses(Problem(operator, torch.ones(8, 1, 2), make_loss("squared")))
+    assert not BlockCurvature.pays(passes, 20)
+    assert BlockCurvature.pays(passes, 21)
+    passes.d = 5000
+    assert not BlockCurvature.pays(passes, 10_000)  # too large

@@ -12,6 +12,9 @@ One factor ``L Lᵀ = h ΦᵀΦ/n + β`` serves all outputs. With ``φ̃_a = L�
     M⁻¹ = L⁻ᵀ (I − Ãᵀ K⁻¹ Ã) L⁻¹,    K = I + Ã Ãᵀ,    K_ab = δ_ab + (l_aᵀ l_b) (φ̃_aᵀ φ̃_b)
 
 so that ``K`` costs two small products, whatever the number of outputs.
+
+Where many rows are in doubt, this is not enough. `BlockCurvature` has the Hessian's block of each output instead, as it
+is, and nothing between outputs. Forming it costs as much as ``d/2`` products.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexhead.program.heads.base import Data
 from convexhead.program.sample_losses import SampleLosses
 from convexhead.solvers.linear_passes import LinearPasses, Weights
 
@@ -30,6 +34,8 @@ OF_A_ROW = 3
 ORDINARY = 10.0
 """Largest ``c d ‖l‖² / Σ_i tr Λ_i``, about what a direction adds to ``K_aa``, with which ``m = 0``. Chosen by hand: so
 few products are needed there that the directions do not pay."""
+MOST_IN_BLOCKS = 1 << 25
+"""Largest size ``c (d + 1)²`` of blocks. Chosen by hand: 128 MB in float32."""
 FLOOR = 10.0
 """Smallest eigenvalue of ``I − ÃᵀK⁻¹Ã``, in units of rounding. Derived: products leave it positive."""
 
@@ -98,6 +104,39 @@ class LinearCurvature:
     def _half(r: Float[Tensor, "m d1"], root: Tensor) -> Float[Tensor, "d1 m"]:
         """``L⁻¹ rᵀ``."""
         return r.T / root.unsqueeze(1) if root.ndim == 1 else torch.linalg.solve_triangular(root, r.T, upper=False)
+
+
+class BlockCurvature:
+    """The Hessian's blocks ``(1/n) Σ_i Λ_ikk φ_i φ_iᵀ + β`` of the outputs ``k``, at outputs ``f``.
+
+    Parameters and attributes are those of `LinearCurvature`; the condition number is taken to be large.
+    """
+
+    spread = float("inf")
+
+    def __init__(self, passes: LinearPasses, f: Float[Tensor, "n r c"], beta: float) -> None:
+        problem, d1 = passes.problem, passes.d + 1
+        blocks = torch.zeros(problem.c, d1, d1, dtype=f.dtype, device=f.device)
+
+        def add(rows: slice, data: Data) -> tuple[Tensor, ...]:
+            X = data["queries"].flatten(0, 1)
+            X = torch.cat([X, torch.full_like(X[:, :1], float(problem.fit_intercept))], dim=1)
+            weights = problem.losses.at(rows).curvature(f[rows]).clamp_min(0).flatten(0, 1)
+            return (torch.stack([(X * weight.unsqueeze(1)).T @ X for weight in weights.unbind(1)]),)
+
+        problem.operator.over_batches(1, add, blocks)
+        (blocks,) = problem.sum(blocks)
+        root = torch.stack([_factor(1.0, block, beta, problem.fit_intercept) for block in blocks.double() / problem.n])
+        self._inverse = torch.cholesky_inverse(root).to(f.dtype)
+
+    @staticmethod
+    def pays(passes: LinearPasses, products: int) -> bool:
+        """Whether to form them for a problem that has needed so many products for one system."""
+        return products > passes.d / 2 and passes.problem.c * (passes.d + 1) ** 2 <= MOST_IN_BLOCKS
+
+    def solve(self, r: Weights) -> Weights:
+        """``M⁻¹ r``."""
+        return torch.bmm(self._inverse, r.unsqueeze(2)).squeeze(2)
 
 
 def _most_in_doubt(

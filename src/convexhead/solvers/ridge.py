@@ -24,7 +24,7 @@ from convexhead.program.losses import CrossEntropy
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop
 from convexhead.solvers.factored import FactoredDescent
-from convexhead.solvers.linear_curvature import LinearCurvature
+from convexhead.solvers.linear_curvature import BlockCurvature, LinearCurvature
 from convexhead.solvers.linear_passes import LinearPasses, Weights, as_atoms, as_matrix
 from convexhead.solvers.monitor import State
 from convexhead.solvers.span import Span
@@ -70,8 +70,8 @@ class RidgeNewton(Solver):
        which the weights at the start are the best multiple of themselves, where that is less.
     2. Make the gradient. The gap is ``‖∇_W‖²/(2β)``, but for what the intercept leaves; stop where it is small. While
        it is small for ``β_s > β``, let ``β_s`` fall.
-    3. Solve ``∇²P Δ = −∇P`` by conjugate gradients, preconditioned by `LinearCurvature`. They end at a residual that is
-       small beside the gradient, or beside the gap that is asked for.
+    3. Solve ``∇²P Δ = −∇P`` by conjugate gradients, preconditioned by `LinearCurvature`, or by `BlockCurvature` once
+       that has taken many. They end at a residual that is small beside the gradient, or beside the gap asked for.
     4. Move to ``(W, b) + Δ``, or to the best model in the `Span` of both where that is not what the quadratic model
        says. The scale of ``(W, b)`` is what changes most when β falls.
 
@@ -89,7 +89,7 @@ class RidgeNewton(Solver):
     def _set_up(self, start: Atoms) -> None:
         B = self._without_shift(as_matrix(start))
         self._B, self._like, self._stage = B.double(), start, 0.0
-        self._rough, self._before, self._products = True, math.inf, 0
+        self._rough, self._before, self._products, self._blocks = True, math.inf, 0, False
         self._descent: FactoredDescent | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
@@ -123,7 +123,7 @@ class RidgeNewton(Solver):
         if self._descent is not None:
             return {**self._descent.state(), "iteration": torch.tensor(self._iteration)}, {}
         shared = {"weights": self._B, "stage": torch.tensor(self._stage, dtype=torch.float64)}
-        counts = {"rough": self._rough, "products": self._products, "idle": self._idle}
+        counts = {"rough": self._rough, "products": self._products, "blocks": self._blocks, "idle": self._idle}
         gaps = {"before": self._before, "lowest": self._lowest[1]}
         shared |= {name: torch.tensor(count) for name, count in counts.items()}
         shared |= {name: torch.tensor(gap, dtype=torch.float64) for name, gap in gaps.items()}
@@ -136,7 +136,7 @@ class RidgeNewton(Solver):
             return
         self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
         self._rough, self._products = bool(shared.get("rough", False)), int(shared.get("products", 0))
-        self._idle = int(shared.get("idle", 0))
+        self._blocks, self._idle = bool(shared.get("blocks", False)), int(shared.get("idle", 0))
         self._before, self._lowest[1] = (float(shared.get(name, math.inf)) for name in ("before", "lowest"))
 
     def begin(self) -> None:
@@ -259,7 +259,10 @@ class RidgeNewton(Solver):
             The gap that is asked for.
         """
         f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
-        preconditioner = LinearCurvature(passes, self._moments, f, beta)
+        self._blocks |= BlockCurvature.pays(passes, self._products)
+        preconditioner = (
+            BlockCurvature(passes, f, beta) if self._blocks else LinearCurvature(passes, self._moments, f, beta)
+        )
         rough = self._rough and passes.half_pays and preconditioner.spread <= MOST_SPREAD
         x, r = torch.zeros_like(g), -g.to(dtype)
         enough = REACHED * 2 * beta * asked if dtype == torch.float32 else 0.0
