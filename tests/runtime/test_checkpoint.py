@@ -20,6 +20,7 @@ from convexhead.errors import FileFormatError, InputError
 from convexhead.program.losses import Huber, Squared
 from convexhead.runtime import checkpoint as checkpoints
 from convexhead.solvers.column_generation import ColumnGeneration
+from convexhead.solvers.linear_curvature import BlockCurvature
 from convexhead.tokens import extract
 
 rng = np.random.default_rng(0)
@@ -39,6 +40,7 @@ RUNS = {
     "products in bfloat16": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
     "weighed": ("mlp", {"tol": 1e-7, "fit_intercept": True, "class_weight": "balanced"}),
     "ridge": ("linear", {"tol": 1e-12, "beta_ratio": 1e-6}),
+    "ridge, blocks of the Hessian": ("linear", {"tol": 1e-9, "beta_ratio": 1e-6, "fit_intercept": True}),
     "relu, exact": ("mlp", {"activation": "relu", "solver": "relu-exact", "tol": 1e-5, "beta_ratio": 0.1}),
     "relu, searched": ("mlp", {"activation": "relu", "solver": "relu-search", "tol": 1e-4, "beta_ratio": 0.1}),
 }
@@ -59,6 +61,8 @@ def run(request, monkeypatch):
     if request.param == "single then double precision":
         patience = {**ColumnGeneration.patience, torch.float32: -1}
         monkeypatch.setattr(ColumnGeneration, "patience", patience)
+    if request.param == "ridge, blocks of the Hessian":
+        monkeypatch.setattr(BlockCurvature, "pays", staticmethod(lambda passes, products: products > 1))
     if request.param == "products in bfloat16":
         monkeypatch.setattr("convexhead.program.operator.has_fast_bfloat16", lambda device: True)
 

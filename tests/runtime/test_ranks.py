@@ -30,6 +30,7 @@ from convexhead.program.losses import Squared
 from convexhead.runtime import ranks
 from convexhead.runtime.ranks import Ranks
 from convexhead.solvers import restriction
+from convexhead.solvers.linear_curvature import BlockCurvature
 from convexhead.tokens import extract
 
 if not hasattr(os, "fork"):
@@ -49,6 +50,7 @@ CASES = {
     "single precision": {"head": "fno", "tol": 1e-3, **GATED},
     "grouped": {"head": "block-fno", "tol": 1e-7, "n_blocks": 5, "beta_ratio": 0.3},
     "ridge": {"head": "linear", "tol": 1e-7, "fit_intercept": True},
+    "ridge, blocks": {"head": "linear", "tol": 1e-7, "fit_intercept": True, "beta_ratio": 1e-4},
     "attentive": {"head": "attentive", "tol": 1e-7, "n_queries": 4, "beta_ratio": 0.3, "fit_intercept": True},
     "relu, exact": {"head": "mlp", "activation": "relu", "solver": "relu-exact", "tol": 1e-4, "beta_ratio": 0.1},
     "relu, searched": {"head": "mlp", "activation": "relu", "solver": "relu-search", "tol": 1e-4, "beta_ratio": 0.1},
@@ -59,8 +61,10 @@ FEW = slice(12), slice(1), slice(2)
 
 def fit(case, *, callback=None, checkpoint=None, **options):
     """One of the cases, with the method that it is meant for."""
-    small, values = fitting.SMALL_TOKENS, restriction.MOST_VALUES
+    small, values, pays = fitting.SMALL_TOKENS, restriction.MOST_VALUES, vars(BlockCurvature)["pays"]
     try:
+        if case == "ridge, blocks":
+            BlockCurvature.pays = staticmethod(lambda passes, products: products > 1)
         if case == "factored":
             restriction.MOST_VALUES = 0
         if case == "single precision":
@@ -69,7 +73,7 @@ def fit(case, *, callback=None, checkpoint=None, **options):
         tokens, labels = (X[FEW], Y[FEW[0]]) if case.startswith("relu") else (X, Y)
         return clf.fit(tokens, labels, callback=callback, checkpoint=checkpoint, checkpoint_minutes=0.0)
     finally:
-        fitting.SMALL_TOKENS, restriction.MOST_VALUES = small, values
+        fitting.SMALL_TOKENS, restriction.MOST_VALUES, BlockCurvature.pays = small, values, pays
 
 
 def everything(*cases, **options):

@@ -134,7 +134,8 @@ class RidgeNewton(Solver):
             self._iteration = int(shared["iteration"])
             self._descent = FactoredDescent.restored(self.problem, shared, self.beta)
             return
-        self._B, self._f, self._stage = shared["weights"], rows["outputs"], float(shared["stage"])
+        self._B, self._stage = shared["weights"], float(shared["stage"])
+        self._f = self._passes.zeros(torch.float64).copy_(rows["outputs"])  # in the layout that rounding depends on
         self._rough, self._products = bool(shared.get("rough", False)), int(shared.get("products", 0))
         self._blocks, self._idle = bool(shared.get("blocks", False)), int(shared.get("idle", 0))
         self._before, self._lowest[1] = (float(shared.get(name, math.inf)) for name in ("before", "lowest"))
