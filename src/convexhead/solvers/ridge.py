@@ -238,7 +238,8 @@ class RidgeNewton(Solver):
         beta = self._stage
         if not beta:
             beta = self.beta
-            best_for = -float((at_f * self._B)[:, :-1].sum()) / square if square else math.inf
+            uphill = -float((at_f * self._B)[:, :-1].sum())
+            best_for = uphill / square if uphill > 0 < square else math.inf
             while not near(beta, FALL) and beta < min(best_for, 1e12 * self.beta):
                 beta *= FALL
             beta = max(min(beta, best_for), self.beta)

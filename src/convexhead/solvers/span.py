@@ -60,9 +60,11 @@ class Span:
 
     def minimise(self, a: Shares, value: float) -> tuple[Shares, float]:
         """Shares with the least ``φ`` and its value, by Newton's method from ``a`` with its ``value``."""
-        first = value
+        first, rounding = value, torch.finfo(self.outputs[0].dtype).eps
         for _ in range(MOST_STEPS):
             move, promised = self._newton(a)
+            if promised <= rounding * abs(value):  # which hides whether a move is right; the nearer, the more it is
+                return a + move, value
             for _ in range(HALVINGS):
                 lower = self.value(a + move)
                 if lower <= value - 1e-4 * promised:
