@@ -34,8 +34,8 @@ OF_A_ROW = 3
 ORDINARY = 10.0
 """Largest ``c d ‖l‖² / Σ_i tr Λ_i``, about what a direction adds to ``K_aa``, with which ``m = 0``. Chosen by hand: so
 few products are needed there that the directions do not pay."""
-MOST_IN_BLOCKS = 1 << 25
-"""Largest size ``c (d + 1)²`` of blocks. Chosen by hand: 128 MB in float32."""
+MOST_IN_BLOCKS = 1 << 24
+"""Largest size ``c (d + 1)²`` of blocks. Chosen by hand: 64 MB in float32."""
 FLOOR = 10.0
 """Smallest eigenvalue of ``I − ÃᵀK⁻¹Ã``, in units of rounding. Derived: products leave it positive."""
 
@@ -125,9 +125,10 @@ class BlockCurvature:
             return (torch.stack([(X * weight.unsqueeze(1)).T @ X for weight in weights.unbind(1)]),)
 
         problem.operator.over_batches(1, add, blocks)
-        (blocks,) = problem.sum(blocks)
-        root = torch.stack([_factor(1.0, block, beta, problem.fit_intercept) for block in blocks.double() / problem.n])
-        self._inverse = torch.cholesky_inverse(root).to(f.dtype)
+        (self._inverse,) = problem.sum(blocks)
+        for block in self._inverse:
+            root = _factor(1 / problem.n, block.double(), beta, problem.fit_intercept)
+            block.copy_(torch.cholesky_inverse(root))
 
     @staticmethod
     def pays(passes: LinearPasses, products: int) -> bool:
