@@ -55,6 +55,8 @@ class LinearCurvature:
     ----------
     spread : float
         The largest ``K_aa``: about the condition number of the Hessian.
+    mean : float
+        The mean of all curvature, which an intercept's own is about.
     """
 
     def __init__(self, passes: LinearPasses, moments: Tensor, f: Float[Tensor, "n r c"], beta: float) -> None:
@@ -70,6 +72,7 @@ class LinearCurvature:
         if largest * (passes.d + 1) * c <= ORDINARY * whole:
             m, taken = 0, 0.0
         h = problem.head.r * max(whole - taken, 0.0) / (c * rows)
+        self.mean = problem.head.r * whole / (c * rows)
         self._root = _factor(h, moments, beta, problem.fit_intercept)
         self._L: Tensor | None = None
         self.spread = 1.0
@@ -126,6 +129,7 @@ class BlockCurvature:
 
         problem.operator.over_batches(1, add, blocks)
         (self._inverse,) = problem.sum(blocks)
+        self.mean = float(self._inverse[:, -1, -1].mean()) / problem.n
         for block in self._inverse:
             root = _factor(1 / problem.n, block.double(), beta, problem.fit_intercept)
             block.copy_(torch.cholesky_inverse(root))
