@@ -36,7 +36,8 @@ import numpy as np
 import torch
 
 import convexhead
-from convexhead.tokens import Backbone, ImageSource, TokenStore, extract, open_backbone, open_source, timm_backbone
+from convexhead.tokens import Backbone, ImageSource, TokenStore, extract, open_backbone, open_source
+from convexhead.tokens.backbones import timm_backbone
 from convexhead.tokens.job import ExtractionJob, Task
 from convexhead.tokens.parallel import map_on_cores
 from convexhead.tokens.progress import ProgressMeter

@@ -54,12 +54,12 @@ def build(n: int, ranks: Ranks) -> Problem:
 
 
 class Count:
-    """Calls of a pass of `Problem`, and the bytes that they sum over the processes."""
+    """Calls of a pass of `Problem` or `Operator`, and the bytes that they sum over the processes."""
 
-    def __init__(self, ranks: Ranks, *names: str) -> None:
+    def __init__(self, ranks: Ranks, of: type, *names: str) -> None:
         self.calls = self.bytes = 0
         for name in names:
-            setattr(Problem, name, self._counted(ranks, getattr(Problem, name)))
+            setattr(of, name, self._counted(ranks, getattr(of, name)))
 
     def _counted(self, ranks: Ranks, method: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
@@ -95,8 +95,8 @@ def child(n: int, out: str) -> None:
     sent = ranks.bytes - before - 8 * EVALUATIONS  # without the waits
     beta = 0.5 * beta_max_of(problem, generator)
     ranks.wait()
-    evaluations = Count(ranks, "value_and_gradient")
-    products = Count(ranks, "adjoint_times_values", "adjoint_times_mixing")
+    evaluations = Count(ranks, Problem, "value_and_gradient")
+    products = Count(ranks, Operator, "adjoint_times_values", "adjoint_times_mixing")
     before, sums, began = ranks.bytes, ranks.sums, time.perf_counter()
     solution = solve(problem, beta, tol=TOL, generator=generator)
     if ranks.rank == 0:

@@ -32,7 +32,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import convexhead as ch
-from attentive import METRICS, RATIOS, SEARCH_TOL, TOL, Data, Found, Work, described, validation, with_differences
+from attentive import METRICS, RATIOS, SEARCH_TOL, Data, Found, Work, described, validation, with_differences
 from common import hardware, read_csv, write_csv
 from convexhead.baselines.attentive_probe import OPTIONS, train_probe
 from convexhead.baselines.probes import INVERSE_WEIGHTS
@@ -146,7 +146,7 @@ class SecondOrder(Work):
         """A path as those of `Work`, and its best head on the test images."""
         rows = ch.regularization_path(
             *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=ratios,
-            patience=patience, search_tol=SEARCH_TOL, tol=TOL, **options,
+            patience=patience, search_tol=SEARCH_TOL, tol=self.options.tol, **options,
         )  # fmt: skip
         row = best(rows)
         model = row["model"]
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows beside self-attention")
     parser.add_argument("--metrics", nargs="*", type=float, default=METRICS)
     parser.add_argument("--rates", nargs="*", type=float, default=sorted({rate for rate, _ in OPTIONS}))
+    parser.add_argument("--tol", type=float, default=1e-3, help="of certified heads")
     parser.add_argument("--minutes", type=float, default=1e6)
     args = parser.parse_args()
     splits, folder = chosen_splits(ch.TokenStore.open(args.store), SCALES[args.scale].images), RunFolder(args.work)
