@@ -12,10 +12,17 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 def defined(script: Path) -> set[str]:
     """Names that a script has at its top level."""
-    tree = ast.parse(script.read_text())
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    return names | {alias.asname or alias.name for node in tree.body for alias in getattr(node, "names", [])}
+    names = set()
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names |= {
+                name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+            }
+        else:
+            names |= {alias.asname or alias.name for alias in getattr(node, "names", [])}
+    return names
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -86,6 +86,14 @@ def test_no_start_is_worse_than_the_last_model(wrong):
         assert objective(problem, start, beta) <= objective(problem, last.atoms, beta) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_a_path_on_targets_without_signal(target):
+    targets = np.full(len(X), target)
+    rows = regularization_path(X, targets, beta_ratios=[0.3, 0.1, 0.03], tol=1e-3, loss="squared", **SETTINGS)
+    assert all(row["converged"] for row in rows)
+    assert max(float(row["model"].model_.atoms.V.abs().max()) for row in rows) < 1e-9
+
+
 def combined(first: Atoms, second: Atoms, of_first: float, of_second: float) -> Atoms:
     """A model in the span of two."""
     V, b = (of_first * getattr(first, name) + of_second * getattr(second, name) for name in ("V", "intercept"))

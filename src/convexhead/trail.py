@@ -35,7 +35,8 @@ class Trail:
         """Where to begin at a smaller ``beta``, in the user's coordinates; None before there is a model."""
         if not self._last:
             return None
-        return self._in_span(beta, problem) if self._smooth and len(self._last) > 1 else self._last[-1][1]
+        several = len({place for place, _ in self._last}) > 1  # where β_max is 0 all β are the same
+        return self._in_span(beta, problem) if self._smooth and several else self._last[-1][1]
 
     def _in_span(self, beta: float, problem: Problem) -> Atoms:
         """The best model in the span."""
