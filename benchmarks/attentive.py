@@ -14,7 +14,7 @@ goes on. What is chosen on the validation images:
 
 certified       metric of the tokens, then scale of the queries, then content alone or places too (with 96 queries,
                 unless ``--settings`` says what was chosen before); for every number of queries β, on a path that ends
-                after the first fit without a better score
+                after ``--patience`` fits in a row without a better score
 self-attention, mlp-mixer
                 metric and β
 trained-J       J queries, log-weights of places, values and classifier by AdamW, from the queries that the certified
@@ -133,7 +133,7 @@ class Work:
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 rows = ch.regularization_path(
                     *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=RATIOS,
-                    patience=1, search_tol=SEARCH_TOL, tol=self.options.tol, grid=self.splits.grid, **options,
+                    patience=self.options.patience, search_tol=SEARCH_TOL, tol=self.options.tol, grid=self.splits.grid, **options,
                 )  # fmt: skip
             row = best(rows)
             return self.scored(row["model"], row["beta_ratio"], whiten, len(rows), options)
@@ -379,6 +379,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs=3, metavar=("METRIC", "SCALE", "places|content"), help="chosen before")
     parser.add_argument("--queries", nargs="*", type=int, default=SAMPLED)
     parser.add_argument("--seeds", type=int, default=1, help="draws of the queries that a row is the mean of")
+    parser.add_argument("--patience", type=int, default=1, help="fits in a row without a better score that end a path")
     parser.add_argument("--rates", nargs="*", type=float, default=sorted({rate for rate, _ in OPTIONS}))
     parser.add_argument("--tol", type=float, default=1e-3, help="of certified heads")
     parser.add_argument("--counts", action="store_true")

@@ -15,6 +15,7 @@ from convexhead.path import regularization_path
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.problem import Problem
+from convexhead.program.recent_outputs import RecentOutputs
 from convexhead.solvers import linear_passes
 from convexhead.solvers.linear_passes import LinearPasses
 from convexhead.trail import Trail
@@ -175,3 +176,34 @@ def test_a_certificate_does_without_an_intercept_that_is_not_the_best():
     found = certify_atoms(task.problem, atoms, 1e-5, tol=1e-3)
     assert found.dual <= solution.certificate.primal < found.primal
     assert found.converged
+
+
+@pytest.mark.parametrize("far", [0.0, 50.0])
+def test_a_path_is_the_same_with_outputs_that_are_kept(monkeypatch, far):
+    """Far tokens are solved in other coordinates, from which the intercept comes back rounded."""
+    grid = {"beta_ratios": [0.3, 0.2, 0.1, 0.05], "tol": 1e-3, **SETTINGS}
+    products, passes = [], LinearPasses.outputs
+    monkeypatch.setattr(LinearPasses, "outputs", lambda self, B: products.append(1) or passes(self, B))
+    rows = regularization_path(X + far, Y, **grid)
+    few = len(products)
+    monkeypatch.setattr(RecentOutputs, "of", lambda self, atoms: None)
+    plain = regularization_path(X + far, Y, **grid)
+    assert len(products) - few >= few + 2 * 2 + 3  # two in each span, and one at each start but the first
+    for row, other in zip(rows, plain, strict=True):
+        assert row["converged"] and row["train_score"] == other["train_score"]
+        np.testing.assert_allclose(row["objective"], other["objective"], rtol=1e-3)
+
+
+def test_recent_outputs_know_weights_and_forget_the_oldest():
+    problem = linear_problem()
+    passes, recent = LinearPasses(problem), RecentOutputs()
+    models = [problem.empty() for _ in range(5)]
+    for k, model in enumerate(models):
+        model.V += torch.randn(model.V.shape, generator=torch.Generator().manual_seed(k), dtype=model.V.dtype)
+        recent.keep(model, passes.outputs_of(model))
+    assert recent.of(models[0]) is recent.of(models[1]) is None
+    moved = replace(models[-1], intercept=models[-1].intercept + 1.0)
+    torch.testing.assert_close(recent.of(moved), passes.outputs_of(moved))
+    assert recent.of(models[-1]).dtype == torch.float64
+    models[-1].V[0, 0, 0] += 1e-3
+    assert recent.of(models[-1]) is None

@@ -194,7 +194,10 @@ class Task:
     def score(self, model: Model) -> float:
         """Accuracy or R² on the tokens of the training, by all processes together."""
         problem = self.problem
-        f = problem.outputs(problem.enter(model.atoms).to(problem.device, problem.dtype))
+        atoms, recent = problem.enter(model.atoms), problem.operator.samples.recent
+        f = None if recent is None else recent.of(atoms)
+        if f is None:
+            f = problem.outputs(atoms.to(problem.device, problem.dtype))
         counts, mine = self.data.counts, problem.ranks.share(problem.n)
         if model.classes is not None:
             right = share_right(f, problem.Y, is_multilabel(self.spec)).double()

@@ -20,6 +20,7 @@ from convexhead.model import Model
 from convexhead.padding import as_padded, with_lengths
 from convexhead.program.atoms import Atoms
 from convexhead.program.losses import BinaryCrossEntropy, CrossEntropy
+from convexhead.program.recent_outputs import RecentOutputs
 from convexhead.reading import tokens_of
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.checkpoint import Checkpoint
@@ -212,6 +213,9 @@ class _Path:
         callback: Callable[[Row], None] | None,
     ) -> None:
         """Add a row for each of the falling ``ratios``, until patience or a person ends it."""
+        problem = self.task.problem
+        if not problem.head.learns_mixing:
+            problem.operator.samples.recent = RecentOutputs()
         for ratio in ratios:
             task = self.task.at(ratio)
             start = self.trail.start(task.beta, task.problem)

@@ -44,10 +44,14 @@ class Trail:
         ahead = math.log(second / beta) / math.log(first / second)  # in steps of the grid
         passes = LinearPasses(problem)
         before, last = (problem.enter(atoms.to(problem.device, torch.float64)) for _, atoms in self._last)
-        B = as_matrix(last)
+        B, f = as_matrix(last), passes.outputs_of(last)
         weights = [B, B - as_matrix(before)]
-        outputs = [passes.outputs(part.to(problem.dtype)) for part in weights]
+        step = f - passes.outputs_of(before)
+        outputs = [f.to(problem.dtype), step.to(problem.dtype)]
         span = Span(passes.problem, problem.coordinates.beta(beta), outputs, weights)
         on_line, there = ((shares, span.value(shares)) for shares in torch.tensor([[1.0, ahead], [1.0, 0.0]]).double())
         of_last, of_step = span.minimise(*(on_line if on_line[1] < there[1] else there))[0].tolist()
-        return problem.leave(as_atoms(of_last * B + of_step * weights[1], last))
+        start = as_atoms(of_last * B + of_step * weights[1], last)
+        if (recent := problem.operator.samples.recent) is not None:
+            recent.keep(start, of_last * f + of_step * step)
+        return problem.leave(start)

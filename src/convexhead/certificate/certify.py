@@ -82,6 +82,8 @@ class Evaluated:
         f = exact.outputs(atoms)
         if not exact.head.learns_mixing and exact.c <= FEW_CLASSES:
             f = f.movedim(2, 0).contiguous().movedim(0, 2)  # as the targets lie
+        if exact.operator.samples.recent is not None:
+            exact.operator.samples.recent.keep(atoms, f)
         if exact.head.learns_mixing:
             directions, sigma = exact.balance(atoms)
             penalty = float(sum(values.sum() for values in sigma))

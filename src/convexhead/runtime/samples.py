@@ -29,6 +29,7 @@ from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, 
 
 if TYPE_CHECKING:
     from convexhead.program.activations import Activation
+    from convexhead.program.recent_outputs import RecentOutputs
 
 BATCH_BYTES = {"cpu": 3_000_000, "cuda": 1_000_000_000}
 """Bytes of workspace that a batch may take. Chosen by hand: on a CPU it stays in the caches during a pass."""
@@ -65,6 +66,8 @@ class Samples:
         ``‖X_i‖_F`` once they have been asked for, in any precision.
     moments : dict of Tensor (d + 1, d + 1), and of its diagonal (d + 1,) under True
         Second moments of pooled tokens once a solver has made them, in any precision.
+    recent : RecentOutputs or None
+        Of the last models of a path of the linear head; None elsewhere, where nobody would ask for them.
     compact : dict of Samples
         The same samples in other precisions, where they are small beside their tokens.
     budget : Budget
@@ -97,6 +100,7 @@ class Samples:
         self._fill(self.data, dtype, self.batch_size(self._workspace), pack=True)
         self.norms: list[Tensor] = []
         self.moments: dict[bool, Tensor] = {}
+        self.recent: RecentOutputs | None = None
         self.compact: dict[torch.dtype, Samples] = {}
 
     def __len__(self) -> int:
@@ -248,7 +252,7 @@ class Samples:
         """Some of the samples, with what was prepared of them."""
         other = self._copy()
         other.n, other.masks = len(index), None if self.masks is None else self.masks[index]
-        other.norms, other.moments = [norms[index] for norms in self.norms], {}
+        other.norms, other.moments, other.recent = [norms[index] for norms in self.norms], {}, None
         if self.complete:
             other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
         else:

@@ -73,7 +73,7 @@ class LinearCurvature:
             m, taken = 0, 0.0
         h = problem.head.r * max(whole - taken, 0.0) / (c * rows)
         self.mean = problem.head.r * whole / (c * rows)
-        self._root = _factor(h, moments, beta, problem.fit_intercept)
+        self._root = _factor(h, moments, beta, problem.fit_intercept).to(problem.dtype)
         self._L: Tensor | None = None
         self.spread = 1.0
         if m:
@@ -82,15 +82,15 @@ class LinearCurvature:
             L[here] = directions / problem.n**0.5
             passes.take(index, into=phi[here])
             L, phi = problem.sum(L, phi)
-            phi = self._half(phi.double(), self._root)
-            K = (L.double() @ L.double().T).mul_(phi.T @ phi)
+            self._phi = self._half(phi, self._root)
+            # Of the numbers that `solve` multiplies by, so that M is positive definite however they are rounded.
+            phi, L64 = self._phi.double(), L.double()
+            K = (L64 @ L64.T).mul_(phi.T @ phi)
             K.diagonal().add_(1.0)
             self.spread = float(K.diagonal().max())
             self._K, failed = torch.linalg.cholesky_ex(K)
-            self._phi = phi.to(f.dtype)
             if not failed and bool(self._phi.isfinite().all()):
                 self._L = L
-        self._root = self._root.to(problem.dtype)
 
     def solve(self, r: Weights) -> Weights:
         """``M⁻¹ r``."""

@@ -64,6 +64,12 @@ class LinearPasses:
         self.problem.operator.over_batches(1, make)
         return out
 
+    def outputs_of(self, atoms: Atoms) -> Float[Tensor, "n r c"]:
+        """The same of a model, in float64 and not to be changed: those that are kept, or made now."""
+        recent = self.problem.operator.samples.recent
+        kept = None if recent is None else recent.of(atoms)
+        return self.outputs(as_matrix(atoms).to(self.problem.dtype)).double() if kept is None else kept
+
     def adjoint(self, R: Float[Tensor, "n r c"]) -> Weights:
         """``Rᵀ Φ``."""
         return self._summed(lambda rows, X: self._pulled(X, R[rows]))

@@ -89,13 +89,12 @@ class RidgeNewton(Solver):
     most_steps = 10_000
 
     def _set_up(self, start: Atoms) -> None:
-        B = self._without_shift(as_matrix(start))
-        self._B, self._like, self._stage = B.double(), start, 0.0
+        self._B, self._like, self._stage = self._without_shift(as_matrix(start)).double(), start, 0.0
         self._rough, self._before, self._products, self._blocks = True, math.inf, 0, False
         self._descent: FactoredDescent | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
-        self._f = self._passes.outputs(B).double()
+        self._f = self._passes.outputs_of(start)
 
     @classmethod
     def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
