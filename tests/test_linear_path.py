@@ -12,12 +12,13 @@ import convexhead as ch
 from convexhead.certificate.certify import certify_atoms
 from convexhead.fitting import pose
 from convexhead.path import regularization_path
+from convexhead.program import linear_passes
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
+from convexhead.program.linear_passes import LinearPasses
 from convexhead.program.problem import Problem
 from convexhead.program.recent_outputs import RecentOutputs
-from convexhead.solvers import linear_passes
-from convexhead.solvers.linear_passes import LinearPasses
+from convexhead.solvers.span import Span
 from convexhead.trail import Trail
 
 X, Y = (part[:300] for part in load_digits(return_X_y=True))
@@ -190,7 +191,8 @@ def test_a_path_is_the_same_with_outputs_that_are_kept(monkeypatch, far):
     plain = regularization_path(X + far, Y, **grid)
     assert len(products) - few >= few + 2 * 2 + 3  # two in each span, and one at each start but the first
     for row, other in zip(rows, plain, strict=True):
-        assert row["converged"] and row["train_score"] == other["train_score"]
+        assert row["converged"]
+        assert row["train_score"] == other["train_score"]
         np.testing.assert_allclose(row["objective"], other["objective"], rtol=1e-3)
 
 
@@ -207,3 +209,23 @@ def test_recent_outputs_know_weights_and_forget_the_oldest():
     assert recent.of(models[-1]).dtype == torch.float64
     models[-1].V[0, 0, 0] += 1e-3
     assert recent.of(models[-1]) is None
+
+
+def test_a_search_in_a_span_ends_where_rounding_hides_the_rest(monkeypatch):
+    looks, problem = [], linear_problem()
+    passes, draw = LinearPasses(problem), torch.Generator().manual_seed(0)
+    weights = [torch.randn(10, 65, generator=draw, dtype=torch.float64) for _ in range(2)]
+    span = Span(passes.problem, 1e-9, [passes.outputs(B.float()) for B in weights], weights)
+    monkeypatch.setattr(Span, "value", lambda self, a: looks.append(1) or 1.0)  # as if nothing lower could be seen
+    begin = torch.ones(2, dtype=torch.float64)
+    shares, value = span.minimise(begin, 1.0)
+    assert value == 1.0
+    assert torch.equal(shares, begin)
+    assert 1 < len(looks) <= 32  # 2⁻³² of the first decrease is far below what rounding leaves
+
+
+def test_a_linear_head_whose_tokens_are_scaled_is_refused():
+    model = ch.ConvexHeadClassifier(beta_ratio=0.1, **SETTINGS).fit(X, Y).model_
+    wrong = replace(model.atoms, U=2 * model.atoms.U)
+    with pytest.raises(ch.errors.InputError, match="mixing weight is 1"):
+        certify_atoms(linear_problem(), wrong, model.beta, tol=1e-3)

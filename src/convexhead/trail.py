@@ -9,8 +9,8 @@ import torch
 
 from convexhead.model import Model
 from convexhead.program.atoms import Atoms
+from convexhead.program.linear_passes import LinearPasses, as_atoms, as_matrix
 from convexhead.program.problem import Problem
-from convexhead.solvers.linear_passes import LinearPasses, as_atoms, as_matrix
 from convexhead.solvers.span import Span
 
 

@@ -327,10 +327,13 @@ def test_pairwise_sums_have_a_short_chain():
     x = torch.full((2**20 + 3,), 0.1, dtype=torch.float64)
     truth = exact(0.1) * (2**20 + 3)
     assert abs(exact(float(pairwise_sum(x))) - truth) <= pairwise_additions(len(x)) * exact(2.0**-53) * truth
+    columns = torch.stack([x, x]).T
+    assert abs(exact(float(pairwise_sum(columns)[1])) - truth) <= pairwise_additions(len(x)) * exact(2.0**-53) * truth
     assert pairwise_additions(2**20 + 3) == 56
     for m in range(1, 200):
         x = torch.arange(1.0, m + 1, dtype=torch.float64)
-        assert pairwise_sum(torch.stack([x, -x], dim=1)).tolist() == [m * (m + 1) / 2, -m * (m + 1) / 2]
+        for both in (torch.stack([x, -x], dim=1), torch.stack([x, -x]).T):  # row by row, and column by column
+            assert pairwise_sum(both).tolist() == [m * (m + 1) / 2, -m * (m + 1) / 2]
         assert x.tolist() == list(range(1, m + 1))  # as it was
 
 

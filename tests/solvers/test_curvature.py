@@ -8,12 +8,12 @@ import torch
 from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
+from convexhead.program.linear_passes import LinearPasses
 from convexhead.program.losses import LOSSES, make_loss
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import scaled_dual
 from convexhead.solvers.linear_curvature import BlockCurvature, LinearCurvature
-from convexhead.solvers.linear_passes import LinearPasses
 from convexhead.solvers.pricing import Directions
 from convexhead.solvers.subspace import Subspace, most_coefficients
 from convexhead.solvers.whitening import Whitening, curvatures

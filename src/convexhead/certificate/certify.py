@@ -40,8 +40,8 @@ from convexhead.program.atoms import Atoms
 from convexhead.program.heads.query_ball import QueryBall
 from convexhead.program.heads.token_draw import TokenDraw
 from convexhead.program.intercept import improve_intercept, solve_intercept
+from convexhead.program.linear_passes import LinearPasses, as_matrix
 from convexhead.program.loss_check import check_loss
-from convexhead.program.losses import FEW_CLASSES
 from convexhead.program.problem import Problem
 from convexhead.runtime.clock import never
 
@@ -79,16 +79,17 @@ class Evaluated:
         atoms = atoms.to(exact.device, torch.float64)
         if not torch.equal(atoms.V, exact.mask_values(atoms.V, atoms.block)):
             raise InputError("values are not zero outside the output group of their block")
-        f = exact.outputs(atoms)
-        if not exact.head.learns_mixing and exact.c <= FEW_CLASSES:
-            f = f.movedim(2, 0).contiguous().movedim(0, 2)  # as the targets lie
-        if exact.operator.samples.recent is not None:
-            exact.operator.samples.recent.keep(atoms, f)
         if exact.head.learns_mixing:
+            f = exact.outputs(atoms)
             directions, sigma = exact.balance(atoms)
             penalty = float(sum(values.sum() for values in sigma))
         else:
+            if len(atoms) != 1 or float(atoms.U) != 1:
+                raise InputError("a linear head has one value weight, and its mixing weight is 1: these are others")
+            f = LinearPasses(exact).outputs(as_matrix(atoms))
             directions, penalty = atoms, exact.penalty(atoms)
+            if exact.operator.samples.recent is not None:
+                exact.operator.samples.recent.keep(atoms, f)
         data_term = exact.data_term(f)
         primal = data_term + beta * penalty
         weights = float((atoms.U.unsqueeze(-1).flatten(1).norm(dim=1) * atoms.V.flatten(1).norm(dim=1)).sum())
@@ -174,8 +175,8 @@ def certify_atoms(
         raise InputError("the lower bound that was passed is NaN")
     # The linear head takes two passes: a copy in float64 would be twice the features, unless it pools many tokens.
     exact = problem.astype(torch.float64, reuse=problem.head.learns_mixing or problem.head.s > 1)
-    if not problem.head.learns_mixing and problem.c <= FEW_CLASSES:
-        exact = exact.class_by_class()
+    if not problem.head.learns_mixing:
+        exact = exact.class_by_class()  # as its outputs lie
     model = Evaluated.of(exact, atoms, beta)
     if not problem.head.learns_mixing:
         dual, own = _frobenius(exact, model, dual_point, beta, tol)

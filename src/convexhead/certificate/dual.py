@@ -29,6 +29,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from convexhead.program.linear_passes import LinearPasses
 from convexhead.program.losses import Loss
 from convexhead.program.operator import GRADIENT_BYTES
 from convexhead.program.problem import Problem
@@ -229,9 +230,7 @@ class DualPoint:
         """``max_τ D(τ) − τ² ‖𝒜*(R)‖²_F / (2β)``, or what it is where ``τ`` is nearly 1 if that is ``enough``."""
         norm = self.size
         if self.computable:
-            block = torch.zeros(1, dtype=torch.int64, device=self.R.device)
-            one = torch.ones(1, dtype=self.R.dtype, device=self.R.device)
-            norm = float(self.problem.operator.adjoint_times_mixing(self.R, one, block).norm())
+            norm = float(LinearPasses(self.problem).adjoint(self.R)[:, :-1].norm())
         norm = self.bound(norm)
         for tau in self._means:  # where the conjugate is known already
             if tau <= self.domain and (value := self._penalised(tau, norm)) >= enough:

@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexhead.program.heads.base import Data
+from convexhead.program.linear_passes import LinearPasses, Weights
 from convexhead.program.sample_losses import SampleLosses
-from convexhead.solvers.linear_passes import LinearPasses, Weights
 
 MOST_DIRECTIONS = 512
 """Largest ``m``. Chosen by hand: ``K`` is factored in float64, and more of them save few products."""

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from convexhead.dual_norm.norm import NormOracle
 from convexhead.program.atoms import Atoms
+from convexhead.program.linear_passes import LinearPasses, Weights, as_atoms, as_matrix
 from convexhead.program.losses import CrossEntropy
 from convexhead.program.problem import Problem
 from convexhead.solvers.base import Solver, Stop
 from convexhead.solvers.factored import FactoredDescent
 from convexhead.solvers.linear_curvature import BlockCurvature, LinearCurvature
-from convexhead.solvers.linear_passes import LinearPasses, Weights, as_atoms, as_matrix
 from convexhead.solvers.monitor import State
 from convexhead.solvers.span import Span
 

@@ -70,6 +70,8 @@ class Span:
                 if lower <= value - 1e-4 * promised:
                     break
                 move, promised = move / 2, promised / 2
+                if promised <= rounding * abs(value):
+                    return a, value
             else:
                 break
             a, value = a + move, lower

@@ -167,7 +167,7 @@ class LinearPasses:
 
 
 def as_matrix(atoms: Atoms) -> Weights:
-    """``B`` of the linear head's one atom."""
+    """``B`` of the linear head's one atom, or a gradient in it."""
     return torch.cat([atoms.V[0], atoms.intercept.unsqueeze(0)]).T.contiguous()
 
 
