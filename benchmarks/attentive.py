@@ -133,7 +133,8 @@ class Work:
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 rows = ch.regularization_path(
                     *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=RATIOS,
-                    patience=self.options.patience, search_tol=SEARCH_TOL, tol=self.options.tol, grid=self.splits.grid, **options,
+                    patience=self.options.patience, search_tol=SEARCH_TOL, tol=self.options.tol,
+                    grid=self.splits.grid, **options,
                 )  # fmt: skip
             row = best(rows)
             return self.scored(row["model"], row["beta_ratio"], whiten, len(rows), options)
