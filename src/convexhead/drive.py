@@ -115,7 +115,7 @@ def solve(
         The last model with its certificate, whatever ended the run: the gap, the clock, the bound on heads or Ctrl-C.
     """
     check_name(solver)
-    check_loss(problem.loss, problem.Y)
+    check_loss(problem.loss, problem.targets)
     monitor = Monitor(max_time, callback, problem.ranks, dual=known_dual)
     with monitor.interruptible():
         model = start or zero_model(problem)
@@ -308,6 +308,7 @@ class _Run:
         if self.stop is Stop.TIME and self.checkpoint is not None:
             self.checkpoint.flush()
         reached, dual_point = solver.atoms(), solver.dual_point()
+        solver.rest()
         self.model = finish(self.problem, reached, self._negligible, self.max_heads)
         if dual_point is None and len(self.model) < len(reached):
             dual_point = self.problem.outputs(reached)  # what is negligible in the model need not be in its gradient

@@ -170,7 +170,7 @@ def certify_atoms(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    check_loss(problem.loss, problem.Y)
+    check_loss(problem.loss, problem.targets)
     if math.isnan(known_dual):
         raise InputError("the lower bound that was passed is NaN")
     # The linear head takes two passes: a copy in float64 would be twice the features, unless it pools many tokens.

@@ -91,7 +91,7 @@ class DualPoint:
         Outputs, with an intercept that nearly makes ``Σ_i R_i = 0`` where the problem has one. Any will do.
     beta : float
     q : Tensor (n, r, c) or None
-        ``∇ℓ(f_i, y_i)``, where it is known.
+        ``∇ℓ(f_i, y_i)``, where it is known: the array is taken over, since large ones are what takes memory here.
 
     Attributes
     ----------
@@ -108,21 +108,21 @@ class DualPoint:
     ) -> None:
         self.problem, self.beta, self.assumed = problem, beta, ""
         losses = problem.losses
-        own = q is None or losses.weights is not None  # whether ω q is an array that nobody else has
         q = problem.dual_point(f) if q is None else q
         self._left, self._box, left, limit = q.new_zeros(problem.c), 0.0, 0.0, None
         self._means: dict[float, float] = {}
         if problem.fit_intercept:
             self._targets, self._total = problem.target_sums
-            projected, excess = self._without_sum(q)
-            within = min(losses.at(rows).scale_limit(projected[rows]) for rows in problem.rows)
+            excess = self._without_sum(q)
+            within = min(losses.at(rows).scale_limit(q[rows]) for rows in problem.rows)
             within = -problem.ranks.largest(-within)[0]
             first = min(1.0, within) * INSIDE
-            mean = problem.mean_of(lambda losses, x: losses.conjugate(first * x), projected)
+            mean = problem.mean_of(lambda losses, x: losses.conjugate(first * x), q)
             if math.isfinite(mean):
                 self._means[first] = mean
-                q, self._left, limit, own = projected, self._left_of(projected, excess), within, True
+                self._left, limit = self._left_of(q, excess), within
             else:
+                q = problem.dual_point(f)
                 box = INTERCEPT_BOX * (1 + problem.largest_target)
                 self._box = box * float(self._left_of(q, self._sum(q)).sum()) / problem.n
                 self.assumed = f"for intercepts of at most {box:.0e}"
@@ -130,17 +130,15 @@ class DualPoint:
         if limit is None:
             limit = self._limit(f, q)
         self.domain = -problem.ranks.largest(-limit)[0] * INSIDE
-        g, spread = losses.weigh(q), torch.stack(q.aminmax()).abs().max()
-        pairing = torch.stack([(g[rows] * losses.Y[rows]).abs().sum() for rows in problem.rows]).sum()
+        g, spread = losses.weigh(q), self._largest(q)
+        pairing = torch.stack([(g[rows] * losses.at(rows).Y).abs().sum() for rows in problem.rows]).sum()
         self._q = None if losses.weights is None else q  # else n R says it
-        self.R = g.div_(problem.n) if own else g / problem.n
+        self.R = g.div_(problem.n)
         a = problem.operator.samples.mix_bounds
         size = (a * torch.linalg.vector_norm(self.R, dim=(1, 2))).sum()
         size, pairing = problem.sum(torch.stack([size, pairing]))[0].tolist()
         self.size = size * (1 + 1e-9)
-        most, largest, far = problem.ranks.largest(
-            float(a.max()), float(spread), float(torch.stack(f.aminmax()).abs().max())
-        )
+        most, largest, far = problem.ranks.largest(float(a.max()), spread, self._largest(f))
         self._most = most
         tiny = torch.finfo(torch.float64).tiny
         self.raised = chain(problem) * (UNIT * self.size + tiny) + most * left
@@ -158,18 +156,23 @@ class DualPoint:
             return max(1.0, min(losses.at(part).scale_limit(q[part]) for part in rows))
         return min(losses.at(part).scaled_domain(f[part]) for part in rows)
 
+    def _largest(self, x: Float[Tensor, "n r c"]) -> float:
+        """``max |x|`` of this process."""
+        return float(torch.stack([torch.stack(x[rows].aminmax()) for rows in self.problem.rows]).abs().max())
+
     def _sum(self, q: Tensor) -> Float[Tensor, " c"]:
         """``Σ ω q``."""
         return self.problem.sum(self.problem.losses.summed(q))[0]
 
-    def _without_sum(self, q: Tensor) -> tuple[Tensor, Float[Tensor, " c"]]:
-        """A point near ``q`` whose sum is 0 but for rounding, and that sum."""
-        problem, excess, out = self.problem, self._sum(q), torch.empty_like(q)
+    def _without_sum(self, q: Tensor) -> Float[Tensor, " c"]:
+        """Move ``q`` in place to a point nearby whose sum is 0 but for rounding; return that sum."""
+        problem, excess = self.problem, self._sum(q)
         for _ in range(2):  # once more for what the first time was rounded
             for rows in problem.rows:
-                out[rows] = problem.loss.without_sum(q[rows], problem.Y[rows], excess, self._targets, self._total)
-            q, excess = out, self._sum(out)
-        return q, excess
+                y = problem.losses.at(rows).Y
+                q[rows] = problem.loss.without_sum(q[rows], y, excess, self._targets, self._total)
+            excess = self._sum(q)
+        return excess
 
     def _left_of(self, q: Tensor, excess: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
         """A bound on ``|Σ_i ω_i q_ik|``, computed as ``excess``, in exact arithmetic, after rows have been made to sum

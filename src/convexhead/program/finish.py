@@ -15,7 +15,7 @@ def zero_model(problem: Problem) -> Atoms:
     model = problem.empty()
     if problem.fit_intercept:
         exact = problem.astype(torch.float64)
-        f = torch.zeros(len(problem.Y), problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
+        f = torch.zeros(len(problem.losses), problem.head.r, problem.c, dtype=torch.float64, device=problem.device)
         model.intercept = solve_intercept(exact, f).to(problem.dtype)
     return model
 

@@ -50,7 +50,7 @@ class LinearPasses:
 
     def zeros(self, dtype: torch.dtype) -> Float[Tensor, "n r c"]:
         """Outputs, class by class."""
-        n, r, c = self.problem.Y.shape
+        n, r, c = len(self.problem.losses), self.problem.head.r, self.problem.c
         return torch.zeros(c, n, r, dtype=dtype, device=self.problem.device).movedim(0, 2)
 
     def outputs(self, B: Weights) -> Float[Tensor, "n r c"]:

@@ -33,6 +33,11 @@ from convexhead.runtime.ranks import Ranks
 from convexhead.runtime.samples import BATCH_BYTES
 
 
+MANY_TARGETS = 4_000_000
+"""Entries of targets from which those of class labels stay bytes. Chosen by hand: 16 MB as float32, while to make
+numbers of them in every pass takes a few hundredths of a softmax."""
+
+
 class Evaluation(NamedTuple):
     """The factored objective at some weights."""
 
@@ -128,9 +133,8 @@ class Problem:
         return None if half is None else self._on(half, self.losses)
 
     def class_by_class(self) -> Problem:
-        """The same problem with targets that lie in memory as dense passes make outputs: a column for every class."""
-        Y = self.Y.movedim(2, 0).contiguous().movedim(0, 2)
-        return self._on(self.operator, SampleLosses(self.loss, Y, self.losses.weights))
+        """The same problem with targets as dense passes make outputs: see `SampleLosses.class_by_class`."""
+        return self._on(self.operator, self.losses.class_by_class())
 
     def take(self, index: Int[Tensor, " b"]) -> Problem:
         """Take some samples of one process, with what was prepared of them: for steps over batches.
@@ -150,7 +154,9 @@ class Problem:
 
     def _losses(self, device: torch.device, dtype: torch.dtype) -> SampleLosses:
         weights = None if self.weights is None else self.weights.to(device, dtype)
-        return SampleLosses(self.loss, self.targets.to(device, dtype), weights)
+        stay_bytes = self.targets.dtype == torch.bool and self.targets.numel() >= MANY_TARGETS
+        targets = self.targets.to(device, torch.bool if stay_bytes else dtype)
+        return SampleLosses(self.loss, targets, weights, dtype=dtype)
 
     def _on(self, operator: Operator, losses: SampleLosses) -> Problem:
         other = copy(self)
@@ -176,7 +182,8 @@ class Problem:
         if not self.coordinates:
             return 0.0
         lost = self.coordinates.rounding(atoms, self.activation)
-        left = self.sum(self.residual(f).sum((0, 1)))[0].abs()
+        parts = [self.losses.at(rows).residual(f[rows]).sum((0, 1)) for rows in self.rows]
+        left = self.sum(torch.stack(parts).sum(0) / self.n)[0].abs()
         largest = self.losses.largest
         weight = self.mean(largest) if isinstance(largest, Tensor) else largest
         return float(lost @ left + weight * self.head.r * lost.square().sum() / 2)
@@ -263,21 +270,23 @@ class Problem:
     def rows(self) -> list[slice]:
         """This process's samples in slices whose outputs, in float64, stay in the caches."""
         step = max(1, BATCH_BYTES[self.device.type] // 8 // (self.head.r * self.c))
-        return [slice(i, i + step) for i in range(0, len(self.Y), step)]
+        return [slice(i, i + step) for i in range(0, len(self.losses), step)]
 
     @property
     def target_sums(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """``Σ ω y`` and ``Σ ω`` over samples and rows, in float64: made once for a problem in all its precisions."""
         if not self._target_sums:
-            losses = self.exact_losses
-            targets, ones = self.sum(losses.summed(losses.Y), losses.summed(torch.ones_like(losses.Y)))
+            parts = [self.exact_losses.at(rows) for rows in self.rows]
+            sums = [torch.stack([part.summed(part.Y), part.summed(torch.ones_like(part.Y))]) for part in parts]
+            targets, ones = self.sum(torch.stack(sums).sum(0))[0]
             self._target_sums.append((targets, ones))
         return self._target_sums[0]
 
     @cached_property
     def largest_target(self) -> float:
         """``max |y|``."""
-        return self.ranks.largest(float(torch.stack(self.Y.aminmax()).abs().max()))[0]
+        parts = [torch.stack(self.losses.at(rows).Y.aminmax()).abs().max() for rows in self.rows]
+        return self.ranks.largest(float(torch.stack(parts).max()))[0]
 
     # -- shapes -------------------------------------------------------------------------------------------------------
     @property
@@ -305,8 +314,11 @@ class Problem:
         return self.mean_of(SampleLosses.value, f)
 
     def residual(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
-        """``R_i = ω_i ∇ℓ(f_i, y_i) / n``."""
-        return self.losses.residual(f) / self.n
+        """``R_i = ω_i ∇ℓ(f_i, y_i) / n``, some samples at a time to save memory."""
+        R = torch.empty_like(f)
+        for rows in self.rows:
+            torch.div(self.losses.at(rows).residual(f[rows]), self.n, out=R[rows])
+        return R
 
     def dual_point(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
         """``∇ℓ(f_i, y_i)``, some samples at a time to save memory."""
@@ -329,7 +341,7 @@ class Problem:
 
     def value_and_gradient(self, atoms: Atoms, beta: float) -> Evaluation:
         """Return the factored objective and its gradients, in one pass."""
-        f, contraction = torch.empty_like(self.Y), self.operator.contraction(self.c)
+        f, contraction = self.losses.empty(), self.operator.contraction(self.c)
         gU, gV, gb = torch.zeros_like(atoms.U), torch.zeros_like(atoms.V), torch.zeros_like(atoms.intercept)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
 

@@ -31,9 +31,11 @@ class SampleLosses:
     ----------
     loss : Loss
     Y : Tensor (n, r, c)
-        Targets.
+        Targets; those of bytes, an eighth of the memory, become numbers for the samples that are looked at.
     weights : Tensor (n, r or 1, c or 1) or None
         ``ω``; None where all are 1.
+    dtype : torch.dtype or None
+        Of all numbers; None: of the targets.
 
     Raises
     ------
@@ -41,8 +43,15 @@ class SampleLosses:
         Weights that are finer than what the loss is a sum of.
     """
 
-    def __init__(self, loss: Loss, Y: Shaped[Tensor, "n r c"], weights: Weights | None = None) -> None:
-        self.loss, self.Y, self.weights = loss, Y, weights
+    def __init__(
+        self,
+        loss: Loss,
+        Y: Shaped[Tensor, "n r c"],
+        weights: Weights | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.loss, self._Y, self.weights, self.dtype = loss, Y, weights, dtype or Y.dtype
         self._part: tuple[int, ...] = ()
         if weights is None or weights.shape[1:] == (1, 1):
             return
@@ -56,18 +65,32 @@ class SampleLosses:
             )
 
     def __len__(self) -> int:
-        return len(self.Y)
+        return len(self._Y)
+
+    @property
+    def Y(self) -> Float[Tensor, "n r c"]:
+        """Targets as numbers: a copy of those of bytes."""
+        return self._Y.to(self.dtype)
+
+    def empty(self) -> Float[Tensor, "n r c"]:
+        """Room for outputs, as the targets lie."""
+        return torch.empty_like(self._Y, dtype=self.dtype)
 
     def at(self, rows: Any) -> SampleLosses:
         """Those of some samples."""
         weights = None if self.weights is None else self.weights[rows]
-        return SampleLosses(self.loss, self.Y[rows], weights)
+        return SampleLosses(self.loss, self._Y[rows].to(self.dtype), weights)
+
+    def class_by_class(self) -> SampleLosses:
+        """The same with targets that lie in memory as dense passes make outputs: a column for every class."""
+        Y = self._Y.movedim(2, 0).contiguous().movedim(0, 2)
+        return SampleLosses(self.loss, Y, self.weights, dtype=self.dtype)
 
     def to(self, dtype: torch.dtype) -> SampleLosses:
         """The same in another precision."""
-        if self.Y.dtype == dtype:
+        if self.dtype == dtype:
             return self
-        return SampleLosses(self.loss, self.Y.to(dtype), None if self.weights is None else self.weights.to(dtype))
+        return SampleLosses(self.loss, self._Y.to(dtype), None if self.weights is None else self.weights.to(dtype))
 
     # -- primal: at outputs f -----------------------------------------------------------------------------------------
     def value(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, " n"]:
@@ -154,7 +177,7 @@ class SampleLosses:
     def _weighed(self, values: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
         """``Σ ω v`` of each sample; whatever ``v`` is where ``ω`` is 0."""
         assert self.weights is not None
-        values = values.view(len(self.Y), *self.weights.shape[1:])
+        values = values.view(len(self), *self.weights.shape[1:])
         return torch.where(self.weights > 0, self.weights * values, 0.0).flatten(1).sum(1)
 
 

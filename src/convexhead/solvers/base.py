@@ -146,6 +146,9 @@ class Solver(ABC):
         """Go on in float64 with all that is known; return the problem there."""
         raise NotImplementedError(f"{self.name} does not change its precision")
 
+    def rest(self) -> None:  # noqa: B027
+        """Give up what `begin` can make again, while a certificate takes memory; most methods keep all they have."""
+
     def take_vectors(self, vectors: Float[Tensor, "j big m"]) -> None:  # noqa: B027
         """Take leading singular vectors that a certificate has found; most methods have no use for them."""
 

@@ -141,8 +141,14 @@ class RidgeNewton(Solver):
         self._blocks, self._idle = bool(shared.get("blocks", False)), int(shared.get("idle", 0))
         self._before, self._lowest[1] = (float(shared.get(name, math.inf)) for name in ("before", "lowest"))
 
+    def rest(self) -> None:
+        """Give up the outputs."""
+        self._f = self._f.new_empty(0)
+
     def begin(self) -> None:
-        """Choose the first β anew."""
+        """Choose the first β anew, and make outputs that were given up."""
+        if not len(self._f) and self._descent is None:
+            self._f = self._passes.outputs(self._B.to(self.problem.dtype)).double()
         self._stage, self._lowest, self._idle = 0.0, [math.inf, math.inf], 0
 
     def step(self) -> Stop | None:
