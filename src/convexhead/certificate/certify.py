@@ -73,6 +73,10 @@ class Evaluated:
     primal: float
     error: float
 
+    def without_outputs(self) -> Evaluated:
+        """The same without its arrays of outputs."""
+        return replace(self, outputs=self.outputs.new_empty(0, 0, 0), gradients=self.gradients.new_empty(0, 0, 0))
+
     @classmethod
     def of(cls, exact: Problem, atoms: Atoms, beta: float) -> Evaluated:
         """Evaluate ``atoms`` for a problem in float64."""
@@ -183,10 +187,14 @@ def certify_atoms(
         return _certificate(
             problem, beta, tol, model, dual, _best(exact, model, dual, own, known_dual, known_from), known_failure
         )
-    f = model.outputs if dual_point is None else dual_point.to(exact.device, torch.float64)
+    f, q = model.outputs, model.gradients if dual_point is None and not problem.fit_intercept else None
+    model = model.without_outputs()  # of many samples these arrays are what takes memory
+    if dual_point is not None:
+        f = dual_point.to(exact.device, torch.float64)
     if problem.fit_intercept:
         f = f + solve_intercept(exact, f)
-    dual = DualPoint(exact, f, beta, model.gradients if f is model.outputs else None)
+    dual = DualPoint(exact, f, beta, q)
+    del f, q
     ball = problem.head.ball
     if ball is not None and dual.computable:
         own = _over_ball(exact, dual, ball, tol, generator, late)

@@ -159,7 +159,9 @@ class Solver(ABC):
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
     """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate."""
-    R = problem.exact_losses.residual(f.double()) / problem.n
+    R, losses = torch.empty_like(f, dtype=torch.float64), problem.exact_losses
+    for rows in problem.rows:
+        torch.div(losses.at(rows).residual(f[rows].double()), problem.n, out=R[rows])
     return dual_value(problem, R, sigma, beta, intercept)
 
 
