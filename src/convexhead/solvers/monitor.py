@@ -117,7 +117,8 @@ class Monitor:
 
     def record(self, objective: float, dual: float, heads: int) -> float:
         """Note a state; returns the estimated relative gap above the best lower bound so far."""
-        self.dual = max(self.dual, dual)
+        # Estimates of the bound may be too good: those that an objective refutes are forgotten.
+        self.dual = dual if objective < self.dual else max(self.dual, dual)
         gap = max(objective - self.dual, 0.0)
         self.history.append(Progress(self.seconds(), objective, gap, heads))
         if self.callback is not None:
