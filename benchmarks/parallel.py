@@ -4,14 +4,14 @@
 
 Self-attention linear on tokens 49 x 128 with 100 classes, one thread a process. Efficiency is T_1 / (K T_K): of one
 evaluation of value and gradient at 32 heads, and of a solve to a certified 1% (same seed, so the same iterates up to
-rounding; the certificate counts). One process and K alternate; medians over the runs. Bytes are what each process hands
-to an all-reduce, counted by `Ranks`. Appends a row to benchmarks/results/parallel.csv.
+rounding; the certificate counts). One process and K alternate; medians over the runs. ``apart`` is the efficiency of
+an evaluation in K runs at once that know nothing of each other: what the machine's cores and memory allow. Bytes are
+what each process hands to an all-reduce, counted by `Ranks`. Appends a row to benchmarks/results/parallel.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import RESULTS, hardware
+from common import hardware, read_csv, write_csv
 from convexhead.drive import solve
 from convexhead.fitting import beta_max_of
 from convexhead.program.activations import make_activation
@@ -127,6 +128,13 @@ def run(processes: int, n: int) -> dict[str, float]:
         return json.loads(Path(out).read_text())
 
 
+def run_apart(processes: int, n: int) -> float:
+    """Seconds of an evaluation where so many runs of one process each go on at once, with their part of the samples."""
+    with ThreadPoolExecutor(processes) as pool:
+        results = list(pool.map(run, [1] * processes, [n // processes] * processes))
+    return max(result["evaluation"] for result in results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=8000)
@@ -137,28 +145,24 @@ def main() -> None:
     if args.child:
         child(args.samples, args.child)
         return
-    one, several = [], []
+    one, several, apart = [], [], []
     for _ in range(args.runs):
         one.append(run(1, args.samples))
         several.append(run(args.processes, args.samples))
-        print(one[-1], several[-1], sep="\n", flush=True)
+        apart.append(run_apart(args.processes, args.samples))
+        print(one[-1], several[-1], apart[-1], sep="\n", flush=True)
     row: dict[str, object] = {"samples": args.samples, "processes": args.processes, "runs": args.runs}
     for what in ("evaluation", "solve"):
         alone, together = (statistics.median(result[what] for result in results) for results in (one, several))
         row[f"{what}_seconds_one"], row[f"{what}_seconds_several"] = round(alone, 4), round(together, 4)
         row[f"{what}_efficiency"] = round(alone / together / args.processes, 3)
+    alone, beside = row["evaluation_seconds_one"], statistics.median(apart)
+    row["evaluation_efficiency_apart"] = round(float(alone) / beside / args.processes, 3)
     last = several[-1]
     row |= {name: value for name, value in last.items() if name not in ("evaluation", "solve", "objective")}
     row["relative_objective_difference"] = abs(last["objective"] / one[-1]["objective"] - 1)
     row |= hardware()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "parallel.csv"
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    write_csv("parallel", [*read_csv("parallel"), row])
     print(row)
 
 
