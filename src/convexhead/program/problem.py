@@ -32,7 +32,6 @@ from convexhead.program.sample_losses import SampleLosses, Weights
 from convexhead.runtime.ranks import Ranks
 from convexhead.runtime.samples import BATCH_BYTES
 
-
 MANY_TARGETS = 4_000_000
 """Entries of targets from which those of class labels stay bytes. Chosen by hand: 16 MB as float32, while to make
 numbers of them in every pass takes a few hundredths of a softmax."""
