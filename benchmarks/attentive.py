@@ -389,7 +389,12 @@ def main() -> None:
     splits, folder = chosen_splits(ch.TokenStore.open(args.store), SCALES[args.scale].images), RunFolder(args.work)
     folder.begin({"data": splits.identity})
     work = Work(splits, folder, args)
-    about = {"backbone": splits.backbone, "scale": args.scale, "train": len(splits.train.labels)}
+    about = {
+        "backbone": splits.backbone,
+        "scale": args.scale,
+        "train": len(splits.train.labels),
+        "patience": args.patience,
+    }
     name, rows = "attentive_queries" if args.counts else "attentive", []
     if args.counts:
         rows = by_count(work)
@@ -402,7 +407,8 @@ def main() -> None:
                 print(family, "is not finished: the same command goes on")
     if not args.counts and rows:
         rows = with_differences(rows)
-    others = [row for row in read_csv(name) if (row["backbone"], row["scale"]) != (splits.backbone, args.scale)]
+    mine = (splits.backbone, args.scale, str(args.patience))
+    others = [row for row in read_csv(name) if (row["backbone"], row["scale"], row.get("patience", "1")) != mine]
     machine = hardware("convexhead")
     write_csv(name, [*others, *({**about, **row, **machine} for row in rows)])
 
