@@ -4,8 +4,8 @@
     python benchmarks/attentive.py STORE --scale 2k --work RUN --counts       # numbers of queries and seeds, a figure
 
 The rows of 10k are those of ``--queries 96 256 512 --rates 0.003 0.01 --only self-attention mlp-mixer probe trained-1
-trained-4 trained-16 trained-64``. The row of full is that of ``--settings 0.5 2 places --queries 256 --only none --tol
-1e-2``.
+trained-4 trained-16 trained-64``; with ``--patience 2`` as well, but for trained-4 and trained-64. The row of full is
+that of ``--settings 0.5 2 places --queries 256 --only none --tol 1e-2``.
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`. Images, validation part, pooling, principal
 components and standardisation are those of the experiment's scale (`convexhead.experiments.cifar100.SCALES`). RUN keeps
