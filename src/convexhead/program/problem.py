@@ -275,8 +275,10 @@ class Problem:
     def target_sums(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """``Σ ω y`` and ``Σ ω`` over samples and rows, in float64: made once for a problem in all its precisions."""
         if not self._target_sums:
-            parts = [self.exact_losses.at(rows) for rows in self.rows]
-            sums = [torch.stack([part.summed(part.Y), part.summed(torch.ones_like(part.Y))]) for part in parts]
+            losses, sums = self.exact_losses, []
+            for rows in self.rows:
+                part = losses.at(rows)
+                sums.append(torch.stack([part.summed(part.Y), part.summed(torch.ones_like(part.Y))]))
             targets, ones = self.sum(torch.stack(sums).sum(0))[0]
             self._target_sums.append((targets, ones))
         return self._target_sums[0]

@@ -94,7 +94,7 @@ class RidgeNewton(Solver):
         self._descent: FactoredDescent | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
-        self._f = self._passes.outputs_of(start)
+        self._f = self._passes.outputs_of(start)  # a shift of all outputs, which is not in B, changes no softmax
 
     @classmethod
     def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
