@@ -16,8 +16,11 @@ from convexhead.program import linear_passes
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.linear_passes import LinearPasses
+from convexhead.program.moments import Moments
 from convexhead.program.problem import Problem
 from convexhead.program.recent_outputs import RecentOutputs
+from convexhead.solvers.monitor import Monitor
+from convexhead.solvers.ridge import RidgeNewton
 from convexhead.solvers.span import Span
 from convexhead.trail import Trail
 
@@ -229,3 +232,75 @@ def test_a_linear_head_whose_tokens_are_scaled_is_refused():
     wrong = replace(model.atoms, U=2 * model.atoms.U)
     with pytest.raises(ch.errors.InputError, match="mixing weight is 1"):
         certify_atoms(linear_problem(), wrong, model.beta, tol=1e-3)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_both_roots_are_those_of_the_inverse(intercept, diagonal):
+    draw = torch.Generator().manual_seed(0)
+    phi = torch.cat([3 + torch.randn(40, 7, generator=draw).double(), torch.ones(40, 1).double()], dim=1)
+    second, h, beta = phi.T @ phi / 40, 0.3, 1e-3
+    penalty = torch.tensor([beta] * 7 + [0.0]).double()
+    M = h * (second.diagonal().diag() if diagonal else second) + penalty.diag()
+    if not intercept:
+        M[-1], M[:, -1] = 0.0, 0.0
+        M[-1, -1] = 1.0
+    moments = Moments(second.diagonal().clone() if diagonal else second, intercept=intercept)
+    for many in (False, True):
+        root = moments.root(h, beta, torch.float64, many=many)
+        nudged = second[-1].clone() if many and not diagonal else torch.eye(8).double()[-1]  # with the mean, or without
+        there = M + intercept * 1e-6 * (h + beta) * torch.outer(nudged, nudged)
+        r = torch.randn(8, 3, generator=draw).double()
+        torch.testing.assert_close(root.whole(root.half(r)), torch.linalg.solve(there, r), rtol=1e-6, atol=1e-8)
+        u = torch.randn(8, 2, generator=draw).double()
+        torch.testing.assert_close(root.half(r).T @ u, r.T @ root.whole(u))
+    assert moments.squares == pytest.approx(float(phi[:, :-1].square().sum(1).mean()))
+
+
+def test_the_gap_after_a_step_is_known_without_another_gradient(monkeypatch):
+    """The first fit begins far away, and looks; the last steps of the others do not."""
+    looks, gradient, ends = [], LinearPasses.gradient, RidgeNewton._is_near
+    monkeypatch.setattr(LinearPasses, "gradient", lambda self, f: looks.append("look") or gradient(self, f))
+
+    def is_near(self, *args):
+        near = ends(self, *args)
+        if near:
+            at_f = gradient(self._passes, self._f + args[1].outputs)
+            self._B = self._B + args[1].x
+            true = self._missing(at_f, self.beta)
+            self._B = self._B - args[1].x
+            looks.append(true / (self.target * args[2]))
+        return near
+
+    monkeypatch.setattr(RidgeNewton, "_is_near", is_near)
+    rows = regularization_path(X, Y, beta_ratios=0.3 * 1.8 ** -np.arange(16.0), tol=1e-3, **SETTINGS)
+    assert all(row["converged"] for row in rows)
+    true = [look for look in looks if look != "look"]
+    assert len(true) > 5
+    assert max(true) < 1.0
+    assert looks.count("look") < len(rows) + 8
+
+
+def test_a_system_leaves_less_than_the_iterates_of_conjugate_gradients():
+    """Their residuals rise and fall; the combination that is returned is the smallest of all there are."""
+    task = pose(ch.ConvexHeadClassifier(beta=1e-6, **SETTINGS), X, Y, to_solve=True)
+    _, solution = task.solve()
+    solver = task_solver(task, solution.atoms)
+    at_f = solver._passes.gradient(solver._f)
+    solver._stage, solver.target = 1e-7, 1e-3
+    g = at_f.clone()
+    g[:, :-1] += 1e-7 * solver._B[:, :-1]
+    found = [solver._newton(g, 1e-6, asked) for asked in (1e-3, 3e-4, 1e-4, 3e-5)]
+    assert [system.left for system in found] == sorted((system.left for system in found), reverse=True)
+    for system, asked in zip(found, (1e-3, 3e-4, 1e-4, 3e-5), strict=True):
+        assert system.left <= 0.6 * asked
+        Hx = solver._passes.curved(solver._f.float(), system.x.float()).double()
+        Hx[:, :-1] += 1e-7 * system.x[:, :-1]
+        model = float((g * system.x).sum() + (Hx * system.x).sum() / 2)
+        assert system.promised == pytest.approx(-model, rel=1e-3)
+
+
+def task_solver(task, atoms):
+    """A solver of its problem that begins at ``atoms``."""
+    problem = task.problem.astype(torch.float32)
+    return RidgeNewton(problem, task.beta, atoms.to("cpu", torch.float32), Monitor(None, None, problem.ranks))

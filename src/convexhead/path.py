@@ -215,7 +215,7 @@ class _Path:
         """Add a row for each of the falling ``ratios``, until patience or a person ends it."""
         problem = self.task.problem
         if not problem.head.learns_mixing:
-            problem.operator.samples.recent = RecentOutputs()
+            problem.operator.samples.recent, problem.operator.samples.problems = RecentOutputs(), len(ratios)
         for ratio in ratios:
             task = self.task.at(ratio)
             start = self.trail.start(task.beta, task.problem)

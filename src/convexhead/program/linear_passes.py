@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads.base import Data
+from convexhead.program.moments import Moments
 from convexhead.program.operator import has_fast_bfloat16
 from convexhead.program.problem import Problem
 
@@ -124,11 +125,11 @@ class LinearPasses:
 
         self.problem.operator.over_batches(1, copy)
 
-    def moments(self, *, diagonal: bool) -> Float[Tensor, "d1 d1"] | Float[Tensor, " d1"]:
-        """The second moments ``ΦᵀΦ / (n r)``, or their diagonal, in float64; made once for all problems on a path."""
+    def moments(self, *, diagonal: bool) -> Moments:
+        """The second moments ``ΦᵀΦ / (n r)``, or their diagonal; made once for all problems with these samples."""
         kept = self.problem.operator.samples.moments
         if diagonal not in kept:
-            kept[diagonal] = self._moments_of(diagonal)
+            kept[diagonal] = Moments(self._moments_of(diagonal), intercept=self.problem.fit_intercept)
         return kept[diagonal]
 
     def _moments_of(self, diagonal: bool) -> Tensor:

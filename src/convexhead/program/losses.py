@@ -156,7 +156,7 @@ class CrossEntropy(Loss):
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
         # Of a class whose probability is nearly 1 the difference has lost what the others still know.
         g = _over_classes(torch.softmax, f) - y
-        return g - y * g.sum(-1, keepdim=True)
+        return torch.addcmul(g, y, g.sum(-1, keepdim=True), value=-1)
 
     def rough_value(self, f: Tensor, y: Tensor) -> Tensor:
         return -(y * _over_classes(torch.log_softmax, f)).sum((-2, -1))
@@ -199,7 +199,8 @@ class CrossEntropy(Loss):
 
     def hessian_times(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
         p = _over_classes(torch.softmax, f)
-        return p * (z - (p * z).sum(-1, keepdim=True))
+        pz = p * z
+        return torch.addcmul(pz, p, pz.sum(-1, keepdim=True), value=-1)
 
     def curvature(self, f: Tensor, y: Tensor) -> Tensor:
         p = _over_classes(torch.softmax, f)

@@ -29,6 +29,7 @@ from convexhead.runtime.stored_tokens import CHUNK_BYTES, StoredTokens, Tokens, 
 
 if TYPE_CHECKING:
     from convexhead.program.activations import Activation
+    from convexhead.program.moments import Moments
     from convexhead.program.recent_outputs import RecentOutputs
 
 BATCH_BYTES = {"cpu": 3_000_000, "cuda": 1_000_000_000}
@@ -64,8 +65,10 @@ class Samples:
         Bit-packed masks of all samples.
     norms : list of Tensor (n,)
         ``‖X_i‖_F`` once they have been asked for, in any precision.
-    moments : dict of Tensor (d + 1, d + 1), and of its diagonal (d + 1,) under True
-        Second moments of pooled tokens once a solver has made them, in any precision.
+    moments : dict of Moments
+        Second moments of pooled tokens once a solver has made them, in any precision; their diagonal under True.
+    problems : int
+        How many are to be solved with these samples, as far as is known.
     recent : RecentOutputs or None
         Of the last models of a path of the linear head; None elsewhere, where nobody would ask for them.
     compact : dict of Samples
@@ -99,7 +102,8 @@ class Samples:
         self.budget.lend(self.bytes, self)
         self._fill(self.data, dtype, self.batch_size(self._workspace), pack=True)
         self.norms: list[Tensor] = []
-        self.moments: dict[bool, Tensor] = {}
+        self.moments: dict[bool, Moments] = {}
+        self.problems = 1
         self.recent: RecentOutputs | None = None
         self.compact: dict[torch.dtype, Samples] = {}
 

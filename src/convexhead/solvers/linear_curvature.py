@@ -7,9 +7,9 @@ about, have much of it, in few directions ``l`` of the outputs: one, where the d
 
     M = h I ⊗ ΦᵀΦ/n + β + (1/n) Σ_a (l_a l_aᵀ) ⊗ (φ_a φ_aᵀ)
 
-One factor ``L Lᵀ = h ΦᵀΦ/n + β`` serves all outputs. With ``φ̃_a = L⁻¹ φ_a/√n`` and ``Ã`` the rows ``l_a ⊗ φ̃_a``
+One root ``G Gᵀ = (h ΦᵀΦ/n + β)⁻¹`` serves all outputs. With ``φ̃_a = Gᵀ φ_a/√n`` and ``Ã`` the rows ``l_a ⊗ φ̃_a``
 
-    M⁻¹ = L⁻ᵀ (I − Ãᵀ K⁻¹ Ã) L⁻¹,    K = I + Ã Ãᵀ,    K_ab = δ_ab + (l_aᵀ l_b) (φ̃_aᵀ φ̃_b)
+    M⁻¹ = G (I − Ãᵀ K⁻¹ Ã) Gᵀ,    K = I + Ã Ãᵀ,    K_ab = δ_ab + (l_aᵀ l_b) (φ̃_aᵀ φ̃_b)
 
 so that ``K`` costs two small products, whatever the number of outputs.
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from convexhead.program.heads.base import Data
 from convexhead.program.linear_passes import LinearPasses, Weights
+from convexhead.program.moments import MANY, Moments, factor
 from convexhead.program.sample_losses import SampleLosses
 
 MOST_DIRECTIONS = 512
@@ -46,8 +47,8 @@ class LinearCurvature:
     Parameters
     ----------
     passes : LinearPasses
-    moments : Tensor (d + 1, d + 1) or (d + 1,)
-        ``ΦᵀΦ / (n r)``, or its diagonal, which is then all that ``L`` knows.
+    moments : Moments
+        ``ΦᵀΦ / (n r)``, or its diagonal, which is then all that ``G`` knows.
     f : Tensor (n, r, c)
     beta : float
 
@@ -59,7 +60,7 @@ class LinearCurvature:
         The mean of all curvature, which an intercept's own is about.
     """
 
-    def __init__(self, passes: LinearPasses, moments: Tensor, f: Float[Tensor, "n r c"], beta: float) -> None:
+    def __init__(self, passes: LinearPasses, moments: Moments, f: Float[Tensor, "n r c"], beta: float) -> None:
         problem = passes.problem
         rows, c = problem.n * problem.head.r, problem.c
         rank, size = problem.ranks.rank, problem.ranks.size
@@ -73,7 +74,7 @@ class LinearCurvature:
             m, taken = 0, 0.0
         h = problem.head.r * max(whole - taken, 0.0) / (c * rows)
         self.mean = problem.head.r * whole / (c * rows)
-        self._root = _factor(h, moments, beta, problem.fit_intercept).to(problem.dtype)
+        self._root = moments.root(h, beta, problem.dtype, many=problem.operator.samples.problems >= MANY)
         self._L: Tensor | None = None
         self.spread = 1.0
         if m:
@@ -82,7 +83,7 @@ class LinearCurvature:
             L[here] = directions / problem.n**0.5
             passes.take(index, into=phi[here])
             L, phi = problem.sum(L, phi)
-            self._phi = self._half(phi, self._root)
+            self._phi = self._root.half(phi.T)
             # Of the numbers that `solve` multiplies by, so that M is positive definite however they are rounded.
             phi, L64 = self._phi.double(), L.double()
             K = (L64 @ L64.T).mul_(phi.T @ phi)
@@ -94,19 +95,12 @@ class LinearCurvature:
 
     def solve(self, r: Weights) -> Weights:
         """``M⁻¹ r``."""
-        u = self._half(r, self._root)
+        u = self._root.half(r.T)
         if self._L is not None:
             inside = ((self._phi.T @ u) * self._L).sum(1, keepdim=True)
             inside = torch.cholesky_solve(inside.double(), self._K).to(u.dtype)
             u = torch.addmm(u, self._phi, self._L * inside, alpha=FLOOR * torch.finfo(u.dtype).eps - 1)
-        if self._root.ndim == 1:
-            return (u / self._root.unsqueeze(1)).T
-        return torch.linalg.solve_triangular(self._root.T, u, upper=True).T
-
-    @staticmethod
-    def _half(r: Float[Tensor, "m d1"], root: Tensor) -> Float[Tensor, "d1 m"]:
-        """``L⁻¹ rᵀ``."""
-        return r.T / root.unsqueeze(1) if root.ndim == 1 else torch.linalg.solve_triangular(root, r.T, upper=False)
+        return self._root.whole(u).T
 
 
 class BlockCurvature:
@@ -131,7 +125,7 @@ class BlockCurvature:
         (self._inverse,) = problem.sum(blocks)
         self.mean = float(self._inverse[:, -1, -1].mean()) / problem.n
         for block in self._inverse:
-            root = _factor(1 / problem.n, block.double(), beta, problem.fit_intercept)
+            root = factor(block.double() / problem.n, beta, intercept=problem.fit_intercept)
             block.copy_(torch.cholesky_inverse(root))
 
     @staticmethod
@@ -181,23 +175,3 @@ def _split(losses: SampleLosses, f: Float[Tensor, "b r c"], curvature: Float[Ten
         left = (left - column.square()).clamp_min(0)
         found.append(column)
     return found
-
-
-def _factor(h: float, moments: Tensor, beta: float, fit_intercept: bool) -> Tensor:
-    """``L`` in float64; of a diagonal its root."""
-    A = (h if h < float("inf") else 0.0) * moments
-    diagonal = A if A.ndim == 1 else A.diagonal()
-    diagonal[:-1] += beta
-    if fit_intercept:  # it has no β: a little of both, or there may be no factor
-        diagonal[-1] += 1e-6 * (float(diagonal[-1]) + beta)
-    else:
-        if A.ndim == 2:
-            A[-1], A[:, -1] = 0.0, 0.0
-        diagonal[-1] = 1.0
-    if A.ndim == 1:
-        return A.sqrt()
-    L, failed = torch.linalg.cholesky_ex(A)
-    while failed and bool(A.isfinite().all()):
-        diagonal += 1e-6 * diagonal.max()
-        L, failed = torch.linalg.cholesky_ex(A)
-    return L

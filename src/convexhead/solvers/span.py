@@ -20,7 +20,8 @@ Shares = Float[Tensor, " k"]
 MOST_STEPS = 8
 """Largest number of Newton steps in the span. Chosen by hand."""
 ENOUGH = 0.05
-"""Share of the decrease so far that another step must promise. Chosen by hand."""
+"""Share of the decrease so far that another step must promise. Chosen by hand. What it will promise is known from what
+the last one missed of its quadratic model."""
 HALVINGS = 40
 """Largest number of halvings of a step. Derived: less than rounding is left of it."""
 RIDGE = 1e-12
@@ -74,8 +75,9 @@ class Span:
                     return a, value
             else:
                 break
+            missed = value - lower - promised / 2
             a, value = a + move, lower
-            if promised < ENOUGH * (first - value):
+            if 9 * missed * missed < promised * ENOUGH * (first - value):
                 break
         return a, value
 
