@@ -7,11 +7,11 @@ Tokens are Gaussian, and labels the argmax of a planted attention head of 6 atom
 `instances.synthetic`. They are made in chunks that depend on their place alone, and lie as float16 in a token store in
 FOLDER: 2.0 GB for a million samples, 2.5 GB for 200,000 of 49 x 128. Stores of fewer hold the first samples.
 
-    case      tokens      sizes                              gap
-    million   16 x 64     62,500 250,000 1,000,000           1e-2
-    wide      49 x 128    12,500 50,000 200,000              1e-3
+    case      tokens      sizes                      gap    β/β_max   standard deviation of channel j
+    million   16 x 64     62,500 250,000 1,000,000   1e-2   0.3       1
+    wide      49 x 128    12,500 50,000 200,000      1e-3   0.6       1/√j, as principal components have one
 
-The head is self-attention, β/β_max = 0.3. --budget-mb is the estimator's `max_memory` at the largest size, and smaller
+The head is self-attention. At these β the optimum has a few heads at every size. --budget-mb is the estimator's `max_memory` at the largest size, and smaller
 sizes get their part of it: a fourth of the tokens as float32, so that three fourths are read again in every pass.
 Libraries, targets, outputs and residuals come beside it. Each fit has a process of its own, which writes
 checkpoints. With --slice it is killed after so many seconds (SIGKILL) and begun again from its last checkpoint, as
@@ -52,7 +52,7 @@ from common import Row, Table, hardware, tflop_equivalents
 from convexhead.tokens.import_arrays import import_arrays
 from memory import peak
 
-RANK, RATIO, CHUNK, STEP = 6, 0.3, 2500, 0.02
+RANK, CHUNK, STEP = 6, 2500, 0.02
 
 
 class Case(NamedTuple):
@@ -62,21 +62,25 @@ class Case(NamedTuple):
     channels: int
     samples: tuple[int, ...]
     tol: float
+    ratio: float
+    decay: float
 
 
 CASES = {
-    "million": Case(16, 64, (62_500, 250_000, 1_000_000), 1e-2),
-    "wide": Case(49, 128, (12_500, 50_000, 200_000), 1e-3),
+    "million": Case(16, 64, (62_500, 250_000, 1_000_000), 1e-2, 0.3, 0.0),
+    "wide": Case(49, 128, (12_500, 50_000, 200_000), 1e-3, 0.6, 0.5),
 }
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
-def planted(s: int, d: int, c: int, chunk: int, scale: tuple[Any, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+def planted(
+    s: int, d: int, c: int, decay: float, chunk: int, scale: tuple[Any, Any] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens ``(CHUNK, s, d)`` and ``f (CHUNK, c)`` of the planted head, standardised by ``scale``, with noise."""
     head = torch.Generator().manual_seed(0)
     U, V = torch.randn(RANK, d, d, generator=head), torch.randn(RANK, d, c, generator=head)
     own = torch.Generator().manual_seed(1 + chunk)
-    X = torch.randn(CHUNK, s, d, generator=own).half().float()
+    X = (torch.randn(CHUNK, s, d, generator=own) * torch.arange(1.0, d + 1) ** -decay).half().float()
     left = torch.einsum("nd,kde->nke", X.mean(1), U)
     mixed = torch.einsum("nks,nse->nke", torch.einsum("nke,nse->nks", left, X), X) / s
     f = mixed.flatten(1) @ V.flatten(0, 1)
@@ -84,19 +88,20 @@ def planted(s: int, d: int, c: int, chunk: int, scale: tuple[Any, Any] | None) -
     return X, (f - mean) / std + 0.5 * torch.randn(CHUNK, c, generator=own) if scale is not None else f
 
 
-def make_store(folder: Path, s: int, d: int, c: int, n: int) -> Path:
+def make_store(folder: Path, case: Case, c: int, n: int) -> Path:
     """The store of ``n`` samples, made where it is not there."""
+    s, d, decay = case.tokens, case.channels, case.decay
     out = folder / f"{n}x{s}x{d}x{c}"
     if out.is_dir():
         return out
     arrays = folder / "arrays"
     arrays.mkdir(parents=True, exist_ok=True)
-    _, f = planted(s, d, c, 0, None)
+    _, f = planted(s, d, c, decay, 0, None)
     scale, y = (f.mean(0), f.std(0)), np.empty(n, np.int64)
     X = np.lib.format.open_memmap(arrays / "X.npy", "w+", np.float16, (n, s, d))
     for chunk in range(n // CHUNK):
         rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        tokens, f = planted(s, d, c, chunk, scale)
+        tokens, f = planted(s, d, c, decay, chunk, scale)
         X[rows], y[rows] = tokens.numpy(), f.argmax(1).numpy()
     X.flush()
     np.save(arrays / "y.npy", y)
@@ -178,7 +183,12 @@ def child(args: argparse.Namespace) -> None:
         hour, minute = map(int, args.until.split(":"))
         left = max(1.0, (datetime.now().replace(hour=hour, minute=minute, second=0) - datetime.now()).total_seconds())
     clf = ch.ConvexHeadClassifier(
-        beta_ratio=RATIO, tol=case.tol, max_memory=1e6 * args.budget_mb, random_state=0, device="cpu", max_time=left
+        beta_ratio=case.ratio,
+        tol=case.tol,
+        max_memory=1e6 * args.budget_mb,
+        random_state=0,
+        device="cpu",
+        max_time=left,
     )
     clf.fit(
         view, callback=lambda row: note(gap=row.gap / row.objective, heads=row.heads), checkpoint=f"{log}.checkpoint",
@@ -268,12 +278,12 @@ def main() -> None:
         return
     case = CASES[args.case]
     samples = args.samples or list(case.samples)
-    stores = {n: make_store(Path(args.work), case.tokens, case.channels, args.classes, n) for n in samples}
+    stores = {n: make_store(Path(args.work), case, args.classes, n) for n in samples}
     if args.only_store:
         return
     table = Table("million", ("case", "classes", "budget_mb", "samples"), {}, again=args.again)
     where = {"case": args.case, "classes": args.classes, "budget_mb": f"{args.budget_mb:g}"}
-    about = {"tokens": case.tokens, "channels": case.channels, "ratio": RATIO, "tol": case.tol}
+    about = {"tokens": case.tokens, "channels": case.channels, "ratio": case.ratio, "tol": case.tol}
     for n in samples:
         table.run(lambda n=n: about | fitted(args, n, stores[n]), **where, samples=n)
     rows = [row for row in table.where(**where) if str(row["samples"]).isdigit()]
