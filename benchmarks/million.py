@@ -11,12 +11,13 @@ FOLDER: 2.0 GB for a million samples, 2.5 GB for 200,000 of 49 x 128. Stores of 
     million   16 x 64     62,500 250,000 1,000,000   1e-2   0.3       1
     wide      49 x 128    12,500 50,000 200,000      1e-3   0.6       1/√j, as principal components have one
 
-The head is self-attention. At these β the optimum has a few heads at every size. --budget-mb is the estimator's `max_memory` at the largest size, and smaller
-sizes get their part of it: a fourth of the tokens as float32, so that three fourths are read again in every pass.
-Libraries, targets, outputs and residuals come beside it. Each fit has a process of its own, which writes
-checkpoints. With --slice it is killed after so many seconds (SIGKILL) and begun again from its last checkpoint, as
-often as it takes; its time is that of all slices together, what a kill lost among it. --begin is put before each
-command. --until HH:MM: a fit that is not done then ends with the gap that it has, in its row.
+The head is self-attention. At these β the optimum has a few heads at every size. --budget-mb is the estimator's
+`max_memory` at the largest size, and smaller sizes get their part of it: at 16 x 64 a fourth of the tokens as float32,
+so that three fourths are read again in every pass. Libraries, targets, outputs and residuals come beside it. Each fit
+has a process of its own, which writes checkpoints. With --slice it is killed after so many seconds (SIGKILL) and begun
+again from its last checkpoint, as often as it takes; its time is that of all slices together, what a kill lost among
+it. --begin is put before each command. --until HH:MM: a fit that is not done then ends with the gap that it has, in its
+row.
 
 Where time goes is sampled every 20 ms. ``reader``: share of the time in which the thread that reads and decodes is
 busy; it runs beside the others. ``products`` and ``sums``: of the workers' time, in matrix products of batches and in
