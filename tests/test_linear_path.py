@@ -304,3 +304,18 @@ def task_solver(task, atoms):
     """A solver of its problem that begins at ``atoms``."""
     problem = task.problem.astype(torch.float32)
     return RidgeNewton(problem, task.beta, atoms.to("cpu", torch.float32), Monitor(None, None, problem.ranks))
+
+
+def test_a_search_makes_outputs_of_each_model_once(monkeypatch):
+    grid = {"beta_ratios": 0.3 * 1.8 ** -np.arange(12.0), "X_val": X[::3], "y_val": Y[::3], "tol": 1e-3, **SETTINGS}
+    made, systems = [], []
+    outputs, newton = LinearPasses.outputs, RidgeNewton._newton
+    monkeypatch.setattr(LinearPasses, "outputs", lambda self, B: made.append(1) or outputs(self, B))
+    monkeypatch.setattr(RidgeNewton, "_newton", lambda self, *args: systems.append(1) or newton(self, *args))
+    rows = regularization_path(X, Y, search_tol=1e-2, **grid)
+    assert sum(row["converged"] for row in rows) == 1
+    assert len(made) - len(systems) <= len(rows) + 4  # each model's, those of the first start, and of the last fit
+    plain = regularization_path(X, Y, **grid)
+    for row, other in zip(rows, plain, strict=True):
+        np.testing.assert_allclose(row["objective"], other["objective"], rtol=1e-2)
+        assert row["train_score"] == pytest.approx(other["train_score"], abs=0.02)

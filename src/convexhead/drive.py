@@ -26,6 +26,7 @@ from convexhead.errors import InputError
 from convexhead.program.atoms import Atoms
 from convexhead.program.finish import finish, zero_model
 from convexhead.program.identity import differences
+from convexhead.program.linear_passes import LinearPasses
 from convexhead.program.loss_check import check_loss
 from convexhead.program.problem import Problem
 from convexhead.runtime.checkpoint import Checkpoint, Snapshot
@@ -159,7 +160,14 @@ def approach(
         raise KeyboardInterrupt
     # As far from the optimum as this, atoms that carry as little say nothing about its rank.
     model = finish(problem, method.atoms(), tol / 2, max_heads).to(problem.device, problem.dtype)
-    objective = problem.data_term(problem.outputs(model)) + beta * problem.penalty(model)
+    if problem.head.learns_mixing:
+        f = problem.outputs(model)
+    else:
+        passes = LinearPasses(problem)
+        problem, f = passes.problem, passes.outputs_of(model).to(problem.dtype)
+        if (recent := problem.operator.samples.recent) is not None:
+            recent.keep(model, f)
+    objective = problem.data_term(f) + beta * problem.penalty(model)
     monitor.record(objective, -math.inf, len(model))
     return model, monitor.history
 
