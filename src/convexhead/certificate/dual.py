@@ -52,6 +52,8 @@ DECOMPOSED = 1e-9
 a matrix; of small ones `rounding_of_norm` knows more."""
 INSIDE = 1 - 1e-12
 """Share of the largest scaling in the domain of ``ℓ*`` that is used. Derived: rounding moves the point by less."""
+NO_SUM = 1e-15
+"""Sum of a residual, a sample, that is as good as none. Derived: units of rounding; what is left is charged."""
 INTERCEPT_BOX = 1e4
 """Bound on ``|b_k|``, in units of ``1 + max |y|``, that is assumed where a loss cannot give a residual without sum."""
 RANGE = 1e140
@@ -167,7 +169,9 @@ class DualPoint:
     def _without_sum(self, q: Tensor) -> Float[Tensor, " c"]:
         """Move ``q`` in place to a point nearby whose sum is 0 but for rounding; return that sum."""
         problem, excess = self.problem, self._sum(q)
-        for _ in range(2):  # once more for what the first time was rounded
+        for _ in range(2):  # once more for what the first time was rounded, where that is much
+            if float(excess.abs().sum()) <= NO_SUM * problem.n:
+                break
             for rows in problem.rows:
                 y = problem.losses.at(rows).Y
                 q[rows] = problem.loss.without_sum(q[rows], y, excess, self._targets, self._total)
