@@ -31,6 +31,7 @@ more than ``seconds``. Exponents are rows of their own, the slope of log seconds
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -120,12 +121,16 @@ class Where:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.samples = self.workers = 0
-        threading.Thread(target=self._watch, daemon=True).start()
+        over = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(over,), daemon=True)
+        thread.start()
+        # A thread that wakes while Python ends would abort the process.
+        atexit.register(thread.join)
+        atexit.register(over.set)  # first: the last to be registered
 
-    def _watch(self) -> None:
+    def _watch(self, over: threading.Event) -> None:
         main = threading.main_thread().ident
-        while True:
-            time.sleep(STEP)
+        while not over.wait(STEP):
             names = {thread.ident: thread.name for thread in threading.enumerate()}
             self.samples += 1
             for ident, innermost in sys._current_frames().items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -135,14 +135,23 @@ def _begin_worker(splits: Splits, settings: Settings, out: Path, threads: int, p
     threadpool_limits(threads)  # those of scikit-learn, whose waiting would be counted as work
     count_processor_time()
     _worker.update(splits=splits, settings=settings, folder=RunFolder(out))
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    leave_with(parent)
 
 
-def _leave_with(parent: int) -> None:
-    """End this process when its parent is gone, however that ended."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def leave_with(parent: int, every: float = 0.5) -> None:
+    """End this process when its parent is gone, however that ended; a thread looks ``every`` so many seconds."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every):
+            if os.getppid() != parent:
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    # A thread that wakes while Python ends would abort the process, as soon as torch has been imported.
+    atexit.register(thread.join)
+    atexit.register(over.set)  # first: the last to be registered
 
 
 def _work(task: Cell | str) -> None:
