@@ -275,7 +275,8 @@ def measure(measured: Measured, *, seeds: int, epochs: Sequence[int], grid: Sequ
             k = int(np.argmax(accuracy))
             told = f"rate {names[k]:g}" + (" (edge of the grid)" if k in (0, len(names) - 1) else "")
             measured.add(key, W[k], b[k], bounds[key["C"]], seconds=f"{seconds:.4g}", settings=told)
-    if not measured.rows("certified path"):
+    path = measured.rows("certified path")
+    if not (path and _file(measured.work, path[-1]).exists()):
         seconds, rows = timed_on_cpu(partial(certified_path, f, PATH, 1e-3, PATIENCE))
         row = best(rows)
         told = f"{len(rows)} values, largest gap {max(row['relative_gap'] for row in rows):.1e}"
