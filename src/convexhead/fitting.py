@@ -269,10 +269,10 @@ def _agreed(estimator: Trainable, X: Any, y: Any, sample_weight: Any, **run: Any
     """The data, once all processes have the same data and settings, and the same ``run``."""
 
     def facts(data: Data) -> dict[str, Any]:
+        # What is small, such as a decomposition, each process computes for itself: all must round alike.
+        threads = {"number of threads": torch.get_num_threads()}
         device = inputs.pick_device(data.spec.device).type
-        if data.spec.activation == "relu":  # what is small, each process computes for itself: all must round alike
-            run["number of threads"] = torch.get_num_threads()
-        return {**run, **SOFTWARE, "device": device, **data.spec.facts(), **data.fingerprint}
+        return {**run, **SOFTWARE, **threads, "device": device, **data.spec.facts(), **data.fingerprint}
 
     return ranks_of(estimator).agree(lambda: estimator.read(X, y, sample_weight), facts)
 

@@ -210,6 +210,7 @@ DIFFERENT = {
     "loss": "loss in process 0 and in process 1",
     "checkpoint": "checkpoint is null in process 0",
     "version": "version of convexhead is",
+    "threads": "number of threads is 1 in process 0 and 2 in process 1",
     "another run": 'run is "fit" in process 0 and "path" in process 1',
     "path": "beta_ratios is [0.3, 0.1] in process 0 and [0.3, 0.2] in process 1",
     "held-out data": "held-out data (tokens) in process 0 and in process 1",
@@ -472,6 +473,7 @@ def differ(folder, *, distributed):
         "loss": lambda: fit(),
         "checkpoint": lambda: fit(checkpoint=Path(folder) / "c" if second else None),
         "version": lambda: fit(),
+        "threads": lambda: fit(head="linear"),
         "another run": lambda: path() if second else fit(),
         "path": lambda: path((0.3, 0.2) if second else (0.3, 0.1)),
         "held-out data": lambda: path(held=moved if second else X),
@@ -488,6 +490,9 @@ def differ(folder, *, distributed):
                 held.enter_context(patch.object(Bent, "bend", 2.0))
             if kind == "version" and second:
                 held.enter_context(patch.dict(fitting.SOFTWARE, {"version of convexhead": "0.0"}))
+            if kind == "threads":
+                held.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(1 + second)
             try:
                 told[kind] = call()
             except ConvexHeadError as error:
