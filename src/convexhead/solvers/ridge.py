@@ -85,7 +85,7 @@ class _System:
     promised : float
         What the quadratic model falls by.
     left : float
-        The gap that the model has after it.
+        The gap that the model has after it; ∞ where products in bfloat16 do not tell.
     """
 
     x: Weights
@@ -353,7 +353,7 @@ class RidgeNewton(Solver):
             q = z + (rz / last) * q
         del f
         promised = float((x * (r.double() - g)).sum()) / 2
-        left = float((weights * r.double().square()).sum())
+        left = math.inf if rough else float((weights * r.double().square()).sum())
         return _System(x, passes.outputs(x.to(dtype)).double(), promised, left)
 
     def _without_shift(self, B: Weights) -> Weights:
