@@ -190,10 +190,13 @@ def linear_head() -> str:
         # Single fits are as near as was asked; of a path it is told how near the worst of its values is.
         far = {kind: f", up to {row['excess']} above" if "path" in ours["instance"] and "excess" in row else ""
                for kind, row in same.items()}  # fmt: skip
+        far |= {kind: f"{far[kind]}, {row['note']}" for kind, row in same.items() if "note" in row}
         cells = [f"{number(row, 'seconds_median')} ({row['settings']}{far[kind]})"
                  if "settings" in row else row.get("note", "–")
                  for kind, row in zip(kinds, theirs, strict=True)]  # fmt: skip
         ratio = f"{min(seconds) / float(ours['seconds_median']):.2g}" if seconds else "–"
+        if any("stopped after" in row.get("note", "") for row in theirs):
+            ratio = f"more than {ratio}"
         lines.append([ours["instance"], ours["C"], ours["asked"], number(ours, "seconds_median"), *cells, ratio])
     columns = ["problem", "C", "excess", "ours", "scikit-learn, float64", "scikit-learn, float32", "times as fast"]
     return f"{markdown(columns, lines)}\n\n{where(rows)}" if rows else NOTHING
