@@ -80,15 +80,11 @@ def improve_intercept(problem: Problem, f: Float[Tensor, "n r c"], q: Float[Tens
     g = _total(problem, lambda losses, x: losses.weigh(x).sum((0, 1)), q)
     H = _total(problem, lambda losses, x: losses.summed_hessian(x), f)
     step = torch.as_tensor(np.linalg.lstsq(H.cpu().numpy(), g.cpu().numpy(), rcond=1e-10)[0]).to(f)
-    _move(problem, f, q, -step)
-    if not float(_total(problem, lambda losses, x: losses.weigh(x).sum((0, 1)), q).abs().sum()) < float(g.abs().sum()):
-        _move(problem, f, q, step)
-
-
-def _move(problem: Problem, f: Float[Tensor, "n r c"], q: Float[Tensor, "n r c"], step: Float[Tensor, " c"]) -> None:
-    """Add a ``step`` to outputs in place, and make ``q`` anew there."""
+    moved = _total(problem, lambda losses, x: losses.residual(x - step).sum((0, 1)), f)
+    if not float(moved.abs().sum()) < float(g.abs().sum()):
+        return
     for rows in problem.rows:
-        f[rows] += step
+        f[rows] -= step
         q[rows] = problem.losses.at(rows).dual_point(f[rows])
 
 
