@@ -108,8 +108,8 @@ class Features:
         return int(self.y["train"].max()) + 1
 
     def beta(self, C: float) -> float:
-        """scikit-learn's ``C`` as β."""
-        return 1 / (len(self.y["train"]) * C)
+        """scikit-learn's ``C`` as β. Of two classes it has one row of weights, whose penalty is twice that of ours."""
+        return (2 if self.classes == 2 else 1) / (len(self.y["train"]) * C)
 
     def right(self, split: str, W: Array, b: Array) -> Array:
         """Whether each sample is classified right by ``W (d, c)``, ``b (c,)``."""
@@ -118,15 +118,12 @@ class Features:
 
 # -- the methods ------------------------------------------------------------------------------------------------------
 def certified_path(f: Features, Cs: Sequence[float], tol: float, patience: int | None = None) -> list[Row]:
-    """Certified heads at each C, as rows of `convexhead.regularization_path`, which each get their ``C``."""
+    """Certified heads at each C, as rows of `convexhead.regularization_path`."""
     parameters = {"head": "linear", "fit_intercept": True, "random_state": 0, "device": "cpu"}
-    largest = ch.beta_max(f.X["train"], f.y["train"], **parameters)
-    ratios = [f.beta(C) / largest for C in Cs]
     held_out = {"X_val": f.X["val"], "y_val": f.y["val"]}
-    rows = ch.regularization_path(
-        f.X["train"], f.y["train"], beta_ratios=ratios, patience=patience, tol=tol, **held_out, **parameters
+    return ch.regularization_path(
+        f.X["train"], f.y["train"], Cs=Cs, patience=patience, tol=tol, **held_out, **parameters
     )
-    return [{**row, "C": 1 / (len(f.y["train"]) * row["beta"])} for row in rows]
 
 
 def by_sklearn(f: Features, C: float, dtype: type, **options: Any) -> tuple[Array, Array, int]:

@@ -121,7 +121,9 @@ class SecondOrder(Work):
         """A path of second-order pooling with a nuclear norm."""
         data = {part: (with_constant_query(X), y) for part, (X, y) in self.data(whiten).items()}
         options = {"head": "self-attention", "pool": "cls", "random_state": 0}
-        return self.once(f"second-order-whiten{whiten:g}", lambda: self._path(data, whiten, RATIOS, 1, options))
+        return self.once(
+            f"second-order-whiten{whiten:g}", lambda: self._path(data, whiten, 1, beta_ratios=RATIOS, **options)
+        )
 
     def linear(self, name: str, whiten: float, standardised: bool) -> Piece:
         """A path of the linear head on features of one image each."""
@@ -131,31 +133,28 @@ class SecondOrder(Work):
             if standardised:
                 scaler = StandardScaler().fit(data["train"][0])
                 data = {part: (scaler.transform(X), y) for part, (X, y) in data.items()}
-            options = {"head": "linear", "fit_intercept": True, "random_state": 0}
-            unit = 1 / (len(data["train"][1]) * ch.beta_max(*data["train"], **options))
-            ratios = tuple(unit / C for C in INVERSE_WEIGHTS[::2])
-            path = self._path(data, whiten, ratios, None, options)
+            options = {"head": "linear", "fit_intercept": True, "random_state": 0, "Cs": INVERSE_WEIGHTS[::2]}
+            path = self._path(data, whiten, None, **options)
             path.record["standardised"] = standardised
             return path
 
         return self.once(f"{name}-whiten{whiten:g}-{'standardised' if standardised else 'plain'}", make)
 
-    def _path(
-        self, data: Data, whiten: float, ratios: tuple[float, ...], patience: int | None, options: dict[str, Any]
-    ) -> Piece:
+    def _path(self, data: Data, whiten: float, patience: int | None, **options: Any) -> Piece:
         """A path as those of `Work`, and its best head on the test images."""
         rows = ch.regularization_path(
-            *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=ratios,
-            patience=patience, search_tol=SEARCH_TOL, tol=self.options.tol, **options,
+            *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], patience=patience,
+            search_tol=SEARCH_TOL, tol=self.options.tol, **options,
         )  # fmt: skip
         row = best(rows)
         model = row["model"]
+        ends = [rows[0], *rows[len(options.get("Cs", RATIOS)) - 1 :]]
         right = model.predict(data["test"][0]) == data["test"][1]
         record = {
             "whiten": whiten,
             "features": data["train"][0].shape[-1],
             "beta_ratio": row["beta_ratio"],
-            "edge": row["beta_ratio"] in (min(ratios), max(ratios)),
+            "edge": any(row is end for end in ends),
             "heads": model.n_heads_,
             "gap": model.certificate_.relative_gap,
             "scope": model.certificate_.scope,

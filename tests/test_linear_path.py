@@ -35,7 +35,8 @@ def test_a_path_tells_scikit_learns_C(classes, weighted):
     some = np.isin(Y, range(classes))
     x, y = X[some], Y[some]
     w = 1.0 + np.arange(len(y)) % 3 if weighted else None
-    rows = regularization_path(x, y, w, beta_ratios=[0.5, 0.02], tol=1e-8, **SETTINGS)
+    rows = regularization_path(x, y, w, Cs=[0.3, 0.01], tol=1e-8, **SETTINGS)
+    np.testing.assert_allclose([row["C"] for row in rows], [0.01, 0.3], rtol=1e-12)
     for row in rows:
         theirs = LogisticRegression(C=row["C"], tol=1e-10, max_iter=10_000).fit(x, y, w)
         np.testing.assert_allclose(row["model"].predict_proba(x), theirs.predict_proba(x), atol=1e-4)
@@ -48,6 +49,26 @@ def test_other_heads_have_no_C():
     assert "C" not in row
     (row,) = regularization_path(X[:60], 1.0 * Y[:60], loss="squared", beta_ratios=[0.5], **SETTINGS)
     assert "C" not in row
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"head": "mlp"}, "pass beta_ratios"),
+        ({"head": "linear", "loss": "squared"}, "pass beta_ratios"),
+        ({"head": "linear", "beta_ratios": [0.5]}, "pass one of them"),
+        ({"head": "linear", "Cs": [1.0, 0.0]}, "Cs must be positive numbers"),
+        ({"head": "linear", "Cs": []}, "Cs must be positive numbers"),
+    ],
+)
+def test_Cs_that_say_nothing_are_refused(settings, told):
+    with pytest.raises(ch.InputError, match=told):
+        regularization_path(X[:60], 1.0 * Y[:60] if "loss" in settings else Y[:60], **{"Cs": [1.0], **settings})
+
+
+def test_features_without_signal_have_no_path_over_C():
+    with pytest.raises(ch.InputError, match="no feature is related to the targets"):
+        regularization_path(np.array([[1.0], [-1.0]] * 4), np.repeat([0, 1], 4), Cs=[1.0], **SETTINGS)
 
 
 def test_C_after_cross_validation():
@@ -126,8 +147,7 @@ def test_classes_that_are_nearly_separable_take_few_steps():
     means = 0.4 * rng.normal(size=(12, 40))
     X = means[y] + rng.normal(size=(800, 40)) * rng.uniform(0.3, 1.7, (12, 1))[y]
     X = (X - X.mean(0)) / X.std(0)
-    ratios = 1 / (800 * np.array([1e2, 1e3, 3e3, 1e4]) * ch.beta_max(X, y, head="linear", fit_intercept=True))
-    rows = regularization_path(X, y, beta_ratios=ratios, tol=1e-3, **SETTINGS)
+    rows = regularization_path(X, y, Cs=[1e2, 1e3, 3e3, 1e4], tol=1e-3, **SETTINGS)
     assert all(row["converged"] for row in rows)
     assert max(len(row["model"].history_) for row in rows) < 30
 

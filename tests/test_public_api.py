@@ -66,8 +66,8 @@ PARAMETERS = {
         "distributed",
     },
     ch.regularization_path: {
-        "X", "y", "sample_weight", "beta_ratios", "X_val", "y_val", "loss", "patience", "search_tol", "callback",
-        "progress", "checkpoint", "checkpoint_minutes", "parameters",
+        "X", "y", "sample_weight", "beta_ratios", "Cs", "X_val", "y_val", "loss", "patience", "search_tol",
+        "callback", "progress", "checkpoint", "checkpoint_minutes", "parameters",
     },
     ch.attach: {"backbone", "model", "dtype"},
     ch.load: {"path"},

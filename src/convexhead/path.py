@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from convexhead import inputs
@@ -33,6 +34,7 @@ from convexhead.trail import Trail
 PROVEN = ("primal", "dual", "gap", "relative_gap", "converged")
 """What a row has of a certificate, ``primal`` as ``objective``."""
 DEFAULT_RATIOS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
+Grid = Sequence[float] | NDArray[Any]
 Row = dict[str, Any]
 
 
@@ -66,7 +68,8 @@ def regularization_path(
     y: Any = None,
     sample_weight: Any = None,
     *,
-    beta_ratios: Sequence[float] = DEFAULT_RATIOS,
+    beta_ratios: Grid = DEFAULT_RATIOS,
+    Cs: Grid | None = None,
     X_val: Any = None,
     y_val: Any = None,
     loss: str | None = None,
@@ -86,6 +89,9 @@ def regularization_path(
         As for ``fit``.
     beta_ratios : sequence of float
         ``β/β_max``; visited from the largest down.
+    Cs : sequence of float or None
+        Of the linear head of a classifier: scikit-learn's ``C`` instead of ``beta_ratios``; visited from the smallest
+        up.
     X_val, y_val
         Held-out data that every fit is scored on.
     loss : str or None
@@ -121,34 +127,40 @@ def regularization_path(
         Ctrl-C ended the path. The rows are those of the fits that were finished, or the first one with its honest
         gap; with ``search_tol``, where no fit has a certificate yet, KeyboardInterrupt is raised.
     """
-    ratios = _falling(beta_ratios)
+    grid = _grid(beta_ratios, Cs)
     template = _template(loss, parameters, X_val, search_tol, checkpoint)
     with ranks_of(template).all_or_none():
         began = now()
-        agreed: dict[str, Any] = {"beta_ratios": ratios, "patience": patience, "search_tol": search_tol}
+        agreed: dict[str, Any] = {**grid, "patience": patience, "search_tol": search_tol}
         agreed |= {"checkpoint": None if checkpoint is None else str(checkpoint)}
         task = pose(template, X, y, sample_weight, to_solve=True, run="path", **agreed, validation=X_val is not None)
         if X_val is not None:
             _agree_on_held_out(task, X_val, y_val)
         path = _Path(task, type(template), X_val, y_val, progress, began, _saved(checkpoint, checkpoint_minutes))
-        path.follow(ratios, search_tol, patience, callback)
-        if path.interrupted and len(path.rows) < len(ratios):
-            told = f"interrupted: {len(path.rows)} of {len(ratios)} β were visited"
-            warn(told, ConvergenceWarning)
-        if search_tol is None:
-            return path.rows
-        rows, chosen = path.finished()
-        if callback is not None:
-            callback(chosen)
-        return rows
+        return path.followed(_ratios(task, **grid), search_tol, patience, callback)
 
 
-def _falling(beta_ratios: Sequence[float]) -> list[float]:
-    """The grid, checked, from the largest down."""
-    ratios = sorted({float(ratio) for ratio in beta_ratios}, reverse=True)
-    if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
-        raise InputError(f"beta_ratios must be positive numbers, got {list(beta_ratios)!r}")
-    return ratios
+def _grid(beta_ratios: Grid, Cs: Grid | None) -> dict[str, list[float]]:
+    """The one of them that is passed, checked, in the order of falling β."""
+    if Cs is not None and beta_ratios is not DEFAULT_RATIOS:
+        raise InputError("beta_ratios and Cs are two ways to name the same weights: pass one of them")
+    name, given = ("beta_ratios", beta_ratios) if Cs is None else ("Cs", Cs)
+    values = sorted({float(value) for value in given}, reverse=Cs is None)
+    if not values or not all(0 < value < math.inf for value in values):
+        raise InputError(f"{name} must be positive numbers, got {list(given)!r}")
+    return {name: values}
+
+
+def _ratios(task: Task, beta_ratios: Sequence[float] = (), Cs: Sequence[float] = ()) -> list[float]:
+    """``β/β_max`` for each value of a `_grid`."""
+    if not Cs:
+        return list(beta_ratios)
+    times = C_times_beta(task)
+    if times is None:
+        raise InputError("Cs are of the linear head of a classifier: pass beta_ratios")
+    if not task.beta_max:
+        raise InputError("no feature is related to the targets: at any C the optimum is the zero model")
+    return [times / (C * task.beta_max) for C in Cs]
 
 
 def _template(
@@ -205,7 +217,25 @@ class _Path:
     trail: Trail = field(default_factory=Trail)
     interrupted: bool = False
 
-    def follow(
+    def followed(
+        self,
+        ratios: list[float],
+        search_tol: float | None,
+        patience: int | None,
+        callback: Callable[[Row], None] | None,
+    ) -> list[Row]:
+        """All rows, with ``search_tol`` after its best fit went on to its certificate."""
+        self._follow(ratios, search_tol, patience, callback)
+        if self.interrupted and len(self.rows) < len(ratios):
+            warn(f"interrupted: {len(self.rows)} of {len(ratios)} β were visited", ConvergenceWarning)
+        if search_tol is None:
+            return self.rows
+        rows, chosen = self._finished()
+        if callback is not None:
+            callback(chosen)
+        return rows
+
+    def _follow(
         self,
         ratios: list[float],
         search_tol: float | None,
@@ -220,7 +250,7 @@ class _Path:
             task = self.task.at(ratio)
             start = self.trail.start(task.beta, task.problem)
             try:
-                row = self.solved(task, start) if search_tol is None else self.searched(task, start, search_tol)
+                row = self._solved(task, start) if search_tol is None else self._searched(task, start, search_tol)
             except KeyboardInterrupt:
                 if not self.rows or search_tol is not None:
                     raise
@@ -237,7 +267,7 @@ class _Path:
                 if len(self.rows) - 1 - best_so_far >= patience:
                     return
 
-    def solved(self, task: Task, start: Atoms | None) -> Row:
+    def _solved(self, task: Task, start: Atoms | None) -> Row:
         """The row of a certified fit."""
         checkpoint = None
         if self.saved is not None:
@@ -252,7 +282,7 @@ class _Path:
             raise KeyboardInterrupt  # beside fits that are finished, it says nothing
         return self._row(model, {name: getattr(solution.certificate, name) for name in PROVEN})
 
-    def searched(self, task: Task, start: Atoms | None, tol: float) -> Row:
+    def _searched(self, task: Task, start: Atoms | None, tol: float) -> Row:
         """The row of a fit that ends at the solver's own estimate."""
         model = task.approach(tol, start=start, callback=self.progress)
         unproven = {"dual": None, "gap": None, "relative_gap": None, "converged": False}
@@ -282,11 +312,11 @@ class _Path:
         self.began = now()
         return row
 
-    def finished(self) -> tuple[list[Row], Row]:
+    def _finished(self) -> tuple[list[Row], Row]:
         """The rows of a search whose best fit, the second result, went on to its certificate: only it has a model."""
         chosen = best(self.rows)
         searched = chosen["model"].model_
-        row = self.solved(self.task.at(chosen["beta_ratio"]), searched.atoms)
+        row = self._solved(self.task.at(chosen["beta_ratio"]), searched.atoms)
         if self.interrupted:
             raise KeyboardInterrupt
         row["seconds"] += chosen["seconds"]

@@ -17,7 +17,7 @@ from convexhead.baselines.attentive_probe import AttentiveProbe, tune_attentive_
 from convexhead.experiments.cells import AdamSettings, network_scores
 from convexhead.experiments.splits import Part, Splits
 from convexhead.experiments.tuning import Tuned
-from convexhead.path import best, beta_max, regularization_path
+from convexhead.path import best, regularization_path
 from convexhead.runtime.clock import now
 from convexhead.runtime.run_folder import Piece, RunFolder
 
@@ -29,7 +29,7 @@ PROBES = {
     "attentive-probe": "Attentive probe",
 }
 INVERSE_WEIGHTS = np.logspace(-6, 5, 45)
-"""scikit-learn's ``C``, ``β = 1/(n C)``: the values that the field sweeps."""
+"""scikit-learn's ``C``: the values that the field sweeps."""
 TOL = 1e-3
 """Certified relative gap of a linear probe at each of them."""
 NEIGHBOURS = (1, 5, 10, 20, 50)
@@ -48,19 +48,19 @@ def _fit_linear(name: str, splits: Splits) -> Piece:
     """The certified linear head on one standardised vector an image, ``C`` chosen on the validation part."""
     began, scaler = now(), StandardScaler()
     X, y = scaler.fit_transform(_vectors(name, splits.train)), splits.train.labels
-    parameters: dict[str, Any] = {"head": "linear", "fit_intercept": True, "random_state": 0}
-    unit = 1 / (len(y) * beta_max(X, y, **parameters))
     path = regularization_path(
         X,
         y,
-        beta_ratios=[unit / C for C in INVERSE_WEIGHTS],
+        Cs=INVERSE_WEIGHTS,
         X_val=scaler.transform(_vectors(name, splits.validation)),
         y_val=splits.validation.labels,
+        head="linear",
+        fit_intercept=True,
         tol=TOL,
-        **parameters,
+        random_state=0,
     )
     chosen = best(path)
-    model, C = chosen["model"], unit / chosen["beta_ratio"]
+    model, C = chosen["model"], chosen["C"]
     weight = model.coef_.T / scaler.scale_
     bias = model.intercept_ - weight @ scaler.mean_
     certificate = model.certificate_.to_dict()
