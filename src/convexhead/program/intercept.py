@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,6 @@ from convexhead.program.losses import Huber, Squared
 
 if TYPE_CHECKING:
     from convexhead.program.problem import Problem
-    from convexhead.program.sample_losses import SampleLosses
 
 SEPARABLE = (Squared, Huber)
 """Losses of one output ``f_k − y_k`` after another, each with a minimum between the extreme differences."""
@@ -46,11 +44,11 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
 
     def mean_residual(b: np.ndarray) -> np.ndarray:
         shift = torch.as_tensor(b, dtype=f.dtype, device=f.device)
-        return _total(problem, lambda losses, x: losses.residual(x + shift).sum((0, 1)), f).cpu().numpy() / problem.n
+        return problem.total_of(lambda losses, x: losses.residual(x + shift).sum((0, 1)), f).cpu().numpy() / problem.n
 
     def mean_hessian(b: np.ndarray) -> np.ndarray:
         shift = torch.as_tensor(b, dtype=f.dtype, device=f.device)
-        return _total(problem, lambda losses, x: losses.summed_hessian(x + shift), f).cpu().numpy() / problem.n
+        return problem.total_of(lambda losses, x: losses.summed_hessian(x + shift), f).cpu().numpy() / problem.n
 
     def newton(b: np.ndarray) -> tuple[np.ndarray, float]:
         """Steps from ``b`` as long as ``|Σ_i R_i|`` falls and the loss does not rise, and what is left of it."""
@@ -77,20 +75,15 @@ def solve_intercept(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor
 def improve_intercept(problem: Problem, f: Float[Tensor, "n r c"], q: Float[Tensor, "n r c"]) -> None:
     """Take one Newton step in the intercept from the outputs ``f``, where ``∇ℓ`` is ``q``, and move both in place; or
     leave them, where their sum is nearer to 0 as it is. Some samples at a time, to save memory."""
-    g = _total(problem, lambda losses, x: losses.weigh(x).sum((0, 1)), q)
-    H = _total(problem, lambda losses, x: losses.summed_hessian(x), f)
+    g = problem.total_of(lambda losses, x: losses.weigh(x).sum((0, 1)), q)
+    H = problem.total_of(lambda losses, x: losses.summed_hessian(x), f)
     step = torch.as_tensor(np.linalg.lstsq(H.cpu().numpy(), g.cpu().numpy(), rcond=1e-10)[0]).to(f)
-    moved = _total(problem, lambda losses, x: losses.residual(x - step).sum((0, 1)), f)
+    moved = problem.total_of(lambda losses, x: losses.residual(x - step).sum((0, 1)), f)
     if not float(moved.abs().sum()) < float(g.abs().sum()):
         return
     for rows in problem.rows:
         f[rows] -= step
         q[rows] = problem.losses.at(rows).dual_point(f[rows])
-
-
-def _total(problem: Problem, part: Callable[[SampleLosses, Tensor], Tensor], x: Float[Tensor, "n r c"]) -> Tensor:
-    """The sum over all samples of what ``part`` makes of losses and ``x``, some samples at a time to save memory."""
-    return problem.sum(torch.stack([part(problem.losses.at(rows), x[rows]) for rows in problem.rows]).sum(0))[0]
 
 
 def _output_by_output(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, " c"]:

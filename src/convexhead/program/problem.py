@@ -265,6 +265,10 @@ class Problem:
             return self.mean(function(losses, x))
         return self.mean(torch.stack([function(losses.at(rows), x[rows]).double().sum() for rows in self.rows]))
 
+    def total_of(self, function: Callable[[SampleLosses, Tensor], Tensor], x: Float[Tensor, "n r c"]) -> Tensor:
+        """``Σ_i`` of what ``function`` makes of losses and ``x``, some samples at a time to save memory."""
+        return self.sum(torch.stack([function(self.losses.at(rows), x[rows]) for rows in self.rows]).sum(0))[0]
+
     @cached_property
     def rows(self) -> list[slice]:
         """This process's samples in slices whose outputs, in float64, stay in the caches."""
