@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits
 
 import common
 import optimiser_noise
 from convexhead.tokens import extract
-from optimiser_noise import GRID, Features, chosen, run
+from linear_head import objective
+from optimiser_noise import GRID, Features, by_sklearn, certified_path, chosen, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")]
 OPTIONS = {"seeds": 1, "epochs": [1]}
@@ -108,3 +109,12 @@ def test_a_token_store_is_read_by_its_mean_tokens(tmp_path):
     assert f.X["train"].shape[1] == store["test"].shape[2]
     assert np.allclose(f.X["train"].mean(0), 0, atol=1e-9)
     assert np.array_equal(f.y["test"], store["test"].labels)
+
+
+def test_two_classes_are_compared_at_scikit_learns_C(tmp_path):
+    f = Features.read(save(tmp_path / "cancer" / "cells.npz", *load_breast_cancer(return_X_y=True)))
+    (row,) = certified_path(f, [0.1], 1e-6)
+    assert row["C"] == pytest.approx(0.1)
+    W, b, _ = by_sklearn(f, 0.1, np.float64, tol=1e-10, max_iter=10_000)
+    reached = objective(W, b, f.X["train"], f.y["train"], f.beta(0.1))
+    assert row["dual"] * (1 - 1e-9) <= reached <= row["objective"] * (1 + 1e-9)
