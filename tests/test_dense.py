@@ -78,14 +78,16 @@ def test_scores_are_those_of_scikit_learn(store, masks, clf):
     assert scores.accuracy == pytest.approx((truth == predicted).mean())
     assert scores.unseen == 0
     assert scores.accuracy > 0.8
-    low, high = scores.interval(mean_iou)
-    assert low <= scores.mean_iou <= high
+    worse = PixelScores(scores.confusions + np.random.default_rng(0).integers(0, 30, (5, 3, 3)), list("abc"), 0.0)
+    low, high = worse.interval(mean_iou)
+    assert low < worse.mean_iou < high
 
 
 def test_a_class_that_occurs_nowhere_does_not_count():
     confusion = np.array([[[3, 1, 0], [0, 4, 0], [0, 0, 0]]])
     scores = PixelScores(confusion, ["a", "b", "c"], 0.0)
     assert np.isnan(scores.iou[2])
+    assert scores.interval(mean_iou) is None  # of a single image
     assert scores.mean_iou == pytest.approx((3 / 4 + 4 / 5) / 2)
     assert pixel_accuracy(confusion[0]) == 7 / 8
 

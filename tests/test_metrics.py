@@ -9,8 +9,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 import convexhead as ch
 from convexhead.metrics import (
     Predictions,
+    accuracy_interval,
     balanced_accuracy,
-    bootstrap_interval,
     calibration_error,
     mcnemar,
     per_class_accuracy,
@@ -76,15 +76,15 @@ def test_calibration_error_is_the_sum_over_bins(seed):
     assert calibration_error(predictions) == pytest.approx(total)
 
 
-def test_bootstrap_interval_is_that_of_the_binomial_distribution():
-    # The mean of n images drawn with replacement is binomial(n, accuracy)/n.
-    predictions = of_right(np.arange(1000) < 700)
-    low, high = bootstrap_interval(predictions, draws=4000, seed=1)
-    spread = 1.96 * np.sqrt(0.7 * 0.3 / 1000)
-    assert low == pytest.approx(0.7 - spread, abs=0.003)
-    assert high == pytest.approx(0.7 + spread, abs=0.003)
-    assert bootstrap_interval(predictions, seed=2) == bootstrap_interval(predictions, seed=2)
-    assert bootstrap_interval(of_right(np.ones(50))) == (1.0, 1.0)
+@pytest.mark.parametrize(("right", "n"), [(700, 1000), (39, 40), (1, 3), (0, 20), (40, 40)])
+def test_accuracy_intervals_end_where_the_share_is_just_believable(right, n):
+    # At an end p the share seen is 1.96 standard deviations of a binomial share away from p.
+    ends = accuracy_interval(np.arange(n) < right)
+    for p in ends:
+        if 0 < p < 1:
+            assert abs(right / n - p) / np.sqrt(p * (1 - p) / n) == pytest.approx(1.959964, rel=1e-5)
+    assert ends[0] < right / n < ends[1] or right in (0, n)
+    assert ends[1] - ends[0] > 0.05
 
 
 def test_mcnemar_by_hand():

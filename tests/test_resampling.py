@@ -58,6 +58,20 @@ def test_intervals_are_percentiles_of_resampled_scores(make):
     np.testing.assert_allclose(interval(outcome, seed=5), np.quantile(scores, [0.025, 0.975]))
 
 
+@pytest.mark.parametrize("right", [np.ones(30, bool), np.zeros(30, bool)])
+def test_draws_that_are_all_alike_are_no_interval(right):
+    always = OfClasses(Predictions(np.zeros(30, int), 1 - right.astype(int), 2 - right, np.ones(30)))
+    groups = np.arange(30) // 3
+    values = always.values("ab", 0, groups)
+    assert values["top1"] == right[0]
+    assert values["low"] is values["high"] is None
+    alone = always.values("ab", 0)
+    assert alone["high"] - alone["low"] > 0.1
+    tested = OfNumbers(np.arange(9.0)[:, None], np.arange(9.0)[:, None]).values("x", 0)
+    assert tested["r2"] == 1
+    assert tested["low"] is None
+
+
 @pytest.mark.parametrize("make", [labels, numbers, pixels])
 def test_paired_tests_exchange_what_methods_say(make):
     first, second = make(0), make(1)
@@ -77,7 +91,7 @@ def test_paired_tests_exchange_what_methods_say(make):
 
 def test_methods_that_say_the_same_do_not_differ():
     for outcome in (labels(), numbers(), pixels()):
-        assert paired(outcome, outcome) == (0, 0, 0, 1)
+        np.testing.assert_array_equal(paired(outcome, outcome), (0, np.nan, np.nan, 1))
 
 
 def test_a_much_better_method_has_the_smallest_p():

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from convexhead.errors import InputError
+from convexhead.resampling import DRAWS, percentiles
 from convexhead.tokens.geometry import Window, measure_window, patch_targets
 from convexhead.tokens.like import open_backbone_like, options_like
 from convexhead.tokens.sources.base import ImageSource, MaskSource
@@ -23,8 +24,6 @@ from convexhead.tokens.sources.open import open_source
 from convexhead.tokens.store.view import SplitView
 
 Array = NDArray[Any]
-RESAMPLES = 1000
-"""Draws of the bootstrap. Chosen by hand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +58,13 @@ class PixelScores:
         """The share of pixels that are right."""
         return pixel_accuracy(self.confusions.sum(0))
 
-    def interval(
-        self, statistic: Callable[[Array], float], *, level: float = 0.95, seed: int = 0
-    ) -> tuple[float, float]:
-        """The percentiles of ``statistic`` of a confusion matrix over images drawn with replacement."""
-        rng, n = np.random.default_rng(seed), len(self.confusions)
-        draws = [statistic(np.tensordot(_counts(rng, n), self.confusions, 1)) for _ in range(RESAMPLES)]
-        low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+    def interval(self, statistic: Callable[[Array], float]) -> tuple[float, float] | None:
+        """The 95% interval of ``statistic`` of a confusion matrix over images drawn with replacement; None where it is
+        the same for all draws, as of a single image."""
+        rng, n = np.random.default_rng(0), len(self.confusions)
+        draws = [statistic(np.tensordot(_counts(rng, n), self.confusions, 1)) for _ in range(DRAWS)]
+        found = percentiles(np.array(draws))
+        return None if np.isnan(found[0]) else found
 
 
 def _counts(rng: np.random.Generator, n: int) -> NDArray[np.int64]:

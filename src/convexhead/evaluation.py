@@ -12,7 +12,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from convexhead.dense import mean_iou, pixel_accuracy, pixel_scores
 from convexhead.errors import InputError
 from convexhead.estimators import ConvexHeadClassifier
-from convexhead.metrics import auroc, average_precision, mean_of_known
+from convexhead.metrics import accuracy_interval, auroc, average_precision, mean_of_known
 from convexhead.reading import supervision
 from convexhead.regressor import ConvexHeadRegressor
 from convexhead.runtime.ranks import Ranks
@@ -38,12 +38,12 @@ def scores_of(
     Returns
     -------
     dict
-        * of one class an image the shares ``top1`` and ``top5``;
+        * of one class an image the shares ``top1``, with its 95% interval, and ``top5``;
         * of several labels ``mean_ap`` and ``mean_auroc``, means over the labels that some images have and others have
           not, the share ``exact`` of images with all labels right, and ``ap`` of each label (None of the others);
         * of numbers ``r2``, ``rmse`` and ``mae``, means over the columns, and ``rmse_of`` each column;
-        * of masks ``mean_iou`` and ``pixel_accuracy`` with 95% intervals over images, ``iou`` of each class, and the
-          share ``unseen`` of pixels.
+        * of masks ``mean_iou`` and ``pixel_accuracy`` with 95% intervals over images (None of a single one), ``iou`` of
+          each class, and the share ``unseen`` of pixels.
 
     Raises
     ------
@@ -75,8 +75,8 @@ def _of_classes(head: ConvexHeadClassifier, p: Any, labels: Any) -> Scores:
     position = {label: i for i, label in enumerate(head.classes_.tolist())}
     truth = np.array([position.get(label, -1) for label in labels.tolist()])
     ranked = np.argsort(-p, axis=1)
-    top1, top5 = (float((ranked[:, :k] == truth[:, None]).any(1).mean()) for k in (1, 5))
-    return {"top1": top1, "top5": top5}
+    right, near = ((ranked[:, :k] == truth[:, None]).any(1) for k in (1, 5))
+    return {"top1": float(right.mean()), "top1_interval": [*accuracy_interval(right)], "top5": float(near.mean())}
 
 
 def _of_labels(p: Any, truth: Any, names: list[str]) -> Scores:

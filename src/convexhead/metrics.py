@@ -22,8 +22,8 @@ from convexhead.errors import InputError
 Array = NDArray[Any]
 BINS = 15
 """Bins of confidence of the calibration error, the usual number."""
-DRAWS = 1000
-"""Draws of a bootstrap, the usual number."""
+LEVEL = 0.95
+"""Of intervals, the usual one."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,14 @@ def calibration_error(predictions: Predictions, bins: int = BINS) -> float:
     return float(np.abs(excess).sum() / len(bin_of))
 
 
-def bootstrap_interval(
-    predictions: Predictions, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """The percentile interval of top-1 accuracy over test images drawn with replacement.
+def accuracy_interval(right: Bool[Array, " n"]) -> tuple[float, float]:
+    """The 95% interval of top-1 accuracy, given which of ``n`` test images are right: Wilson's score interval.
 
-    It says how the accuracy of *this* classifier varies with the test images, and nothing of other training images. The
-    same seed and number of images give the same draws, for every classifier.
+    It says how the accuracy of *this* classifier varies with the test images, and nothing of other training images. It
+    has a width where all images are right, unlike the percentiles of images drawn with replacement.
     """
-    rng, n = np.random.default_rng(seed), len(predictions.truth)
-    means = [predictions.right[rng.integers(0, n, n)].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    found = binomtest(int(right.sum()), len(right)).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
 
 
 class PairedTest(NamedTuple):

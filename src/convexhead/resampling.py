@@ -2,7 +2,8 @@
 
 An outcome is what one method says of ``n`` images, and gives its score where image ``i`` counts ``w_i`` times.
 
-* An interval has the percentiles of the score over images drawn with replacement (Efron's bootstrap).
+* An interval has the percentiles of the score over images drawn with replacement (Efron's bootstrap). Where all draws
+  have the same score, as of a single image or of a method that is always right, it tells nothing, and there is none.
 * A paired test of two methods exchanges what they say of each image with probability one half, and asks how often their
   scores then differ by as much: approximate randomisation (Noreen, *Computer-Intensive Methods for Testing Hypotheses*,
   1989). Its null hypothesis is that the methods are alike on each image.
@@ -19,14 +20,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
+from convexhead.metrics import LEVEL
+
 Array = NDArray[Any]
 Groups = Int[Array, " n"]
 DRAWS = 1000
 """Draws of a bootstrap and of a paired test, the usual number."""
 CHUNK = 4_000_000
 """Weights of images in memory at a time. Chosen by hand: 32 MB."""
-LEVEL = 0.95
-"""Of intervals, the usual one."""
 ROUNDING = 1e-12
 """Difference of two scores, relative to the larger of their size and 1, that is rounding. Derived: some thousands of
 units in the last place of float64, for sums over images."""
@@ -83,9 +84,9 @@ def interval(outcome: Outcome, *, seed: int = 0, groups: Groups | None = None) -
     Returns
     -------
     (float, float)
-        NaN where no draw has a score, and of a single group, which tells nothing of others.
+        NaN where no draw has a score, or all of them have the same.
     """
-    return _percentiles(_drawn(outcome, seed, groups))
+    return percentiles(_drawn(outcome, seed, groups))
 
 
 def paired(first: O, second: O, *, seed: int = 0, groups: Groups | None = None) -> Difference:
@@ -99,7 +100,7 @@ def paired(first: O, second: O, *, seed: int = 0, groups: Groups | None = None) 
         tie = ROUNDING * max(1.0, abs(value))
         # Where an exchange has no score it tells nothing against the null hypothesis.
         as_large += int((~(np.abs(exchanged) < abs(value) - tie)).sum())
-    low, high = _percentiles(_drawn(first, seed, groups) - _drawn(second, seed, groups))
+    low, high = percentiles(_drawn(first, seed, groups) - _drawn(second, seed, groups))
     return Difference(value, low, high, (1 + as_large) / (1 + DRAWS))
 
 
@@ -110,8 +111,6 @@ def _pair(own: Bool[Array, "k n"]) -> Float[Array, "k m"]:
 def _drawn(outcome: Outcome, seed: int, groups: Groups | None) -> Float[Array, " draws"]:
     rng, n = np.random.default_rng(seed), len(outcome)
     units = _units(n, groups)
-    if groups is not None and units < 2:
-        return np.full(DRAWS, np.nan)
     found = []
     for k in _chunks(n):
         counts = np.stack([np.bincount(rng.integers(0, units, units), minlength=units) for _ in range(k)])
@@ -134,9 +133,10 @@ def _chunks(n: int) -> list[int]:
     return [min(size, DRAWS - start) for start in range(0, DRAWS, size)]
 
 
-def _percentiles(values: Float[Array, " draws"]) -> tuple[float, float]:
+def percentiles(values: Float[Array, " draws"]) -> tuple[float, float]:
+    """The 95% interval of drawn scores; NaN where none is known, or all are alike but for rounding."""
     known = values[~np.isnan(values)]
-    if not len(known):
+    if not len(known) or np.ptp(known) <= ROUNDING * max(1.0, float(np.abs(known).max())):
         return float("nan"), float("nan")
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -104,7 +104,9 @@ def test_from_images_to_an_audit(work, capsys):
 
     score = call_json(capsys, "evaluate", work / "run", store)
     assert score["images"] == 24
+    low, high = score["top1_interval"]
     assert score["top1"] > 0.6
+    assert low < score["top1"] < high or score["top1"] == high == 1
 
     trained = call_json(
         capsys, "adam", store, "--out", work / "adam", "--beta-ratio", 0.05, "--epochs", 20, "--heads", 6

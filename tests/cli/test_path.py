@@ -97,8 +97,8 @@ def test_a_refit_sees_all_images(store, tmp_path, capsys):
 def test_the_terminal_says_what_the_kept_head_saw(store, capsys):
     assert call("path", store.path, "--head", "linear", "--beta-ratios", "0.3,0.1", "--refit") == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "252 of the 1257 training images chose β; the head that is kept was then trained on all 1257" in words
-    assert "certified" in words
+    assert "252 of the 1257 training images chose β/β_max 0.1; the head that is kept was then trained on all" in words
+    assert "certified: objective" in words
 
 
 def test_a_refit_that_is_interrupted_leaves_the_certified_head(store, monkeypatch, tmp_path):
@@ -193,7 +193,7 @@ def test_the_edge_of_the_grid(store, capsys, tmp_path):
     cli.main()
     words = " ".join(capsys.readouterr().out.split())
     assert "β/β_max 0.05 is the smallest of the grid, and a smaller one may be better" in words
-    assert "trained on 1005 of the 1257 training images; the other 252 chose β" in words
+    assert "trained on 1005 of the 1257 training images; the other 252 chose β/β_max 0.05 certified: objective" in words
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     from convexhead.report.run_page import render_runs

@@ -49,10 +49,9 @@ def evaluate(run: Run, store: Store, split: Split = "test", images: Masks = None
 def _in_words(scores: dict[str, Any]) -> str:
     n = scores["images"]
     if "mean_iou" in scores:
-        low, high = scores["mean_iou_interval"]
         unseen = f"; {100 * scores['unseen']:.2g}% of the pixels were cropped" if scores["unseen"] else ""
         return (
-            f"mean IoU [bold]{100 * scores['mean_iou']:.1f}%[/] (95%: {100 * low:.1f} to {100 * high:.1f}), "
+            f"mean IoU [bold]{100 * scores['mean_iou']:.1f}%[/]{_between(scores['mean_iou_interval'])}, "
             f"pixels right {100 * scores['pixel_accuracy']:.1f}% on {n} images{unseen}"
         )
     if "mean_ap" in scores:
@@ -66,7 +65,12 @@ def _in_words(scores: dict[str, Any]) -> str:
             f"mean absolute error {scores['mae']:.4g} on {n} images"
         )
     five = f", top-5 {100 * scores['top5']:.1f}%" if scores["top5"] < 1 else ""
-    return f"top-1 [bold]{100 * scores['top1']:.1f}%[/]{five} on {n} images"
+    return f"top-1 [bold]{100 * scores['top1']:.1f}%[/]{_between(scores['top1_interval'])}{five} on {n} images"
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    """An interval in words, where there is one."""
+    return "" if interval is None else f" (95%: {100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
 @command(NOTHING, shares=True)

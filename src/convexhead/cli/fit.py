@@ -242,14 +242,15 @@ def _trained_on(found: Any, n: int, held: int, own: bool) -> list[str]:
     """Which images trained the head of a path and which chose β, in words."""
     from convexhead.path import EDGES
 
-    lines = [f"trained on {n} of the {n + held} training images; the other {held} chose β"]
+    ratio = found.chosen["beta_ratio"]
+    beta = f"β/β_max {ratio:g}"
+    lines = [f"trained on {n} of the {n + held} training images; the other {held} chose {beta}"]
     if own:
-        lines = [f"trained on all {n} training images; the {held} images of the split {found.chosen_on} chose β"]
+        lines = [f"trained on all {n} training images; the {held} images of the split {found.chosen_on} chose {beta}"]
     if found.refitted:
-        lines = [f"{held} of the {n} training images chose β; the head that is kept was then trained on all {n}"]
-        lines.append(certificate_line(found.kept.certificate_))
+        lines = [f"{held} of the {n} training images chose {beta}; the head that is kept was then trained on all {n}"]
+    lines.append(certificate_line(found.kept.certificate_))
     if found.at_edge is not None:
-        ratio = found.chosen["beta_ratio"]
         lines.append(f"[yellow]β/β_max {ratio:g} {EDGES[found.at_edge]}: try more with --beta-ratios[/]")
     return lines
 

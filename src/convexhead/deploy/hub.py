@@ -14,11 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convexhead._version import __version__
 from convexhead.errors import ConvexHeadError, HubError, InputError, require
-from convexhead.metrics import Predictions, bootstrap_interval
+from convexhead.metrics import accuracy_interval
 from convexhead.model import Model
 from convexhead.model_folder import check_target
 from convexhead.report import evidence
@@ -197,10 +195,9 @@ def _accuracy(shown: evidence.Evidence | None) -> dict[str, str]:
     """Accuracy with its interval, of a run that knows it."""
     if shown is None or "predicted" not in shown.arrays:
         return {}
-    labels, predicted = shown.arrays["labels"], shown.arrays["predicted"]
-    rank = np.where(labels == predicted, 1, 2)
-    low, high = bootstrap_interval(Predictions(labels, predicted, rank, shown.arrays["confidence"]))
-    text = f"{100 * shown.accuracy:.1f}% of {len(labels)} images, 95% interval {100 * low:.1f}% to {100 * high:.1f}%"
+    right = shown.arrays["labels"] == shown.arrays["predicted"]
+    low, high = accuracy_interval(right)
+    text = f"{100 * shown.accuracy:.1f}% of {len(right)} images, 95% interval {100 * low:.1f}% to {100 * high:.1f}%"
     return {f"accuracy on {shown.about['split']}": text}
 
 

@@ -30,10 +30,10 @@ from convexhead.dense import class_iou, mean_iou, pixel_accuracy
 from convexhead.experiments.probe_tasks import CLASSES, LABELS, MASKS, NUMBERS
 from convexhead.metrics import (
     Predictions,
+    accuracy_interval,
     auroc,
     average_precision,
     balanced_accuracy,
-    bootstrap_interval,
     calibration_error,
     mcnemar,
     mean_of_known,
@@ -91,7 +91,7 @@ class OfClasses(Outcome):
 
     def values(self, names: Sequence[str], seed: int, groups: Array | None = None) -> Values:
         if groups is None:
-            low, high = bootstrap_interval(self.predictions, seed=seed)
+            low, high = accuracy_interval(self.predictions.right)
         else:
             low, high = interval(_Right(self.predictions.right), seed=seed, groups=groups)
         return {

@@ -65,15 +65,18 @@ def words(seed: int, groups: int | None) -> dict[str, str]:
         return {
             "seed": str(seed),
             "drawn": "the test images",
+            "interval": "Wilson's, of a share of images. It does not say what other train images would give.",
             "alike": " Frames that follow each other are alike: it is too narrow for these.",
             "exchanged": "images",
             "mcnemar": "McNemar's exact test that both are equally likely, two-sided, not corrected for the number of "
             "rows.",
             "short": "McNemar's exact test against linear",
         }
+    drawn = f"the {groups} groups of test images" if groups > 1 else "groups (of a single one there is none)"
     return {
         "seed": str(seed),
-        "drawn": f"the {groups} groups of test images" if groups > 1 else "groups (of a single one there is none)",
+        "drawn": drawn,
+        "interval": DRAWN.format(drawn=drawn, seed=seed),
         "alike": "",
         "exchanged": "groups",
         "mcnemar": EXCHANGED.format(exchanged="groups"),
@@ -148,8 +151,8 @@ TRAINING = (
 )
 """Columns that every table ends with."""
 DRAWN = (
-    "percentiles over 1,000 draws of {drawn} with replacement (seed {seed}). It does not say what other train images "
-    "would give."
+    "percentiles over 1,000 draws of {drawn} with replacement (seed {seed}); – where all draws are alike. It does not "
+    "say what other train images would give."
 )
 EXCHANGED = (
     "what the two methods say is exchanged for random {exchanged}, 1,000 times; the share of draws in which they then "
@@ -178,7 +181,7 @@ CLASSES = Layout(
     (
         ("Top-1, top-5", "share of the test images whose class is the most probable one, or among the five most "
          "probable. Ties count against the method. Balanced: the mean over the classes of the share that is right."),
-        ("95% interval", f"of top-1: {DRAWN}"),
+        ("95% interval", "of top-1: {interval}"),
         ("Calibration error", "test images fall into 15 bins of equal width by the probability of their predicted "
          "class; it is the mean over the images of the distance, in their bin, between this probability's mean and the "
          "share that is right."),
