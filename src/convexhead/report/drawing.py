@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,11 @@ def _plain(x: float, _: object = None) -> str:
 
 
 def log_ticks(axis: Axis, words: Callable[..., str] = _plain, subs: Sequence[float] = (1,), numticks: int = 7) -> None:
-    """Few ticks of a logarithmic axis, written as plain numbers."""
+    """Few ticks of a logarithmic axis, written as plain numbers; whole decades where it shows less than one."""
+    low, high = sorted(axis.get_view_interval())
+    if subs == (1,) and low > 0 and math.floor(math.log10(high)) < math.ceil(math.log10(low)):
+        set_limits = axis.axes.set_xlim if axis is axis.axes.xaxis else axis.axes.set_ylim
+        set_limits(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)))
     ticker = require("matplotlib.ticker", "report")
     axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=numticks))
     axis.set_major_formatter(ticker.FuncFormatter(words))

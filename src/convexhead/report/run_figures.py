@@ -72,9 +72,10 @@ def spectrum(axis: str, series: Sequence[tuple[str, Sequence[float]]], *, along_
     """Singular values of one unfolding: a line each for every β of a path (group ids ``beta-0 …``) or every run."""
     with new_figure(PANEL) as figure:
         ax = figure.add_subplot()
-        largest = max((v for _, values in series for v in values), default=1.0) or 1.0
+        largest, most = max((v for _, values in series for v in values), default=1.0) or 1.0, 2
         for i, (name, values) in enumerate(series):
             shown = [v for v in values if v > 1e-4 * largest]
+            most = max(most, len(shown))
             look = {"color": CONVEX, "linestyle": "-"} if along_beta else style(i)
             marker = "o" if along_beta else MARKERS[i % len(MARKERS)]
             size = 3 if len(shown) <= 40 else 1.5
@@ -82,7 +83,7 @@ def spectrum(axis: str, series: Sequence[tuple[str, Sequence[float]]], *, along_
             line.set_label(name)
             if along_beta:
                 line.set_gid(f"beta-{i}")
-        ax.set(yscale="log", xlabel="index", ylabel=f"singular value, {axis}")
+        ax.set(yscale="log", xlabel="index", ylabel=f"singular value, {axis}", xlim=(0.5, most + 0.5))
         ax.xaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(5, integer=True))
         log_ticks(ax.yaxis)
         if not along_beta and len(series) > 1:
@@ -99,6 +100,7 @@ def ranks(run: Run) -> Figure:
             values = [point["effective_ranks"][axis] for point in run["path"]]
             ax.plot(ratios, values, marker=MARKERS[i % 7], markersize=4, label=axis, linewidth=1.2, **style(i))
         ax.set(xscale="log", xlabel="β / β_max", ylabel="effective rank")
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])  # that equal ranks differ by rounding is nothing to see
         log_ticks(ax.xaxis, subs=(1, 2, 5))
         ax.xaxis.set_inverted(True)
         ax.legend(fontsize=6.5)

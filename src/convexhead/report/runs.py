@@ -141,8 +141,9 @@ def certificate_in_words(model: Any) -> str:
         return f"{str(c)[0].upper()}{str(c)[1:]}."
     gap = f"{100 * c.relative_gap:.2g}%"
     more = "could bring the objective down by more"
+    heads = "" if model.head == "linear" else ", with any number of heads,"
     where = {
-        "global": f"the global optimum: no weights whatever, with any number of heads, {more}",
+        "global": f"the global optimum: no weights whatever{heads} {more}",
         "sampled-gates": f"the optimum for these gates: no weights with the same gates {more}",
         "sampled-queries": f"the optimum for these queries: no weights with the same queries {more}",
     }[c.scope]
