@@ -127,7 +127,7 @@ CASES = {
     "NaN in prediction": (lambda: FITTED.predict(with_value(np.nan)), "NaN"),
     "raw tokens without reduction": (lambda: FITTED.to_module(raw_tokens=True), "no reduction"),
     # paths and audits
-    "empty path": (lambda: ch.regularization_path(X, Y, beta_ratios=[]), "beta_ratios must be positive"),
+    "empty path": (lambda: ch.regularization_path(X, Y, beta_ratios=[]), "beta_ratios must be some positive"),
     "beta given to a path": (lambda: ch.regularization_path(X, Y, beta=1.0), "sets beta itself"),
     "misspelt parameter": (lambda: ch.regularization_path(X, Y, haed="mlp"), "did you mean 'head'"),
     "audit without beta": (lambda: ch.certify(FITTED, X, Y, beta=-1), "beta must be a positive number"),

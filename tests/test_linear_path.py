@@ -57,8 +57,9 @@ def test_other_heads_have_no_C():
         ({"head": "mlp"}, "pass beta_ratios"),
         ({"head": "linear", "loss": "squared"}, "pass beta_ratios"),
         ({"head": "linear", "beta_ratios": [0.5]}, "pass one of them"),
-        ({"head": "linear", "Cs": [1.0, 0.0]}, "Cs must be positive numbers"),
-        ({"head": "linear", "Cs": []}, "Cs must be positive numbers"),
+        ({"head": "linear", "Cs": [1.0, 0.0]}, "Cs must be some positive numbers"),
+        ({"head": "linear", "Cs": []}, "Cs must be some positive numbers"),
+        ({"head": "linear", "Cs": 1.0}, "Cs must be some positive numbers"),
     ],
 )
 def test_Cs_that_say_nothing_are_refused(settings, told):

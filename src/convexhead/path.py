@@ -145,9 +145,12 @@ def _grid(beta_ratios: Grid, Cs: Grid | None) -> dict[str, list[float]]:
     if Cs is not None and beta_ratios is not DEFAULT_RATIOS:
         raise InputError("beta_ratios and Cs are two ways to name the same weights: pass one of them")
     name, given = ("beta_ratios", beta_ratios) if Cs is None else ("Cs", Cs)
-    values = sorted({float(value) for value in given}, reverse=Cs is None)
+    try:
+        values = sorted({float(value) for value in given}, reverse=Cs is None)
+    except (TypeError, ValueError):
+        values = []
     if not values or not all(0 < value < math.inf for value in values):
-        raise InputError(f"{name} must be positive numbers, got {list(given)!r}")
+        raise InputError(f"{name} must be some positive numbers, got {given!r}")
     return {name: values}
 
 
