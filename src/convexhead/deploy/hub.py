@@ -195,9 +195,9 @@ def _accuracy(shown: evidence.Evidence | None) -> dict[str, str]:
     """Accuracy with its interval, of a run that knows it."""
     if shown is None or "predicted" not in shown.arrays:
         return {}
-    right = shown.arrays["labels"] == shown.arrays["predicted"]
-    low, high = accuracy_interval(right)
-    text = f"{100 * shown.accuracy:.1f}% of {len(right)} images, 95% interval {100 * low:.1f}% to {100 * high:.1f}%"
+    low, high = accuracy_interval(shown.right)
+    share = f"{100 * shown.accuracy:.1f}% of {len(shown.right)} images"
+    text = f"{share}, 95% interval {100 * low:.1f}% to {100 * high:.1f}%"
     return {f"accuracy on {shown.about['split']}": text}
 
 

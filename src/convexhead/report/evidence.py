@@ -58,8 +58,13 @@ class Evidence:
     arrays: dict[str, Array]
 
     @property
+    def right(self) -> Array:
+        """Whether each image is predicted right."""
+        return self.arrays["labels"] == self.arrays["predicted"]
+
+    @property
     def accuracy(self) -> float:
-        return float((self.arrays["labels"] == self.arrays["predicted"]).mean())
+        return float(self.right.mean())
 
 
 def collect(

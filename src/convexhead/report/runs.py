@@ -11,6 +11,7 @@ import torch
 
 from convexhead.errors import InputError
 from convexhead.interpret import effective_rank, fourier_filters, mixing_matrix, spectra
+from convexhead.metrics import accuracy_interval
 from convexhead.path import EDGES
 from convexhead.report import evidence as evidences
 from convexhead.report.evidence import Evidence
@@ -216,6 +217,7 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
             "split": about["split"],
             "images": len(a["labels"]),
             "top1": evidence.accuracy,
+            "interval": accuracy_interval(evidence.right),
             "top5": float(a["top5"].mean()) if len(classes) > 5 else None,
             "loss": float(a["loss"][known].mean()),
         },
