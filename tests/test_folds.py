@@ -179,7 +179,7 @@ def test_a_probe_keeps_groups_together(store, tmp_path, capsys):
     assert "exchanged for random groups" in page
     assert "McNemar" not in page
     alone = (tmp_path / "alone/index.html").read_text()
-    assert "draws of the test images with replacement" in alone
+    assert "of top-1: Wilson" in alone
     assert "McNemar" in alone
     row = next(row for row in told["rows"] if row["method"] == "linear")
     model = ch.load(tmp_path / "grouped" / row["run"])
