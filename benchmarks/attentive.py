@@ -14,7 +14,8 @@ goes on. What is chosen on the validation images:
 
 certified       metric of the tokens, then scale of the queries, then content alone or places too (with 96 queries,
                 unless ``--settings`` says what was chosen before); for every number of queries β, on a path that ends
-                after ``--patience`` fits in a row without a better score
+                after ``--patience`` fits in a row without a better score. With ``--choose-on 4`` the first three are
+                chosen by paths on every fourth training image, which stop at ``SEARCH_TOL``
 self-attention, mlp-mixer
                 metric and β
 trained-J       J queries, log-weights of places, values and classifier by AdamW, from the queries that the certified
@@ -124,17 +125,20 @@ class Work:
         return self.folder.once(name, made)
 
     # -- certified heads ----------------------------------------------------------------------------------------------
-    def certified(self, name: str, whiten: float, **options: Any) -> Piece:
-        """A path over β, whose best head goes on to its certificate."""
-        data = self.data(whiten)
+    def certified(self, name: str, whiten: float, every: int = 1, **options: Any) -> Piece:
+        """A path over β on all training images, or one ``every`` so many; the best head goes on to its certificate."""
+        data = dict(self.data(whiten))
+        data["train"] = tuple(part[::every] for part in data["train"])  # by class, so that all have their part
+        settings = {"patience": self.options.patience, "tol": self.options.tol}
+        if every > 1:
+            settings = {"patience": 1, "tol": SEARCH_TOL}
 
         def make() -> Piece:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 rows = ch.regularization_path(
                     *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=RATIOS,
-                    patience=self.options.patience, search_tol=SEARCH_TOL, tol=self.options.tol,
-                    grid=self.splits.grid, **options,
+                    search_tol=SEARCH_TOL, grid=self.splits.grid, **settings | options,
                 )  # fmt: skip
             row = best(rows)
             return self.scored(row["model"], row["beta_ratio"], whiten, len(rows), options)
@@ -231,12 +235,13 @@ class Work:
 
 
 def sampled(
-    work: Work, count: int, whiten: float, scale: float, places: bool, norm: str = "all", seed: int = 0
+    work: Work, count: int, whiten: float, scale: float, places: bool, norm: str = "all", seed: int = 0, every: int = 1
 ) -> Piece:
     """A certified head with sampled queries."""
     name = f"certified-{count}-whiten{whiten:g}-scale{scale:g}-{'places' if places else 'content'}-{norm}-seed{seed}"
+    name += "" if every == 1 else f"-every{every}"
     options = {"n_queries": count, "query_scale": scale, "query_position": places, "query_norm": norm}
-    return work.certified(name, whiten, head="attentive", random_state=seed, **options)
+    return work.certified(name, whiten, every, head="attentive", random_state=seed, **options)
 
 
 def choose_settings(work: Work) -> tuple[tuple[float, float, bool], list[Piece]]:
@@ -247,7 +252,7 @@ def choose_settings(work: Work) -> tuple[tuple[float, float, bool], list[Piece]]
     tried: dict[tuple[float, float, bool], Piece] = {}
 
     def score(*settings: Any) -> float:
-        tried[settings] = sampled(work, CHOSEN_WITH, *settings)
+        tried[settings] = sampled(work, CHOSEN_WITH, *settings, every=work.options.choose_on)
         return validation(tried[settings])
 
     whiten = max(work.options.metrics, key=lambda a: score(a, QUERY_SCALES[0], True))
@@ -378,6 +383,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="families beside the certified head")
     parser.add_argument("--metrics", nargs="*", type=float, default=METRICS)
     parser.add_argument("--settings", nargs=3, metavar=("METRIC", "SCALE", "places|content"), help="chosen before")
+    parser.add_argument("--choose-on", type=int, default=1, metavar="N", help="every N-th training image")
     parser.add_argument("--queries", nargs="*", type=int, default=SAMPLED)
     parser.add_argument("--seeds", type=int, default=1, help="draws of the queries that a row is the mean of")
     parser.add_argument("--patience", type=int, default=1, help="fits in a row without a better score that end a path")
@@ -394,6 +400,7 @@ def main() -> None:
         "scale": args.scale,
         "train": len(splits.train.labels),
         "patience": args.patience,
+        "chosen_on": args.choose_on,
     }
     name, rows = "attentive_queries" if args.counts else "attentive", []
     if args.counts:
@@ -407,8 +414,9 @@ def main() -> None:
                 print(family, "is not finished: the same command goes on")
     if not args.counts and rows:
         rows = with_differences(rows)
-    mine = (splits.backbone, args.scale, str(args.patience))
-    others = [row for row in read_csv(name) if (row["backbone"], row["scale"], row.get("patience", "1")) != mine]
+    keys = {"backbone": splits.backbone, "scale": args.scale, "patience": args.patience, "chosen_on": args.choose_on}
+    mine = {key: str(value) for key, value in keys.items()}
+    others = [row for row in read_csv(name) if {key: row.get(key) or "1" for key in keys} != mine]
     machine = hardware("convexhead")
     write_csv(name, [*others, *({**about, **row, **machine} for row in rows)])
 
