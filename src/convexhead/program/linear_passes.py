@@ -54,9 +54,9 @@ class LinearPasses:
         n, r, c = len(self.problem.losses), self.problem.head.r, self.problem.c
         return torch.zeros(c, n, r, dtype=dtype, device=self.problem.device).movedim(0, 2)
 
-    def outputs(self, B: Weights) -> Float[Tensor, "n r c"]:
-        """``Φ Bᵀ``."""
-        out = self.zeros(self.problem.dtype)
+    def outputs(self, B: Weights, dtype: torch.dtype | None = None) -> Float[Tensor, "n r c"]:
+        """``Φ Bᵀ``, kept in another precision than that of the product where one is given."""
+        out = self.zeros(dtype or self.problem.dtype)
 
         def make(rows: slice, data: Data) -> tuple[Tensor, ...]:
             out[rows] = self._pushed(data["queries"].flatten(0, 1), B)
@@ -65,11 +65,13 @@ class LinearPasses:
         self.problem.operator.over_batches(1, make)
         return out
 
-    def outputs_of(self, atoms: Atoms) -> Float[Tensor, "n r c"]:
-        """The same of a model, in float64 and not to be changed: those that are kept, or made now."""
+    def outputs_of(self, atoms: Atoms, *, copy: bool = False) -> Float[Tensor, "n r c"]:
+        """The same of a model, in float64: those that are kept, or made now; not to be changed without ``copy``."""
         recent = self.problem.operator.samples.recent
         kept = None if recent is None else recent.of(atoms)
-        return self.outputs(as_matrix(atoms).to(self.problem.dtype)).double() if kept is None else kept
+        if kept is None:
+            return self.outputs(as_matrix(atoms).to(self.problem.dtype), torch.float64)
+        return kept.clone() if copy else kept
 
     def adjoint(self, R: Float[Tensor, "n r c"]) -> Weights:
         """``Rᵀ Φ``."""

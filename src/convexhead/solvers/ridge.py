@@ -123,7 +123,8 @@ class RidgeNewton(Solver):
         self._descent: FactoredDescent | None = None
         self._lowest, self._idle = [math.inf, math.inf], 0
         self._take_precision(self.problem)
-        self._f = self._passes.outputs_of(start)  # a shift of all outputs, which is not in B, changes no softmax
+        # A shift of all outputs, which is not in B, changes no softmax.
+        self._f = self._passes.outputs_of(start, copy=True)
 
     @classmethod
     def lacks(cls, problem: Problem, oracle: NormOracle | None) -> str | None:
@@ -158,7 +159,7 @@ class RidgeNewton(Solver):
         gaps = {"before": self._before, "lowest": self._lowest[1]}
         shared |= {name: torch.tensor(count) for name, count in counts.items()}
         shared |= {name: torch.tensor(gap, dtype=torch.float64) for name, gap in gaps.items()}
-        return shared, {"outputs": self._f}
+        return shared, {"outputs": self._f.clone()}  # steps change them in place
 
     def _restore(self, shared: State, rows: State) -> None:
         if "iteration" in shared:
@@ -178,7 +179,7 @@ class RidgeNewton(Solver):
     def begin(self) -> None:
         """Choose the first β anew, and make outputs that were given up."""
         if not len(self._f) and self._descent is None:
-            self._f = self._passes.outputs(self._B.to(self.problem.dtype)).double()
+            self._f = self._passes.outputs(self._B.to(self.problem.dtype), torch.float64)
         self._stage, self._lowest, self._idle = 0.0, [math.inf, math.inf], 0
 
     def step(self) -> Stop | None:
@@ -217,7 +218,7 @@ class RidgeNewton(Solver):
             begin = (shares, lower) if lower < objective else (torch.tensor([1.0, 0.0], dtype=torch.float64), objective)
             shares, lower = span.minimise(*begin)
         elif self._is_near(objective - lower, system, lower):
-            self._B, self._f = self._B + x, Z.add_(self._f)
+            self._move(1.0, x, 1.0, Z)
             return Stop.CONVERGED
         if not lower < objective and not self._falls_by_gradient(x, Z, missing):
             if gap <= ROUNDED or self.problem.dtype == torch.float32:
@@ -227,8 +228,14 @@ class RidgeNewton(Solver):
             return None
         if lower < objective:
             of_B, of_x = shares.tolist()
-            self._B, self._f = of_B * self._B + of_x * x, Z.mul_(of_x).add_(self._f, alpha=of_B)
+            self._move(of_B, x, of_x, Z)
         return None
+
+    def _move(self, of_B: float, x: Weights, of_x: float, Z: Float[Tensor, "n r c"]) -> None:
+        """To ``of_B (W, b) + of_x x``; outputs in place and some samples at a time, since they are large."""
+        self._B = of_B * self._B + of_x * x
+        for rows in self.problem.rows:
+            self._f[rows] = of_B * self._f[rows] + of_x * Z[rows]
 
     def _is_near(self, fell: float, system: _System, objective: float) -> bool:
         """Whether the gap after a step is small enough, without another gradient: by what the system left, and what the
@@ -354,7 +361,7 @@ class RidgeNewton(Solver):
         del f
         promised = float((x * (r.double() - g)).sum()) / 2
         left = math.inf if rough else float((weights * r.double().square()).sum())
-        return _System(x, passes.outputs(x.to(dtype)).double(), promised, left)
+        return _System(x, passes.outputs(x.to(dtype)), promised, left)
 
     def _without_shift(self, B: Weights) -> Weights:
         """What softmax sees of ``B``: a shift of all outputs costs penalty, and rounding would make large ones."""

@@ -37,7 +37,7 @@ class Span:
         Its losses.
     beta : float
     outputs : sequence of Tensor (n, r, c)
-        ``f_j``, in the precision that samples are computed in; sums over them are in float64.
+        ``f_j``. Samples are computed in the precision of the first; sums over them are in float64.
     weights : sequence of Tensor (c, d + 1)
         ``[W_jᵀ b_j]`` in float64.
     """
@@ -86,7 +86,7 @@ class Span:
         k = len(self.outputs)
         total = self.outputs[0].new_zeros(k, k + 1, dtype=torch.float64)
         for rows, losses, u in self._parts(a):
-            f = torch.stack([f[rows] for f in self.outputs])
+            f = torch.stack([f[rows].to(u.dtype) for f in self.outputs])
             right = torch.cat([losses.hessian_times(u, f), losses.residual(u).unsqueeze(0)])
             total += torch.tensordot(f, right, dims=([1, 2, 3], [1, 2, 3]))
         curvatures, slopes = (self.problem.sum(total)[0].cpu() / self.problem.n).split([k, 1], dim=1)
