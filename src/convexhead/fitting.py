@@ -364,8 +364,8 @@ def beta_max_of(
     exact = problem.astype(torch.float64)
     f = exact.outputs(exact.empty())
     if exact.fit_intercept:
-        f = f + solve_intercept(exact, f)
-    R = exact.residual(f)
+        f += solve_intercept(exact, f)
+    R = exact.residual(f, out=f)  # one array of outputs, where they may be most of what is in memory
     if problem.activation.convex:
         largest = spectral_norm(exact.operator, R, generator, fast=problem.operator)
     else:

@@ -252,22 +252,24 @@ class Problem:
 
     def mean_of(
         self,
-        function: Callable[[SampleLosses, Tensor], Float[Tensor, " b"]],
-        x: Float[Tensor, "n r c"],
+        function: Callable[..., Float[Tensor, " b"]],
+        *x: Float[Tensor, "n r c"],
         losses: SampleLosses | None = None,
     ) -> float:
-        """``(1/n) Σ_i`` of what ``function`` makes of losses and ``x``, some samples at a time to save memory.
+        """``(1/n) Σ_i`` of what ``function`` makes of losses and all ``x``, some samples at a time to save memory.
 
         ``losses``: those of the problem where None.
         """
         losses = self.losses if losses is None else losses
         if len(self.rows) == 1:
-            return self.mean(function(losses, x))
-        return self.mean(torch.stack([function(losses.at(rows), x[rows]).double().sum() for rows in self.rows]))
+            return self.mean(function(losses, *x))
+        parts = [function(losses.at(rows), *(each[rows] for each in x)).double().sum() for rows in self.rows]
+        return self.mean(torch.stack(parts))
 
-    def total_of(self, function: Callable[[SampleLosses, Tensor], Tensor], x: Float[Tensor, "n r c"]) -> Tensor:
-        """``Σ_i`` of what ``function`` makes of losses and ``x``, some samples at a time to save memory."""
-        return self.sum(torch.stack([function(self.losses.at(rows), x[rows]) for rows in self.rows]).sum(0))[0]
+    def total_of(self, function: Callable[..., Tensor], *x: Float[Tensor, "n r c"]) -> Tensor:
+        """``Σ_i`` of what ``function`` makes of losses and all ``x``, some samples at a time to save memory."""
+        parts = [function(self.losses.at(rows), *(each[rows] for each in x)) for rows in self.rows]
+        return self.sum(torch.stack(parts).sum(0))[0]
 
     @cached_property
     def rows(self) -> list[slice]:
@@ -318,9 +320,9 @@ class Problem:
         """``F = (1/n) Σ_i ω_i ℓ(f_i, y_i)``, summed in float64."""
         return self.mean_of(SampleLosses.value, f)
 
-    def residual(self, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
-        """``R_i = ω_i ∇ℓ(f_i, y_i) / n``, some samples at a time to save memory."""
-        R = torch.empty_like(f)
+    def residual(self, f: Float[Tensor, "n r c"], out: Float[Tensor, "n r c"] | None = None) -> Float[Tensor, "n r c"]:
+        """``R_i = ω_i ∇ℓ(f_i, y_i) / n``, some samples at a time to save memory; into ``out``, which ``f`` may be."""
+        R = torch.empty_like(f) if out is None else out
         for rows in self.rows:
             torch.div(self.losses.at(rows).residual(f[rows]), self.n, out=R[rows])
         return R

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -159,26 +160,36 @@ class Solver(ABC):
 
 def scaled_dual(problem: Problem, f: Tensor, sigma: float, beta: float, intercept: Tensor) -> float:
     """Dual value of the scaled residual at outputs ``f``, given the gradient's spectral norm there: an estimate."""
-    R, losses = torch.empty_like(f, dtype=torch.float64), problem.exact_losses
-    for rows in problem.rows:
-        torch.div(losses.at(rows).residual(f[rows].double()), problem.n, out=R[rows])
-    return dual_value(problem, R, sigma, beta, intercept)
+    return _dual(problem, f, lambda losses, f: losses.residual(f.double()) / problem.n, sigma, beta, intercept)
 
 
 def dual_value(problem: Problem, R: Float[Tensor, "n r c"], sigma: float, beta: float, intercept: Tensor) -> float:
-    """Dual value of a residual in float64 that is scaled to ``τ σ ≤ β``: an estimate.
+    """The same of a residual in float64."""
+    return _dual(problem, R, lambda _, R: R, sigma, beta, intercept)
+
+
+def _dual(
+    problem: Problem,
+    x: Float[Tensor, "n r c"],
+    residual: Callable[[SampleLosses, Tensor], Tensor],
+    sigma: float,
+    beta: float,
+    intercept: Tensor,
+) -> float:
+    """Dual value of the ``residual`` of ``x`` that is scaled to ``τ σ ≤ β``, some samples at a time to save memory.
 
     What an intercept leaves of ``Σ_i R_i`` is charged at the scale of the targets and of the ``intercept`` that has
     been reached, or a solver would stop too early.
     """
-    tau = min(1.0, beta / sigma) if sigma > 0 else 1.0
-
-    def conjugate(losses: SampleLosses, R: Tensor) -> Tensor:
-        return losses.conjugate(losses.unweigh(tau * problem.n * R))
-
-    dual = -problem.mean_of(conjugate, R, problem.exact_losses)
+    tau, parts = min(1.0, beta / sigma) if sigma > 0 else 1.0, []
+    for rows in problem.rows:
+        losses = problem.exact_losses.at(rows)
+        R = tau * residual(losses, x[rows])
+        conjugate = losses.conjugate(losses.unweigh(problem.n * R))
+        parts.append(torch.cat([conjugate.sum().view(1), R.sum((0, 1))]))
+    conjugate, left = problem.sum(torch.stack(parts).sum(0))[0].split([1, problem.c])
+    dual = -float(conjugate) / problem.n
     if problem.fit_intercept:
-        (left,) = problem.sum(tau * R.sum((0, 1)))
         scale = 1 + problem.largest_target + float(intercept.abs().max())
         dual -= scale * float(left.abs().sum())
     return dual

@@ -142,6 +142,7 @@ class ColumnGeneration(Solver):
         else:
             if not near and self._prune(f, min(0.02, 2 * gap)) & self._grow(f, directions):
                 self.small /= 2  # what was dropped may just have come back
+            del f  # of many samples outputs are what takes memory
             moved = len(self._atoms) > 0 and self._descend(self.steps)
             self._on_span = False
         return None if moved else self._ended(len(self._atoms))
@@ -157,13 +158,17 @@ class ColumnGeneration(Solver):
         else:
             f = problem.outputs(start)
         descent = FactoredDescent(passes, start, self.beta, Whitening(rough, start, f, self.beta))
+        del f
         before, self._average = descent.value, None
         for step in range(steps):
             if self.monitor.out_of_time() or not descent.step():
                 break
             if step >= steps // 2:
                 latest = descent.outputs
-                self._average = latest if self._average is None else torch.lerp(latest, self._average, self.memory)
+                if self._average is None:
+                    self._average = latest.clone()
+                else:
+                    torch.lerp(latest, self._average, self.memory, out=self._average)
             if descent.lbfgs.evaluations > 2 * steps:
                 break  # many evaluations a step are a sign that rounding hides the decrease
         self._atoms = balance(descent.atoms, drop=1e-7)[0]

@@ -105,9 +105,9 @@ def with_best_step(
     """
     change = problem.outputs(new)
     added, slope = beta * float(excess.sum()), float(excess.square().sum())
-    step = slope / max(problem.mean(change.double().square().sum((1, 2))), 1e-300)
+    step = slope / max(problem.mean_of(lambda _, change: change.double().square().sum((1, 2)), change), 1e-300)
     t = minimize_scalar(
-        lambda t: problem.data_term(f + t * change) + t * added,
+        lambda t: problem.mean_of(lambda losses, f, change: losses.value(f + t * change), f, change) + t * added,
         bounds=(0.0, 20 * step),
         method="bounded",
         options={"maxiter": 30},

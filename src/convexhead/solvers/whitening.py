@@ -64,7 +64,7 @@ class Whitening:
         self.along = u / torch.linalg.vector_norm(u, dim=(0, 1)).clamp_min(torch.finfo(u.dtype).tiny)
         V = self._solve_transposed(self.along)
         along = problem.outputs(replace(atoms, V=V, intercept=torch.zeros_like(atoms.intercept)))
-        (curvature,) = problem.sum((w * along.square()).sum((0, 1)))
+        curvature = problem.total_of(lambda _, w, along: (w * along.square()).sum((0, 1)), w, along)
         gamma = curvature / problem.n + beta * V.square().sum((0, 1))
         self.stretch = gamma.clamp_min(1.0).sqrt() - 1
 
@@ -106,7 +106,7 @@ class Whitening:
 def curvatures(problem: Problem, f: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"] | None:
     """``w``: a draw whose mean is the diagonal of the loss's Hessian at ``f``; None where that is not known."""
     signs = probes(problem, f, torch.Generator().manual_seed(0))
-    return None if signs is None else signs.square()
+    return None if signs is None else signs.square_()
 
 
 def mean_curvature(problem: Problem, w: Float[Tensor, "n r c"] | None) -> float:
@@ -119,8 +119,13 @@ def probes(problem: Problem, f: Float[Tensor, "n r c"], generator: torch.Generat
     # Processes have different numbers of samples, and must still agree on the generator afterwards.
     seed = int(torch.randint(2**31, (1,), generator=generator)) + problem.ranks.rank
     own = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, f.shape, generator=own, dtype=torch.int8).to(f.device, f.dtype) * 2 - 1
-    return problem.losses.hessian_root(f, signs)
+    drawn, signs = torch.empty_like(f), torch.randint(0, 2, f.shape, generator=own, dtype=torch.int8)
+    for rows in problem.rows:
+        root = problem.losses.at(rows).hessian_root(f[rows], signs[rows].to(f.device, f.dtype) * 2 - 1)
+        if root is None:
+            return None
+        drawn[rows] = root
+    return drawn
 
 
 def _root(C: Float[Tensor, "m m"], beta: float) -> Float[Tensor, "m m"]:
