@@ -103,13 +103,15 @@ def main() -> None:
 
 
 def compare() -> None:
-    """Fill in the ratio to self-attention linear on the same tokens."""
+    """Fill in the ratio to self-attention linear on the same tokens and as many threads."""
     rows = read_csv("heads")
     for row in rows:
+        where = {"head": "self-attention", "activation": "linear"}
+        where |= {key: row[key] for key in ("instance", "threads")}
         base = [
             float(other["seconds_median"])
             for other in rows
-            if (other["instance"], other["head"], other["activation"]) == (row["instance"], "self-attention", "linear")
+            if all(str(other[key]) == str(value) for key, value in where.items())
         ]
         if base:
             row["ratio_to_self_attention_linear"] = f"{float(row['seconds_median']) / base[-1]:.3g}"
