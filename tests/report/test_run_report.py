@@ -176,6 +176,8 @@ def test_other_heads_and_few_images(work, tmp_path, head):
     evidences.write(evidences.collect(model, store), tmp_path / "run")
     page = render_runs([tmp_path / "run"], size=5)
     assert ("What it does to positions" in page) == (head == "block-fno")
+    assert ("one head whatever β is" in page) == (head == "linear")
+    assert ("of the nuclear norm" in page) == (head != "linear")
     assert page.count('class="tile" tabindex') == 5
 
 
