@@ -57,7 +57,7 @@ def never(attribute: str) -> Callable[[], Any]:
     """An attribute of the solver that stays None."""
 
     def switched() -> Any:
-        if attribute not in cg.ColumnGeneration.__init__.__code__.co_names:
+        if attribute not in cg.ColumnGeneration._set_up.__code__.co_names:
             raise Skip(f"the solver has no {attribute}")
         none = property(lambda self: None, lambda self, value: None)
         return patch.object(cg.ColumnGeneration, attribute, none, create=True)
