@@ -31,7 +31,7 @@ from convexhead.experiments.splits import chosen_splits
 from convexhead.experiments.training import Settings
 from convexhead.report import drawing, methods
 from convexhead.tokens import TokenStore
-from speed_tables import markdown, prose
+from speed_tables import filled, markdown, prose
 
 PAGE = Path(__file__).parent.parent / "docs" / "cifar100-tables.md"
 COLUMNS = {
@@ -177,12 +177,10 @@ def write_page() -> None:
     page = PAGE.read_text()
     for name in re.findall(r"<!-- begin (\S+) -->", page):
         if (RESULTS / f"cifar100_{name}.csv").exists():
-            begin, end = (f"<!-- {word} {name} -->" for word in ("begin", "end"))
-            head, rest = page.split(begin)
             text = table(name)
             if widths(name):
                 text += f"\n\n![Adam's heads by their number](images/cifar100-{name}.svg)"
-            page = f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+            page = filled(page, name, text)
     PAGE.write_text(page)
 
 

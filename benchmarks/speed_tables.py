@@ -6,7 +6,6 @@ to docs/images.
 
 from __future__ import annotations
 
-import re
 import shutil
 import statistics
 import textwrap
@@ -229,16 +228,20 @@ PAGES = {
 """The tables of each page."""
 
 
+def filled(page: str, name: str, text: str) -> str:
+    """The page with this text between `<!-- begin NAME -->` and `<!-- end NAME -->`."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    assert page.count(begin) == page.count(end) == 1, f"no place for {name}"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+
+
 def main() -> None:
     for name, tables in PAGES.items():
         path = DOCS / f"{name}.md"
         page = path.read_text()
         for table in tables:
-            marks = f"<!-- begin {table.__name__} -->", f"<!-- end {table.__name__} -->"
-            pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
-            text = f"{marks[0]}\n\n{table()}\n\n{marks[1]}"
-            page, found = pattern.subn(lambda _, text=text: text, page)
-            assert found == 1, f"{path} has no place for {table.__name__}"
+            page = filled(page, table.__name__, table())
         path.write_text(page)
         print(path)
     for figure in RESULTS.glob("suite-*.svg"):

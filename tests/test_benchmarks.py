@@ -37,3 +37,13 @@ def test_what_a_benchmark_imports_is_there(script):
             module = importlib.import_module(node.module)
             submodules = {path.stem for folder in getattr(module, "__path__", []) for path in Path(folder).iterdir()}
             assert names <= {*dir(module), *submodules}
+
+
+def test_tables_of_pages_are_what_the_rows_say(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    speed_tables, attentive_page = map(importlib.import_module, ("speed_tables", "attentive_page"))
+    assert attentive_page.written(page := attentive_page.PAGE.read_text()) == page
+    for name, tables in speed_tables.PAGES.items():
+        page = (speed_tables.DOCS / f"{name}.md").read_text()
+        for table in tables:
+            assert speed_tables.filled(page, table.__name__, table()) == page

@@ -161,12 +161,16 @@ def test_the_interval_closes(k, rtol):
     assert found.lower <= found.upper <= found.lower * (1 + rtol) * (1 + 1e-6)
 
 
-def test_a_search_that_is_late_has_a_bound():
+def test_a_search_that_is_late_has_a_bound(monkeypatch):
     X, R, E = problem()
     whole = largest_reward(X, R, E, 4.0)
     assert largest_reward(X, R, E, 4.0, late=lambda: True).upper == math.inf
-    calls = itertools.count()
-    hurried = largest_reward(X, R, E, 4.0, late=lambda: next(calls) >= 1)
+    climbed, bounded, value_and_slope, bound = [], [], Reads.value_and_slope, Reads.bound
+    monkeypatch.setattr(Reads, "value_and_slope", lambda *how: climbed.append(1) or value_and_slope(*how))
+    monkeypatch.setattr(Reads, "bound", lambda *how: bounded.append(1) or bound(*how))
+    largest_reward(X, R, E, 4.0, places=torch.zeros(5, X.shape[1]), late=lambda: True)
+    assert len(climbed) == 2 * 5  # where the ascents of each map begin, and where its cells do
+    hurried = largest_reward(X, R, E, 4.0, late=lambda: bool(bounded))
     assert hurried.cells < whole.cells
     assert whole.lower <= hurried.upper < math.inf
 

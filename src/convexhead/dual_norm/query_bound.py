@@ -116,7 +116,7 @@ def largest_reward(
     found = []
     for place in range(len(known)):
         reads = reads_on(place)
-        point = _ascend(reads, begin / reads.unit)
+        point = _ascend(reads, begin / reads.unit, late)
         found.append((point.value * reads.scale, point.z * reads.unit))
     # Of one map no bound is needed that is below what another attains.
     enough = max(enough, max(value for value, _ in found))
@@ -139,7 +139,7 @@ def _largest(
 ) -> QueryNorm:
     """`largest_reward` for one of the log-weights."""
     enough = enough / reads.scale - reads.neglected
-    best = _ascend(reads, start / reads.unit)
+    best = _ascend(reads, start / reads.unit, late)
     open_cells = cover(reads.k, reads.rho, reads.T)
     bounds = reads.T.new_full((len(open_cells),), math.inf)
     metric = torch.einsum("nsk,nsl,n->kl", reads.T, reads.T, reads.r)
@@ -158,7 +158,7 @@ def _largest(
         done += len(z)
         top = int(values.argmax())
         if float(values[top]) > best.value:
-            best = _ascend(reads, z[top : top + 1])
+            best = _ascend(reads, z[top : top + 1], late)
         open_cells = open_cells.select(order).merge(cells)
         bounds = torch.cat([bounds[order], torch.minimum(parents.repeat(2), fresh.nan_to_num(nan=math.inf))])
     upper = max(below, best.value, float(bounds.max()) if len(bounds) else 0.0)
@@ -178,10 +178,10 @@ class _Point:
     z: Float[Tensor, " k"]
 
 
-def _ascend(reads: Reads, z: Float[Tensor, "b k"]) -> _Point:
+def _ascend(reads: Reads, z: Float[Tensor, "b k"], late: Callable[[], bool]) -> _Point:
     """The highest point that ascents from every ``z`` reach within the ball."""
     inside = partial(_inside, reads)
-    values, z = climb(z, reads.value_and_slope, inside, step=reads.rho / 4, iterations=ASCENT)
+    values, z = climb(z, reads.value_and_slope, inside, step=reads.rho / 4, iterations=ASCENT, late=late)
     top = int(values.argmax())
     return _Point(float(values[top]), z[top])
 
