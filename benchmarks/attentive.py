@@ -3,8 +3,9 @@
     python benchmarks/attentive.py STORE --scale 2k --work RUN [--only certified self-attention …] [--minutes 7]
     python benchmarks/attentive.py STORE --scale 2k --work RUN --counts       # numbers of queries and seeds, a figure
 
-The rows of 10k are those of ``--queries 96 256 512 --rates 0.003 0.01 --only self-attention mlp-mixer probe trained-1
-trained-4 trained-16 trained-64``; with ``--patience 2`` as well, but for trained-4 and trained-64. The row of full is
+The rows of 10k are those of ``--choose-on 4 --patience 2 --queries 32 96 256 --rates 0.003 0.01 --only self-attention
+mlp-mixer probe trained-16``, on block 4 of EfficientNet-Lite0 with ``--seeds 3``. Older ones chose on all images: with
+``--queries 96 256 512`` and trained-1, -4 and -64 on block 4, with ``--queries 96 256`` on block 8. The row of full is
 that of ``--settings 0.5 2 places --queries 256 --only none --tol 1e-2``.
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`. Images, validation part, pooling, principal
