@@ -93,6 +93,19 @@ def test_apply_takes_torch_and_half_precision(components: int | None) -> None:
     np.testing.assert_allclose(z.numpy(), y, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.float16, ">f2", np.float32, np.float64])
+@pytest.mark.parametrize("view", ["whole", "strided", "reversed", "read-only"])
+def test_apply_is_numpy_arithmetic_to_the_bit(dtype: type, view: str) -> None:
+    reduction, x = fit(tokens()), tokens().astype(dtype)
+    x = {"strided": x[:, ::2], "reversed": x[::-1]}.get(view, x)
+    x.flags.writeable = view != "read-only"
+    before = x.copy()
+    expected = (x.astype(np.float32) - reduction.mean) * reduction.scale
+    np.testing.assert_array_equal(reduction.apply(x), expected)
+    np.testing.assert_array_equal(x, before)
+
+
 def test_without_options_nothing_happens() -> None:
     x = tokens()
     np.testing.assert_array_equal(fit(x, standardize=False).apply(x), x)

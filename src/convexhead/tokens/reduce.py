@@ -80,17 +80,17 @@ def as_read(
     through the reduction.
     """
     if token_pool is not None:
-        tokens = pool_grid(_in_single(tokens), grid, token_pool).numpy()
+        tokens = pool_grid(torch.from_numpy(_in_single(tokens)), grid, token_pool).numpy()
     if class_token is not None:
         tokens = np.concatenate([class_token, tokens], axis=-2)
-    return reduction.apply(tokens) if reduction else _in_single(tokens).numpy()
+    return reduction.apply(tokens) if reduction else _in_single(tokens)
 
 
-def _in_single(tokens: NDArray[Any], *, copy: bool = False) -> torch.Tensor:
+def _in_single(tokens: NDArray[Any], *, copy: bool = False) -> NDArray[np.float32]:
     """Tokens in float32. Of numpy and torch, torch widens float16 several times as fast."""
     if tokens.dtype == np.float16 and tokens.flags.c_contiguous and tokens.flags.writeable:
-        return torch.from_numpy(tokens).float()
-    return torch.from_numpy(tokens.astype(np.float32, order="C", copy=copy))
+        return torch.from_numpy(tokens).float().numpy()
+    return tokens.astype(np.float32, order="C", copy=copy)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Reduction:
             raise InputError(f"tokens have {tokens.shape[-1]} channels, the reduction was fitted on {len(self.mean)}")
         if isinstance(tokens, torch.Tensor):
             return self._apply_torch(tokens)
-        single = _in_single(tokens, copy=True)
-        reduced: Array = single.sub_(torch.from_numpy(self.mean)).mul_(torch.from_numpy(self.scale)).numpy()
+        reduced = _in_single(tokens, copy=True)
+        torch.from_numpy(reduced).sub_(torch.from_numpy(self.mean)).mul_(torch.from_numpy(self.scale))  # in place
         if self.basis is not None:
             reduced = reduced @ self.basis
         if self.constant:
