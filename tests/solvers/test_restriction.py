@@ -13,6 +13,7 @@ from convexhead.program.losses import CrossEntropy, Huber
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers import restriction
+from convexhead.solvers.base import Stop
 from convexhead.solvers.fista import Fista
 from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.restriction import Restriction, all_directions, leading_left, solve_restricted
@@ -82,6 +83,25 @@ def test_rounds_end_at_the_optimum_of_the_whole(first, monkeypatch):
         atoms, past = solve_restricted(problem, atoms, both, beta, until=1e-8, monitor=Monitor()), left
     certificate = certify_atoms(problem, atoms, beta, tol=1e-5)
     assert certificate.converged
+
+
+def test_what_rounding_hides_in_single_precision_is_found_in_double(monkeypatch):
+    ends = []
+
+    class Watched(Fista):
+        def advance(self, target):
+            stop = super().advance(target)
+            ends.append((self.dense.features.dtype, stop))
+            assert self.iterations < 500  # rounding does not keep it going
+            return stop
+
+    monkeypatch.setattr(restriction, "Fista", Watched)
+    monkeypatch.setattr(restriction, "SINGLE", 0.0)
+    problem = build("fno", "shared", "gated-relu").astype(torch.float32)
+    directions = all_directions(problem, problem.residual(torch.zeros(80, 1, 4)))
+    beta = 0.002 * float(directions.sigma.max())
+    solve_restricted(problem, problem.empty(), leading_left(directions, beta), beta, until=1e-10, monitor=Monitor())
+    assert ends == [(torch.float32, Stop.STALLED), (torch.float64, Stop.CONVERGED)]
 
 
 def test_single_precision_ends_where_rounding_hides_the_decrease():

@@ -44,6 +44,11 @@ class Fista(Solver):
     ----------
     dense : DensePasses or None
         Passes over some of the program alone, in place of those over all of it.
+
+    Attributes
+    ----------
+    iterations : int
+        Proximal steps since `begin`.
     """
 
     name = "fista"
@@ -66,8 +71,9 @@ class Fista(Solver):
     it, and one over that, must stay numbers."""
     roughest = 1e-2
     """Mean loss above which a rough value is good enough to estimate a gap. Chosen by hand: far more than rounding."""
-    trials = 60
-    """Lengths of a step that are tried; where none is short enough, rounding hides the decrease."""
+    trials: ClassVar = {torch.float64: 60, torch.float32: 12}
+    """Lengths of a step that are tried; where none is short enough, rounding hides the decrease. In single precision it
+    soon does, and a step that is as short as rounding asks for leads nowhere."""
 
     def __init__(self, *args: Any, dense: DensePasses | None = None, **others: Any) -> None:
         self._given = dense
@@ -101,7 +107,7 @@ class Fista(Solver):
 
     def state(self) -> tuple[State, State]:
         """Return the iterate, the extrapolated point, and what is known of steps and ranks."""
-        known = [self._momentum, self._wait, self._polished, self._iteration, self.L]
+        known = [self._momentum, self._wait, self._polished, self.iterations, self.L]
         shared = {
             "Z": self.Z, "b": self.b, "Y": self._Y, "yb": self._yb,
             "known": torch.tensor(known, dtype=torch.float64), "ranks": torch.tensor(self.ranks),
@@ -112,7 +118,7 @@ class Fista(Solver):
         self.Z, self.b, self.ranks = shared["Z"], shared["b"], shared["ranks"].int().tolist()
         self.begin()
         self._momentum, *counts, self.L = shared["known"].tolist()
-        self._wait, self._polished, self._iteration = map(int, counts)
+        self._wait, self._polished, self.iterations = map(int, counts)
         self._Y, self._yb = shared["Y"], shared["yb"]
         self._fY = torch.empty_like(self.problem.Y).copy_(rows["fY"])  # in its layout, on which rounding depends
 
@@ -120,7 +126,7 @@ class Fista(Solver):
     def begin(self) -> None:
         """Extrapolate from the iterate itself."""
         self._stand_still()
-        self._wait = self._polished = self._iteration = 0
+        self._wait = self._polished = self.iterations = 0
 
     def _stand_still(self) -> None:
         self._f = self._outputs(self.Z, self.b)
@@ -134,11 +140,11 @@ class Fista(Solver):
         if gap <= self.target:
             return Stop.CONVERGED
         self.ranks = [*self.ranks[-1:], rank]
-        near, first = gap < self.polish_below or self._iteration >= self.slow, 0
+        near, first = gap < self.polish_below or self.iterations >= self.slow, 0
         if near and rank and self.ranks == 2 * [rank] and (self._wait <= 0 or rank != self._polished):
-            if self._polish(max(60, self._iteration)):
+            if self._polish(max(60, self.iterations)):
                 return Stop.CONVERGED
-            self._wait, self._polished = max(10, self._iteration // self.check_every), rank
+            self._wait, self._polished = max(10, self.iterations // self.check_every), rank
             self._stand_still()
             first = 1
         else:
@@ -148,7 +154,7 @@ class Fista(Solver):
                 FY, R, G, gb = self._gradient()
             if not self._proximal_step(FY, G, gb):
                 return Stop.STALLED
-        self._iteration += self.check_every
+        self.iterations += self.check_every
         return None
 
     def _gradient(self) -> tuple[float, Tensor, Float[Tensor, "j w q"], Float[Tensor, " c"] | None]:
@@ -164,7 +170,7 @@ class Fista(Solver):
         """Take a step from the extrapolated point and extrapolate anew; False where no step is short enough."""
         precision = self.dense.features.dtype
         Y, yb, slope = self._Y, self._yb, G.flatten()
-        for _ in range(self.trials):
+        for _ in range(self.trials[precision]):
             Z = self._prox(Y - G / self.L, self.beta / self.L)
             b = yb if gb is None else yb - gb / self.L
             f = self._outputs(Z, b)

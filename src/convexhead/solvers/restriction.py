@@ -20,6 +20,7 @@ from torch import Tensor
 from convexhead.linalg.krylov import independent
 from convexhead.program.atoms import Atoms
 from convexhead.program.problem import Problem
+from convexhead.solvers.base import Stop
 from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.fista import Fista
 from convexhead.solvers.monitor import Monitor
@@ -117,10 +118,14 @@ def solve_restricted(
     passes = Restriction(problem, _left_span(problem, atoms, left), dtype)
     own = replace(monitor, callback=None, save=None, history=[], dual=-torch.inf)  # bounds of the restriction alone
     start = atoms.to(problem.device, torch.float64)
-    method = Fista(passes.problem, beta, start, own, dense=passes)
-    method.most_steps = MOST_ITERATIONS // method.check_every
-    method.advance(until)
-    return method.atoms().to(problem.device, problem.dtype)
+    while True:
+        method = Fista(passes.problem, beta, start, own, dense=passes)
+        method.most_steps = MOST_ITERATIONS // method.check_every
+        rounding = method.advance(until) is Stop.STALLED and method.iterations < MOST_ITERATIONS
+        start = method.atoms()
+        if not rounding or passes.features.dtype == torch.float64:
+            return start.to(problem.device, problem.dtype)
+        passes.features = passes.features.double()
 
 
 def _left_span(problem: Problem, atoms: Atoms, left: Float[Tensor, "j p w"]) -> Float[Tensor, "j p m"]:
