@@ -84,7 +84,7 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         ``ω`` of the ones in an indicator matrix, ``ω y log(1 + exp −f) + (1 − y) log(1 + exp f)``.
     ignore_index : int
         The label of tokens that do not count, with ``pool=None``.
-    solver : {"auto", "fista", "group-newton", "column-generation", "ridge", "relu-exact", "relu-search"}
+    solver : {"auto", "fista", "group-newton", "kernel", "column-generation", "ridge", "relu-exact", "relu-search"}
         The method; ``"auto"`` chooses by cost. All that can solve a problem end at the same optimum, and one that
         cannot is refused (see `convexhead.solvers.select`).
     tol : float

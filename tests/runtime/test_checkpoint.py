@@ -38,6 +38,7 @@ RUNS = {
         {"activation": "gated-relu", "n_gates": 3, "tol": 2e-4, "fit_intercept": True},
     ),
     "products in bfloat16": ("mlp-mixer", {"activation": "gated-relu", "n_gates": 3, "tol": 1e-3}),
+    "kernel": ("attentive", {"solver": "kernel", "tol": 1e-7, "n_queries": 40, "fit_intercept": True}),
     "weighed": ("mlp", {"tol": 1e-7, "fit_intercept": True, "class_weight": "balanced"}),
     "ridge": ("linear", {"tol": 1e-12, "beta_ratio": 1e-6}),
     "ridge, blocks of the Hessian": ("linear", {"tol": 1e-9, "beta_ratio": 1e-6, "fit_intercept": True}),

@@ -69,8 +69,8 @@ Tol = Annotated[float, Option(help="Relative gap to reach: how far above the glo
 Solver = Annotated[
     str,
     Option(
-        help="auto (the cheapest for the problem), fista, group-newton, column-generation, ridge, relu-exact or "
-        "relu-search."
+        help="auto (the cheapest for the problem), fista, group-newton, kernel, column-generation, ridge, "
+        "relu-exact or relu-search."
     ),
 ]
 Gates = Annotated[int, Option("--n-gates", help="Gates to sample for --activation gated-relu.")]

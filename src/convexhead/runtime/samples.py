@@ -67,6 +67,8 @@ class Samples:
         ``‖X_i‖_F`` once they have been asked for, in any precision.
     moments : dict of Moments
         Second moments of pooled tokens once a solver has made them, in any precision; their diagonal under True.
+    kernels : dict of Tensor (n, n)
+        Inner products of features once a solver has made them, by the precision of the features.
     problems : int
         How many are to be solved with these samples, as far as is known.
     recent : RecentOutputs or None
@@ -103,6 +105,7 @@ class Samples:
         self._fill(self.data, dtype, self.batch_size(self._workspace), pack=True)
         self.norms: list[Tensor] = []
         self.moments: dict[bool, Moments] = {}
+        self.kernels: dict[torch.dtype, Tensor] = {}
         self.problems = 1
         self.recent: RecentOutputs | None = None
         self.compact: dict[torch.dtype, Samples] = {}
@@ -256,7 +259,7 @@ class Samples:
         """Some of the samples, with what was prepared of them."""
         other = self._copy()
         other.n, other.masks = len(index), None if self.masks is None else self.masks[index]
-        other.norms, other.moments, other.recent = [norms[index] for norms in self.norms], {}, None
+        other.norms, other.moments, other.kernels, other.recent = [norms[index] for norms in self.norms], {}, {}, None
         if self.complete:
             other.data, other.kept = {key: value[index] for key, value in self.data.items()}, len(index)
         else:

@@ -116,15 +116,23 @@ def solve_restricted(
     """The model after a solve over its span and the directions ``left``, to the relative gap ``until`` there."""
     dtype = problem.dtype if until > SINGLE else torch.float64
     passes = Restriction(problem, _left_span(problem, atoms, left), dtype)
-    own = replace(monitor, callback=None, save=None, history=[], dual=-torch.inf)  # bounds of the restriction alone
     start = atoms.to(problem.device, torch.float64)
+    return solve_over(passes, start, beta, until=until, monitor=monitor).to(problem.device, problem.dtype)
+
+
+def solve_over(passes: DensePasses, start: Atoms, beta: float, *, until: float, monitor: Monitor) -> Atoms:
+    """The model after a solve over given features, to the relative gap ``until`` there.
+
+    Where rounding of products hides the way, features in single precision become double ones.
+    """
+    own = replace(monitor, callback=None, save=None, history=[], dual=-torch.inf)  # bounds of the restriction alone
     while True:
         method = Fista(passes.problem, beta, start, own, dense=passes)
         method.most_steps = MOST_ITERATIONS // method.check_every
         rounding = method.advance(until) is Stop.STALLED and method.iterations < MOST_ITERATIONS
         start = method.atoms()
         if not rounding or passes.features.dtype == torch.float64:
-            return start.to(problem.device, problem.dtype)
+            return start
         passes.features = passes.features.double()
 
 

@@ -3,6 +3,7 @@
     ridge               the linear head
     fista               a dense ``Z``: small problems
     group-newton        one output and one value row a head: a group lasso
+    kernel              more features than samples, one vector a sample: an attentive head with many queries
     column-generation   every other convex program
     relu-exact          a ReLU whose dual norm can be bounded tightly
     relu-search         every other ReLU
@@ -22,12 +23,22 @@ from convexhead.solvers.base import Solver
 from convexhead.solvers.column_generation import ColumnGeneration
 from convexhead.solvers.fista import Fista, number_of_features
 from convexhead.solvers.group_lasso import GroupNewton, is_group_lasso
+from convexhead.solvers.kernel import KernelColumnGeneration
 from convexhead.solvers.monitor import Monitor
 from convexhead.solvers.relu import ExactRounds, SearchedRounds
 from convexhead.solvers.ridge import RidgeNewton
 
 SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver for solver in (RidgeNewton, Fista, GroupNewton, ColumnGeneration, ExactRounds, SearchedRounds)
+    solver.name: solver
+    for solver in (
+        RidgeNewton,
+        Fista,
+        GroupNewton,
+        KernelColumnGeneration,
+        ColumnGeneration,
+        ExactRounds,
+        SearchedRounds,
+    )
 }
 AUTO = "auto"
 NAMES = (AUTO, *SOLVERS)
@@ -98,6 +109,12 @@ def _cheapest(problem: Problem, oracle: NormOracle | None, max_heads: int | None
         return Fista
     if is_group_lasso(problem) and problem.head.mixing_size <= LARGEST_COLUMN:
         return GroupNewton
+    if (
+        max_heads is None
+        and KernelColumnGeneration.lacks(problem, oracle) is None
+        and KernelColumnGeneration.pays(problem)
+    ):
+        return KernelColumnGeneration
     return ColumnGeneration
 
 

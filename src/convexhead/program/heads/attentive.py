@@ -86,6 +86,7 @@ class Attentive(Head):
         self.queries = queries.detach().double()
         self.any_length = queries.shape[1] == self.d
         self.n_groups = len(queries) if query_norm == "each" else 1
+        self.feature_vector = "features" if query_norm == "all" else None
         self.mixing_shape = (self.d,) if query_norm == "each" else (len(queries), self.d)
         self.value_rows = 1
 

@@ -86,6 +86,8 @@ class Head(ABC):
     """What stands in the place of a token that a sample does not have: see `convexhead.padding`."""
     least_batch: ClassVar[int] = 8
     """Least number of samples in a batch of a pass, so that the fixed cost of a batch is repaid. Chosen by hand."""
+    feature_vector: str | None = None
+    """Which prepared tokens are one vector ``φ`` a sample with outputs ``φᵀ Z``; None where there are none such."""
     value_rows: int
     mixing_shape: tuple[int, ...]
     queries: Float[Tensor, "J m"] | None = None
