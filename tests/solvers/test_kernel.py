@@ -25,11 +25,11 @@ from convexhead.solvers.monitor import Monitor
 N, S, D, J, C = 24, 5, 4, 20, 3
 
 
-def build(loss=None, *, intercept=True, weighed=False, dtype=torch.float64, norm="all", n=N, seed=0):
+def build(loss=None, *, intercept=True, weighed=False, dtype=torch.float64, norm="all", n=N, scale=1.0, seed=0):
     """Attentive heads of 80 features for 24 samples."""
     generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(n, S, D, generator=generator, dtype=torch.float64)
-    queries = torch.randn(J, D, generator=generator, dtype=torch.float64)
+    X = scale * torch.randn(n, S, D, generator=generator, dtype=torch.float64)
+    queries = torch.randn(J, D, generator=generator, dtype=torch.float64) / scale
     Y = torch.randn(n, 1, C, generator=generator, dtype=torch.float64)
     if isinstance(loss or CrossEntropy(), CrossEntropy):
         Y = torch.eye(C, dtype=torch.float64)[Y.argmax(2)]
@@ -121,6 +121,13 @@ def test_an_interruption_in_the_middle_of_a_round_leaves_the_model_before_it(mon
     assert solution.certificate.primal < history[0]
 
 
+def test_the_zero_model_is_the_optimum_at_a_large_weight():
+    problem = build()
+    solution = solved(problem, 10 * beta_of(problem, 1.0))
+    assert solution.certificate.converged
+    assert not len(solution.atoms)
+
+
 def test_single_precision_and_a_path(monkeypatch):
     monkeypatch.setattr("convexhead.fitting.SMALL_TOKENS", 0)
     rng = np.random.default_rng(0)
@@ -136,6 +143,15 @@ def test_single_precision_and_a_path(monkeypatch):
         assert max(one["dual"], other["dual"]) <= min(one["objective"], other["objective"])
 
 
+@pytest.mark.parametrize(("scale", "dtype"), [(1e25, torch.float32), (1e-25, torch.float32), (1e45, torch.float64)])
+def test_tokens_of_any_scale(scale, dtype):
+    plain, scaled = build(), build(scale=scale, dtype=dtype)
+    beta = beta_of(plain)
+    expected, certificate = solved(plain, beta).certificate, solved(scaled, scale * beta, tol=1e-5).certificate
+    assert certificate.converged
+    assert certificate.primal == pytest.approx(expected.primal, rel=1e-4)
+
+
 def test_it_is_chosen_where_it_pays(monkeypatch):
     monkeypatch.setattr(select, "DENSE_FEATURES", 0)
     assert select._cheapest(build(), None, None) is KernelColumnGeneration
@@ -149,5 +165,7 @@ def test_it_is_chosen_where_it_pays(monkeypatch):
 def test_what_it_needs_is_said():
     with pytest.raises(InputError, match=r"'kernel' needs the attentive head with one norm for all queries"):
         solved(build(norm="each"), 0.1)
+    with pytest.raises(InputError, match=r"'kernel' needs features whose fourth powers"):
+        solved(build(scale=1e160), 0.1)
     with pytest.raises(InputError, match=r"'kernel' cannot keep max_heads"):
         solved(build(), 0.1, max_heads=2)

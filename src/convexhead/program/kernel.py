@@ -5,6 +5,8 @@ f_i = φ_iᵀ Z + b,     K = Φ Φᵀ,  K_ij = φ_iᵀ φ_j
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,12 +38,15 @@ def kernel_of(operator: Operator) -> Float[Tensor, "n n"]:
         Phi = features_at_hand(operator)
         assert Phi is not None
         operator.budget.take(kernel_bytes(operator))
+        # By a power of two, which rounds nothing: products of large or small features would leave the range of floats.
+        scale = 2.0 ** -math.frexp(float(torch.stack(Phi.aminmax()).abs().max()))[1]
         K = torch.zeros(len(Phi), len(Phi), dtype=torch.float64, device=Phi.device)
         for i in range(0, len(Phi), ROWS):
             for j in range(0, Phi.shape[1], TOGETHER):
-                K[i:, i : i + ROWS] += Phi[i:, j : j + TOGETHER] @ Phi[i : i + ROWS, j : j + TOGETHER].T
+                part = scale * Phi[i:, j : j + TOGETHER]
+                K[i:, i : i + ROWS] += part @ part[:ROWS].T
             own = K[i : i + ROWS, i : i + ROWS]
             own.copy_((own + own.T) / 2)
             K[i : i + ROWS, i + ROWS :] = K[i + ROWS :, i : i + ROWS].T
-        kernels[operator.dtype] = K
+        kernels[operator.dtype] = K.div_(scale).div_(scale)
     return kernels[operator.dtype]

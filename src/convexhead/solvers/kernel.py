@@ -35,6 +35,8 @@ LATE = 1e-2
 DEPENDENT = 1e-10
 """Eigenvalue of the Gram matrix of unit directions below which they say the same. Chosen by hand: smaller ones would
 need large coefficients, whose products in single precision are rounded as much more."""
+LARGEST = 1e50
+"""Norms of features, and one over them, stay below it. Derived: their fourth powers are then finite and not 0."""
 PRODUCTS = 64
 """Products with all features, an output each, that a solve takes otherwise. Chosen by hand."""
 
@@ -133,6 +135,8 @@ class KernelColumnGeneration(Solver):
             return "the attentive head with one norm for all queries, and memory for its features"
         if problem.c > MOST_VALUES:
             return f"at most {MOST_VALUES} outputs"
+        if not 1 / LARGEST < float(problem.operator.samples.mix_bounds.max()) < LARGEST:
+            return "features whose fourth powers are in the range of floating point"
         size, left = kernel_bytes(problem.operator), problem.operator.budget.left
         return f"{size / 1e9:.3g} GB where max_memory leaves {left / 1e9:.3g} GB" if size > left else None
 
@@ -197,6 +201,8 @@ class KernelColumnGeneration(Solver):
     def atoms(self) -> Atoms:
         """Return the current model as atoms of the head."""
         problem, model = self.problem, self._model
+        if not len(model):
+            return replace(problem.empty(), intercept=model.intercept.to(problem.device, problem.dtype))
         of_start, of_samples = (part @ model.U.T for part in (self._basis.of_start, self._basis.of_samples))
         block = torch.zeros(1, dtype=torch.int64, device=problem.device)
         U = problem.operator.gradient_matrices(of_samples.to(problem.dtype).unsqueeze(1), block)[0].T
