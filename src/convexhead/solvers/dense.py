@@ -90,9 +90,16 @@ class DensePasses:
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(len(self.features), generator=generator).to(self.features)
         tiny = torch.finfo(v.dtype).tiny
+
+        def length(x: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(x, dtype=torch.float64)  # squares may leave the range of single precision
+
+        def unit(x: Tensor) -> Tensor:
+            return x / length(x).clamp_min(tiny)
+
         for _ in range(steps):
-            v = self.features @ ((v / torch.linalg.vector_norm(v).clamp_min(tiny)) @ self.features)
-        return float(torch.linalg.vector_norm(v)) ** 0.5
+            v = self.features @ unit(unit(v) @ self.features)
+        return float(length(v))
 
     def matrices(self, atoms: Atoms) -> Float[Tensor, "j w q"]:
         """``Z_j = Σ_k u_k v_kᵀ`` for atoms with rotated mixing weights ``(k, w)``."""
