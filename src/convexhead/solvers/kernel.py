@@ -143,7 +143,7 @@ class KernelColumnGeneration(Solver):
     @classmethod
     def pays(cls, problem: Problem) -> bool:
         """Whether ``K`` takes less than what it saves."""
-        return problem.n <= min(problem.head.mixing_size / 2, PRODUCTS * problem.c)
+        return problem.n <= min(problem.head.mixing_size, PRODUCTS * problem.c)
 
     def _begin_at(self, start: Atoms) -> None:
         """Take the mixing weights of ``start`` for directions."""
