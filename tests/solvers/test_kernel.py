@@ -157,7 +157,7 @@ def test_it_is_chosen_where_it_pays(monkeypatch):
     assert select._cheapest(build(), None, None) is KernelColumnGeneration
     assert select._cheapest(build(), None, 5) is not KernelColumnGeneration  # a bound on heads
     assert (
-        select._cheapest(build(n=60), None, None) is not KernelColumnGeneration
+        select._cheapest(build(n=90), None, None) is not KernelColumnGeneration  # more samples than features
     )  # more samples than half the features
     assert select._cheapest(build(norm="each"), None, None) is not KernelColumnGeneration
 
