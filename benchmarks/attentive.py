@@ -13,8 +13,8 @@ components and standardisation are those of the experiment's scale (`convexhead.
 what is finished. After ``--minutes`` nothing new begins, families that are finished are written, and the same command
 goes on. What is chosen on the validation images:
 
-certified       metric of the tokens, then scale of the queries, then content alone or places too (with 96 queries,
-                unless ``--settings`` says what was chosen before); for every number of queries β, on a path that ends
+certified       metric of the tokens, then scale of the queries, then content alone or places too (with
+                ``--choose-with`` queries, unless ``--settings`` says what was chosen before); for every number of queries β, on a path that ends
                 after ``--patience`` fits in a row without a better score. With ``--choose-on 4`` the first three are
                 chosen by paths on every fourth training image, which stop at ``SEARCH_TOL``
 self-attention, mlp-mixer
@@ -62,7 +62,7 @@ from convexhead.tokens import whitened
 METRICS, QUERY_SCALES = (0.5, 0.0, 1.0), (2.0, 1.0, 4.0)
 RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
 SEARCH_TOL = 0.02
-SAMPLED, CHOSEN_WITH, TRAINED = (32, 96, 256), 96, (1, 4, 16, 64)
+SAMPLED, TRAINED = (32, 96, 256), (1, 4, 16, 64)
 COUNTS, SEEDS = (8, 32, 96, 192, 512, 1024), range(5)
 ATOMS = 64
 """Of the networks with trained queries, at most; the certified heads have fewer."""
@@ -253,7 +253,7 @@ def choose_settings(work: Work) -> tuple[tuple[float, float, bool], list[Piece]]
     tried: dict[tuple[float, float, bool], Piece] = {}
 
     def score(*settings: Any) -> float:
-        tried[settings] = sampled(work, CHOSEN_WITH, *settings, every=work.options.choose_on)
+        tried[settings] = sampled(work, work.options.choose_with, *settings, every=work.options.choose_on)
         return validation(tried[settings])
 
     whiten = max(work.options.metrics, key=lambda a: score(a, QUERY_SCALES[0], True))
@@ -385,6 +385,9 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="*", type=float, default=METRICS)
     parser.add_argument("--settings", nargs=3, metavar=("METRIC", "SCALE", "places|content"), help="chosen before")
     parser.add_argument("--choose-on", type=int, default=1, metavar="N", help="every N-th training image")
+    parser.add_argument(
+        "--choose-with", type=int, default=96, metavar="J", help="queries that settings are chosen with"
+    )
     parser.add_argument("--queries", nargs="*", type=int, default=SAMPLED)
     parser.add_argument("--seeds", type=int, default=1, help="draws of the queries that a row is the mean of")
     parser.add_argument("--patience", type=int, default=1, help="fits in a row without a better score that end a path")
