@@ -14,9 +14,10 @@ what is finished. After ``--minutes`` nothing new begins, families that are fini
 goes on. What is chosen on the validation images:
 
 certified       metric of the tokens, then scale of the queries, then content alone or places too (with
-                ``--choose-with`` queries, unless ``--settings`` says what was chosen before); for every number of queries β, on a path that ends
-                after ``--patience`` fits in a row without a better score. With ``--choose-on 4`` the first three are
-                chosen by paths on every fourth training image, which stop at ``SEARCH_TOL``
+                ``--choose-with`` queries, unless ``--settings`` says what was chosen before); for every number of
+                queries β, on a path that ends after ``--patience`` fits in a row without a better score. With
+                ``--choose-on 4`` the first three are chosen by paths on every fourth training image, which stop at
+                ``SEARCH_TOL``
 self-attention, mlp-mixer
                 metric and β
 trained-J       J queries, log-weights of places, values and classifier by AdamW, from the queries that the certified
