@@ -20,8 +20,9 @@ it. --begin is put before each command. --until HH:MM: a fit that is not done th
 row.
 
 Where time goes is sampled every 20 ms. ``reader``: share of the time in which the thread that reads and decodes is
-busy; it runs beside the others. ``products`` and ``sums``: of the workers' time, in matrix products of batches and in
-adding up what they return. ``rest``: share in which no pass is under way. ``read_mb_s`` and ``decode_mb_s`` are of one
+busy; it runs beside the others. ``products`` and ``sums``: of the workers' time, or of the main thread's where that is
+alone, in matrix products of batches and in adding up what they return. ``rest``: share in which no pass is under way;
+what a single thread has beside these it waits for the reader. ``read_mb_s`` and ``decode_mb_s`` are of one
 thread: bytes of the files as they lie, and the same bytes as tokens in float32.
 
 Rows: benchmarks/results/million.csv. ``cpu_seconds`` are those of all threads: on a machine that others use they say
@@ -121,6 +122,7 @@ class Where:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.samples = self.workers = 0
+        self.alone = torch.get_num_threads() == 1  # the main thread does the workers' work
         over = threading.Event()
         thread = threading.Thread(target=self._watch, args=(over,), daemon=True)
         thread.start()
@@ -138,11 +140,14 @@ class Where:
                 while frame is not None:
                     inside.add(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
                     frame = frame.f_back
-                if names.get(ident, "").startswith("convexhead-worker"):
+                worker = names.get(ident, "").startswith("convexhead-worker")
+                if worker or (ident == main and self.alone):
                     self.workers += 1
-                    if "workers.run" in inside:
+                    if inside & {"workers.run", "workers.add_up"} and "stored_tokens.read_ahead" not in inside:
                         self.counts["sums" if "workers._add" in inside else "products"] += 1
-                elif "stored_tokens.load" in inside:
+                if worker:
+                    continue
+                if "stored_tokens.load" in inside:
                     self.counts["reader"] += 1
                 elif ident == main and not inside & {"workers.add_up", "stored_tokens.read_ahead"}:
                     self.counts["rest"] += 1
