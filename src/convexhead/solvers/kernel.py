@@ -142,8 +142,8 @@ class KernelColumnGeneration(Solver):
 
     @classmethod
     def pays(cls, problem: Problem) -> bool:
-        """Whether ``K`` takes less than what it saves."""
-        return problem.n <= min(problem.head.mixing_size, PRODUCTS * problem.c)
+        """Whether ``K`` takes less than what it saves: measured on CPUs alone."""
+        return problem.device.type == "cpu" and problem.n <= min(problem.head.mixing_size, PRODUCTS * problem.c)
 
     def _begin_at(self, start: Atoms) -> None:
         """Take the mixing weights of ``start`` for directions."""
