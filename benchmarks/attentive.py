@@ -4,9 +4,10 @@
     python benchmarks/attentive.py STORE --scale 2k --work RUN --counts       # numbers of queries and seeds, a figure
 
 The rows of 10k are those of ``--choose-on 4 --patience 2 --queries 32 96 256 --rates 0.003 0.01 --only self-attention
-mlp-mixer probe trained-16``, on block 4 of EfficientNet-Lite0 with ``--seeds 3``. Older ones chose on all images: with
-``--queries 96 256 512`` and trained-1, -4 and -64 on block 4, with ``--queries 96 256`` on block 8. The row of full is
-that of ``--settings 0.5 2 places --queries 256 --only none --tol 1e-2``.
+mlp-mixer probe trained-16``, on block 4 of EfficientNet-Lite0 with ``--choose-with 512 --queries 256 512 1024 --seeds
+3``. Older ones chose on all images: with ``--queries 96 256 512`` and trained-1, -4 and -64 on block 4, with
+``--queries 96 256`` on block 8. The row of full is that of ``--settings 0.5 2 places --queries 256 --only none
+--patience 2``.
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`. Images, validation part, pooling, principal
 components and standardisation are those of the experiment's scale (`convexhead.experiments.cifar100.SCALES`). RUN keeps
@@ -63,7 +64,7 @@ from convexhead.tokens import whitened
 METRICS, QUERY_SCALES = (0.5, 0.0, 1.0), (2.0, 1.0, 4.0)
 RATIOS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
 SEARCH_TOL = 0.02
-SAMPLED, TRAINED = (32, 96, 256), (1, 4, 16, 64)
+SAMPLED, CHOSEN_WITH, TRAINED = (32, 96, 256), 96, (1, 4, 16, 64)
 COUNTS, SEEDS = (8, 32, 96, 192, 512, 1024), range(5)
 ATOMS = 64
 """Of the networks with trained queries, at most; the certified heads have fewer."""
@@ -387,7 +388,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs=3, metavar=("METRIC", "SCALE", "places|content"), help="chosen before")
     parser.add_argument("--choose-on", type=int, default=1, metavar="N", help="every N-th training image")
     parser.add_argument(
-        "--choose-with", type=int, default=96, metavar="J", help="queries that settings are chosen with"
+        "--choose-with", type=int, default=CHOSEN_WITH, metavar="J", help="queries that settings are chosen with"
     )
     parser.add_argument("--queries", nargs="*", type=int, default=SAMPLED)
     parser.add_argument("--seeds", type=int, default=1, help="draws of the queries that a row is the mean of")
@@ -406,6 +407,7 @@ def main() -> None:
         "train": len(splits.train.labels),
         "patience": args.patience,
         "chosen_on": args.choose_on,
+        "chosen_with": args.choose_with,
     }
     name, rows = "attentive_queries" if args.counts else "attentive", []
     if args.counts:
@@ -419,9 +421,10 @@ def main() -> None:
                 print(family, "is not finished: the same command goes on")
     if not args.counts and rows:
         rows = with_differences(rows)
-    keys = {"backbone": splits.backbone, "scale": args.scale, "patience": args.patience, "chosen_on": args.choose_on}
-    mine = {key: str(value) for key, value in keys.items()}
-    others = [row for row in read_csv(name) if {key: row.get(key) or "1" for key in keys} != mine]
+    before = {"patience": 1, "chosen_on": 1, "chosen_with": CHOSEN_WITH}  # of rows that do not say
+    keys = ("backbone", "scale", *before)
+    mine = [str(about[key]) for key in keys]
+    others = [row for row in read_csv(name) if [row.get(key) or str(before.get(key)) for key in keys] != mine]
     machine = hardware("convexhead")
     write_csv(name, [*others, *({**about, **row, **machine} for row in rows)])
 
