@@ -165,7 +165,7 @@ class Work:
                 clf.fit(*self.data(whiten)["train"])
             return self.scored(clf, ratio, whiten, 1, options)
 
-        return self.once(f"found-{ratio:g}", make)
+        return self.once(f"found-{ratio:g}-{named(whiten, **options)}", make)
 
     def scored(self, model: Any, ratio: float, whiten: float, fits: int, options: dict[str, Any]) -> Piece:
         data, certificate = self.data(whiten), model.certificate_
@@ -200,7 +200,7 @@ class Work:
             about = {"whiten": whiten, "queries": count, "learning_rate": lr, "weight_decay": decay}
             return self.network(result.module, data, about, result.objective)
 
-        return self.tuned(f"trained-{count}", run)
+        return self.tuned(f"trained-{count}-{named(whiten, **options)}", run)
 
     def probe(self) -> Tuned:
         """The experiment's attentive probe."""
@@ -237,13 +237,18 @@ class Work:
         )
 
 
+def named(whiten: float, *, query_scale: float, query_position: bool, **_: Any) -> str:
+    """Settings in the name of a piece."""
+    return f"whiten{whiten:g}-scale{query_scale:g}-{'places' if query_position else 'content'}"
+
+
 def sampled(
     work: Work, count: int, whiten: float, scale: float, places: bool, norm: str = "all", seed: int = 0, every: int = 1
 ) -> Piece:
     """A certified head with sampled queries."""
-    name = f"certified-{count}-whiten{whiten:g}-scale{scale:g}-{'places' if places else 'content'}-{norm}-seed{seed}"
-    name += "" if every == 1 else f"-every{every}"
     options = {"n_queries": count, "query_scale": scale, "query_position": places, "query_norm": norm}
+    name = f"certified-{count}-{named(whiten, **options)}-{norm}-seed{seed}"
+    name += "" if every == 1 else f"-every{every}"
     return work.certified(name, whiten, every, head="attentive", random_state=seed, **options)
 
 

@@ -1,6 +1,8 @@
 """Inner products of the samples' features, for heads whose outputs are products with one feature vector a sample.
 
-f_i = φ_iᵀ Z + b,     K = Φ Φᵀ,  K_ij = φ_iᵀ φ_j
+    f_i = φ_iᵀ Z + b,     K = Φ Φᵀ,  K_ij = φ_iᵀ φ_j
+
+Whatever the number of features, ``K`` has as many rows as there are samples.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from convexhead.program.operator import Operator
 
 TOGETHER = 4096
 """Features whose products are summed in the precision of the features; sums of these are in float64. Chosen by hand."""
+SMALLEST = -120
+"""Exponent of 2 below which features are not scaled further. Derived: in single precision one over it is a number."""
 ROWS = 1024
 """Rows of ``K`` that are made together. Chosen by hand: half of ``K`` is left out, as it is symmetric."""
 
@@ -39,7 +43,8 @@ def kernel_of(operator: Operator) -> Float[Tensor, "n n"]:
         assert Phi is not None
         operator.budget.take(kernel_bytes(operator))
         # By a power of two, which rounds nothing: products of large or small features would leave the range of floats.
-        scale = 2.0 ** -math.frexp(float(torch.stack(Phi.aminmax()).abs().max()))[1]
+        largest = float(torch.stack(Phi.aminmax()).abs().max())
+        scale = 2.0 ** -max(math.frexp(largest)[1], SMALLEST)
         K = torch.zeros(len(Phi), len(Phi), dtype=torch.float64, device=Phi.device)
         for i in range(0, len(Phi), ROWS):
             for j in range(0, Phi.shape[1], TOGETHER):
