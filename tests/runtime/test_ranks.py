@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -179,7 +180,12 @@ def test_a_lost_worker_ends_the_run_and_any_number_goes_on(kind, row, tmp_path):
     calm, rows = resume(None, kind)
     for found, left in (json.loads(outputs[0]), resume(folder, kind)):
         assert left < rows, "nothing was resumed"
-        np.testing.assert_allclose(found, calm, rtol=1e-6 if kind == "factored" else 2e-3)
+        if kind == "path":
+            (found, scores), (expected, others) = (np.split(np.array(rows), [2], axis=1) for rows in (found, calm))
+            assert np.abs(scores - others).max() < 1.5 / 50  # one sample, which heads within 1e-3 may decide otherwise
+        else:
+            expected = calm
+        np.testing.assert_allclose(found, expected, rtol=1e-6 if kind == "factored" else 2e-3)
 
 
 @pytest.mark.slow
@@ -505,6 +511,7 @@ def differ(folder, *, distributed):
 def die(*, distributed):
     """A fit whose second process has ended before it."""
     if os.environ["RANK"] == "1":
+        time.sleep(2)  # the first one has to be connected, which the library does not answer for
         os._exit(3)
     return fit("ridge", distributed=distributed)
 
