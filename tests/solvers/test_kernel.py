@@ -15,7 +15,7 @@ from convexhead.program.activations import make_activation
 from convexhead.program.atoms import Atoms
 from convexhead.program.heads import make_head
 from convexhead.program.kernel import features_at_hand, kernel_of
-from convexhead.program.losses import CrossEntropy, Squared
+from convexhead.program.losses import CrossEntropy, Huber, Squared
 from convexhead.program.operator import Operator
 from convexhead.program.problem import Problem
 from convexhead.solvers import kernel, select
@@ -59,6 +59,19 @@ def test_it_finds_the_optimum_that_other_methods_find(loss, intercept, weighed):
     assert other.converged
     assert ours.primal == pytest.approx(other.primal, rel=1e-6)
     assert min(ours.primal, other.primal) >= max(ours.dual, other.dual)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_few_outputs_and_features_far_from_0(seed):
+    """Rounds find few directions each, and what an intercept leaves weighs much in gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    n, c, queries = 37, 1 + seed % 3, torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    X = 3 + torch.randn(n, 6, 3, generator=generator, dtype=torch.float64)
+    head = make_head("attentive", 6, 3, queries=queries, query_norm="all")
+    operator = Operator(X, head, make_activation("linear", head, None), dtype=torch.float64)
+    Y = torch.randn(n, 1, c, generator=generator, dtype=torch.float64)
+    problem = Problem(operator, Y, Squared() if seed % 2 else Huber(), fit_intercept=True)
+    assert solved(problem, beta_of(problem, 0.002), tol=1e-6).certificate.converged
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

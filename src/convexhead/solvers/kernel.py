@@ -30,6 +30,8 @@ from convexhead.solvers.dense import DensePasses
 from convexhead.solvers.monitor import State
 from convexhead.solvers.restriction import MARGIN, MOST_VALUES, SINGLE, solve_over
 
+KEPT = 128
+"""Directions up to which those of all rounds are kept: with few outputs a round has few. Chosen by hand."""
 LATE = 1e-2
 """Relative gap below which solves also take the last round's directions. Chosen by hand."""
 DEPENDENT = 1e-10
@@ -61,6 +63,9 @@ class Combinations:
     of_samples: Float[Tensor, "n m"]
     along_start: Float[Tensor, "k0 m"]
     features: Float[Tensor, "n m"]
+
+    def __len__(self) -> int:
+        return self.features.shape[1]
 
     def _fields(self) -> tuple[Tensor, ...]:
         return self.of_start, self.of_samples, self.along_start, self.features
@@ -109,7 +114,7 @@ class KernelColumnGeneration(Solver):
     1. ``R = ∇F/n`` at the model, ``RᵀKR = W diag(σ²) Wᵀ``; stop where the gap between the model and the dual point of
        ``R`` is small.
     2. Solve over the span of the model and of the gradient's left singular directions ``Φᵀ R w/σ`` with
-       ``σ > (1 − MARGIN) β``, in the end those of the round before as well.
+       ``σ > (1 − MARGIN) β``. Those of earlier rounds stay while they are few, and in the end the last round's.
 
     One `step` is one round. Parameters are those of `Solver`.
     """
@@ -117,7 +122,7 @@ class KernelColumnGeneration(Solver):
     name = "kernel"
     bounds_heads = False
     most_steps = 200
-    patience = 10
+    patience = 30
     """Rounds without a better gap after which a precision has given what it can."""
 
     _past: Combinations | None
@@ -163,6 +168,8 @@ class KernelColumnGeneration(Solver):
         problem, beta = self.exact, self.beta
         f = self._outputs()
         R = problem.residual(f)[:, 0]
+        if problem.fit_intercept:
+            R = R - R.mean(0)  # as if features had mean 0; what the intercept leaves is charged by itself
         KR = self.K @ R
         values, W = torch.linalg.eigh(R.T @ KR)
         sigma = values.clamp_min(0).sqrt()
@@ -184,9 +191,10 @@ class KernelColumnGeneration(Solver):
     def _solve_over(self, new: Combinations, gap: float) -> None:
         """Solve over the span of the model and of ``new`` directions."""
         model = self._basis @ self._model.U.T
-        both = model.beside(new)
-        if self._past is not None and gap <= LATE:
+        both = self._basis if len(self._basis) + len(new) <= KEPT else model
+        if both is model and self._past is not None and gap <= LATE:
             both = both.beside(self._past)
+        both = both.beside(new)
         basis, until = both.orthonormal(), 0.25 * gap
         passes = GivenFeatures(self.exact, basis.features, self.problem.dtype if until > SINGLE else torch.float64)
         start = replace(self._model, U=model.gram(basis))
