@@ -4,10 +4,10 @@
     python benchmarks/attentive.py STORE --scale 2k --work RUN --counts       # numbers of queries and seeds, a figure
 
 The rows of 10k are those of ``--choose-on 4 --patience 2 --queries 32 96 256 --rates 0.003 0.01 --only self-attention
-mlp-mixer probe trained-16``, on block 4 of EfficientNet-Lite0 with ``--choose-with 512 --queries 256 512 1024 --seeds
-3``. Older ones chose on all images: with ``--queries 96 256 512`` and trained-1, -4 and -64 on block 4, with
-``--queries 96 256`` on block 8. The row of full is that of ``--settings 0.5 2 places --queries 256 --only none
---patience 2``.
+mlp-mixer probe trained-16``; of inner tokens with ``--choose-with 512 --queries 256 512 1024 --seeds 3`` on block 4 of
+EfficientNet-Lite0 and ``--choose-with 512 --queries 96 256 512`` on block 8 of the transformer. Older ones of block 4
+chose on all images, with ``--queries 96 256 512`` and trained-1, -4 and -64. The row of full is that of ``--settings
+0.5 2 places --queries 256 --only none --patience 2``.
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`. Images, validation part, pooling, principal
 components and standardisation are those of the experiment's scale (`convexhead.experiments.cifar100.SCALES`). RUN keeps
