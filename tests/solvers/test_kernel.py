@@ -175,6 +175,15 @@ def test_it_is_chosen_where_it_pays(monkeypatch):
     assert select._cheapest(build(norm="each"), None, None) is not KernelColumnGeneration
 
 
+def test_a_run_resumed_where_it_cannot_go_on_says_so(tmp_path):
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(60, 5, 4)), np.arange(60) % 3
+    options = {"n_queries": 20, "solver": "kernel", "random_state": 0, "tol": 1e-6, "beta_ratio": 0.05}
+    ch.ConvexHeadClassifier("attentive", **options).fit(X, y, checkpoint=tmp_path, checkpoint_minutes=0.0)
+    with pytest.raises(InputError, match=r"'kernel', which this run began with, needs .* memory for its features"):
+        ch.ConvexHeadClassifier("attentive", max_memory=20_000, **options).fit(X, y, checkpoint=tmp_path)
+
+
 def test_what_it_needs_is_said():
     with pytest.raises(InputError, match=r"'kernel' needs the attentive head with one norm for all queries"):
         solved(build(norm="each"), 0.1)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexhead.dual_norm.norm import NormOracle
+from convexhead.errors import InputError
 from convexhead.program.atoms import Atoms
 from convexhead.program.kernel import features_at_hand, kernel_bytes, kernel_of
 from convexhead.program.problem import Problem
@@ -128,6 +129,11 @@ class KernelColumnGeneration(Solver):
     _past: Combinations | None
 
     def _set_up(self, start: Atoms) -> None:
+        # A run that is resumed is not asked before: it may have less memory now, or several processes.
+        if (reason := self.lacks(self.problem, None)) is not None:
+            raise InputError(
+                f"solver={self.name!r}, which this run began with, needs {reason}: begin anew, or as before"
+            )
         self.K, self.exact = kernel_of(self.problem.operator), self.problem.astype(torch.float64)
         self._begin_at(start)
 

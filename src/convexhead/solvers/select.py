@@ -111,8 +111,8 @@ def _cheapest(problem: Problem, oracle: NormOracle | None, max_heads: int | None
         return GroupNewton
     if (
         max_heads is None
-        and KernelColumnGeneration.lacks(problem, oracle) is None
         and KernelColumnGeneration.pays(problem)
+        and KernelColumnGeneration.lacks(problem, oracle) is None
     ):
         return KernelColumnGeneration
     return ColumnGeneration
