@@ -27,6 +27,7 @@ from convexhead.errors import InputError, warn
 from convexhead.estimator_base import HeadEstimator
 from convexhead.fitting import Task, pose, ranks_of
 from convexhead.folds import Rows, splits_of
+from convexhead.held_out import HeldOut
 from convexhead.model import Model
 from convexhead.padding import Padded
 from convexhead.path import EDGES, C_times_beta, grid_edge
@@ -243,7 +244,7 @@ class _Fold:
     sample_weight: NDArray[Any] | None
     train: Rows
     test: Rows
-    scorer: Scorer
+    scorer: Scorer | None
     name: str
     callback: Callable[[Progress], None] | None
     kept: RunFolder | None = None
@@ -277,20 +278,28 @@ class _Fold:
         X, y, w = self._samples(self.train)
         return pose(self.part, X, y, w, to_solve=True, run="cross-validation", fold=self.name, beta_ratios=ratios)
 
-    def score(self, task: Task, model: Model) -> float:
+    def held_out(self, task: Task) -> HeldOut:
+        """The samples to score on."""
+        return HeldOut(task, *self._samples(self.test))
+
+    def score(self, held_out: HeldOut, model: Model) -> float:
         """The score of a model on what is held out; one process scores for all, so that they choose alike."""
-        X, y, w = self._samples(self.test)
         fitted = type(self.part.estimator).from_model(model)
-        return task.problem.ranks.first_does(lambda: self._score(fitted, X, y, w))
+        return held_out.task.problem.ranks.first_does(lambda: self._score(fitted, held_out))
 
     def _samples(self, rows: Rows) -> tuple[Any, Any, Any]:
         w = self.sample_weight
         return some(self.X, rows), self.y[rows], None if w is None else w[rows]
 
-    def _score(self, fitted: HeadEstimator, X: Any, y: Any, w: Any) -> float:
+    def _score(self, fitted: HeadEstimator, held_out: HeldOut) -> float:
+        y, w = held_out.y, held_out.sample_weight
         with inputs.told_plainly():
             try:
-                score = float(self.scorer(fitted, X, y, **({} if w is None else {"sample_weight": w})))
+                if self.scorer is None:
+                    score = held_out.score(fitted)
+                else:
+                    weights = {} if w is None else {"sample_weight": w}
+                    score = float(self.scorer(fitted, held_out.X, y, **weights))
             except AttributeError as error:  # the score needs what this estimator does not have
                 raise InputError(f"this scoring is not for {type(fitted).__name__}: {error}") from error
         if not math.isfinite(score):
@@ -314,26 +323,28 @@ class _FoldPath:
     ratios: list[float]
     generator: Tensor | None = None
     task: Task | None = None
+    held_out: HeldOut | None = None
 
     def solve(self, ratio: float, before: Piece | None) -> Piece:
         """The score at ``ratio``, and what the next fit begins from; ``before`` is what this one begins from."""
         began = now()
-        if self.task is None:
+        if self.task is None or self.held_out is None:
             self.task = self.fold.pose(self.ratios)
+            self.held_out = self.fold.held_out(self.task)
             _ = self.task.beta_max  # it is drawn for first
             if self.generator is not None:
                 self.task.generator.set_state(self.generator)
         task, start = self.task.at(ratio), None if before is None else Atoms.restored(before.tensors)
         model = task.approach(FOLD_TOL * task.spec.tol, start=start, callback=self.fold.callback)
         state = {**model.atoms.state(), "generator": task.generator.get_state()}
-        record = {"score": self.fold.score(task, model), "seconds": now() - began}
+        record = {"score": self.fold.score(self.held_out, model), "seconds": now() - began}
         return Piece(record, {name: part.clone() for name, part in state.items()})
 
 
-def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:
+def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer | None:
     """The scorer that scikit-learn has for ``scoring``; None: the estimator's own."""
     if scoring is None:
-        return _own_score
+        return None
     if isinstance(scoring, (list, tuple, set, dict)):
         raise InputError("scoring must be one score, by which β is chosen")
     if isinstance(scoring, str) and scoring not in get_scorer_names():
@@ -342,10 +353,6 @@ def _scorer(estimator: HeadEstimator, scoring: Any) -> Scorer:
         return _log_loss
     with inputs.told_plainly():
         return check_scoring(estimator, scoring)
-
-
-def _own_score(fitted: HeadEstimator, X: Any, y: Any, sample_weight: Any = None) -> float:
-    return fitted.validation_score(X, y, sample_weight)
 
 
 def _log_loss(fitted: Any, X: Any, y: Any, sample_weight: Any = None) -> float:

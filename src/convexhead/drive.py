@@ -158,8 +158,9 @@ def approach(
         method.advance(tol)
     if monitor.interrupted:
         raise KeyboardInterrupt
-    # As far from the optimum as this, atoms that carry as little say nothing about its rank.
-    model = finish(problem, method.atoms(), tol / 2, max_heads).to(problem.device, problem.dtype)
+    # Atoms that carry so little say nothing about the rank of the optimum. Without those of a share near tol the next
+    # fit of a path would begin far off: where the data term is small, at several times the gap.
+    model = finish(problem, method.atoms(), tol / 20, max_heads).to(problem.device, problem.dtype)
     if problem.head.learns_mixing:
         f = problem.outputs(model)
     else:

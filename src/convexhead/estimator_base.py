@@ -171,13 +171,18 @@ class HeadEstimator(BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return "model_" in vars(self)
 
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
-        """Accuracy or R²."""
+    def _score(self, X: Any, y: Any, sample_weight: Any, f: NDArray[np.float64] | None) -> float:
+        """Accuracy or R² of tokens, `Padded` where they have masks, whose outputs ``f (n, r, c)`` may be known."""
         raise NotImplementedError
 
-    def validation_score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """What β is chosen by on held-out samples: `score`, but of several labels the mean average precision."""
-        return self.score(X, y, sample_weight)
+    def validation_score(
+        self, X: Any, y: Any = None, sample_weight: Any = None, *, outputs: NDArray[np.float64] | None = None
+    ) -> float:
+        """What β is chosen by on held-out samples: `score`, but of several labels the mean average precision.
+
+        ``outputs (n, r, c)`` are those of the samples, where they are known.
+        """
+        return self._score(X, y, sample_weight, outputs)
 
     def _to_compare(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
         """What predictions are compared with, and weights: ``y``, or a store's own numbered as this head numbers them.

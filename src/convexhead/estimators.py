@@ -292,8 +292,11 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
 
     def predict_proba(self, X: Any, mask: Any = None) -> NDArray[np.float64]:
         """Probabilities of classes ``(n, c)``, with ``pool=None`` ``(n, s, c)``; for several labels those of each."""
-        f, spec = torch.from_numpy(self._outputs(X, mask)), self._fitted().spec
-        p = (f.sigmoid() if is_multilabel(spec) else f.softmax(-1)).numpy()
+        return self._probabilities(self._outputs(X, mask))
+
+    def _probabilities(self, f: NDArray[np.float64]) -> NDArray[np.float64]:
+        logits, spec = torch.from_numpy(f), self._fitted().spec
+        p = (logits.sigmoid() if is_multilabel(spec) else logits.softmax(-1)).numpy()
         return p if spec.pool is None else p[:, 0]
 
     def predict(self, X: Any, mask: Any = None) -> NDArray[Any]:
@@ -304,7 +307,10 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Another store may number its classes otherwise. Compare these labels with ``labels_of(X)``, which numbers them
         as in training too, and not with the store's own ``X.labels``; `score` does so.
         """
-        f, spec = self._outputs(X, mask), self._fitted().spec
+        return self._labels(self._outputs(X, mask))
+
+    def _labels(self, f: NDArray[np.float64]) -> NDArray[Any]:
+        spec = self._fitted().spec
         f = f if spec.pool is None else f[:, 0]
         return (f > 0).astype(np.int64) if is_multilabel(spec) else self.classes_[f.argmax(-1)]
 
@@ -314,22 +320,30 @@ class ConvexHeadClassifier(ClassifierMixin, HeadEstimator):
         Of tokens with masks it is against their most frequent label; `convexhead.dense.pixel_scores` is of pixels.
         ``y`` may be left out for a split of a store, whose classes are matched by name.
         """
+        return self._score(as_padded(inputs.resolve_store(X), mask), y, sample_weight, None)
+
+    def _score(self, X: Any, y: Any, sample_weight: Any, f: NDArray[np.float64] | None) -> float:
         (y, sample_weight), model = self._to_compare(X, y, sample_weight), self._fitted()
-        X = as_padded(inputs.resolve_store(X), mask)
+        X = as_padded(inputs.resolve_store(X))
         if model.spec.pool is None and isinstance(X, Padded):
             y = padded_like(X.mask.numpy(), y, model.spec.ignore_index)
             sample_weight = X.weights(sample_weight)
-        return accuracy(y, self.predict(X), model.spec, self.classes_, sample_weight)
+        f = self._outputs(X) if f is None else f
+        return accuracy(y, self._labels(f), model.spec, self.classes_, sample_weight)
 
-    def validation_score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+    def validation_score(
+        self, X: Any, y: Any = None, sample_weight: Any = None, *, outputs: NDArray[np.float64] | None = None
+    ) -> float:
         """What β is chosen by on held-out samples: `score`, but of several labels the mean average precision.
 
         That all labels of a sample are right is rare where there are many, and then it tells heads apart badly.
+        ``outputs (n, r, c)`` are those of the samples, where they are known.
         """
         if not is_multilabel(self._fitted().spec):
-            return self.score(X, y, sample_weight)
+            return self._score(X, y, sample_weight, outputs)
         y, sample_weight = self._to_compare(X, y, sample_weight)
-        p, y = self.predict_proba(X), true_labels(y, self.model_.spec, self.classes_, sample_weight)
+        p = self._probabilities(self._outputs(X) if outputs is None else outputs)
+        y = true_labels(y, self.model_.spec, self.classes_, sample_weight)
         r = 1 if self.model_.spec.pool is not None else y.shape[1]
         w = as_weights(sample_weight, len(y), r, y.shape[-1], pooled=self.model_.spec.pool is not None)
         w = np.broadcast_to(w, (len(y), r, y.shape[-1])).reshape(-1, y.shape[-1])

@@ -17,6 +17,7 @@ from convexhead import inputs
 from convexhead.errors import InputError, choose, warn
 from convexhead.estimators import ConvexHeadClassifier
 from convexhead.fitting import Task, pose, ranks_of
+from convexhead.held_out import HeldOut
 from convexhead.model import Model
 from convexhead.padding import as_padded, with_lengths
 from convexhead.program.atoms import Atoms
@@ -136,7 +137,8 @@ def regularization_path(
         task = pose(template, X, y, sample_weight, to_solve=True, run="path", **agreed, validation=X_val is not None)
         if X_val is not None:
             _agree_on_held_out(task, X_val, y_val)
-        path = _Path(task, type(template), X_val, y_val, progress, began, _saved(checkpoint, checkpoint_minutes))
+        held_out = None if X_val is None else HeldOut(task, X_val, y_val)
+        path = _Path(task, type(template), held_out, progress, began, _saved(checkpoint, checkpoint_minutes))
         return path.followed(_ratios(task, **grid), search_tol, patience, callback)
 
 
@@ -211,8 +213,7 @@ class _Path:
 
     task: Task
     estimator: type[ConvexHeadClassifier] | type[ConvexHeadRegressor]
-    X_val: Any
-    y_val: Any
+    held_out: HeldOut | None
     progress: Callable[[Progress], None] | None
     began: float
     saved: tuple[Path, float] | None = None
@@ -265,7 +266,7 @@ class _Path:
                 callback(row)
             if self.interrupted:
                 return
-            if patience is not None and self.X_val is not None:
+            if patience is not None and self.held_out is not None:
                 best_so_far = int(np.argmax([row["val_score"] for row in self.rows]))
                 if len(self.rows) - 1 - best_so_far >= patience:
                     return
@@ -293,11 +294,7 @@ class _Path:
 
     def _row(self, model: Model, proof: dict[str, Any]) -> Row:
         fitted = self.estimator.from_model(model)
-        ranks = self.task.problem.ranks
-
-        def held_out() -> float:
-            return fitted.validation_score(self.X_val, self.y_val)
-
+        ranks, held_out = self.task.problem.ranks, self.held_out
         times = C_times_beta(self.task)
         row = {
             "beta_ratio": model.spec.beta_ratio,
@@ -308,7 +305,7 @@ class _Path:
             "n_heads": len(model.atoms),
             "train_score": self.task.score(model),
             # One process scores for all, so that they choose alike.
-            "val_score": None if self.X_val is None else ranks.first_does(held_out),
+            "val_score": None if held_out is None else ranks.first_does(lambda: held_out.score(fitted)),
             "seconds": now() - self.began,
             "model": fitted,
         }
@@ -317,6 +314,8 @@ class _Path:
 
     def _finished(self) -> tuple[list[Row], Row]:
         """The rows of a search whose best fit, the second result, went on to its certificate: only it has a model."""
+        if self.held_out is not None:
+            self.held_out.rest()  # a certificate has use for the memory
         chosen = best(self.rows)
         searched = chosen["model"].model_
         row = self._solved(self.task.at(chosen["beta_ratio"]), searched.atoms)

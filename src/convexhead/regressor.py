@@ -131,11 +131,14 @@ class ConvexHeadRegressor(RegressorMixin, HeadEstimator):
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, mask: Any = None) -> float:
         """R², averaged over outputs (and tokens). ``y`` may be left out for a split of a store with numbers."""
+        return self._score(as_padded(inputs.resolve_store(X), mask), y, sample_weight, None)
+
+    def _score(self, X: Any, y: Any, sample_weight: Any, f: NDArray[np.float64] | None) -> float:
         (y, sample_weight), spec = self._to_compare(X, y, sample_weight), self._fitted().spec
-        X = as_padded(inputs.resolve_store(X), mask)
+        X = as_padded(inputs.resolve_store(X))
         if spec.pool is None and isinstance(X, Padded):
             y, sample_weight = padded_like(X.mask.numpy(), y, 0.0), X.weights(sample_weight)
-        return r_squared(y, self._outputs(X), spec, sample_weight)
+        return r_squared(y, self._outputs(X) if f is None else f, spec, sample_weight)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -17,9 +17,11 @@ from convexhead.program.operator import Operator
 
 TOGETHER = 4096
 """Features whose products are summed in the precision of the features; sums of these are in float64. Chosen by hand."""
+USUAL = 30
+"""Features between ``2^-USUAL`` and ``2^USUAL`` are not scaled. Derived: their products are in the range of floats."""
 SMALLEST = -120
 """Exponent of 2 below which features are not scaled further. Derived: in single precision one over it is a number."""
-ROWS = 1024
+ROWS = 512
 """Rows of ``K`` that are made together. Chosen by hand: half of ``K`` is left out, as it is symmetric."""
 
 
@@ -43,12 +45,13 @@ def kernel_of(operator: Operator) -> Float[Tensor, "n n"]:
         assert Phi is not None
         operator.budget.take(kernel_bytes(operator))
         # By a power of two, which rounds nothing: products of large or small features would leave the range of floats.
-        largest = float(torch.stack(Phi.aminmax()).abs().max())
-        scale = 2.0 ** -max(math.frexp(largest)[1], SMALLEST)
+        exponent = math.frexp(float(torch.stack(Phi.aminmax()).abs().max()))[1]
+        scale = 1.0 if abs(exponent) < USUAL else 2.0 ** -max(exponent, SMALLEST)
         K = torch.zeros(len(Phi), len(Phi), dtype=torch.float64, device=Phi.device)
         for i in range(0, len(Phi), ROWS):
             for j in range(0, Phi.shape[1], TOGETHER):
-                part = scale * Phi[i:, j : j + TOGETHER]
+                part = Phi[i:, j : j + TOGETHER]
+                part = part if scale == 1 else scale * part
                 K[i:, i : i + ROWS] += part @ part[:ROWS].T
             own = K[i : i + ROWS, i : i + ROWS]
             own.copy_((own + own.T) / 2)

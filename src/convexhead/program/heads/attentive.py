@@ -136,7 +136,7 @@ class Attentive(Head):
     def linear_mix(self, data: Data, U: Tensor, group: Tensor) -> Tensor:
         if self.query_norm == "each":
             return mix_features(data["features"], U, group)
-        return (data["features"].flatten(1) @ U.flatten(1).T)[:, None, :, None]
+        return (data["features"].flatten(1) @ U.flatten(1).T.contiguous())[:, None, :, None]
 
     def linear_mix_adjoint(self, data: Data, T: Tensor, group: Tensor) -> Tensor:
         if self.query_norm == "each":
@@ -161,10 +161,10 @@ class Attentive(Head):
         for data, R in batches:
             features = data["features"] if len(block) == self.n_groups else data["features"][:, block]
             if total is None:
-                total = R.new_zeros(features[0].numel(), R.shape[2])
-            total.addmm_(features.flatten(1).T, R[:, 0])
+                total = R.new_zeros(R.shape[2], features[0].numel())
+            total.addmm_(R[:, 0].T, features.flatten(1))  # twice as fast as its transpose
         assert total is not None
-        return total.view(len(block), self.mixing_size, -1)
+        return total.T.contiguous().view(len(block), self.mixing_size, -1)
 
     @property
     def score_width(self) -> int:

@@ -1,0 +1,61 @@
+"""Held-out samples that many models of one head are scored on, as along a path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from convexhead import inputs
+from convexhead.estimator_base import HeadEstimator
+from convexhead.fitting import Task
+from convexhead.model import Model
+from convexhead.padding import Padded, as_padded, with_lengths
+from convexhead.program.operator import Operator
+
+SHARE = 4
+"""One over the part of the memory that training has left which held-out samples may take. Chosen by hand."""
+
+
+class HeldOut:
+    """Samples, and what the head of a task makes of their tokens: made for the first model, and kept where it fits.
+
+    Parameters
+    ----------
+    task : Task
+        Whose models are scored: they share its head and its gates.
+    X, y, sample_weight
+        As for ``score``.
+    """
+
+    def __init__(self, task: Task, X: Any, y: Any, sample_weight: Any = None) -> None:
+        self.task, self.X, self.y, self.sample_weight = task, X, y, sample_weight
+        self._operator: Operator | None = None
+
+    def score(self, fitted: HeadEstimator) -> float:
+        """Its ``validation_score``."""
+        return fitted.validation_score(self.X, self.y, self.sample_weight, outputs=self._outputs(fitted.model_))
+
+    def _outputs(self, model: Model) -> Float[NDArray[np.float64], "n r c"] | None:
+        """``f``; None where nothing is kept: of tables, and of samples with different numbers of tokens."""
+        if self._operator is None:
+            X = with_lengths(as_padded(model.as_fitted_on(self.X)))
+            if model.any_length or isinstance(X, Padded) or inputs.is_table(X):
+                return None
+            self._operator = self._prepared(model, X)
+        return self._operator.outputs(model.atoms.to(self._operator.device, torch.float64)).cpu().numpy()
+
+    def _prepared(self, model: Model, X: Any) -> Operator:
+        training = self.task.problem.operator
+        tokens = inputs.open_tokens(X, n_channels=model.head.d, n_tokens=model.head.s)
+        memory = max(0.0, training.budget.left) / SHARE
+        operator = Operator(tokens, model.head, model.activation, device=training.device, memory=memory)
+        training.budget.lend(memory - operator.budget.left, operator.samples)
+        return operator
+
+    def rest(self) -> None:
+        """Give the memory back."""
+        self._operator = None

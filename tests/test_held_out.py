@@ -1,0 +1,83 @@
+"""Scores of held-out samples along a path, with what the head makes of their tokens kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import convexhead as ch
+from convexhead.estimators import ConvexHeadClassifier
+from convexhead.fitting import pose
+from convexhead.held_out import HeldOut
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(60, 4, 5)), RNG.integers(3, size=60)
+HELD, TRUE = RNG.normal(size=(41, 4, 5)), RNG.integers(3, size=41)
+HEADS = {
+    "attentive": {"n_queries": 6},
+    "self-attention": {},
+    "mlp-mixer": {},
+    "mlp": {"activation": "gated-relu", "n_gates": 4},
+    "linear": {},
+}
+
+
+def models(head: str, **settings: object) -> list[ConvexHeadClassifier]:
+    """Those of a path, with their rows' scores."""
+    rows = ch.regularization_path(
+        X, Y, X_val=HELD, y_val=TRUE, beta_ratios=(0.5, 0.1), head=head, random_state=0, **HEADS[head], **settings
+    )
+    for row in rows:
+        row["model"].scored = row["val_score"]
+    return [row["model"] for row in rows]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("memory", [None, 1e4])
+def test_a_path_scores_as_its_models_do(head: str, memory: float | None) -> None:
+    for model in models(head, max_memory=memory):
+        assert model.scored == model.score(HELD, TRUE) == np.mean(model.predict(HELD) == TRUE)
+
+
+@pytest.mark.parametrize("kind", ["array", "float32", "memory map", "list"])
+def test_tokens_may_come_in_any_form(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    held: NDArray[np.float64] | list[NDArray[np.float64]] = HELD.astype(np.float32)
+    if kind == "memory map":
+        file = tmp_path_factory.mktemp("held") / "X.npy"
+        np.save(file, held)
+        held = np.load(file, mmap_mode="r")
+    elif kind != "float32":
+        held = list(HELD) if kind == "list" else HELD
+    for model in models("attentive"):
+        task = pose(ConvexHeadClassifier("attentive", n_queries=6, random_state=0), X, Y, to_solve=True)
+        assert HeldOut(task, held, TRUE).score(model) == model.score(held, TRUE)
+
+
+def test_tokens_are_prepared_once_and_the_memory_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    clf = ConvexHeadClassifier("attentive", n_queries=6, random_state=0, max_memory=1e8)
+    task = pose(clf, X, Y, to_solve=True)
+    first, second = models("attentive")
+    left, prepared = task.problem.operator.budget.left, []
+    make = type(first.model_.head).prepare_linear
+
+    def counted(self: object, tokens: object, **options: bool) -> object:
+        prepared.append(len(tokens))  # type: ignore[arg-type]
+        return make(self, tokens, **options)
+
+    held = HeldOut(task, HELD, TRUE)
+    monkeypatch.setattr(type(first.model_.head), "prepare_linear", counted)
+    scores = [held.score(model) for model in (first, second)]
+    assert sorted(prepared) == [1, len(HELD)]  # one sample tells how much memory the others take
+    monkeypatch.undo()
+    assert scores == [model.score(HELD, TRUE) for model in (first, second)]
+    assert task.problem.operator.budget.left < left - HELD.shape[0] * 6 * 5 * 8 + 1
+    held.rest()
+    assert task.problem.operator.budget.left == left
+
+
+def test_tokens_of_another_width_are_refused() -> None:
+    with pytest.raises(ch.InputError, match="features"):
+        ch.regularization_path(
+            X, Y, X_val=HELD[:, :, :4], y_val=TRUE, beta_ratios=(0.5,), head="attentive", n_queries=3
+        )
