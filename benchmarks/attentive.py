@@ -17,8 +17,8 @@ goes on. What is chosen on the validation images:
 certified       metric of the tokens, then scale of the queries, then content alone or places too (with
                 ``--choose-with`` queries, unless ``--settings`` says what was chosen before); for every number of
                 queries β, on a path that ends after ``--patience`` fits in a row without a better score. With
-                ``--choose-on 4`` the first three are chosen by paths on every fourth training image, which stop at
-                ``SEARCH_TOL``
+                ``--choose-on 4`` the first three are chosen by paths on every fourth training image, over every second
+                β, which stop at ``SEARCH_TOL``
 self-attention, mlp-mixer
                 metric and β
 trained-J       J queries, log-weights of places, values and classifier by AdamW, from the queries that the certified
@@ -132,15 +132,15 @@ class Work:
         """A path over β on all training images, or one ``every`` so many; the best head goes on to its certificate."""
         data = dict(self.data(whiten))
         data["train"] = tuple(part[::every] for part in data["train"])  # by class, so that all have their part
-        settings = {"patience": self.options.patience, "tol": self.options.tol}
+        settings = {"beta_ratios": RATIOS, "patience": self.options.patience, "tol": self.options.tol}
         if every > 1:
-            settings = {"patience": 1, "tol": SEARCH_TOL}
+            settings |= {"beta_ratios": RATIOS[1::2], "tol": SEARCH_TOL}
 
         def make() -> Piece:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 rows = ch.regularization_path(
-                    *data["train"], X_val=data["validation"][0], y_val=data["validation"][1], beta_ratios=RATIOS,
+                    *data["train"], X_val=data["validation"][0], y_val=data["validation"][1],
                     search_tol=SEARCH_TOL, grid=self.splits.grid, **settings | options,
                 )  # fmt: skip
             row = best(rows)
