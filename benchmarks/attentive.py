@@ -3,11 +3,11 @@
     python benchmarks/attentive.py STORE --scale 2k --work RUN [--only certified self-attention …] [--minutes 7]
     python benchmarks/attentive.py STORE --scale 2k --work RUN --counts       # numbers of queries and seeds, a figure
 
-The rows of 10k are those of ``--choose-on 4 --patience 2 --queries 32 96 256 --rates 0.003 0.01 --only self-attention
-mlp-mixer probe trained-16``; of inner tokens with ``--choose-with 512 --queries 256 512 1024 --seeds 3`` on block 4 of
-EfficientNet-Lite0 and ``--choose-with 512 --queries 96 256 512`` on block 8 of the transformer. Older ones of block 4
-chose on all images, with ``--queries 96 256 512`` and trained-1, -4 and -64. The row of full is that of ``--settings
-0.5 2 places --queries 256 --only none --patience 2``.
+The rows of 10k are those of ``--choose metric --choose-on 4 --choose-with 512 --patience 2 --queries 256 512 1024
+--seeds 3 --rates 0.003 0.01 --only self-attention mlp-mixer probe trained-1 trained-4 trained-16 trained-64 found``, of
+last tokens with ``--choose all --choose-with 96 --queries 32 96 256`` and one draw. Older ones of block 4 chose on all
+images, or scale and places too. The row of full is that of ``--settings 0.5 2 places --queries 256 --only none
+--patience 2``.
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`. Images, validation part, pooling, principal
 components and standardisation are those of the experiment's scale (`convexhead.experiments.cifar100.SCALES`). RUN keeps
@@ -15,10 +15,10 @@ what is finished. After ``--minutes`` nothing new begins, families that are fini
 goes on. What is chosen on the validation images:
 
 certified       metric of the tokens, then scale of the queries, then content alone or places too (with
-                ``--choose-with`` queries, unless ``--settings`` says what was chosen before); for every number of
-                queries β, on a path that ends after ``--patience`` fits in a row without a better score. With
-                ``--choose-on 4`` the first three are chosen by paths on every fourth training image, over every second
-                β, which stop at ``SEARCH_TOL``
+                ``--choose-with`` queries, unless ``--settings`` says what was chosen before; with ``--choose metric``
+                the metric alone, as of the heads below); for every number of queries β, on a path that ends after
+                ``--patience`` fits in a row without a better score. With ``--choose-on 4`` the first three are chosen
+                by paths on every fourth training image, over every second β, which stop at ``SEARCH_TOL``
 self-attention, mlp-mixer
                 metric and β
 trained-J       J queries, log-weights of places, values and classifier by AdamW, from the queries that the certified
@@ -264,6 +264,8 @@ def choose_settings(work: Work) -> tuple[tuple[float, float, bool], list[Piece]]
         return validation(tried[settings])
 
     whiten = max(work.options.metrics, key=lambda a: score(a, QUERY_SCALES[0], True))
+    if work.options.choose == "metric":
+        return (whiten, QUERY_SCALES[0], True), list(tried.values())
     scale = max(QUERY_SCALES, key=lambda kappa: score(whiten, kappa, True))
     places = max((True, False), key=lambda both: score(whiten, scale, both))
     return (whiten, scale, places), list(tried.values())
@@ -391,6 +393,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="families beside the certified head")
     parser.add_argument("--metrics", nargs="*", type=float, default=METRICS)
     parser.add_argument("--settings", nargs=3, metavar=("METRIC", "SCALE", "places|content"), help="chosen before")
+    parser.add_argument("--choose", choices=("all", "metric"), default="all", help="else the estimator's defaults")
     parser.add_argument("--choose-on", type=int, default=1, metavar="N", help="every N-th training image")
     parser.add_argument(
         "--choose-with", type=int, default=CHOSEN_WITH, metavar="J", help="queries that settings are chosen with"
@@ -413,6 +416,7 @@ def main() -> None:
         "patience": args.patience,
         "chosen_on": args.choose_on,
         "chosen_with": args.choose_with,
+        "chosen": args.choose,
     }
     name, rows = "attentive_queries" if args.counts else "attentive", []
     if args.counts:
@@ -426,7 +430,7 @@ def main() -> None:
                 print(family, "is not finished: the same command goes on")
     if not args.counts and rows:
         rows = with_differences(rows)
-    before = {"patience": 1, "chosen_on": 1, "chosen_with": CHOSEN_WITH}  # of rows that do not say
+    before = {"patience": 1, "chosen_on": 1, "chosen_with": CHOSEN_WITH, "chosen": "all"}  # of rows that do not say
     keys = ("backbone", "scale", *before)
     mine = [str(about[key]) for key in keys]
     others = [row for row in read_csv(name) if [row.get(key) or str(before.get(key)) for key in keys] != mine]
