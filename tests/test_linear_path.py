@@ -208,7 +208,9 @@ def test_a_path_is_the_same_with_outputs_that_are_kept(monkeypatch, far):
     """Far tokens are solved in other coordinates, from which the intercept comes back rounded."""
     grid = {"beta_ratios": [0.3, 0.2, 0.1, 0.05], "tol": 1e-3, **SETTINGS}
     products, passes = [], LinearPasses.outputs
-    monkeypatch.setattr(LinearPasses, "outputs", lambda self, *how: products.append(1) or passes(self, *how))
+    monkeypatch.setattr(
+        LinearPasses, "outputs", lambda self, *how, **into: products.append(1) or passes(self, *how, **into)
+    )
     rows = regularization_path(X + far, Y, **grid)
     few = len(products)
     monkeypatch.setattr(RecentOutputs, "of", lambda self, atoms: None)
@@ -331,7 +333,9 @@ def test_a_search_makes_outputs_of_each_model_once(monkeypatch):
     grid = {"beta_ratios": 0.3 * 1.8 ** -np.arange(12.0), "X_val": X[::3], "y_val": Y[::3], "tol": 1e-3, **SETTINGS}
     made, systems = [], []
     outputs, newton = LinearPasses.outputs, RidgeNewton._newton
-    monkeypatch.setattr(LinearPasses, "outputs", lambda self, *how: made.append(1) or outputs(self, *how))
+    monkeypatch.setattr(
+        LinearPasses, "outputs", lambda self, *how, **into: made.append(1) or outputs(self, *how, **into)
+    )
     monkeypatch.setattr(RidgeNewton, "_newton", lambda self, *args: systems.append(1) or newton(self, *args))
     rows = regularization_path(X, Y, search_tol=1e-2, **grid)
     assert sum(row["converged"] for row in rows) == 1

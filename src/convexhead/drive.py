@@ -30,6 +30,7 @@ from convexhead.program.linear_passes import LinearPasses
 from convexhead.program.loss_check import check_loss
 from convexhead.program.problem import Problem
 from convexhead.runtime.checkpoint import Checkpoint, Snapshot
+from convexhead.runtime.freed_memory import return_freed_memory
 from convexhead.solvers.base import Solver, Stop
 from convexhead.solvers.monitor import Monitor, Progress, Resumable
 from convexhead.solvers.select import AUTO, check_name, make_solver
@@ -318,6 +319,7 @@ class _Run:
             self.checkpoint.flush()
         reached, dual_point = solver.atoms(), solver.dual_point()
         solver.rest()
+        return_freed_memory()
         self.model = finish(self.problem, reached, self._negligible, self.max_heads)
         if dual_point is None and len(self.model) < len(reached):
             dual_point = self.problem.outputs(reached)  # what is negligible in the model need not be in its gradient

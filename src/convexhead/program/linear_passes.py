@@ -21,6 +21,7 @@ from convexhead.program.heads.base import Data
 from convexhead.program.moments import Moments
 from convexhead.program.operator import has_fast_bfloat16
 from convexhead.program.problem import Problem
+from convexhead.runtime.freed_memory import return_freed_memory
 
 Weights = Float[Tensor, "c d1"]
 LARGE = 1e8
@@ -49,14 +50,28 @@ class LinearPasses:
         self.d = problem.head.d
         self._halves: dict[int, Tensor] = {}
 
+    @cached_property
+    def room(self) -> Float[Tensor, "n r c"]:
+        """Room for one array of outputs, in the precision of products.
+
+        It is used again and again: to free such arrays between others leaves holes that nothing fits into.
+        """
+        return self.zeros(self.problem.dtype)
+
+    def give_up_room(self) -> None:
+        """Free the `room`; it is made anew when it is needed."""
+        vars(self).pop("room", None)
+
     def zeros(self, dtype: torch.dtype) -> Float[Tensor, "n r c"]:
         """Outputs, class by class."""
         n, r, c = len(self.problem.losses), self.problem.head.r, self.problem.c
         return torch.zeros(c, n, r, dtype=dtype, device=self.problem.device).movedim(0, 2)
 
-    def outputs(self, B: Weights, dtype: torch.dtype | None = None) -> Float[Tensor, "n r c"]:
+    def outputs(
+        self, B: Weights, dtype: torch.dtype | None = None, *, into: Float[Tensor, "n r c"] | None = None
+    ) -> Float[Tensor, "n r c"]:
         """``Φ Bᵀ``, kept in another precision than that of the product where one is given."""
-        out = self.zeros(dtype or self.problem.dtype)
+        out = self.zeros(dtype or self.problem.dtype) if into is None else into
 
         def make(rows: slice, data: Data) -> tuple[Tensor, ...]:
             out[rows] = self._pushed(data["queries"].flatten(0, 1), B)
@@ -78,8 +93,8 @@ class LinearPasses:
         return self._summed(lambda rows, X: self._pulled(X, R[rows]))
 
     def gradient(self, f: Float[Tensor, "n r c"]) -> Weights:
-        """``∇F = Rᵀ Φ``, from outputs in float64: what is left of a probability near 1 counts."""
-        R, losses = torch.empty_like(f, dtype=self.problem.dtype), self.problem.losses
+        """``∇F = Rᵀ Φ``, from outputs in float64: what is left of a probability near 1 counts. It uses the `room`."""
+        R, losses = self.room, self.problem.losses
         for rows in self.problem.rows:
             R[rows] = losses.at(rows).to(torch.float64).residual(f[rows]) / self.problem.n
         return self.adjoint(R).double()
@@ -132,6 +147,7 @@ class LinearPasses:
         kept = self.problem.operator.samples.moments
         if diagonal not in kept:
             kept[diagonal] = Moments(self._moments_of(diagonal), intercept=self.problem.fit_intercept)
+            return_freed_memory()
         return kept[diagonal]
 
     def _moments_of(self, diagonal: bool) -> Tensor:

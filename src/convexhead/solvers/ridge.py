@@ -81,7 +81,7 @@ class _System:
     x : Tensor (c, d + 1)
         ``Δ``.
     outputs : Tensor (n, r, c)
-        Its own.
+        Its own, in the room of the passes: until the next gradient.
     promised : float
         What the quadratic model falls by.
     left : float
@@ -175,6 +175,7 @@ class RidgeNewton(Solver):
     def rest(self) -> None:
         """Give up the outputs."""
         self._f = self._f.new_empty(0)
+        self._passes.give_up_room()
 
     def begin(self) -> None:
         """Choose the first β anew, and make outputs that were given up."""
@@ -320,7 +321,8 @@ class RidgeNewton(Solver):
         asked : float
             The gap that is asked for.
         """
-        f, passes, beta, dtype = self._f.to(self.problem.dtype), self._passes, self._stage, self.problem.dtype
+        passes, beta, dtype = self._passes, self._stage, self.problem.dtype
+        f = self._f if dtype == torch.float64 else passes.room.copy_(self._f)
         self._blocks |= BlockCurvature.pays(passes, self._products)
         preconditioner = (
             BlockCurvature(passes, f, beta) if self._blocks else LinearCurvature(passes, self._moments, f, beta)
@@ -358,10 +360,9 @@ class RidgeNewton(Solver):
             if not forcing**2 * first < rz < math.inf:
                 break
             q = z + (rz / last) * q
-        del f
         promised = float((x * (r.double() - g)).sum()) / 2
         left = math.inf if rough else float((weights * r.double().square()).sum())
-        return _System(x, passes.outputs(x.to(dtype)), promised, left)
+        return _System(x, passes.outputs(x.to(dtype), into=passes.room), promised, left)
 
     def _without_shift(self, B: Weights) -> Weights:
         """What softmax sees of ``B``: a shift of all outputs costs penalty, and rounding would make large ones."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from convexhead.errors import InputError, choose
+from convexhead.runtime.freed_memory import reuse_freed_memory
 from convexhead.runtime.ranks import SOFTWARE, Ranks, join_ranks, local_ranks
 from convexhead.tokens.arrays.loader import as_loaders
 from convexhead.tokens.arrays.run_loaders import run_loaders
@@ -21,7 +22,6 @@ from convexhead.tokens.backbones.open import open_backbone
 from convexhead.tokens.batches import BatchExtractor
 from convexhead.tokens.job import ExtractionJob, Task
 from convexhead.tokens.like import number_like, open_backbone_like, options_like, origin_of
-from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.progress import ProgressCallback, ProgressMeter
 from convexhead.tokens.reduce import Reduction
 from convexhead.tokens.sources.base import ImageSource

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from convexhead.errors import InputError, require
 from convexhead.padding import Padded
+from convexhead.runtime.freed_memory import reuse_freed_memory
 from convexhead.tokens.backbones.base import Backbone
 from convexhead.tokens.batches import BatchExtractor, Extracted
 from convexhead.tokens.extract import BATCH
 from convexhead.tokens.geometry import Window
 from convexhead.tokens.like import open_backbone_like, options_like
-from convexhead.tokens.memory import reuse_freed_memory
 from convexhead.tokens.parallel import map_on_cores
 from convexhead.tokens.reduce import as_read
 from convexhead.tokens.sources.base import ImageSource, check_split

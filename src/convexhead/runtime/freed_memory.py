@@ -1,9 +1,10 @@
-"""Keeping freed memory in the process, where the C library would give it back."""
+"""What the C library does with freed memory: it keeps some of it, and gives the rest back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 KEPT = 1 << 30
@@ -16,10 +17,20 @@ def reuse_freed_memory() -> None:
     By default it maps the large activations of every layer anew and unmaps them after use, and the kernel has to clear
     each page again: more than half of the time of a convolutional network on a CPU. Other C libraries are left alone.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, KEPT)
         mallopt(M_TRIM_THRESHOLD, KEPT)
         mallopt(M_ARENA_MAX, 1)  # the arenas of other threads are too small for activations, which they map after all
+
+
+def return_freed_memory() -> None:
+    """Give the system what is free: before arrays of another size are made, which do not fit into the holes."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(function: str) -> Any:
+    """A function of glibc; None where that is not the C library."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None
