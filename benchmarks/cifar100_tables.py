@@ -8,7 +8,8 @@
 
 RUN is the folder of a `convexhead cifar100`; several may each hold some of the cells of one table. A cell's rows take
 the place of its older ones. In the page, what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced; a
-table in which Adam's runs have several widths gets a figure, docs/images/cifar100-NAME.svg.
+table in which Adam's runs have several widths gets a figure, docs/images/cifar100-NAME.svg, and fewer images another,
+docs/images/cifar100-SCALE-sizes.svg.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from convexhead.baselines.adam import OPTIMIZERS
 from convexhead.experiments.cifar100 import ON_REQUEST, PRIORITY, SCALES
 from convexhead.experiments.comparison import run
 from convexhead.experiments.rows import METHOD
-from convexhead.experiments.splits import chosen_splits
+from convexhead.experiments.splits import TokenChoice, chosen_splits
 from convexhead.experiments.training import Settings
 from convexhead.report import drawing, methods
 from convexhead.tokens import TokenStore
@@ -71,16 +73,32 @@ def gather(name: str, runs: list[Path]) -> None:
 
 
 def gather_probes(name: str, store: Path, scale: str) -> None:
-    """Linear probes on the images and tokens of a scale, in place of those that the table has."""
-    splits = chosen_splits(TokenStore.open(store), SCALES[scale].images)
-    probes = ("mean-token", "class-token") if splits.train.has_class_tokens else ("mean-token",)
-    settings = Settings((), probes, SCALES[scale].path, SCALES[scale].adam)
-    with tempfile.TemporaryDirectory(prefix="convexhead-probes-") as folder:
-        results = run(splits, settings, Path(folder) / "run", title="Linear probes", jobs=1)
-    about = {key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")}
-    new = [{**row, **about, **results["environment"]} for row in results["methods"]]
+    """Linear probes on the images and tokens of a scale, in place of those that the tables of a name have."""
+    choice, about = SCALES[scale].images, {}
+
+    def probes(choice: TokenChoice, *poolings: str) -> list[Row]:
+        splits, settings = chosen_splits(TokenStore.open(store), choice), SCALES[scale]
+        if splits.train.has_class_tokens and not poolings:
+            poolings = ("mean-token", "class-token")
+        chosen = Settings((), poolings or ("mean-token",), settings.path, settings.adam)
+        with tempfile.TemporaryDirectory(prefix="convexhead-probes-") as folder:
+            results = run(splits, chosen, Path(folder) / "run", title="Linear probes", jobs=1)
+        about.update({key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")})
+        return [{**row, **results["environment"]} for row in results["methods"]]
+
+    sizes, others = f"cifar100_{name}_sizes", []
+    for row in read_csv(sizes):
+        if row["head"].startswith("Linear probe"):
+            few = int(row["images_per_class"])
+            some = replace(choice, train=few, validation=max(choice.validation, 1 / few))
+            others += [{"images_per_class": few, **new} for new in probes(some, "mean-token")]
+        else:
+            others.append(row)
+    if others:
+        write_csv(sizes, others)
+    new = probes(choice)
     rows = [row for row in read_csv(f"cifar100_{name}") if not row["head"].startswith("Linear probe")]
-    write_csv(f"cifar100_{name}", [*rows, *new])
+    write_csv(f"cifar100_{name}", [*rows, *({**about, **row} for row in new)])
 
 
 def _cell(row: Row) -> tuple[str, str]:
@@ -181,6 +199,14 @@ def write_page() -> None:
             if widths(name):
                 text += f"\n\n![Adam's heads by their number](images/cifar100-{name}.svg)"
             page = filled(page, name, text)
+        if rows := [_typed(row) for row in read_csv(f"cifar100_{name}_sizes")]:
+            numbers = sorted({row["images_per_class"] for row in rows})
+            curve = [
+                {"images_per_class": few, "methods": [row for row in rows if row["images_per_class"] == few]}
+                for few in numbers
+            ]
+            image = PAGE.parent / "images" / f"cifar100-{name.split('_')[0]}-sizes.svg"
+            image.write_text(drawing.svg(methods.sizes({"sizes": curve}), background="white"))
     PAGE.write_text(page)
 
 

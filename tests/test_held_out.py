@@ -81,3 +81,13 @@ def test_tokens_of_another_width_are_refused() -> None:
         ch.regularization_path(
             X, Y, X_val=HELD[:, :, :4], y_val=TRUE, beta_ratios=(0.5,), head="attentive", n_queries=3
         )
+
+
+def test_many_classes_are_remarked_on_once_and_not_with_every_score() -> None:
+    several = np.repeat(np.arange(36), 2)
+    tokens = RNG.normal(size=(72, 4, 5))
+    with pytest.warns(UserWarning, match="unique classes") as told:
+        ch.regularization_path(
+            tokens[:40], np.arange(40), X_val=tokens[::2], y_val=several[::2], head="linear", beta_ratios=(0.5, 0.2)
+        )
+    assert len(told) == 1

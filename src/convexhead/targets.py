@@ -134,7 +134,7 @@ def read_classes(
 
 def true_labels(y: Any, spec: Spec, classes: Array, weights: Any = None) -> Array:
     """What predictions are compared with: labels, or of rows of probabilities the likeliest class; indicators."""
-    y = as_labels(y, spec, weights)
+    y = as_labels(y, spec, weights, to_fit=False)
     if is_multilabel(spec):
         return y >= 0.5
     return classes[y.argmax(-1)] if y.ndim == (3 if every_token(spec) else 2) else y
@@ -151,10 +151,15 @@ def _forms(spec: Spec, s: int) -> str:
     return "labels (n,) or probabilities (n, c)"
 
 
-def as_labels(y: Any, spec: Spec | None = None, weights: Any = None) -> Array:
+def as_labels(y: Any, spec: Spec | None = None, weights: Any = None, *, to_fit: bool = True) -> Array:
     """``y`` as an array whose missing values and mixed types have been refused, but where ``weights`` are 0.
 
     A column ``(n, 1)`` is labels of samples, as scikit-learn has it, unless ``spec`` asks for those of tokens.
+
+    Warns
+    -----
+    UserWarning
+        Labels ``to_fit`` that are so many different ones that they may be numbers to predict.
     """
     with inputs.told_plainly():
         y = _array_of(inputs.plain(y, "y"))
@@ -164,7 +169,7 @@ def as_labels(y: Any, spec: Spec | None = None, weights: Any = None) -> Array:
         if y.dtype == object and len({type(label) for label in y.ravel().tolist()}) > 1:
             raise InputError("y mixes labels of several types, or lacks some: give every sample a string, or a number")
         assert_all_finite(y, input_name="y")
-        if y.ndim == 1 and not _plainly_labels(y):
+        if y.ndim == 1 and not _plainly_labels(y, to_fit):
             check_classification_targets(y)
     return y
 
@@ -204,9 +209,9 @@ def _without_gaps(y: Array, weights: Any) -> Array:
     return _array_of(y)
 
 
-def _plainly_labels(y: Array) -> bool:
+def _plainly_labels(y: Array, to_fit: bool) -> bool:
     """Whether scikit-learn's check, which takes as long as a step of a small fit, would pass ``y`` in silence."""
-    return y.dtype.kind in "biuU" and 2 * len(np.unique(y)) <= len(y)
+    return y.dtype.kind in "biuU" and (not to_fit or 2 * len(np.unique(y)) <= len(y))
 
 
 def _one_hot(rows: Array, counted: NDArray[np.bool_], classes: Array | None) -> tuple[Array, Tensor]:
