@@ -143,8 +143,8 @@ def approach(
     callback: Callable[[Progress], None] | None = None,
     generator: torch.Generator,
     oracle: NormOracle | None = None,
-) -> tuple[Atoms, list[Progress]]:
-    """Return a model whose relative gap is about ``tol`` by the solver's own estimate, and the history.
+) -> tuple[Atoms, list[Progress], Tensor]:
+    """Return a model whose relative gap is about ``tol`` by the solver's own estimate, the history, and the outputs.
 
     Nothing is proven. Parameters are those of `solve`; Ctrl-C is not caught, since there is no certificate to return a
     model with.
@@ -171,7 +171,7 @@ def approach(
             recent.keep(model, f)
     objective = problem.data_term(f) + beta * problem.penalty(model)
     monitor.record(objective, -math.inf, len(model))
-    return model, monitor.history
+    return model, monitor.history, f
 
 
 @dataclass

@@ -87,6 +87,8 @@ class Task:
     data: Data
     problem: Problem
     generator: torch.Generator
+    _reached: tuple[Model, torch.Tensor] | None = None
+    """The last model that was approached, and its outputs."""
 
     @cached_property
     def _late(self) -> Callable[[], bool]:
@@ -149,8 +151,10 @@ class Task:
     ) -> Model:
         """A model to be scored: its gap is about ``tol``, and it has no certificate."""
         limits = self._limits(start, callback)
-        atoms, history = approach(self.problem, self.problem.coordinates.beta(self.beta), tol=tol, **limits)
-        return self.model(self.problem.leave(atoms), None, [row.to_dict() for row in history], "")
+        atoms, history, f = approach(self.problem, self.problem.coordinates.beta(self.beta), tol=tol, **limits)
+        model = self.model(self.problem.leave(atoms), None, [row.to_dict() for row in history], "")
+        self._reached = model, f.to(self.problem.dtype)
+        return model
 
     def _limits(self, start: Atoms | None, callback: Callable[[Progress], None] | None) -> dict[str, Any]:
         """What a solver is told besides β and the tolerance."""
@@ -194,10 +198,7 @@ class Task:
     def score(self, model: Model) -> float:
         """Accuracy or R² on the tokens of the training, by all processes together."""
         problem = self.problem
-        atoms, recent = problem.enter(model.atoms), problem.operator.samples.recent
-        f = None if recent is None else recent.of(atoms)
-        if f is None:
-            f = problem.outputs(atoms.to(problem.device, problem.dtype))
+        f = self._outputs(model)
         counts, mine = self.data.counts, problem.ranks.share(problem.n)
         if model.classes is not None:
             right = share_right(f, problem.Y, is_multilabel(self.spec)).double()
@@ -210,6 +211,15 @@ class Task:
         both[:, mine] = torch.stack([problem.Y, f])
         Y, f = problem.sum(both)[0].cpu()
         return column_r_squared(Y, f, self.data.weights)
+
+    def _outputs(self, model: Model) -> torch.Tensor:
+        """``f`` on the tokens of the training, which may be known."""
+        if self._reached is not None and self._reached[0] is model:
+            return self._reached[1]
+        problem = self.problem
+        atoms, recent = problem.enter(model.atoms), problem.operator.samples.recent
+        f = None if recent is None else recent.of(atoms)
+        return problem.outputs(atoms.to(problem.device, problem.dtype)) if f is None else f
 
 
 # -- from an estimator and data to a task ------------------------------------------------------------------------------

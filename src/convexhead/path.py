@@ -284,15 +284,15 @@ class _Path:
         self.interrupted = solution.interrupted
         if self.interrupted and self.rows and not solution.certificate.converged:
             raise KeyboardInterrupt  # beside fits that are finished, it says nothing
-        return self._row(model, {name: getattr(solution.certificate, name) for name in PROVEN})
+        return self._row(task, model, {name: getattr(solution.certificate, name) for name in PROVEN})
 
     def _searched(self, task: Task, start: Atoms | None, tol: float) -> Row:
         """The row of a fit that ends at the solver's own estimate."""
         model = task.approach(tol, start=start, callback=self.progress)
         unproven = {"dual": None, "gap": None, "relative_gap": None, "converged": False}
-        return self._row(model, {"primal": model.history[-1]["objective"], **unproven})
+        return self._row(task, model, {"primal": model.history[-1]["objective"], **unproven})
 
-    def _row(self, model: Model, proof: dict[str, Any]) -> Row:
+    def _row(self, task: Task, model: Model, proof: dict[str, Any]) -> Row:
         fitted = self.estimator.from_model(model)
         ranks, held_out = self.task.problem.ranks, self.held_out
         times = C_times_beta(self.task)
@@ -303,7 +303,7 @@ class _Path:
             "objective": proof["primal"],
             **{name: proof[name] for name in PROVEN if name != "primal"},
             "n_heads": len(model.atoms),
-            "train_score": self.task.score(model),
+            "train_score": task.score(model),
             # One process scores for all, so that they choose alike.
             "val_score": None if held_out is None else ranks.first_does(lambda: held_out.score(fitted)),
             "seconds": now() - self.began,

@@ -87,7 +87,7 @@ def find_queries(
     beta, gap = beta_of(beta_max), ROUGH
     for _ in range(ROUNDS):
         problem = pose(ball.queries(queries.z, queries.place))
-        model, _ = approach(problem, beta, tol=gap, start=atoms, generator=generator)
+        model, *_ = approach(problem, beta, tol=gap, start=atoms, generator=generator)
         R = _residual(problem, model.to(problem.device, problem.dtype))
         queries, atoms = _kept(queries, model.to(problem.device, problem.dtype))
         known = queries.select(torch.arange(len(queries) if starts == STARTS else 0))  # else `_polished` moves them
