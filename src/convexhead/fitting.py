@@ -87,8 +87,7 @@ class Task:
     data: Data
     problem: Problem
     generator: torch.Generator
-    _reached: tuple[Model, torch.Tensor] | None = None
-    """The last model that was approached, and its outputs."""
+    _reached: tuple[Model, torch.Tensor] | None = None  # the last model that was approached, and its outputs
 
     @cached_property
     def _late(self) -> Callable[[], bool]:
@@ -197,8 +196,7 @@ class Task:
 
     def score(self, model: Model) -> float:
         """Accuracy or R² on the tokens of the training, by all processes together."""
-        problem = self.problem
-        f = self._outputs(model)
+        problem, f = self.problem, self._outputs(model)
         counts, mine = self.data.counts, problem.ranks.share(problem.n)
         if model.classes is not None:
             right = share_right(f, problem.Y, is_multilabel(self.spec)).double()
@@ -216,9 +214,8 @@ class Task:
         """``f`` on the tokens of the training, which may be known."""
         if self._reached is not None and self._reached[0] is model:
             return self._reached[1]
-        problem = self.problem
-        atoms, recent = problem.enter(model.atoms), problem.operator.samples.recent
-        f = None if recent is None else recent.of(atoms)
+        atoms, problem = self.problem.enter(model.atoms), self.problem
+        f = None if (recent := problem.operator.samples.recent) is None else recent.of(atoms)
         return problem.outputs(atoms.to(problem.device, problem.dtype)) if f is None else f
 
 
