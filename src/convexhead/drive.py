@@ -319,7 +319,7 @@ class _Run:
             self.checkpoint.flush()
         reached, dual_point = solver.atoms(), solver.dual_point()
         solver.rest()
-        return_freed_memory()
+        return_freed_memory(8.0 * self.problem.n * self.problem.head.r * self.problem.c)
         self.model = finish(self.problem, reached, self._negligible, self.max_heads)
         if dual_point is None and len(self.model) < len(reached):
             dual_point = self.problem.outputs(reached)  # what is negligible in the model need not be in its gradient

@@ -147,7 +147,7 @@ class LinearPasses:
         kept = self.problem.operator.samples.moments
         if diagonal not in kept:
             kept[diagonal] = Moments(self._moments_of(diagonal), intercept=self.problem.fit_intercept)
-            return_freed_memory()
+            return_freed_memory(kept[diagonal].second.nbytes)
         return kept[diagonal]
 
     def _moments_of(self, diagonal: bool) -> Tensor:

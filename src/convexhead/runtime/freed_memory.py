@@ -10,6 +10,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 KEPT = 1 << 30
 """Bytes of freed memory that stay with the process. Chosen by hand."""
 
+LARGE = 1e7
+"""Bytes of arrays below which what is free stays. Chosen by hand: to give it back and to ask for it again takes
+milliseconds."""
+
 
 def reuse_freed_memory() -> None:
     """Let glibc serve the next batch from the memory of the last one.
@@ -24,10 +28,12 @@ def reuse_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)  # the arenas of other threads are too small for activations, which they map after all
 
 
-def return_freed_memory() -> None:
-    """Give the system what is free: before arrays of another size are made, which do not fit into the holes."""
-    trim = _glibc("malloc_trim")
-    if trim is not None:
+def return_freed_memory(arrays: float) -> None:
+    """Give the system what is free, where the ``arrays`` at work take so many bytes that it matters.
+
+    Arrays that come next and are of another size do not fit into the holes.
+    """
+    if arrays >= LARGE and (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 
