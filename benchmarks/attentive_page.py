@@ -31,7 +31,7 @@ class Chosen(NamedTuple):
 
 TABLES = {
     "10k-lite0-block4": Chosen("`10k`, Lite0, block 4", f"{LITE0}, block 4", "10k", "2", "4", "512", "metric"),
-    "10k-lite0-last": Chosen("`10k`, Lite0, last map", LITE0, "10k", "2", "4"),
+    "10k-lite0-last": Chosen("`10k`, Lite0, last map", LITE0, "10k", "2", "4", "96", "metric"),
     "10k-vits14-block8": Chosen("`10k`, ViT-S/14, block 8", f"{VIT}, block 8", "10k", "2", "4", "512", "metric"),
     "10k-vits14-last": Chosen("`10k`, ViT-S/14, last tokens", VIT, "10k", "2", "4"),
     "2k-lite0-block4": Chosen("`2k`, Lite0, block 4", f"{LITE0}, block 4", "2k"),
