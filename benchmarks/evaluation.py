@@ -46,6 +46,7 @@ def arithmetic(head: Head, c: int, atoms: int, gates: int = 0) -> float:
     head             linear, an atom                            gated, an atom
     ===============  =========================================  ================================================
     self-attention   ``4d² + 2 min(2d², 4sd)``                  ``4sd² + 8sd``, and ``2s²d`` a gate
+    attentive        ``4Jd`` (of features that are made)        –
     mlp-mixer        ``4sd`` (pooled: one weight a token)       ``4s²d``
     fno, block-fno   ``4w`` (on pooled tokens)                  ``16fw``, and ``4fs`` a gate
     mlp              ``4d``                                     ``4d``
@@ -62,6 +63,7 @@ def arithmetic(head: Head, c: int, atoms: int, gates: int = 0) -> float:
         of_gate = {"self-attention": 2 * s * s * d, "mlp-mixer": 0, "mlp": 0}
         return atoms * (of_atom.get(head.name, 16 * f * w) + values) + gates * of_gate.get(head.name, 4 * f * s)
     of_atom = {"self-attention": 4 * d * d + 2 * min(2 * d * d, 4 * s * d), "mlp-mixer": 4 * s * d}
+    of_atom["attentive"] = 4 * head.mixing_size
     return atoms * (of_atom.get(head.name, 4 * w) + values)
 
 
