@@ -4,9 +4,10 @@
     python benchmarks/attentive.py STORE --scale 2k --work RUN --counts       # numbers of queries and seeds, a figure
 
 The rows of 10k are those of ``--choose metric --choose-on 4 --choose-with 512 --patience 2 --queries 256 512 1024
---seeds 3 --rates 0.003 0.01 --only self-attention mlp-mixer probe trained-1 trained-4 trained-16 trained-64 found``, of
-last tokens with ``--choose all --choose-with 96 --queries 32 96 256`` and one draw. Older ones of block 4 chose on all
-images, or scale and places too. The row of full is that of ``--settings 0.5 2 places --queries 256 --only none
+--seeds 3 --rates 0.003 0.01 --only self-attention mlp-mixer probe trained-1 trained-4 trained-16 trained-64 found`` on
+block 4 of EfficientNet-Lite0, without 1024 on block 8 of the transformer; with ``--choose-with 96 --queries 32 96 256``
+and one draw on Lite0's last map. Those of the transformer's last tokens, and older ones of inner tokens, chose scale
+and places too, some on all images. The row of full is that of ``--settings 0.5 2 places --queries 256 --only none
 --patience 2``.
 
 STORE holds tokens of CIFAR-100, as for `convexhead cifar100 --tokens`. Images, validation part, pooling, principal
@@ -393,7 +394,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="families beside the certified head")
     parser.add_argument("--metrics", nargs="*", type=float, default=METRICS)
     parser.add_argument("--settings", nargs=3, metavar=("METRIC", "SCALE", "places|content"), help="chosen before")
-    parser.add_argument("--choose", choices=("all", "metric"), default="all", help="else the estimator's defaults")
+    parser.add_argument("--choose", choices=("all", "metric"), default="all", help="the others are defaults")
     parser.add_argument("--choose-on", type=int, default=1, metavar="N", help="every N-th training image")
     parser.add_argument(
         "--choose-with", type=int, default=CHOSEN_WITH, metavar="J", help="queries that settings are chosen with"

@@ -74,29 +74,29 @@ def gather(name: str, runs: list[Path]) -> None:
 
 def gather_probes(name: str, store: Path, scale: str) -> None:
     """Linear probes on the images and tokens of a scale, in place of those that the tables of a name have."""
-    choice, about = SCALES[scale].images, {}
+    choice = SCALES[scale].images
 
-    def probes(choice: TokenChoice, *poolings: str) -> list[Row]:
+    def probes(choice: TokenChoice, *poolings: str) -> tuple[list[Row], Row]:
         splits, settings = chosen_splits(TokenStore.open(store), choice), SCALES[scale]
         if splits.train.has_class_tokens and not poolings:
             poolings = ("mean-token", "class-token")
         chosen = Settings((), poolings or ("mean-token",), settings.path, settings.adam)
         with tempfile.TemporaryDirectory(prefix="convexhead-probes-") as folder:
             results = run(splits, chosen, Path(folder) / "run", title="Linear probes", jobs=1)
-        about.update({key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")})
-        return [{**row, **results["environment"]} for row in results["methods"]]
+        about = {key: results["dataset"][key] for key in ("backbone", "train", "tokens", "channels", "classes")}
+        return [{**row, **results["environment"]} for row in results["methods"]], about
 
     sizes, others = f"cifar100_{name}_sizes", []
     for row in read_csv(sizes):
         if row["head"].startswith("Linear probe"):
             few = int(row["images_per_class"])
             some = replace(choice, train=few, validation=max(choice.validation, 1 / few))
-            others += [{"images_per_class": few, **new} for new in probes(some, "mean-token")]
+            others += [{"images_per_class": few, **new} for new in probes(some, "mean-token")[0]]
         else:
             others.append(row)
     if others:
         write_csv(sizes, others)
-    new = probes(choice)
+    new, about = probes(choice)
     rows = [row for row in read_csv(f"cifar100_{name}") if not row["head"].startswith("Linear probe")]
     write_csv(f"cifar100_{name}", [*rows, *({**about, **row} for row in new)])
 

@@ -87,11 +87,25 @@ def test_tokens_of_another_width_are_refused() -> None:
         )
 
 
-def test_many_classes_are_remarked_on_once_and_not_with_every_score() -> None:
-    several = np.repeat(np.arange(36), 2)
+@pytest.mark.parametrize("dtype", [int, float, str, object])
+def test_many_classes_are_remarked_on_once_and_not_with_every_score(dtype: type) -> None:
+    labels = np.arange(40).astype(str).astype(dtype)
     tokens = RNG.normal(size=(72, 4, 5))
     with pytest.warns(UserWarning, match="unique classes") as told:
         ch.regularization_path(
-            tokens[:40], np.arange(40), X_val=tokens[::2], y_val=several[::2], head="linear", beta_ratios=(0.5, 0.2)
+            tokens[:40], labels, X_val=tokens[40:], y_val=labels[:32], head="linear", beta_ratios=(0.5, 0.2)
         )
     assert len(told) == 1
+
+
+def test_arrays_that_would_take_too_much_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = pose(ConvexHeadClassifier("attentive", n_queries=6, random_state=0, max_memory=1e9), X, Y, to_solve=True)
+    (first, _), left = models("attentive"), task.problem.operator.budget.left
+    monkeypatch.setattr(held_out, "SHARE", left / (8 * HELD.size - 1))
+    monkeypatch.setattr(held_out, "LEAST", 0)
+    assert HeldOut(task, HELD, TRUE).score(first) == first.score(HELD, TRUE)
+    assert task.problem.operator.budget.left == left
+    monkeypatch.setattr(held_out, "SHARE", left / (8 * HELD.size))
+    held = HeldOut(task, HELD, TRUE)
+    assert held.score(first) == first.score(HELD, TRUE)
+    assert task.problem.operator.budget.left < left

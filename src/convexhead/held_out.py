@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,15 @@ class HeldOut:
     def _prepared(self, model: Model) -> Operator | None:
         """The samples prepared, some or all of them.
 
-        None of tables, of samples with different numbers of tokens, and where too little memory is left.
+        None of tables, of samples with different numbers of tokens, where too little memory is left, and of arrays that
+        do not fit into it: they may have to be copied to be read.
         """
         X, training = with_lengths(as_padded(model.as_fitted_on(self.X))), self.task.problem.operator
         memory = training.budget.left / SHARE
         if model.any_length or isinstance(X, Padded) or inputs.is_table(X) or memory < LEAST:
+            return None
+        on_disk = inputs.is_store(X) or isinstance(X, np.memmap)
+        if not on_disk and torch.float64.itemsize * math.prod(np.shape(X)) > memory:
             return None
         tokens = inputs.open_tokens(X, n_channels=model.head.d, n_tokens=model.head.s)
         operator = Operator(tokens, model.head, model.activation, device=training.device, memory=memory)
@@ -67,5 +72,5 @@ class HeldOut:
         return operator
 
     def rest(self) -> None:
-        """Give the memory back."""
-        self._operator = None
+        """Give the memory back, and keep nothing more."""
+        self._operator, self._keeps = None, False

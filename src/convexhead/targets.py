@@ -11,6 +11,7 @@ so a weight of 2 is the same as twice, and a weight of 0 the same as not there. 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,8 +170,11 @@ def as_labels(y: Any, spec: Spec | None = None, weights: Any = None, *, to_fit: 
         if y.dtype == object and len({type(label) for label in y.ravel().tolist()}) > 1:
             raise InputError("y mixes labels of several types, or lacks some: give every sample a string, or a number")
         assert_all_finite(y, input_name="y")
-        if y.ndim == 1 and not _plainly_labels(y, to_fit):
-            check_classification_targets(y)
+        if y.ndim == 1 and not _plainly_labels(y):
+            with warnings.catch_warnings():
+                if not to_fit:
+                    warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+                check_classification_targets(y)
     return y
 
 
@@ -209,9 +213,9 @@ def _without_gaps(y: Array, weights: Any) -> Array:
     return _array_of(y)
 
 
-def _plainly_labels(y: Array, to_fit: bool) -> bool:
+def _plainly_labels(y: Array) -> bool:
     """Whether scikit-learn's check, which takes as long as a step of a small fit, would pass ``y`` in silence."""
-    return y.dtype.kind in "biuU" and (not to_fit or 2 * len(np.unique(y)) <= len(y))
+    return y.dtype.kind in "biuU" and 2 * len(np.unique(y)) <= len(y)
 
 
 def _one_hot(rows: Array, counted: NDArray[np.bool_], classes: Array | None) -> tuple[Array, Tensor]:
